@@ -1,0 +1,306 @@
+"""Record activations once, keep only what is asked for, and keep it on disk.
+
+1. A `Quantity` names the hooks it needs at every layer and a function that reduces what they give to a small tensor.
+2. `record` runs the prompts through the model in batches; each reduction happens inside the hook, so that of the full
+   attention (or any other large activation) never more than one layer exists.
+3. Each quantity is cached under the fingerprints of the weights, the token ids, its own definition and the versions of
+   the libraries: a second run reads it, changed weights never do.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from p0circuit import __version__, sink
+from p0circuit.cache import Cache, key_of
+from p0circuit.console import track
+from p0circuit.models import describe, forward
+from p0circuit.prompts import PromptSet
+
+# One layer's scores, mask and pattern exist side by side while it is computed.
+ATTENTION_COPIES = 6
+BATCH_BYTES = 512 * 2**20
+
+
+class Batch(NamedTuple):
+    """What a reduction may need to know of the rows it is given."""
+
+    ids: Int[Tensor, "batch pos"]
+    mask: Bool[Tensor, "batch pos"]
+    p0: Int[Tensor, " batch"]
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """Something to record: where it is read and how it is reduced.
+
+    Attributes:
+        name: unique; part of the cache key, so parameters of the reduction belong into it.
+        hooks: names without their layer, as in `attn.hook_pattern`; "" in front of a dot-free name of the whole model.
+        reduce: gets one activation per hook and the `Batch`; returns a tensor whose first axis is the batch.
+        scope: "layer": once per block; "residual": the stream before every block and after the last, stacked to
+            layers + 1; "model": hooks are names of the whole model; "logits": the model's output.
+    """
+
+    name: str
+    hooks: tuple[str, ...]
+    reduce: Callable[..., Tensor]
+    scope: str = "layer"
+
+    def fingerprint(self) -> str:
+        """A hash of the definition, code included: a changed reduction never reads what the old one left."""
+        reduce = self.reduce
+        parameters: Any = ()
+        if isinstance(reduce, functools.partial):
+            parameters, reduce = (reduce.args, sorted(reduce.keywords.items())), reduce.func
+        code = inspect.getsource(reduce) + inspect.getsource(sink)
+        return hashlib.sha256(repr((self.name, self.hooks, self.scope, parameters, code)).encode()).hexdigest()
+
+
+def _at(offset: int, batch: Batch) -> Int[Tensor, " batch"]:
+    """The index of the position `offset` places after P0, checked against the length."""
+    position = batch.p0 + offset
+    if offset < 0 or int(position.max()) >= batch.ids.shape[1]:
+        raise ValueError(
+            f"position {offset} lies outside the prompts: expected 0 to {batch.ids.shape[1] - 1 - int(batch.p0.max())}"
+        )
+    return position
+
+
+def _score(pattern: Tensor, batch: Batch, offset: int = 0) -> Tensor:
+    return sink.sink_score(pattern, _at(offset, batch), batch.mask)
+
+
+def _norms(activation: Tensor, batch: Batch) -> Tensor:
+    return activation.float().norm(dim=-1)
+
+
+def _vector(activation: Tensor, batch: Batch, offset: int = 0) -> Tensor:
+    return activation[torch.arange(len(activation), device=activation.device), _at(offset, batch)]
+
+
+def _norm_ratio(residual: Tensor, batch: Batch) -> Tensor:
+    return sink.norm_ratio(residual, batch.p0, batch.mask)
+
+
+def _value_norm_ratio(values: Tensor, batch: Batch) -> Tensor:
+    return sink.value_norm_ratio(values, batch.p0, batch.mask)
+
+
+def _key_query_cosine(queries: Tensor, keys: Tensor, batch: Batch, offset: int = 0) -> Tensor:
+    return sink.key_query_cosine(queries, keys, _at(offset, batch), batch.mask)
+
+
+def _token_losses(logits: Tensor, batch: Batch) -> Tensor:
+    """Next-token loss in nats at [batch, pos - 1]; NaN where the prediction is made at padding."""
+    losses = torch.nn.functional.cross_entropy(
+        logits[:, :-1].float().transpose(1, 2), batch.ids[:, 1:], reduction="none"
+    )
+    return losses.masked_fill(~batch.mask[:, :-1], torch.nan)
+
+
+SINK_SCORE = Quantity("sink_score", ("attn.hook_pattern",), _score)
+"""[sample, layer, head]: attention to P0, mean over queries."""
+NORM_RATIO = Quantity("norm_ratio", ("resid",), _norm_ratio, "residual")
+"""[sample, layer + 1]: residual norm at P0 over the median of the others, before each block and at the end."""
+RESIDUAL_NORMS = Quantity("residual_norms", ("resid",), _norms, "residual")
+"""[sample, layer + 1, pos]"""
+ATTENTION_OUT_NORMS = Quantity("attention_out_norms", ("hook_attn_out",), _norms)
+"""[sample, layer, pos]"""
+MLP_OUT_NORMS = Quantity("mlp_out_norms", ("hook_mlp_out",), _norms)
+"""[sample, layer, pos]"""
+VALUE_NORM_RATIO = Quantity("value_norm_ratio", ("attn.hook_v",), _value_norm_ratio)
+"""[sample, layer, kv_head]: norm of P0's value over the median of the others."""
+TOKEN_LOSSES = Quantity("token_losses", (), _token_losses, "logits")
+"""[sample, pos - 1]: next-token loss in nats."""
+
+
+def score_at(offset: int) -> Quantity:
+    """[sample, layer, head]: the sink score of the position `offset` places after P0, the control for P0 itself."""
+    return Quantity(f"score_at_{offset}", ("attn.hook_pattern",), functools.partial(_score, offset=offset))
+
+
+def residual_at(offset: int = 0) -> Quantity:
+    """[sample, layer + 1, d_model]: the residual stream at one position, before each block and at the end."""
+    return Quantity(f"residual_at_{offset}", ("resid",), functools.partial(_vector, offset=offset), "residual")
+
+
+def component_at(component: str, offset: int = 0) -> Quantity:
+    """[sample, layer, d_model]: `hook_attn_out` or `hook_mlp_out` at one position."""
+    return Quantity(f"{component}_at_{offset}", (component,), functools.partial(_vector, offset=offset))
+
+
+def embedding_at(offset: int = 0) -> Quantity:
+    """[sample, d_model]: what the first block reads at one position (token and, where learned, position embedding)."""
+    return Quantity(
+        f"embedding_at_{offset}", ("blocks.0.hook_resid_pre",), functools.partial(_vector, offset=offset), "model"
+    )
+
+
+def key_query_cosine_at(model: Any, offset: int = 0) -> Quantity:
+    """[sample, layer, head]: cosine between the key of one position and later queries, as they enter the scores."""
+    rotated = "rot_" if describe(model).positions == "rotary" else ""
+    hooks = (f"attn.hook_{rotated}q", f"attn.hook_{rotated}k")
+    return Quantity(f"key_query_cosine_at_{offset}", hooks, functools.partial(_key_query_cosine, offset=offset))
+
+
+def weights_fingerprint(model: Any) -> str:
+    """A hash of every weight and of the description of the model."""
+    digest = hashlib.sha256(repr(describe(model)).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        # A view as bytes, since numpy knows no bfloat16.
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def has_hooks(model: Any) -> bool:
+    """Whether anything is hooked to the model at present, so that what it computes is not what its weights say."""
+    return any(point.has_hooks(dir="fwd", including_permanent=False) for point in model.hook_dict.values())
+
+
+def hook_names(quantity: Quantity, layers: int) -> list[tuple[str, ...]]:
+    """The full hook names of each place a quantity is read at, in the order they are stacked."""
+    if quantity.scope == "residual":
+        return [(f"blocks.{layer}.hook_resid_pre",) for layer in range(layers)] + [
+            (f"blocks.{layers - 1}.hook_resid_post",)
+        ]
+    if quantity.scope == "layer":
+        return [tuple(f"blocks.{layer}.{hook}" for hook in quantity.hooks) for layer in range(layers)]
+    return [quantity.hooks]
+
+
+def _record_batch(model: Any, layers: int, quantities: Sequence[Quantity], batch: Batch) -> dict[str, Tensor]:
+    """One forward pass; each quantity is reduced as soon as the last of its hooks has fired."""
+    reduced: dict[str, dict[int, Tensor]] = {quantity.name: {} for quantity in quantities}
+    hooks = []
+    for quantity in quantities:
+        if quantity.scope == "logits":
+            continue
+        for place, names in enumerate(hook_names(quantity, layers)):
+            waiting: dict[str, Tensor] = {}
+
+            def keep(
+                activation: Tensor,
+                hook: Any,
+                name: str,
+                quantity: Quantity = quantity,
+                place: int = place,
+                names: tuple[str, ...] = names,
+                waiting: dict[str, Tensor] = waiting,
+            ) -> None:
+                waiting[name] = activation
+                if len(waiting) == len(names):
+                    value = quantity.reduce(*(waiting[name] for name in names), batch)
+                    reduced[quantity.name][place] = value.detach().cpu()
+                    waiting.clear()
+
+            hooks += [(name, functools.partial(keep, name=name)) for name in names]
+    wants_logits = any(quantity.scope == "logits" for quantity in quantities)
+    output = forward(model, batch.ids, batch.mask, hooks=hooks, stop_at_layer=None if wants_logits else layers)
+    values = {}
+    for quantity in quantities:
+        places = reduced[quantity.name]
+        if quantity.scope == "logits":
+            values[quantity.name] = quantity.reduce(output, batch).detach().cpu()
+        elif quantity.scope == "model":
+            values[quantity.name] = places[0]
+        else:
+            values[quantity.name] = torch.stack([places[place] for place in range(len(places))], dim=1)
+    return values
+
+
+def batch_size_for(model: Any, length: int, with_logits: bool) -> int:
+    """How many rows fit into half a gigabyte of attention and logits; at least one."""
+    info = describe(model)
+    row = 4 * ATTENTION_COPIES * info.heads * length**2
+    if with_logits:
+        row += 4 * 3 * length * info.vocab_size
+    return max(1, BATCH_BYTES // row)
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What was recorded, by quantity; the first axis is always the sample.
+
+    Attributes:
+        values: tensor by name of its quantity.
+        cached: names of those that were read from the cache.
+    """
+
+    values: dict[str, Tensor]
+    cached: frozenset[str]
+
+    def __getitem__(self, quantity: Quantity) -> Tensor:
+        return self.values[quantity.name]
+
+
+@torch.no_grad()
+def record(
+    model: Any,
+    prompts: PromptSet,
+    what: Quantity | Sequence[Quantity],
+    batch_size: int | None = None,
+    cache: Cache | Literal["default"] | None = "default",
+) -> Recording:
+    """Run the prompts through the model once and keep the quantities asked for.
+
+    A model with hooks on it (an intervention is under way) is recorded as it behaves, and the cache is left alone.
+    `cache=None` computes without reading or writing.
+
+    Raises:
+        ValueError: a position lies outside the prompts, or the model refuses the ids.
+        FloatingPointError: an activation is not a number; the message names the quantity.
+    """
+    quantities = [what] if isinstance(what, Quantity) else list(what)
+    store = (Cache() if cache == "default" else cache) if not has_hooks(model) else None
+    keys: dict[str, str] = {}
+    values: dict[str, Tensor] = {}
+    if store is not None:
+        shared = _shared_key(model, prompts)
+        keys = {quantity.name: key_of(shared | {"quantity": quantity.fingerprint()}) for quantity in quantities}
+        found = {name: store.read(key) for name, key in keys.items()}
+        values = {name: value for name, value in found.items() if value is not None}
+    cached = frozenset(values)
+    missing = [quantity for quantity in quantities if quantity.name not in values]
+    if missing:
+        with_logits = any(quantity.scope == "logits" for quantity in missing)
+        size = batch_size or batch_size_for(model, prompts.length, with_logits)
+        layers, device = describe(model).layers, next(model.parameters()).device
+        parts: dict[str, list[Tensor]] = {quantity.name: [] for quantity in missing}
+        for start in track(range(0, prompts.n, size), "recording"):
+            rows = slice(start, start + size)
+            batch = Batch(*(part[rows].to(device) for part in (prompts.ids, prompts.attention_mask, prompts.p0)))
+            for name, value in _record_batch(model, layers, missing, batch).items():
+                parts[name].append(value)
+        for quantity in missing:
+            value = torch.cat(parts[quantity.name])
+            if quantity is not TOKEN_LOSSES and not torch.isfinite(value).all():
+                raise FloatingPointError(f"{quantity.name} holds values that are not finite: check weights and dtype")
+            values[quantity.name] = value
+            if store is not None:
+                about = {"quantity": quantity.name, "model": describe(model).name, "samples": prompts.n}
+                store.write(keys[quantity.name], value, about)
+    return Recording(values, cached)
+
+
+def _shared_key(model: Any, prompts: PromptSet) -> dict[str, str]:
+    """What all quantities recorded from these prompts have in common."""
+    return {
+        "weights": weights_fingerprint(model),
+        "prompts": prompts.fingerprint(),
+        "dtype": str(next(model.parameters()).dtype),
+        "torch": torch.__version__,
+        "transformer_lens": version("transformer-lens"),
+        "p0circuit": __version__,
+    }

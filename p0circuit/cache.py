@@ -1,0 +1,143 @@
+"""Tensors on disk, addressed by what they were computed from.
+
+1. The key is a hash of everything that decides the value; the file is `<key>.safetensors`, with a checksum inside.
+2. Writing goes to a temporary file that is renamed into place: another process sees all of it or nothing.
+3. Reading marks the file as used; when the folder outgrows its limit, the files unused for longest go first.
+4. A file that does not read back or whose checksum is wrong is reported, removed and computed again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+DEFAULT_LIMIT = 2 * 2**30
+# A temporary file this old was left by a process that died.
+_STALE_SECONDS = 3600
+
+
+def cache_directory() -> Path:
+    """`$P0CIRCUIT_CACHE`, else `p0circuit` in the user's cache folder."""
+    if named := os.environ.get("P0CIRCUIT_CACHE"):
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "p0circuit"
+
+
+def cache_limit() -> int:
+    """`$P0CIRCUIT_CACHE_LIMIT` in bytes, else 2 GiB.
+
+    Raises:
+        ValueError: the variable is not a whole number.
+    """
+    named = os.environ.get("P0CIRCUIT_CACHE_LIMIT", str(DEFAULT_LIMIT))
+    if not named.isdecimal():
+        raise ValueError(f"P0CIRCUIT_CACHE_LIMIT={named!r} is not a whole number of bytes, as in {DEFAULT_LIMIT}")
+    return int(named)
+
+
+def key_of(parts: dict[str, Any]) -> str:
+    """The address of a value computed from `parts` (which must be JSON)."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _checksum(tensor: Tensor) -> str:
+    import torch
+
+    data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return hashlib.sha256(data.tobytes()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A folder of tensors with a size limit in bytes; safe to share between processes."""
+
+    directory: Path = field(default_factory=cache_directory)
+    limit: int = field(default_factory=cache_limit)
+
+    def path(self, key: str) -> Path:
+        return self.directory / f"{key}.safetensors"
+
+    def read(self, key: str) -> Tensor | None:
+        """The tensor under `key`; None where there is none, or where the file was damaged (said in a warning)."""
+        from safetensors import SafetensorError, safe_open
+
+        path = self.path(key)
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensor, checksum = file.get_tensor("value"), (file.metadata() or {}).get("checksum")
+            if _checksum(tensor) != checksum:
+                raise SafetensorError("the checksum does not match")
+            os.utime(path)
+            return tensor
+        except FileNotFoundError:
+            return None
+        except (SafetensorError, OSError) as error:
+            warnings.warn(f"the cached file {path.name} is damaged ({error}); it is computed again", stacklevel=2)
+            path.unlink(missing_ok=True)
+            return None
+
+    def write(self, key: str, tensor: Tensor, about: dict[str, Any]) -> None:
+        """Keep `tensor` under `key`; `about` is shown by `p0circuit cache` and decides nothing."""
+        from safetensors.torch import save_file
+
+        self.directory.mkdir(parents=True, exist_ok=True)
+        metadata = {"checksum": _checksum(tensor), "about": json.dumps(about, sort_keys=True)}
+        temporary = self.directory / f".{key}.{os.getpid()}.tmp"
+        try:
+            save_file({"value": tensor.detach().cpu().contiguous()}, temporary, metadata=metadata)
+            os.replace(temporary, self.path(key))
+        finally:
+            temporary.unlink(missing_ok=True)
+        self.evict()
+
+    def evict(self) -> None:
+        """Remove the least recently used files until the folder is within its limit."""
+        entries = self.entries()
+        total = sum(entry["bytes"] for entry in entries)
+        for entry in sorted(entries, key=lambda entry: entry["used"]):
+            if total <= self.limit:
+                break
+            self.path(entry["key"]).unlink(missing_ok=True)
+            total -= entry["bytes"]
+        for leftover in self.directory.glob(".*.tmp"):
+            try:
+                if time.time() - leftover.stat().st_mtime > _STALE_SECONDS:
+                    leftover.unlink(missing_ok=True)
+            except FileNotFoundError:
+                continue
+
+    def entries(self) -> list[dict[str, Any]]:
+        """Every file: key, size in bytes and when it was last used (seconds since the epoch)."""
+        found = []
+        for path in sorted(self.directory.glob("*.safetensors")):
+            try:
+                status = path.stat()
+            except FileNotFoundError:  # another process evicted it meanwhile
+                continue
+            found.append({"key": path.stem, "bytes": status.st_size, "used": status.st_mtime})
+        return found
+
+    def about(self, key: str) -> dict[str, Any]:
+        """What `write` was told of the file under `key`; empty where it cannot be read."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self.path(key), framework="pt") as file:
+                return json.loads((file.metadata() or {}).get("about", "{}"))
+        except (SafetensorError, OSError, ValueError):
+            return {}
+
+    def clear(self) -> int:
+        """Remove every file; returns how many bytes that freed."""
+        entries = self.entries()
+        for entry in entries:
+            self.path(entry["key"]).unlink(missing_ok=True)
+        return sum(entry["bytes"] for entry in entries)

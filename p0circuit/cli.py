@@ -1,0 +1,303 @@
+"""The command line: a thin door to the same classes the notebooks use.
+
+Exit codes: 0 when the job was done, 2 for wrong use, 1 for anything else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from p0circuit.console import say
+
+if TYPE_CHECKING:
+    from p0circuit.prompts import PromptSet
+
+app = typer.Typer(
+    help="The P0 sink circuit: how position zero comes to draw a language model's attention.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class First(str, Enum):
+    """What stands at position zero of natural text."""
+
+    text = "text"
+    bos = "bos"
+    random = "random"
+
+
+class Backend(str, Enum):
+    auto = "auto"
+    hooked = "hooked"
+    bridge = "bridge"
+
+
+ModelArgument = Annotated[str, typer.Argument(help="A shipped model, a local Hugging Face directory or a hub id.")]
+BackendOption = Annotated[Backend, typer.Option(help="Which TransformerLens class holds the model.")]
+CheckpointOption = Annotated[str | None, typer.Option(help="A step, revision or label of the training trace.")]
+DeviceOption = Annotated[str | None, typer.Option(help="As in torch: cpu, cuda, cuda:1, mps.")]
+DtypeOption = Annotated[str | None, typer.Option(help="float32, float16, bfloat16 or float64.")]
+TextOption = Annotated[str, typer.Option(help="stdlib, english, code, or a text file or directory.")]
+SamplesOption = Annotated[int, typer.Option(min=1, help="Number of prompts.")]
+LengthOption = Annotated[int, typer.Option(min=2, help="Tokens per prompt.")]
+SeedOption = Annotated[int, typer.Option(help="Seed of the prompts.")]
+OutOption = Annotated[Path, typer.Option(help="Where the results go.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+
+
+@app.command()
+def reproduce(
+    models: Annotated[list[str] | None, typer.Argument(help="Models; the shipped p0-nano where none is named.")] = None,
+    out: OutOption = Path("out"),
+    text: TextOption = "stdlib",
+    samples: SamplesOption = 128,
+    length: LengthOption = 64,
+    seed: SeedOption = 0,
+    backend: BackendOption = Backend.auto,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Run every experiment on each model; leave tables, figures and a manifest in OUT/MODEL."""
+    from p0circuit.experiments import EXPERIMENTS
+
+    summary = {}
+    for name in models or ["p0-nano"]:
+        model = _load(name, backend, None, device, dtype)
+        prompts = _prompts(model, text, samples, length, seed, First.text)
+        summary[name] = _run_all(list(EXPERIMENTS.values()), name, model, prompts, out)
+    _print_json(summary, as_json)
+
+
+@app.command()
+def run(
+    experiment: Annotated[str, typer.Argument(help="The experiment's id, as in sink-map.")],
+    model: Annotated[
+        str, typer.Option(help="A shipped model, a local Hugging Face directory or a hub id.")
+    ] = "p0-nano",
+    checkpoint: CheckpointOption = None,
+    out: OutOption = Path("out"),
+    text: TextOption = "stdlib",
+    samples: SamplesOption = 128,
+    length: LengthOption = 64,
+    seed: SeedOption = 0,
+    backend: BackendOption = Backend.auto,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Run one experiment on one model."""
+    from p0circuit.experiments import EXPERIMENTS
+
+    if experiment not in EXPERIMENTS:
+        raise ValueError(f"no experiment {experiment!r}; there are: {', '.join(EXPERIMENTS)}")
+    loaded = _load(model, backend, checkpoint, device, dtype)
+    prompts = _prompts(loaded, text, samples, length, seed, First.text)
+    name = f"{model}@{checkpoint}" if checkpoint else model
+    _print_json(_run_all([EXPERIMENTS[experiment]], name, loaded, prompts, out), as_json)
+
+
+@app.command()
+def sink(
+    model: ModelArgument,
+    checkpoint: CheckpointOption = None,
+    first: Annotated[
+        First, typer.Option(help="What stands at position zero: the text's own token, BOS, or a random token.")
+    ] = First.random,
+    text: TextOption = "stdlib",
+    samples: SamplesOption = 128,
+    length: LengthOption = 64,
+    seed: SeedOption = 0,
+    backend: BackendOption = Backend.auto,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure the sink of one model: sink scores, sink rate, norm ratio and direction consistency of P0."""
+    from p0circuit.experiments.sink_summary import sink_summary
+
+    loaded = _load(model, backend, checkpoint, device, dtype)
+    prompts = _prompts(loaded, text, samples, length, seed, first)
+    summary = sink_summary(loaded, prompts, bos=first is First.bos) | {"first_token": first.value, "text": text}
+    if as_json:
+        _print_json(summary, True)
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("layer", "sink scores of its heads", "norm ratio before", "direction before", title=summary["model"])
+    rows = zip(summary["sink_score"], summary["norm_ratio"], summary["direction_consistency"], strict=False)
+    for layer, (scores, ratio, direction) in enumerate(rows):
+        table.add_row(str(layer), " ".join(f"{score:.2f}" for score in scores), f"{ratio:.2f}", f"{direction:.2f}")
+    console = Console()
+    console.print(table)
+    later = summary["sink_rate_from_layer_2"]
+    console.print(
+        f"sink rate {summary['sink_rate']:.3f}" + (f", from layer 2 {later:.3f}" if later is not None else "")
+    )
+
+
+@app.command()
+def models(as_json: JsonOption = False) -> None:
+    """List the shipped models and their training checkpoints."""
+    from dataclasses import asdict, is_dataclass
+
+    from p0circuit.models import list_models
+
+    found = [asdict(entry) if is_dataclass(entry) else entry for entry in list_models()]
+    if as_json:
+        _print_json(found, True)
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("name", "parameters", "checkpoints")
+    for entry in found:
+        table.add_row(entry["name"], f"{entry['parameters']:,}", ", ".join(map(str, entry["checkpoints"])))
+    Console().print(table)
+
+
+@app.command()
+def train(
+    out: Annotated[Path, typer.Argument(help="An empty directory, or that of an interrupted run to go on with.")],
+    corpus: Annotated[
+        str, typer.Option(help="python (installed source), a text file, or a directory of text.")
+    ] = "python",
+    steps: Annotated[int, typer.Option(min=1)] = 20_000,
+    layers: Annotated[int, typer.Option(min=1)] = 4,
+    seed: Annotated[int, typer.Option()] = 0,
+    option: Annotated[
+        list[str] | None, typer.Option("--set", help="Any other field of TrainConfig, as in weight_decay=0.5.")
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Cores to use.")] = 1,
+) -> None:
+    """Train a small model, keeping its history; an interrupted run goes on where it stopped."""
+    import torch
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from p0circuit.training.trainer import TrainConfig, parse_options
+    from p0circuit.training.trainer import train as train_model
+
+    torch.set_num_threads(threads)
+    given = parse_options(option or [])
+    config = TrainConfig(**{"corpus": corpus, "steps": steps, "layers": layers, "seed": seed} | given)
+    columns = TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.3f}")
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+        task = progress.add_task("training", total=config.steps, loss=float("nan"))
+        train_model(config, out, report=lambda step, loss: progress.update(task, completed=step, loss=loss))
+    say(f"the model and its trace are in {out}")
+
+
+@app.command()
+def cache(
+    clear: Annotated[bool, typer.Option("--clear", help="Remove every file.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what the cache of recordings holds, or clear it."""
+    from p0circuit.cache import Cache
+
+    store = Cache()
+    if clear:
+        freed = store.clear()
+        say(f"freed {freed / 2**20:.1f} MiB in {store.directory}")
+    entries = [entry | store.about(entry["key"]) for entry in store.entries()]
+    total = sum(entry["bytes"] for entry in entries)
+    if as_json:
+        _print_json({"directory": str(store.directory), "limit": store.limit, "bytes": total, "entries": entries}, True)
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("model", "quantity", "samples", "KiB", title=str(store.directory))
+    for entry in entries:
+        table.add_row(
+            str(entry.get("model")),
+            str(entry.get("quantity")),
+            str(entry.get("samples")),
+            f"{entry['bytes'] / 1024:.0f}",
+        )
+    console = Console()
+    console.print(table)
+    console.print(f"{total / 2**20:.1f} of {store.limit / 2**20:.0f} MiB in use")
+
+
+def _load(name: str, backend: Backend, checkpoint: str | None, device: str | None, dtype: str | None) -> Any:
+    """`load_model`, with a checkpoint of digits read as a step and the dtype given by name."""
+    import torch
+
+    from p0circuit.models import load_model
+
+    kinds = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
+    if dtype is not None and dtype not in kinds:
+        raise ValueError(f"unknown dtype {dtype!r}; expected one of {', '.join(kinds)}")
+    step = int(checkpoint) if checkpoint is not None and checkpoint.isdecimal() else checkpoint
+    return load_model(name, backend.value, step, device, kinds[dtype] if dtype else None)
+
+
+def _prompts(model: Any, text: str, samples: int, length: int, seed: int, first: First) -> PromptSet:
+    from p0circuit.prompts import natural_text
+
+    return natural_text(model.tokenizer, text, n=samples, length=length, seed=seed, first_token=first.value)
+
+
+def _run_all(experiments: list[Any], name: str, model: Any, prompts: PromptSet, out: Path) -> dict[str, Any]:
+    """Run experiments on one model, save each result as soon as it is there, and print what was found."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from p0circuit.activations import weights_fingerprint
+    from p0circuit.results import write_manifest
+
+    started = time.time()
+    directory = out / name.strip("/").replace(os.sep, "--")
+    table = Table("experiment", "quantity", "value", "95 % interval", title=name)
+    summary: dict[str, Any] = {}
+    for experiment in experiments:
+        result = experiment().run(model, prompts)
+        result.save(directory)
+        summary[result.experiment] = {key: value.to_json() for key, value in result.metrics.items()}
+        for key, value in result.metrics.items():
+            table.add_row(result.experiment, key, f"{value.value:.3f}", f"{value.low:.3f} to {value.high:.3f}")
+        for note in result.notes:
+            say(f"{result.experiment}: {note}")
+    write_manifest(
+        directory,
+        sys.argv[1:],
+        started,
+        model=name,
+        weights=weights_fingerprint(model),
+        prompts=prompts.fingerprint(),
+        seed=prompts.seed,
+        device=str(next(model.parameters()).device),
+    )
+    Console(stderr=True).print(table)
+    say(f"tables, figures and manifest are in {directory}")
+    return summary
+
+
+def _print_json(value: Any, wanted: bool) -> None:
+    if wanted:
+        typer.echo(json.dumps(value, indent=2))
+
+
+def main() -> None:
+    """The `p0circuit` command."""
+    try:
+        app()
+    except ValueError as error:
+        # Every refusal of this package is a ValueError that says how to mend the input.
+        if os.environ.get("P0CIRCUIT_DEBUG"):
+            raise
+        say(f"error: {error}")
+        sys.exit(2)

@@ -1,0 +1,72 @@
+"""What all experiments share: a frozen configuration in, a `Result` with its provenance out."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from p0circuit.activations import Quantity, Recording, record
+from p0circuit.console import say
+from p0circuit.models import describe
+from p0circuit.prompts import PromptSet
+from p0circuit.results import Result
+
+
+class Experiment(ABC):
+    """A measurement that can be run on any hooked model.
+
+    A subclass sets `id` and `title`, takes a frozen dataclass as its configuration, and writes `measure`.
+    """
+
+    id: ClassVar[str]
+    title: ClassVar[str]
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        self._cached: set[str] = set()
+        self._recorded: set[str] = set()
+
+    @abstractmethod
+    def measure(self, model: Any, prompts: PromptSet) -> Result:
+        """The measurement itself; `run` adds the provenance."""
+
+    def run(self, model: Any, prompts: PromptSet) -> Result:
+        """Measure, say what came from the cache, and write down where the numbers came from.
+
+        `prompts` are natural text without BOS; an experiment derives its other conditions from them.
+        """
+        started = time.monotonic()
+        self._cached, self._recorded = set(), set()
+        result = self.measure(model, prompts)
+        if self._cached:
+            say(
+                f"{self.id}: {len(self._cached)} of {len(self._cached | self._recorded)} recordings read from the cache"
+            )
+        result.provenance |= {
+            "model": asdict(describe(model)),
+            "prompts": prompts.description | {"fingerprint": prompts.fingerprint(), "seed": prompts.seed},
+            "samples": prompts.n,
+            "length": prompts.length,
+            "config": asdict(self.config),
+            "seconds": round(time.monotonic() - started, 2),
+            "from_cache": sorted(self._cached),
+        }
+        return result
+
+    def record(self, model: Any, prompts: PromptSet, what: Sequence[Quantity], condition: str) -> Recording:
+        """`activations.record`, remembering for the provenance what was read from the cache."""
+        recording = record(model, prompts, what)
+        for quantity in what:
+            kept = self._cached if quantity.name in recording.cached else self._recorded
+            kept.add(f"{condition}/{quantity.name}")
+        return recording
+
+
+def mean_over_samples(values: Tensor) -> Any:
+    """The mean over the first axis as a float64 array."""
+    return values.double().mean(0).numpy()

@@ -1,0 +1,32 @@
+"""The prompts an experiment compares, all made from one set of natural text without BOS."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from p0circuit.models import describe
+from p0circuit.prompts import PromptSet, random_tokens, repeated_token
+
+WITHOUT_BOS, WITH_BOS, RANDOM_FIRST = "without BOS", "with BOS", "random first"
+RANDOM_TOKENS, REPEATED_TOKEN = "random tokens", "repeated token"
+
+
+def bos_id(model: Any) -> int | None:
+    """The BOS token of the model's tokenizer; None where there is no tokenizer or it has none."""
+    return getattr(getattr(model, "tokenizer", None), "bos_token_id", None)
+
+
+def conditions(model: Any, prompts: PromptSet) -> dict[str, PromptSet]:
+    """The same text as it is, behind BOS and behind a random token; random tokens; one repeated token.
+
+    A model without a BOS token has no condition "with BOS". All have the number of rows and the length of `prompts`.
+    """
+    vocabulary = describe(model).vocab_size
+    shape = {"n": prompts.n, "length": prompts.length, "seed": prompts.seed}
+    made = {WITHOUT_BOS: prompts}
+    if (bos := bos_id(model)) is not None:
+        made[WITH_BOS] = prompts.behind(bos)
+    made[RANDOM_FIRST] = prompts.behind(random_tokens(vocabulary, **shape).ids[:, 0])
+    made[RANDOM_TOKENS] = random_tokens(vocabulary, **shape)
+    made[REPEATED_TOKEN] = repeated_token(vocabulary, **shape)
+    return made

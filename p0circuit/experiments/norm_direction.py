@@ -1,0 +1,158 @@
+"""What is special about P0's stream: its norm and its direction, layer by layer and component by component.
+
+1. Norm ratio: P0's residual norm over the median of the other positions, before every block and at the end.
+2. Direction consistency: mean cosine of P0's residual to the mean P0 direction over samples, other positions beside it.
+3. The same two for what each component (embedding, attention out, MLP out) writes.
+Paper: the sections on recognition and amplification; Sun et al. 2024 (arXiv 2402.17762) on massive activations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from p0circuit import sink
+from p0circuit.activations import (
+    ATTENTION_OUT_NORMS,
+    MLP_OUT_NORMS,
+    NORM_RATIO,
+    Recording,
+    component_at,
+    embedding_at,
+    residual_at,
+)
+from p0circuit.experiments.base import Experiment
+from p0circuit.intervals import Interval, bootstrap
+from p0circuit.prompts import PromptSet
+from p0circuit.results import Result
+
+_COMPONENTS = {"hook_attn_out": ATTENTION_OUT_NORMS, "hook_mlp_out": MLP_OUT_NORMS}
+_NAMES = {"hook_attn_out": "attention out", "hook_mlp_out": "MLP out"}
+
+
+@dataclass(frozen=True)
+class NormDirectionConfig:
+    """`others`: the positions (after P0) whose direction consistency stands beside P0's."""
+
+    others: tuple[int, ...] = (8, 16, 32)
+
+
+class NormDirection(Experiment):
+    """Norm ratio and direction consistency of P0, by layer and by component."""
+
+    id = "norm-direction"
+    title = "Norm and direction of P0"
+
+    def __init__(self, config: NormDirectionConfig = NormDirectionConfig()) -> None:
+        super().__init__(config)
+
+    def measure(self, model: Any, prompts: PromptSet) -> Result:
+        import pandas as pd
+
+        others = [offset for offset in self.config.others if offset < prompts.length]
+        places = [0, *others]
+        what = [NORM_RATIO, *_COMPONENTS.values(), *(embedding_at(offset) for offset in places)]
+        what += [residual_at(offset) for offset in places]
+        what += [component_at(component, offset) for component in _COMPONENTS for offset in places]
+        recording = self.record(model, prompts, what, "text")
+
+        rows = []
+        ratios = recording[NORM_RATIO]
+        for layer in range(ratios.shape[1]):
+            at_p0 = sink.direction_cosines(recording[residual_at()][:, layer])
+            beside = [sink.direction_cosines(recording[residual_at(offset)][:, layer]) for offset in others]
+            rows.append(_row("residual", layer, ratios[:, layer], at_p0, beside))
+        for component, norms in _COMPONENTS.items():
+            for layer in range(recording[norms].shape[1]):
+                ratio = sink.ratio_to_others(recording[norms][:, layer], prompts.p0, prompts.attention_mask)
+                at_p0 = sink.direction_cosines(recording[component_at(component)][:, layer])
+                beside = [sink.direction_cosines(recording[component_at(component, o)][:, layer]) for o in others]
+                rows.append(_row(_NAMES[component], layer, ratio, at_p0, beside))
+        rows.append(_embedding_row(recording, others))
+        table = pd.DataFrame(rows)
+        stream = table[table["component"] == "residual"]
+        after_block_1 = min(2, len(stream) - 1)
+        metrics = {
+            "norm_ratio_after_block_1": bootstrap(ratios[:, after_block_1].numpy()),
+            "direction_consistency_after_block_1": bootstrap(
+                sink.direction_cosines(recording[residual_at()][:, after_block_1]).numpy()
+            ),
+            "largest_norm_ratio": bootstrap(ratios[:, int(ratios.mean(0).argmax())].numpy()),
+        }
+        figures = {"layers": _draw_layers(stream), "components": _draw_components(table)}
+        return Result(self.id, self.title, metrics, {"layers": table}, figures)
+
+
+def _row(component: str, layer: int, ratio: Tensor, at_p0: Tensor, beside: list[Tensor]) -> dict[str, Any]:
+    norm, direction = bootstrap(ratio.numpy()), bootstrap(at_p0.numpy())
+    # Consistency of several positions together: cosines to each position's own mean, averaged over the positions.
+    other = bootstrap(torch.stack(beside).mean(0).numpy()) if beside else Interval(*[float("nan")] * 3, 0)
+    return {
+        "component": component,
+        "layer": layer,
+        **_columns("norm_ratio", norm),
+        **_columns("direction_consistency", direction),
+        **_columns("direction_consistency_others", other),
+        "n": norm.n,
+    }
+
+
+def _columns(name: str, interval: Interval) -> dict[str, float]:
+    return {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
+
+
+def _embedding_row(recording: Recording, others: list[int]) -> dict[str, Any]:
+    """The embedding has one norm per recorded position only; the median is over those."""
+    at_p0 = recording[embedding_at()]
+    vectors = [recording[embedding_at(offset)] for offset in others]
+    sizes = torch.stack([vector.float().norm(dim=-1) for vector in (at_p0, *vectors)], dim=1)
+    ratio = (
+        sink.ratio_to_others(sizes, torch.zeros(len(sizes), dtype=torch.long)) if others else sizes[:, 0] / sizes[:, 0]
+    )
+    return _row("embedding", 0, ratio, sink.direction_cosines(at_p0), [sink.direction_cosines(v) for v in vectors])
+
+
+def _draw_layers(stream: Any) -> Any:
+    from p0circuit.report.figures import trajectories
+
+    places = ["embedding", *(f"after {layer}" for layer in stream["layer"][:-1])]
+    norms = [_series(stream, "norm_ratio", "P0")]
+    directions = [
+        _series(stream, "direction_consistency", "P0"),
+        _series(stream, "direction_consistency_others", "other positions"),
+    ]
+    return trajectories(
+        {"Norm": norms, "Direction": directions},
+        [place.removeprefix("after ") if place != "embedding" else "emb" for place in places],
+        "The residual stream at position zero",
+        "after block",
+        ["norm of P0 / median of others", "cosine to the mean direction"],
+        log=[True, False],
+    )
+
+
+def _draw_components(table: Any) -> Any:
+    from p0circuit.report.figures import trajectories
+
+    parts = {name: table[table["component"] == name] for name in _NAMES.values()}
+    layers = [str(layer) for layer in parts["MLP out"]["layer"]]
+    return trajectories(
+        {
+            "Norm": [_series(part, "norm_ratio", name) for name, part in parts.items()],
+            "Direction": [_series(part, "direction_consistency", name) for name, part in parts.items()],
+        },
+        layers,
+        "What each component writes at position zero",
+        "block",
+        ["norm at P0 / median of others", "cosine to the mean direction"],
+        log=[True, False],
+    )
+
+
+def _series(part: Any, column: str, label: str) -> Any:
+    from p0circuit.report.figures import Series
+
+    return Series(label, *(part[name].tolist() for name in (column, f"{column}_low", f"{column}_high")))

@@ -1,0 +1,80 @@
+"""Where the sink is: the sink score of every head, and what the prompt has to do with it (paper, section on P0 sinks).
+
+1. Record the sink score of every head on each condition (text without and with BOS, random and repeated tokens).
+2. Average over samples: a map of layers by heads; count heads above the threshold: the sink rate.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from p0circuit import sink
+from p0circuit.activations import SINK_SCORE, score_at
+from p0circuit.experiments.base import Experiment, mean_over_samples
+from p0circuit.experiments.conditions import WITH_BOS, WITHOUT_BOS, conditions
+from p0circuit.intervals import bootstrap
+from p0circuit.prompts import PromptSet
+from p0circuit.results import Result
+
+
+@dataclass(frozen=True)
+class SinkMapConfig:
+    """`eps`: threshold of the sink rate; `control`: the position (after P0) whose score stands beside P0's."""
+
+    eps: float = sink.SINK_THRESHOLD
+    control: int = 8
+
+
+class SinkMap(Experiment):
+    """Sink score per layer and head, on text with and without BOS, on random tokens and on one repeated token."""
+
+    id = "sink-map"
+    title = "Where the sink is"
+
+    def __init__(self, config: SinkMapConfig = SinkMapConfig()) -> None:
+        super().__init__(config)
+
+    def measure(self, model: Any, prompts: PromptSet) -> Result:
+        import pandas as pd
+
+        from p0circuit.report.figures import heat_maps
+
+        eps = self.config.eps
+        control = score_at(self.config.control)
+        maps, rows, rates, metrics = {}, [], [], {}
+        for name, condition in conditions(model, prompts).items():
+            recording = self.record(model, condition, [SINK_SCORE, control], name)
+            scores = recording[SINK_SCORE]
+            maps[name] = mean_over_samples(scores)
+            spread = scores.double().std(0).numpy()
+            beside = mean_over_samples(recording[control])
+            for (layer, head), value in _cells(maps[name]):
+                rows.append((name, layer, head, value, spread[layer, head], beside[layer, head]))
+            for start in (0, min(2, scores.shape[1] - 1)):
+                for place, values in ((0, scores), (self.config.control, recording[control])):
+                    interval = bootstrap(sink.sink_rate(values, eps, start).numpy())
+                    rates.append((name, place, start, *interval.to_json().values()))
+                    if name == WITHOUT_BOS and place == 0:
+                        metrics["sink_rate" + (f"_from_layer_{start}" if start else "")] = interval
+            if name in (WITHOUT_BOS, WITH_BOS):
+                layer, head = divmod(int(maps[name].argmax()), scores.shape[2])
+                key = "best_head" if name == WITHOUT_BOS else "best_head_with_bos"
+                metrics[key] = bootstrap(scores[:, layer, head].numpy())
+        notes = [] if WITH_BOS in maps else ["The tokenizer has no BOS token: the condition with BOS is left out."]
+        columns = ["condition", "layer", "head", "sink_score", "standard_deviation", f"score_at_{self.config.control}"]
+        rate_columns = ["condition", "position", "from_layer", "sink_rate", "low", "high", "n"]
+        return Result(
+            self.id,
+            self.title,
+            metrics,
+            {"scores": pd.DataFrame(rows, columns=columns), "rates": pd.DataFrame(rates, columns=rate_columns)},
+            {"map": heat_maps(maps, "Attention to position zero, mean over queries and samples", "sink score")},
+            notes=notes,
+        )
+
+
+def _cells(values: Any) -> Any:
+    import numpy as np
+
+    return np.ndenumerate(values)

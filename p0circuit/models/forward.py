@@ -1,0 +1,247 @@
+"""The one way this package runs a model: the same call, checks and hooks on both backends."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from p0circuit.models.info import ModelError, describe
+
+Hook = tuple[str, Callable[..., Any]]
+
+_POINTS: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
+
+
+def forward(
+    model: Any,
+    ids: Int[Tensor, "batch pos"],
+    attention_mask: Bool[Tensor, "batch pos"] | Int[Tensor, "batch pos"] | None = None,
+    *,
+    hooks: Sequence[Hook] = (),
+    stop_at_layer: int | None = None,
+) -> Tensor:
+    """Run token ids through a hooked model and return its logits, or the residual stream before block `stop_at_layer`.
+
+    A left-padded row gives the same values at its real positions as the row without padding. Hooks are
+    `(name, fn(activation, hook))` pairs; what `fn` returns, unless None, takes the activation's place. They are gone
+    afterwards, also after an exception. Hooks at or above `stop_at_layer` do not fire.
+
+    Raises:
+        ModelError: on a model in training mode, ids of the wrong type, shape, length or range, a mask that does not
+            fit them, an unknown hook name, or a layer that does not exist.
+    """
+    info = describe(model)
+    _check_ready(model)
+    _check_ids(ids, info)
+    mask = _check_mask(attention_mask, ids.shape, model)
+    stop = _check_layer("stop_at_layer", stop_at_layer, 0, info.layers)
+    ids = ids.to(model.cfg.device)
+    if info.backend == "hooked":
+        with hooked(model, _below(hooks, stop)):
+            return model(ids, attention_mask=mask, stop_at_layer=stop)
+    return _run_bridge(model, ids, mask, _below(hooks, stop), stop)
+
+
+def resume(
+    model: Any,
+    residual: Float[Tensor, "batch pos d_model"],
+    start_at_layer: int,
+    attention_mask: Bool[Tensor, "batch pos"] | Int[Tensor, "batch pos"] | None = None,
+    *,
+    hooks: Sequence[Hook] = (),
+    stop_at_layer: int | None = None,
+) -> Tensor:
+    """Go on from the residual stream before block `start_at_layer` as if the model had computed it itself.
+
+    Blocks below `start_at_layer` do not run and hooks on them (or on the embedding) do not fire;
+    `start_at_layer` equal to the number of layers runs the final norm and the unembedding alone.
+
+    Raises:
+        ModelError: as `forward` does, and for a residual of another shape than [batch, pos, d_model].
+    """
+    info = describe(model)
+    _check_ready(model)
+    if residual.ndim != 3 or residual.shape[-1] != info.d_model or 0 in residual.shape:
+        raise ModelError(f"expected a residual of shape [batch, pos, {info.d_model}], got {list(residual.shape)}")
+    mask = _check_mask(attention_mask, residual.shape[:2], model)
+    start = _check_layer("start_at_layer", start_at_layer, 0, info.layers) or 0
+    stop = _check_layer("stop_at_layer", stop_at_layer, start, info.layers)
+    residual = residual.to(model.cfg.device)
+    if stop == start:
+        return residual
+    hooks = [hook for hook in _below(hooks, stop) if start <= _layer_of(hook[0], info.layers)]
+    if info.backend == "hooked":
+        with hooked(model, hooks):
+            return model(residual, start_at_layer=start, attention_mask=mask, stop_at_layer=stop)
+    # transformers owns the loop over the blocks and prepares masks and rotations for them: it runs on stand-in ids,
+    # the blocks to be left out hand on the given residual, and an embedding that nobody reads is all that is wasted.
+    ids = residual.new_zeros(residual.shape[:2], dtype=torch.long)
+    if start == 0:
+        hooks = [("blocks.0.hook_resid_pre", lambda activation, hook: residual), *hooks]
+    with _left_out(model, start, residual):
+        return _run_bridge(model, ids, mask, hooks, stop)
+
+
+@contextlib.contextmanager
+def hooked(model: Any, hooks: Sequence[Hook]) -> Iterator[None]:
+    """Keep hooks on the model inside a `with`; on leaving, exactly these are removed, whatever happened.
+
+    Raises:
+        ModelError: for a name this model has no hook point for.
+    """
+    points = [(hook_point(model, name), function) for name, function in hooks]
+    added = []
+    try:
+        for point, function in points:
+            point.add_hook(function)
+            added.append((point, point.fwd_hooks[-1]))
+        yield
+    finally:
+        for point, handle in added:
+            handle.hook.remove()
+            point.fwd_hooks.remove(handle)
+
+
+def hook_point(model: Any, name: str) -> Any:
+    """The hook point with one of the common names (or any name the backend itself knows).
+
+    Raises:
+        ModelError: if there is none, with the reason where the family explains it.
+    """
+    points = _POINTS.get(model)
+    if points is None:
+        points = _POINTS.setdefault(model, dict(model.hook_dict))
+    if name not in points:
+        raise ModelError(f"{describe(model).name} has no hook point {name!r}{_why_missing(model, name)}")
+    return points[name]
+
+
+class _Stop(Exception):
+    """Carries the residual stream out of a bridged model's forward pass."""
+
+    def __init__(self, residual: Tensor) -> None:
+        super().__init__()
+        self.residual = residual
+
+
+def _run_bridge(model: Any, ids: Tensor, mask: Tensor | None, hooks: Sequence[Hook], stop: int | None) -> Tensor:
+    if stop is None:
+        with hooked(model, hooks):
+            return model(ids, attention_mask=mask)
+
+    def leave(activation: Tensor, hook: Any) -> None:
+        raise _Stop(activation)
+
+    last = "blocks.0.hook_resid_pre" if stop == 0 else f"blocks.{stop - 1}.hook_resid_post"
+    try:
+        with hooked(model, [*hooks, (last, leave)]):
+            model(ids, attention_mask=mask)
+    except _Stop as stopped:
+        return stopped.residual
+    raise ModelError(f"{describe(model).name}: the hook {last!r} did not fire, cannot stop at layer {stop}")
+
+
+@contextlib.contextmanager
+def _left_out(model: Any, start: int, residual: Tensor) -> Iterator[None]:
+    """Make the blocks below `start` of a bridged model hand on `residual` instead of computing."""
+    output = (residual,) if _blocks_return_tuples(model) else residual
+    blocks = list(model.blocks)[:start]
+    try:
+        for block in blocks:
+            # Into the instance's dict: a bridge component passes attribute writes on to the module it wraps.
+            block.__dict__["forward"] = lambda *args, **kwargs: output
+        yield
+    finally:
+        for block in blocks:
+            block.__dict__.pop("forward", None)
+
+
+_TUPLES: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
+
+
+def _blocks_return_tuples(model: Any) -> bool:
+    """Whether the family's blocks return a tuple: seen once per model in a pass over one token."""
+    if model not in _TUPLES:
+        seen: list[bool] = []
+        handle = model.blocks[0].register_forward_hook(
+            lambda block, args, output: seen.append(isinstance(output, tuple))
+        )
+        try:
+            with torch.no_grad():
+                model(torch.zeros(1, 1, dtype=torch.long, device=model.cfg.device))
+        finally:
+            handle.remove()
+        _TUPLES[model] = seen[0]
+    return _TUPLES[model]
+
+
+def _layer_of(name: str, layers: int) -> int:
+    """The block a hook name belongs to: -1 for the embedding's, the number of layers for what follows the blocks."""
+    if name.startswith("blocks."):
+        return int(name.split(".")[1])
+    return -1 if "embed" in name and "unembed" not in name else layers
+
+
+def _below(hooks: Sequence[Hook], stop: int | None) -> list[Hook]:
+    return [hook for hook in hooks if stop is None or _layer_of(hook[0], stop) < stop]
+
+
+def _why_missing(model: Any, name: str) -> str:
+    info = describe(model)
+    if name.endswith("hook_resid_mid") and info.parallel_blocks:
+        return ": attention and MLP of its blocks read the same input, there is no stream between them"
+    if name.endswith(("mlp.hook_pre", "mlp.hook_post")) and info.experts:
+        return f": each of its {info.experts} experts has a hidden layer of its own"
+    if "hook_rot_" in name and info.positions != "rotary":
+        return f": its positions are {info.positions}, not rotary; read hook_q and hook_k"
+    if (name.startswith("blocks.") and not name.split(".")[1].isdigit()) or _layer_of(name, info.layers) > info.layers:
+        return f": it has blocks 0 to {info.layers - 1}"
+    return ""
+
+
+def _check_ready(model: Any) -> None:
+    # A bridge and the transformers model inside it can be in different modes.
+    if model.training or getattr(model, "original_model", model).training:
+        raise ModelError("the model is in training mode, where dropout makes every pass different; call model.eval()")
+
+
+def _check_ids(ids: Tensor, info: Any) -> None:
+    if ids.ndim != 2 or 0 in ids.shape or ids.dtype not in (torch.int32, torch.int64):
+        raise ModelError(f"expected integer token ids of shape [batch, pos], got {ids.dtype} {list(ids.shape)}")
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= info.vocab_size:
+        raise ModelError(f"token ids must lie in 0..{info.vocab_size - 1} ({info.name}), got {low}..{high}")
+    if info.context is not None and ids.shape[1] > info.context:
+        raise ModelError(
+            f"sequence of {ids.shape[1]} tokens, but {info.name} has {info.positions} positions for "
+            f"{info.context} of them; shorten the prompts"
+        )
+
+
+def _check_mask(mask: Tensor | None, shape: Sequence[int], model: Any) -> Tensor | None:
+    if mask is not None:
+        if tuple(mask.shape) != tuple(shape):
+            raise ModelError(f"the attention mask has shape {list(mask.shape)}, the input [batch, pos] = {list(shape)}")
+        mask = mask.to(device=model.cfg.device, dtype=torch.long)
+        if not bool(((mask == 0) | (mask == 1)).all()):
+            raise ModelError("the attention mask must hold 1 (or True) at real tokens and 0 at padding")
+        if not bool(mask.any(dim=1).all()):
+            raise ModelError(f"row {int(mask.any(dim=1).int().argmin())} of the attention mask has no real token")
+        if not bool(mask.all()):
+            return mask
+    # HookedTransformer guesses a mask from the ids when its tokenizer pads on the left: rule that out.
+    if getattr(model.tokenizer, "padding_side", "right") == "left":
+        return torch.ones(tuple(shape), dtype=torch.long, device=model.cfg.device)
+    return None
+
+
+def _check_layer(name: str, layer: int | None, low: int, high: int) -> int | None:
+    if layer is not None and not low <= layer <= high:
+        raise ModelError(f"{name} must lie in {low}..{high}, got {layer}")
+    return layer

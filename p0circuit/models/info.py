@@ -1,0 +1,133 @@
+"""What a hooked model is, in one small frozen record, whichever TransformerLens class holds it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Positions = Literal["rotary", "learned", "alibi", "none"]
+
+_POSITIONS: dict[str, Positions] = {
+    "rotary": "rotary",
+    "standard": "learned",
+    "shortformer": "learned",
+    "alibi": "alibi",
+    "none": "none",
+}
+
+
+class ModelError(ValueError):
+    """A model, checkpoint or input that p0circuit refuses; the message says why and how to mend it."""
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """The description of a hooked model that the rest of the package relies on.
+
+    `window` holds one entry per layer: how many keys a query sees, itself included, or None for all of them.
+    `context` is the longest sequence in tokens, None where nothing limits it. `d_mlp` is the width of one expert in
+    a mixture-of-experts model; `experts` is then their number, and 0 for dense models. In `parallel_blocks` the MLP
+    reads the block's input instead of the stream after attention, so there is no `hook_resid_mid`.
+    """
+
+    name: str
+    backend: Literal["hooked", "bridge"]
+    architecture: str
+    layers: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    d_model: int
+    d_mlp: int
+    vocab_size: int
+    context: int | None
+    positions: Positions
+    window: tuple[int | None, ...]
+    experts: int
+    parallel_blocks: bool
+
+
+def describe(model: Any) -> ModelInfo:
+    """Describe a `HookedTransformer` or `TransformerBridge`, loaded by us or built by hand.
+
+    Raises:
+        ModelError: if `model` is neither.
+    """
+    backend = backend_of(model)
+    cfg = model.cfg
+    hf = model.original_model.config.get_text_config() if backend == "bridge" else None
+    return ModelInfo(
+        name=cfg.model_name or "custom",
+        backend=backend,
+        architecture=(cfg.original_architecture if hf is None else cfg.architecture) or "custom",
+        layers=cfg.n_layers,
+        heads=cfg.n_heads,
+        kv_heads=cfg.n_key_value_heads or cfg.n_heads,
+        head_size=cfg.d_head,
+        d_model=cfg.d_model,
+        d_mlp=_expert_width(hf) or cfg.d_mlp or 0,
+        vocab_size=cfg.d_vocab,
+        context=None if _positions(model, hf) in ("alibi", "none") else cfg.n_ctx,
+        positions=_positions(model, hf),
+        window=_hooked_windows(cfg) if hf is None else layer_windows(hf),
+        experts=(cfg.num_experts or 0) if hf is None else experts(hf),
+        parallel_blocks=bool(getattr(cfg, "parallel_attn_mlp", False)) if hf is None else _is_parallel(model),
+    )
+
+
+def backend_of(model: Any) -> Literal["hooked", "bridge"]:
+    """Which TransformerLens class a model is.
+
+    Raises:
+        ModelError: if it is neither `HookedTransformer` nor `TransformerBridge`.
+    """
+    # By name and not by isinstance: HookedTransformer cannot be imported from TransformerLens 4 on.
+    classes = {cls.__name__ for cls in type(model).__mro__}
+    if "HookedTransformer" in classes:
+        return "hooked"
+    if "TransformerBridge" in classes:
+        return "bridge"
+    raise ModelError(
+        f"expected a TransformerLens model (HookedTransformer or TransformerBridge), got {type(model).__name__}; "
+        "load one with p0circuit.load_model"
+    )
+
+
+def layer_windows(config: Any) -> tuple[int | None, ...]:
+    """The sliding window of every layer of a `transformers` config, None where a layer sees everything."""
+    layers = config.num_hidden_layers
+    size = getattr(config, "sliding_window", None) or getattr(config, "window_size", None)
+    if not isinstance(size, int) or getattr(config, "use_sliding_window", True) is False:
+        return (None,) * layers
+    kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None)
+    if kinds is None:
+        return (size,) * layers
+    return tuple(size if kind in ("sliding_attention", "local") else None for kind in kinds)
+
+
+def experts(config: Any) -> int:
+    """The number of routed experts a `transformers` config asks for, 0 for a dense model."""
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    return next((count for count in (getattr(config, name, None) for name in names) if count), 0)
+
+
+def _expert_width(config: Any) -> int | None:
+    return getattr(config, "moe_intermediate_size", None) if config is not None and experts(config) else None
+
+
+def _hooked_windows(cfg: Any) -> tuple[int | None, ...]:
+    if not cfg.use_local_attn:
+        return (None,) * cfg.n_layers
+    return tuple(cfg.window_size if kind == "local" else None for kind in cfg.attn_types)
+
+
+def _positions(model: Any, hf: Any) -> Positions:
+    kind = _POSITIONS.get(model.cfg.positional_embedding_type, "none")
+    # The bridge says "standard" unless its adapter says otherwise, table or no table.
+    if hf is not None and kind == "learned" and not hasattr(model, "pos_embed"):
+        return "none"
+    return kind
+
+
+def _is_parallel(model: Any) -> bool:
+    return any(cls.__name__ == "ParallelBlockBridge" for cls in type(model.blocks[0]).__mro__)

@@ -1,0 +1,364 @@
+"""Load a model by name, directory or hub id as a raw hooked model: nothing folded, nothing centred, in eval mode.
+
+1. Find the directory: a shipped model's, the caller's own, or the hub's snapshot (from the local cache when offline).
+2. Find the checkpoint in it, if one is asked for.
+3. Check it before anything heavy: config, weights as safetensors, a causal mask.
+4. Load it with `transformers` (eager attention), check the weights, and hand it to a TransformerLens class.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from p0circuit.models.info import ModelError
+from p0circuit.paths import data_dir
+
+Backend = Literal["auto", "hooked", "bridge"]
+
+_STEP = re.compile(r"(?:step|checkpoint)-?0*(\d+)")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+_HUB_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "spiece.model",
+    "vocab.*",
+    "merges.txt",
+)
+
+
+@dataclass(frozen=True)
+class ShippedModel:
+    """A model that comes with the package: its name, its number of parameters and the steps of its checkpoints."""
+
+    name: str
+    parameters: int
+    checkpoints: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A resolved model: the folder to read, where its tokenizer may lie, and what to call it."""
+
+    name: str
+    folder: Path
+    tokenizers: tuple[Path, ...]
+
+
+def load_model(
+    name: str | Path,
+    backend: Backend = "auto",
+    checkpoint: int | str | None = None,
+    device: Any = None,
+    dtype: Any = None,
+) -> Any:
+    """Load a shipped model by name, a local Hugging Face directory, or a hub id, as a raw hooked model in eval mode.
+
+    `checkpoint` is a training step, or the label or hub revision that names it. `backend` "auto" is HookedTransformer
+    for the families it computes exactly and TransformerBridge for everything else. `device` defaults to CUDA where
+    there is one and the CPU otherwise, `dtype` to float32 whatever the file holds.
+
+    Raises:
+        ModelError: for whatever cannot be loaded right; the message says what was found, what was expected, and how
+            to mend it.
+    """
+    import torch
+
+    if backend not in ("auto", "hooked", "bridge"):
+        raise ModelError(f"backend must be 'auto', 'hooked' or 'bridge', got {backend!r}")
+    source = _resolve(name, checkpoint)
+    config = _check_folder(source)
+    tokenizer = _load_tokenizer(source)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    hf = _load_hf(source, config, device, dtype or torch.float32)
+
+    from p0circuit.models.bridge import to_bridge
+    from p0circuit.models.hooked import FAMILIES, available, to_hooked
+
+    if backend == "hooked" and not available():
+        raise ModelError("this TransformerLens has no HookedTransformer any more; use backend='bridge'")
+    if backend == "hooked" or (backend == "auto" and available() and type(hf).__name__ in FAMILIES):
+        try:
+            return to_hooked(hf, source.name, tokenizer)
+        except ModelError:
+            if backend == "hooked":
+                raise
+    return to_bridge(hf, source.name, tokenizer)
+
+
+def list_models() -> list[ShippedModel]:
+    """The models that come with the package, by name."""
+    folders = sorted((data_dir() / "models").glob("*/config.json"))
+    return [
+        ShippedModel(path.parent.name, _count_parameters(path.parent), tuple(sorted(_checkpoints(path.parent))))
+        for path in folders
+    ]
+
+
+def list_checkpoints(source: str | Path) -> list[int]:
+    """The training steps a shipped model, directory or hub id keeps checkpoints of, in order.
+
+    Raises:
+        ModelError: if there is no such model.
+    """
+    folder = _local_folder(source)
+    if folder is not None:
+        return sorted(_checkpoints(folder))
+    return sorted(_steps(_hub_revisions(_hub_id(str(source)))))
+
+
+def _resolve(name: str | Path, checkpoint: int | str | None) -> _Source:
+    folder = _local_folder(name)
+    if folder is None:
+        return _from_hub(str(name), checkpoint)
+    if checkpoint is None:
+        return _Source(folder.name, folder, _tokenizer_folders(folder))
+    chosen = _find_checkpoint(folder, checkpoint)
+    return _Source(f"{folder.name}@{checkpoint}", chosen, (chosen, folder))
+
+
+def _local_folder(name: str | Path) -> Path | None:
+    """The folder of a shipped model or of the caller's own, None for what can only be a hub id."""
+    shipped = data_dir() / "models" / name
+    if len(Path(name).parts) == 1 and (shipped / "config.json").is_file():
+        return shipped
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path.resolve()
+    looks_like_a_path = isinstance(name, Path) or str(name).startswith((".", "/", "~")) or len(path.parts) > 2
+    if path.exists() or looks_like_a_path:
+        found = "a file" if path.exists() else "nothing"
+        raise ModelError(f"{str(name)!r}: expected a directory with config.json and safetensors weights, found {found}")
+    return None
+
+
+def _tokenizer_folders(folder: Path) -> tuple[Path, ...]:
+    """Where to look for a tokenizer: a checkpoint's own folder, then that of the run it belongs to."""
+    if not _STEP.fullmatch(folder.name):
+        return (folder,)
+    return (folder, folder.parent.parent if folder.parent.name == "trace" else folder.parent)
+
+
+def _checkpoints(folder: Path) -> dict[int, Path]:
+    found = [*folder.glob("trace/*/config.json"), *folder.glob("*/config.json")]
+    matches = [(_STEP.fullmatch(config.parent.name), config.parent) for config in found]
+    return {int(match.group(1)): path for match, path in matches if match}
+
+
+def _find_checkpoint(folder: Path, checkpoint: int | str) -> Path:
+    steps = _checkpoints(folder)
+    match = _STEP.fullmatch(str(checkpoint))
+    step = int(match.group(1)) if match else int(checkpoint) if str(checkpoint).isdigit() else None
+    if step in steps:
+        return steps[step]
+    labels = {config.parent.name: config.parent for config in folder.glob("trace/*/config.json")}
+    if checkpoint in labels:
+        return labels[str(checkpoint)]
+    if not steps:
+        raise ModelError(
+            f"{folder.name} keeps no checkpoints (none of trace/step-000123 or checkpoint-123 in {folder})"
+        )
+    raise ModelError(
+        f"{folder.name} has no checkpoint {checkpoint!r}; it keeps those of steps {_listed(sorted(steps))}"
+    )
+
+
+def _from_hub(name: str, checkpoint: int | str | None) -> _Source:
+    from huggingface_hub import errors, snapshot_download
+
+    hub_id = _hub_id(name)
+    revision = f"step{checkpoint}" if isinstance(checkpoint, int) else checkpoint
+    label = hub_id if checkpoint is None else f"{hub_id}@{checkpoint}"
+    try:
+        folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(_HUB_FILES)))
+    except errors.RevisionNotFoundError:
+        found = _hub_revisions(hub_id)
+        raise ModelError(f"{hub_id} has no checkpoint {checkpoint!r}; it has {_listed(found)}") from None
+    except errors.GatedRepoError:
+        raise ModelError(f"{hub_id} is gated: accept its terms on the hub and log in with `hf auth login`") from None
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
+        raise ModelError(f"unknown model {name!r}: {_near(name)}") from None
+    except OSError as error:
+        if revision is not None and (found := _cached_revisions(hub_id)):
+            raise ModelError(
+                f"{hub_id} at {revision!r} is not in the local cache, and the hub cannot be reached; "
+                f"cached are {_listed(found)}"
+            ) from error
+        raise ModelError(
+            f"unknown model {name!r}: no shipped model or directory, {hub_id!r} is not in the local cache, "
+            f"and the hub cannot be reached; {_near(name)}"
+        ) from error
+    return _Source(label, folder, (folder,))
+
+
+def _hub_id(name: str) -> str:
+    """The hub id behind one of TransformerLens's short names, and any other name as it is."""
+    from transformer_lens.supported_models import MODEL_ALIASES
+
+    return next((hub_id for hub_id, short in MODEL_ALIASES.items() if name in short), name)
+
+
+def _hub_revisions(hub_id: str) -> list[str]:
+    from huggingface_hub import HfApi, errors
+
+    try:
+        refs = HfApi().list_repo_refs(hub_id)
+        return [ref.name for ref in [*refs.branches, *refs.tags]]
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
+        raise ModelError(f"unknown model {hub_id!r}: {_near(hub_id)}") from None
+    except OSError:
+        return _cached_revisions(hub_id)
+
+
+def _cached_revisions(hub_id: str) -> list[str]:
+    from huggingface_hub import constants
+
+    folder = Path(constants.HF_HUB_CACHE) / f"models--{hub_id.replace('/', '--')}" / "refs"
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def _steps(labels: list[str]) -> set[int]:
+    return {int(match.group(1)) for match in map(_STEP.fullmatch, labels) if match}
+
+
+def _near(name: str) -> str:
+    from transformer_lens.supported_models import MODEL_ALIASES, OFFICIAL_MODEL_NAMES
+
+    shipped = [model.name for model in list_models()]
+    known = {*shipped, *OFFICIAL_MODEL_NAMES, *(short for names in MODEL_ALIASES.values() for short in names)}
+    lowered = {candidate.lower(): candidate for candidate in sorted(known)}
+    near = [lowered[key] for key in difflib.get_close_matches(name.lower(), lowered, n=4)]
+    return f"did you mean {_listed(near)}?" if near else f"shipped are {_listed(shipped) or 'none'}"
+
+
+def _listed(items: list[Any], most: int = 24) -> str:
+    text = ", ".join(str(item) for item in items[:most])
+    return text if len(items) <= most else f"{text} and {len(items) - most} more"
+
+
+def _check_folder(source: _Source) -> Any:
+    """Read the config, having made sure that the folder is whole and holds a causal language model."""
+    from transformers import AutoConfig
+
+    if not (source.folder / "config.json").is_file():
+        raise ModelError(f"{source.name}: no config.json in {source.folder}; expected a Hugging Face model directory")
+    _check_weight_files(source)
+    try:
+        config = AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"{source.name}: config.json cannot be used ({error}); code from model folders is not run"
+        ) from error
+    _check_causal_config(source, config)
+    return config
+
+
+def _check_weight_files(source: _Source) -> None:
+    folder = source.folder
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        shards = set(json.loads(index.read_text())["weight_map"].values())
+        absent = sorted(shard for shard in shards if not (folder / shard).is_file())
+        if absent:
+            raise ModelError(f"{source.name}: weight files missing in {folder}: {_listed(absent)}")
+        return
+    if (folder / "model.safetensors").is_file():
+        return
+    pickles = sorted(path.name for kind in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(kind))
+    if pickles:
+        raise ModelError(
+            f"{source.name}: the weights in {folder} are pickled ({_listed(pickles)}), and loading a pickle can run "
+            "any code. If you trust them, convert them once: transformers.AutoModelForCausalLM.from_pretrained(folder, "
+            "use_safetensors=False).save_pretrained(folder) writes model.safetensors beside them"
+        )
+    raise ModelError(
+        f"{source.name}: no weights in {folder}; expected model.safetensors or its shards with their index"
+    )
+
+
+def _check_causal_config(source: _Source, config: Any) -> None:
+    from transformers.models.auto import modeling_auto as auto
+
+    causal = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    architecture = (config.architectures or [causal.get(config.model_type)])[0]
+    encoder = config.model_type in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+    if getattr(config, "is_encoder_decoder", False) or architecture not in causal.values() or encoder:
+        raise ModelError(
+            f"{source.name} is a {architecture or config.model_type}, not a causal language model: without a causal "
+            "mask no position is first"
+        )
+
+
+def _load_tokenizer(source: _Source) -> Any:
+    """The tokenizer beside the weights, None where there is none: token ids are enough to run a model."""
+    from transformers import AutoTokenizer
+
+    for folder in source.tokenizers:
+        if any((folder / name).is_file() for name in _TOKENIZER_FILES):
+            try:
+                return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            except Exception as error:
+                warnings.warn(f"{source.name}: its tokenizer cannot be read ({error}); use token ids", stacklevel=3)
+    return None
+
+
+def _load_hf(source: _Source, config: Any, device: Any, dtype: Any) -> Any:
+    """Load the weights with `transformers`, and make sure that they are all there, finite, and causal."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        hf, report = AutoModelForCausalLM.from_pretrained(
+            source.folder,
+            config=config,
+            dtype=dtype,
+            attn_implementation="eager",
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except Exception as error:
+        raise ModelError(f"{source.name}: transformers cannot load the weights in {source.folder}: {error}") from error
+    if report["missing_keys"]:
+        absent = _listed(sorted(report["missing_keys"]), 6)
+        raise ModelError(f"{source.name}: the weight files lack {absent}; they would be random")
+    broken = [name for name, weight in hf.named_parameters() if not bool(torch.isfinite(weight).all())]
+    if broken:
+        raise ModelError(f"{source.name}: NaN or infinite values in {_listed(broken, 6)}; this checkpoint is damaged")
+    hf = hf.to(device).eval()
+    _check_causal(source, hf, device)
+    return hf
+
+
+def _check_causal(source: _Source, hf: Any, device: Any) -> None:
+    """Change the second token and see that nothing changes at the first, whatever the config says."""
+    import torch
+
+    with torch.no_grad():
+        logits = hf(torch.tensor([[0, 0], [0, 1]], device=device)).logits[:, 0].float()
+    if not torch.allclose(logits[0], logits[1], rtol=0, atol=1e-3 * float(logits.abs().max())):
+        raise ModelError(f"{source.name} has no causal mask: its first position sees the second")
+
+
+def _count_parameters(folder: Path) -> int:
+    """The number of weights, from the headers of the files alone."""
+    from math import prod
+
+    from safetensors import safe_open
+
+    total = 0
+    for path in folder.glob("model*.safetensors"):
+        with safe_open(path, framework="np") as file:
+            total += sum(prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
+    return total

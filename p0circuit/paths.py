@@ -1,0 +1,12 @@
+"""Where the files that come with the package lie."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def data_dir() -> Path:
+    """The folder of shipped data: `p0circuit/data` in an installed wheel, else the repository's `data/`."""
+    package = Path(__file__).resolve().parent
+    installed = package / "data"
+    return installed if installed.is_dir() else package.parent / "data"

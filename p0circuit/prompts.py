@@ -1,0 +1,348 @@
+"""What the models read: token ids, which of them are real, and how they were made.
+
+1. Text becomes crops of exactly T tokens, spread over the files evenly: without overlap while the text lasts, with as
+   little overlap as possible after that, never from one file into the next.
+2. A first token, where one is asked for, stands before the crop, which then loses its last token. With the same seed
+   the crops are the same whatever stands before them: with and without BOS make pairs.
+3. Every set of prompts carries its description and seed, and has a fingerprint by which results are filed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from p0circuit.paths import data_dir
+from p0circuit.training.corpus import SourceFile, standard_library_files, text_files
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SHIPPED_TEXTS = ("english", "code")
+# More than any experiment needs; it bounds the time and memory that a large text file or directory can take.
+LONGEST_TEXT = 16_000_000
+
+
+@dataclass(frozen=True, eq=False)
+class PromptSet:
+    """Token sequences of one length, padded on the left where shorter.
+
+    Attributes:
+        ids: token ids; what stands in the padding has no meaning.
+        attention_mask: true where the token is real.
+        description: how the set was made; goes into the results as JSON.
+        seed: of everything that was drawn to make it.
+
+    Raises:
+        ValueError: shapes differ, there is no row, ids are not whole numbers from 0 on, padding stands after a real
+            token, or a row has fewer than 2 real tokens.
+    """
+
+    ids: Int[Tensor, "batch pos"] = field(repr=False)
+    attention_mask: Bool[Tensor, "batch pos"] = field(repr=False)
+    description: dict[str, Any]
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        ids, mask = self.ids, self.attention_mask
+        if ids.ndim != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
+            raise ValueError(f"token ids must be whole numbers [batch, pos], got {ids.dtype} {list(ids.shape)}")
+        if mask.shape != ids.shape or mask.dtype != torch.bool:
+            raise ValueError(
+                f"the attention mask must be true or false for each of the {list(ids.shape)} token ids, "
+                f"got {mask.dtype} {list(mask.shape)}"
+            )
+        _require_size(*ids.shape)
+        if ids.min() < 0:
+            raise ValueError(f"token ids start at 0, got {int(ids.min())}")
+        for row in (mask[:, :-1] & ~mask[:, 1:]).any(dim=1).nonzero()[:1]:
+            raise ValueError(f"row {int(row)} has padding after a real token; padding must stand on the left")
+        for row in (mask.sum(dim=1) < 2).nonzero()[:1]:
+            raise ValueError(f"row {int(row)} has {int(mask[row].sum())} real tokens; at least 2 are needed")
+
+    @property
+    def n(self) -> int:
+        """How many sequences there are."""
+        return self.ids.shape[0]
+
+    @property
+    def length(self) -> int:
+        """Tokens in a row, padding included."""
+        return self.ids.shape[1]
+
+    @property
+    def p0(self) -> Int[Tensor, " batch"]:
+        """Where P0 is in each row: the index of the first real token."""
+        return self.attention_mask.int().argmax(dim=1)
+
+    def fingerprint(self) -> str:
+        """A hash of the token ids and the mask: equal for equal prompts, however they were made."""
+        digest = hashlib.sha256(repr(tuple(self.ids.shape)).encode())
+        digest.update(self.ids.cpu().numpy().astype("<i8").tobytes())
+        digest.update(self.attention_mask.cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Make sure that a model of `vocab_size` tokens can read these prompts.
+
+        Raises:
+            ValueError: a token id is outside the vocabulary.
+        """
+        for row, position in (self.ids >= vocab_size).nonzero()[:1]:
+            raise ValueError(
+                f"token id {int(self.ids[row, position])} (row {int(row)}, position {int(position)}) is outside the "
+                f"vocabulary of {vocab_size} tokens: were these prompts made with another model's tokenizer?"
+            )
+
+    def subset(self, rows: slice | Sequence[int] | Tensor) -> PromptSet:
+        """Some of the rows, given as for indexing."""
+        index = torch.arange(self.n)[rows]
+        description = {**self.description, "n": len(index), "subset_of": self.fingerprint()}
+        return replace(self, ids=self.ids[index], attention_mask=self.attention_mask[index], description=description)
+
+    def split(self, fractions: Sequence[float] = (0.5, 0.5)) -> tuple[PromptSet, ...]:
+        """Disjoint parts drawn by the set's seed, such as one to choose heads on and another to measure them on.
+
+        Raises:
+            ValueError: fractions are not positive, exceed 1 together, or leave a part without a row.
+        """
+        if min(fractions) <= 0 or sum(fractions) > 1 + 1e-9:
+            raise ValueError(f"fractions must be positive and at most 1 together, got {tuple(fractions)}")
+        order = np.random.default_rng(self.seed).permutation(self.n)
+        *parts, _ = np.split(order, np.rint(np.cumsum(fractions) * self.n).astype(int))
+        if not all(map(len, parts)):
+            raise ValueError(f"{self.n} rows are too few to split into {tuple(fractions)}: a part would be empty")
+        return tuple(self.subset(sorted(part.tolist())) for part in parts)
+
+    def left_padded(self, lengths: Sequence[int] | None = None, pad_token: int = 0, seed: int = 0) -> PromptSet:
+        """The beginning of each row, `lengths` tokens of it (drawn from 2 to all if not given), moved to the right end.
+
+        Raises:
+            ValueError: a length is below 2 or above what the row has.
+        """
+        available = self.attention_mask.sum(dim=1).tolist()
+        if lengths is None:
+            lengths = np.random.default_rng(seed).integers(2, available, endpoint=True).tolist()
+        if len(lengths) != self.n or any(not 2 <= kept <= have for kept, have in zip(lengths, available, strict=True)):
+            raise ValueError(f"expected {self.n} lengths from 2 to the real tokens of their rows, got {list(lengths)}")
+        ids, mask = torch.full_like(self.ids, pad_token), torch.zeros_like(self.attention_mask)
+        for row, (start, kept) in enumerate(zip(self.p0.tolist(), lengths, strict=True)):
+            ids[row, -kept:] = self.ids[row, start : start + kept]
+            mask[row, -kept:] = True
+        return PromptSet(ids, mask, {**self.description, "left_padded_from": self.fingerprint()}, self.seed)
+
+
+def from_ids(
+    ids: Tensor | np.ndarray | Sequence[Sequence[int]],
+    attention_mask: Tensor | np.ndarray | Sequence[Sequence[int]] | None = None,
+    vocab_size: int | None = None,
+) -> PromptSet:
+    """Prompts from token ids at hand, [batch, pos]; without a mask every token is real.
+
+    Raises:
+        ValueError: as `PromptSet`, or an id is outside a vocabulary of `vocab_size` tokens.
+    """
+    ids = torch.as_tensor(ids)
+    mask = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else torch.as_tensor(attention_mask).bool()
+    prompts = PromptSet(ids, mask, {"builder": "from_ids", "n": len(ids), "length": ids.shape[-1]})
+    if vocab_size is not None:
+        prompts.check_vocabulary(vocab_size)
+    return prompts
+
+
+def natural_text(
+    tokenizer: PreTrainedTokenizerBase | None,
+    source: str | Path = "english",
+    n: int = 64,
+    length: int = 64,
+    seed: int = 0,
+    first_token: str | int = "text",
+) -> PromptSet:
+    """`n` crops of `length` tokens from texts that people wrote.
+
+    Args:
+        tokenizer: the model's own, from transformers.
+        source: "english" or "code" (shipped), "stdlib" (modules of the standard library that our models were not
+            trained on), a text file, or a directory of .txt, .md and .py files.
+        first_token: what stands at position 0: "text" (the crop as it is), "bos", "random" (drawn uniformly, special
+            tokens excepted) or a token id.
+
+    Raises:
+        ValueError: there is no tokenizer, no such text or too little of it, no BOS, or `n` or `length` is too small.
+    """
+    if tokenizer is None:
+        raise ValueError(
+            "text needs a tokenizer and this model has none; give token ids instead: prompts.from_ids(ids)"
+        )
+    _require_size(n, length)
+    rng = np.random.default_rng(seed)
+    files = _source_files(source)
+    documents = [document for document in _documents(tokenizer, files, rng) if len(document)]
+    text_tokens = sum(map(len, documents))
+    stride = _widest_stride([len(document) for document in documents], n, length)
+    if not stride:
+        raise ValueError(
+            f"too little text in {str(source)!r}: {text_tokens} tokens in {len(files)} files, the longest of "
+            f"{max(map(len, documents), default=0)}; {n} crops of {length} need {n * length} tokens in files of at least "
+            f"{length}, or {n + length - 1} in one file if they may overlap; give more text, or a smaller n or length"
+        )
+    crops = np.array([crop for document in documents for crop in _crops(document, length, stride, rng)])
+    rows = rng.permutation(crops)[:n]
+    if first_token != "text":
+        rows = _put_first(rows, _first_tokens(tokenizer, first_token, n, rng))
+    description = {
+        "builder": "natural_text",
+        "source": str(source),
+        "first_token": first_token,
+        "n": n,
+        "length": length,
+        "text_files": len(documents),
+        "text_tokens": text_tokens,
+        "new_tokens_per_crop": stride,
+    }
+    if source == "stdlib":
+        description["python"] = platform.python_version()
+    return _unpadded(rows, description, seed)
+
+
+def random_tokens(
+    vocab_size: int,
+    n: int = 64,
+    length: int = 64,
+    seed: int = 0,
+    bos: int | None = None,
+    special: Collection[int] = (),
+) -> PromptSet:
+    """Tokens drawn uniformly and independently, `special` ones excepted; behind a BOS if one is given.
+
+    Raises:
+        ValueError: `n` or `length` is too small, `bos` is outside the vocabulary, or no token is left to draw.
+    """
+    _require_size(n, length)
+    rng = np.random.default_rng(seed)
+    rows = rng.choice(_drawable(vocab_size, bos, special), (n, length))
+    description = {"builder": "random_tokens", "vocab_size": vocab_size, "bos": bos, "n": n, "length": length}
+    return _unpadded(rows if bos is None else _put_first(rows, bos), description, seed)
+
+
+def repeated_token(
+    vocab_size: int,
+    n: int = 64,
+    length: int = 64,
+    seed: int = 0,
+    bos: int | None = None,
+    special: Collection[int] = (),
+) -> PromptSet:
+    """In each row one token drawn uniformly, `special` ones excepted, from end to end; behind a BOS if one is given.
+
+    Raises:
+        ValueError: as `random_tokens`.
+    """
+    _require_size(n, length)
+    rng = np.random.default_rng(seed)
+    rows = rng.choice(_drawable(vocab_size, bos, special), (n, 1)).repeat(length, axis=1)
+    description = {"builder": "repeated_token", "vocab_size": vocab_size, "bos": bos, "n": n, "length": length}
+    return _unpadded(rows if bos is None else _put_first(rows, bos), description, seed)
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The ids that stand for no text: BOS, EOS, padding, and whatever else the tokenizer sets apart."""
+    added = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added | set(tokenizer.all_special_ids)
+
+
+def _require_size(n: int, length: int) -> None:
+    if n < 1:
+        raise ValueError(f"prompts need at least 1 row, got n = {n}")
+    if length < 2:
+        raise ValueError(f"prompts need at least 2 tokens, P0 and one that attends to it; got length = {length}")
+
+
+def _unpadded(rows: Int[np.ndarray, "batch pos"], description: dict[str, Any], seed: int) -> PromptSet:
+    ids = torch.from_numpy(rows.astype(np.int64))
+    return PromptSet(ids, torch.ones_like(ids, dtype=torch.bool), description, seed)
+
+
+def _put_first(
+    rows: Int[np.ndarray, "batch pos"], first: int | Int[np.ndarray, " batch"]
+) -> Int[np.ndarray, "batch pos"]:
+    """A token before each row, which keeps its length and loses its last token."""
+    shifted = np.roll(rows, 1, axis=1)
+    shifted[:, 0] = first
+    return shifted
+
+
+def _drawable(vocab_size: int, bos: int | None, special: Collection[int]) -> Int[np.ndarray, " tokens"]:
+    if bos is not None and not 0 <= bos < vocab_size:
+        raise ValueError(f"BOS {bos} is outside the vocabulary of {vocab_size} tokens")
+    tokens = np.setdiff1d(np.arange(vocab_size), [*special, *([] if bos is None else [bos])])
+    if not len(tokens):
+        raise ValueError(f"no token is left to draw from a vocabulary of {vocab_size} without the special tokens")
+    return tokens
+
+
+def _first_tokens(
+    tokenizer: PreTrainedTokenizerBase, first_token: str | int, n: int, rng: np.random.Generator
+) -> int | Int[np.ndarray, " batch"]:
+    vocab_size = len(tokenizer)
+    if first_token == "random":
+        return rng.choice(_drawable(vocab_size, None, special_ids(tokenizer)), n)
+    if first_token == "bos":
+        if tokenizer.bos_token_id is None:
+            raise ValueError("this tokenizer has no BOS token; give the id of the token to use: first_token=<id>")
+        return int(tokenizer.bos_token_id)  # pyright: ignore[reportArgumentType]
+    if isinstance(first_token, int) and 0 <= first_token < vocab_size:
+        return first_token
+    raise ValueError(
+        f"first_token must be 'text', 'bos', 'random' or a token id below {vocab_size}, got {first_token!r}"
+    )
+
+
+def _source_files(source: str | Path) -> list[SourceFile]:
+    if source == "stdlib":
+        return [file for file in standard_library_files() if file.held_out]
+    if source in SHIPPED_TEXTS:
+        return [SourceFile(path.name, path) for path in sorted((data_dir() / "prompts" / source).iterdir())]
+    if not Path(source).exists():
+        raise ValueError(
+            f"no text at {str(source)!r}: expected a text file, a directory, or one of 'english', 'code', 'stdlib'"
+        )
+    return text_files(Path(source))
+
+
+def _documents(
+    tokenizer: PreTrainedTokenizerBase, files: list[SourceFile], rng: np.random.Generator
+) -> Iterator[list[int]]:
+    """The tokens of each file, in random order so that the limit on the whole favours none."""
+    allowance = LONGEST_TEXT
+    for number in rng.permutation(len(files)):
+        with files[number].path.open(encoding="utf-8", errors="ignore") as file:
+            text = file.read(allowance)
+        allowance -= len(text)
+        # What looks like a special token in the text is text.
+        yield tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]  # pyright: ignore[reportReturnType]
+        if not allowance:
+            return
+
+
+def _widest_stride(lengths: list[int], n: int, length: int) -> int:
+    """The largest step from crop to crop, at most `length`, that gives `n` crops; 0 if even a step of 1 does not."""
+    rooms = [tokens - length for tokens in lengths if tokens >= length]
+    return next((step for step in range(length, 0, -1) if sum(room // step + 1 for room in rooms) >= n), 0)
+
+
+def _crops(document: list[int], length: int, stride: int, rng: np.random.Generator) -> Iterator[list[int]]:
+    """As many crops as fit, `stride` apart; what is left over goes to both ends by chance."""
+    room = len(document) - length
+    if room >= 0:
+        for start in range(rng.integers(room % stride, endpoint=True), room + 1, stride):
+            yield document[start : start + length]

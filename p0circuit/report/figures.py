@@ -1,0 +1,178 @@
+"""The figures, in one style: made for a two-column paper and legible from the back of a lecture room."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from p0circuit.intervals import Interval
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, told apart with any kind of colour vision.
+BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY = (
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#D55E00",
+    "#CC79A7",
+    "#56B4E9",
+    "#7F7F7F",
+)
+COLOURS = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY)
+COLUMN = 3.4
+"""Width of one column of a two-column paper, in inches."""
+
+_STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 8,
+    "axes.titlesize": 9,
+    "axes.labelsize": 8,
+    "legend.fontsize": 7,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#E5E5E5",
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "lines.linewidth": 1.6,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "p0circuit",
+}
+# More cells than this are told by their colour alone.
+_MOST_ANNOTATED_CELLS = 80
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of a figure: values with the ends of their intervals, over a common axis."""
+
+    label: str
+    values: Sequence[float]
+    low: Sequence[float] | None = None
+    high: Sequence[float] | None = None
+
+
+def new_figure(
+    width: float, height: float, rows: int = 1, columns: int = 1, **options: object
+) -> tuple[Figure, np.ndarray]:
+    """A figure in the project's style (inches) that belongs to no window; returns it and its axes [rows, columns]."""
+    import matplotlib as mpl
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        FigureCanvasAgg(figure)
+        return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def _styled(draw):
+    """Run a drawing function under the project's style."""
+    import functools
+
+    @functools.wraps(draw)
+    def wrapper(*args, **kwargs):
+        import matplotlib as mpl
+
+        with mpl.rc_context(_STYLE):
+            return draw(*args, **kwargs)
+
+    return wrapper
+
+
+@_styled
+def heat_maps(panels: dict[str, np.ndarray], title: str, value_label: str) -> Figure:
+    """One layers-by-heads map per panel, on a common scale from 0 to 1; cells carry their value where there is room."""
+    count = len(panels)
+    layers, heads = next(iter(panels.values())).shape
+    width = max(1.3, min(3.0, 0.36 * heads + 0.35))
+    height = max(1.6, min(5.0, 0.3 * layers + 0.9))
+    figure, axes = new_figure(width * count + 0.9, height + 0.25, 1, count, sharey=True)
+    for axis, (name, values) in zip(axes[0], panels.items(), strict=True):
+        image = axis.imshow(values, cmap="viridis", vmin=0, vmax=1, aspect="auto", origin="lower")
+        axis.grid(False)
+        axis.set_title(name)
+        axis.set_xlabel("head")
+        _whole_ticks(axis.xaxis, heads)
+        _whole_ticks(axis.yaxis, layers)
+        if layers * heads <= _MOST_ANNOTATED_CELLS:
+            for layer, head in np.ndindex(layers, heads):
+                value = values[layer, head]
+                colour = "black" if value > 0.6 else "white"
+                axis.text(head, layer, f"{value:.2f}".lstrip("0"), ha="center", va="center", fontsize=6.5, color=colour)
+    axes[0, 0].set_ylabel("layer")
+    figure.colorbar(image, ax=axes[0, -1], label=value_label)
+    figure.suptitle(title, fontsize=9.5)
+    return figure
+
+
+def _whole_ticks(axis: object, count: int) -> None:
+    from matplotlib.ticker import FixedLocator
+
+    axis.set_major_locator(FixedLocator(list(range(0, count, max(1, count // 8)))))
+
+
+@_styled
+def trajectories(
+    panels: dict[str, Sequence[Series]],
+    positions: Sequence[str],
+    title: str,
+    x_label: str,
+    y_labels: Sequence[str],
+    log: Sequence[bool] | bool = False,
+    reference: float | None = None,
+) -> Figure:
+    """Lines with their intervals over a common axis (usually the layers), one panel for each group."""
+    logs = [log] * len(panels) if isinstance(log, bool) else list(log)
+    figure, axes = new_figure(COLUMN * len(panels), 2.7, 1, len(panels))
+    x = np.arange(len(positions))
+    for axis, (name, lines), y_label, logarithmic in zip(axes[0], panels.items(), y_labels, logs, strict=True):
+        for line, colour in zip(lines, COLOURS, strict=False):
+            axis.plot(x, line.values, color=colour, marker="o", markersize=3, label=line.label)
+            if line.low is not None and line.high is not None:
+                axis.fill_between(x, line.low, line.high, color=colour, alpha=0.18, linewidth=0)
+        if reference is not None:
+            axis.axhline(reference, color=GREY, linewidth=0.8, linestyle="--")
+        if logarithmic:
+            from matplotlib.ticker import ScalarFormatter
+
+            axis.set_yscale("log")
+            axis.yaxis.set_major_formatter(ScalarFormatter())
+        step = max(1, len(positions) // 10)
+        axis.set_xticks(x[::step], [str(p) for p in positions][::step])
+        axis.set(title=name, xlabel=x_label, ylabel=y_label)
+        if len(lines) > 1:
+            axis.legend()
+    figure.suptitle(title, fontsize=9.5)
+    return figure
+
+
+@_styled
+def bars(panels: dict[str, dict[str, Interval]], title: str, y_labels: Sequence[str]) -> Figure:
+    """One panel per quantity, one bar with its 95 % interval per condition; the value stands above the bar."""
+    figure, axes = new_figure(max(COLUMN, 2.0 * len(panels)), 2.6, 1, len(panels))
+    for axis, (name, intervals), y_label in zip(axes[0], panels.items(), y_labels, strict=True):
+        for place, (interval, colour) in enumerate(zip(intervals.values(), COLOURS, strict=False)):
+            errors = [[interval.value - interval.low], [interval.high - interval.value]]
+            axis.bar(place, interval.value, color=colour, width=0.65)
+            axis.errorbar(place, interval.value, yerr=np.clip(errors, 0, None), color="black", capsize=3, linewidth=1)
+            axis.annotate(
+                f"{interval.value:.2f}",
+                (place, max(interval.high, interval.value)),
+                xytext=(0, 4),
+                textcoords="offset points",
+                ha="center",
+                fontsize=7,
+            )
+        axis.set_xticks(range(len(intervals)), [label.replace(" ", "\n", 1) for label in intervals])
+        axis.set(title=name, ylabel=y_label)
+        axis.margins(y=0.15)
+        axis.grid(axis="x", visible=False)
+    figure.suptitle(title, fontsize=9.5)
+    return figure

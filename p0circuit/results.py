@@ -1,0 +1,147 @@
+"""What an experiment leaves behind: tables, measured values with intervals, figures, and where all of it came from.
+
+<run>/<experiment>.json   metrics, provenance and the names of the files below; written last, so it means "complete"
+<run>/tables/*.csv        <run>/figures/*.png and *.svg
+<run>/manifest.json       the command and the machine's part (`write_manifest`)
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+import time
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from p0circuit.files import write_atomically, write_json
+from p0circuit.intervals import Interval
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+FIGURE_DPI = 200
+_LIBRARIES = ("p0circuit", "torch", "transformer-lens", "transformers", "numpy", "pandas", "matplotlib")
+
+
+@dataclass
+class Result:
+    """The outcome of one experiment on one model.
+
+    Attributes:
+        experiment: its id, also the name of its file.
+        metrics: the few values that sum it up, each with its interval.
+        tables: everything measured, as data frames.
+        figures: matplotlib figures; after `load`, the paths of their PNG files.
+        provenance: model, prompts, configuration, seconds, what came from the cache.
+        notes: what a reader has to know, such as a condition that could not be measured and why.
+    """
+
+    experiment: str
+    title: str
+    metrics: dict[str, Interval]
+    tables: dict[str, pd.DataFrame]
+    figures: dict[str, Figure | Path] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def save(self, directory: Path) -> Path:
+        """Write tables, figures and, last, `<experiment>.json`; returns the path of that file."""
+        for name, table in self.tables.items():
+            write_atomically(
+                directory / "tables" / f"{self.experiment}-{name}.csv",
+                lambda path, table=table: table.to_csv(path, index=False, float_format="%.6g"),
+            )
+        for name, figure in self.figures.items():
+            if isinstance(figure, Path):
+                continue
+            for suffix in ("png", "svg"):
+                write_atomically(
+                    directory / "figures" / f"{self.experiment}-{name}.{suffix}",
+                    # The dates matplotlib puts in would make equal figures differ.
+                    lambda path, figure=figure, suffix=suffix: figure.savefig(
+                        path, dpi=FIGURE_DPI, metadata={"Date": None} if suffix == "svg" else {}
+                    ),
+                )
+        summary = {
+            "experiment": self.experiment,
+            "title": self.title,
+            "metrics": {name: interval.to_json() for name, interval in self.metrics.items()},
+            "tables": list(self.tables),
+            "figures": list(self.figures),
+            "notes": self.notes,
+            "provenance": self.provenance,
+        }
+        return write_json(directory / f"{self.experiment}.json", summary)
+
+    @classmethod
+    def load(cls, path: Path) -> Result:
+        """Read back what `save` wrote, given the path of its JSON file.
+
+        Raises:
+            ValueError: there is no such result, or one of its tables or figures is missing.
+        """
+        import pandas as pd
+
+        if not path.is_file():
+            found = sorted(other.stem for other in path.parent.glob("*.json") if other.stem != "manifest")
+            raise ValueError(f"no result at {str(path)!r}; this directory holds: {', '.join(found) or 'none'}")
+        summary = json.loads(path.read_text())
+        name, directory = summary["experiment"], path.parent
+        tables = {table: directory / "tables" / f"{name}-{table}.csv" for table in summary["tables"]}
+        figures = {figure: directory / "figures" / f"{name}-{figure}.png" for figure in summary["figures"]}
+        for file in (*tables.values(), *figures.values()):
+            if not file.is_file():
+                raise ValueError(
+                    f"the result {path.name} names {file.name}, which is missing; run the experiment again"
+                )
+        return cls(
+            experiment=name,
+            title=summary["title"],
+            metrics={metric: Interval(**value) for metric, value in summary["metrics"].items()},
+            tables={table: pd.read_csv(file) for table, file in tables.items()},
+            figures=dict(figures),
+            provenance=summary["provenance"],
+            notes=summary["notes"],
+        )
+
+
+def library_versions() -> dict[str, str]:
+    """The versions that a reproduction would have to match."""
+    found = {"python": platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def peak_memory_mb() -> float | None:
+    """The most memory this process has held so far, in MiB; None where the system does not say (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+def write_manifest(directory: Path, command: list[str], started: float, **details: Any) -> Path:
+    """Write `manifest.json`: the command, versions, machine, seconds since `started` (time.time()) and peak memory."""
+    import torch
+
+    manifest = {
+        "command": command,
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "seconds": round(time.time() - started, 1),
+        "peak_memory_mb": round(peak, 1) if (peak := peak_memory_mb()) is not None else None,
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "versions": library_versions(),
+        **details,
+    }
+    return write_json(directory / "manifest.json", manifest)

@@ -1,0 +1,158 @@
+"""The corpus of the shipped models: Python source that every installation of this package already has.
+
+1. The files: the standard library and the packages in `CORPUS_DISTRIBUTIONS` (all of them pinned in constraints.txt).
+2. The split: a file is held out when a hash of its path says so; no list to keep, and no file can be on both sides.
+3. The tokenizer: byte-level BPE trained on a sample of the training files.
+4. The token stream: every file, tokenized, one after another with an end-of-text token between them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import sysconfig
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+CORPUS_DISTRIBUTIONS = (
+    "huggingface_hub",
+    "Jinja2",
+    "matplotlib",
+    "networkx",
+    "numpy",
+    "pandas",
+    "Pygments",
+    "rich",
+    "sympy",
+    "torch",
+    "transformer-lens",
+    "transformers",
+)
+BOS_TOKEN, EOS_TOKEN = "<|bos|>", "<|eos|>"
+HELD_OUT_SHARE = 1 / 32
+# Longer files are tables and generated code rather than something a person wrote.
+LONGEST_FILE = 200_000
+# Where present at all, these folders differ from one build of Python to the next.
+_SKIPPED_FOLDERS = {
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "idlelib",
+    "lib2to3",
+    "turtledemo",
+    "__pycache__",
+}
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A text file with a name that is the same on every machine."""
+
+    name: str
+    path: Path
+
+    @property
+    def held_out(self) -> bool:
+        """Whether the file is kept from training: decided by a hash of its name, about one file in 32."""
+        return hashlib.sha256(self.name.encode()).digest()[0] < 256 * HELD_OUT_SHARE
+
+    def text(self) -> str:
+        return self.path.read_text(encoding="utf-8", errors="ignore")
+
+
+def standard_library_files() -> list[SourceFile]:
+    """The modules of the running Python's standard library, tests left out, in a fixed order."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = (path for path in root.rglob("*.py") if not _SKIPPED_FOLDERS & set(path.relative_to(root).parts[:-1]))
+    return [SourceFile(f"stdlib/{path.relative_to(root).as_posix()}", path) for path in sorted(files)]
+
+
+def distribution_files(distribution: str) -> list[SourceFile]:
+    """The Python modules of an installed distribution, tests left out, in a fixed order.
+
+    Raises:
+        ValueError: the distribution is not installed.
+    """
+    try:
+        listed = importlib.metadata.files(distribution) or []
+    except importlib.metadata.PackageNotFoundError:
+        raise ValueError(
+            f"the corpus needs the source of {distribution!r}, which is not installed; "
+            "install this package with its pinned dependencies (pip install -c constraints.txt -e .)"
+        ) from None
+    found = [file for file in listed if file.suffix == ".py" and not _SKIPPED_FOLDERS & set(file.parts[:-1])]
+    return [SourceFile(str(file), Path(str(file.locate()))) for file in sorted(found)]
+
+
+def corpus_files() -> list[SourceFile]:
+    """Every file of the corpus, training and held-out alike; files of the same content appear once."""
+    files = standard_library_files()
+    for distribution in CORPUS_DISTRIBUTIONS:
+        files += distribution_files(distribution)
+    seen: set[bytes] = set()
+    unique = []
+    for file in files:
+        if not 0 < file.path.stat().st_size <= LONGEST_FILE:
+            continue
+        digest = hashlib.sha256(file.path.read_bytes()).digest()
+        if digest not in seen:
+            seen.add(digest)
+            unique.append(file)
+    return unique
+
+
+def text_files(path: Path) -> list[SourceFile]:
+    """A corpus of the user's own: one text file, or every `.txt`, `.md` and `.py` file below a directory.
+
+    Raises:
+        ValueError: nothing is there.
+    """
+    if path.is_file():
+        return [SourceFile(path.name, path)]
+    found = sorted(file for file in path.rglob("*") if file.suffix in {".txt", ".md", ".py"})
+    if not found:
+        raise ValueError(
+            f"no text at {str(path)!r}: expected a text file, or a directory holding .txt, .md or .py files"
+        )
+    return [SourceFile(file.relative_to(path).as_posix(), file) for file in found]
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of `vocab_size` tokens; id 0 is BOS and id 1 separates documents."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[BOS_TOKEN, EOS_TOKEN],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=BOS_TOKEN, eos_token=EOS_TOKEN)
+
+
+def tokenizer_sample(files: list[SourceFile], every: int = 16) -> Iterator[str]:
+    """The text of every 16th file: enough for a small vocabulary, and quick."""
+    return (file.text() for file in files[::every])
+
+
+def token_stream(files: Iterable[SourceFile], tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
+    """All files as one array of token ids (uint16, or uint32 for large vocabularies), an EOS after each."""
+    dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
+    pieces = []
+    for file in files:
+        ids = tokenizer.backend_tokenizer.encode(file.text(), add_special_tokens=False).ids
+        pieces.append(np.array([*ids, tokenizer.eos_token_id], dtype=dtype))
+    return np.concatenate(pieces) if pieces else np.array([], dtype=dtype)
