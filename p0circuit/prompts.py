@@ -53,21 +53,7 @@ class PromptSet:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        ids, mask = self.ids, self.attention_mask
-        if ids.ndim != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
-            raise ValueError(f"token ids must be whole numbers [batch, pos], got {ids.dtype} {list(ids.shape)}")
-        if mask.shape != ids.shape or mask.dtype != torch.bool:
-            raise ValueError(
-                f"the attention mask must be true or false for each of the {list(ids.shape)} token ids, "
-                f"got {mask.dtype} {list(mask.shape)}"
-            )
-        _require_size(*ids.shape)
-        if ids.min() < 0:
-            raise ValueError(f"token ids start at 0, got {int(ids.min())}")
-        for row in (mask[:, :-1] & ~mask[:, 1:]).any(dim=1).nonzero()[:1]:
-            raise ValueError(f"row {int(row)} has padding after a real token; padding must stand on the left")
-        for row in (mask.sum(dim=1) < 2).nonzero()[:1]:
-            raise ValueError(f"row {int(row)} has {int(mask[row].sum())} real tokens; at least 2 are needed")
+        _check_rows(self.ids, self.attention_mask)
 
     @property
     def n(self) -> int:
@@ -123,6 +109,21 @@ class PromptSet:
             raise ValueError(f"{self.n} rows are too few to split into {tuple(fractions)}: a part would be empty")
         return tuple(self.subset(sorted(part.tolist())) for part in parts)
 
+    def behind(self, first: int | Int[Tensor, " batch"]) -> PromptSet:
+        """The same rows with another token (one for all, or one for each) before them and their last token left out.
+
+        Raises:
+            ValueError: rows are padded, or `first` is not one token id per row.
+        """
+        if not bool(self.attention_mask.all()):
+            raise ValueError("these rows are padded: put the first token before them before padding them")
+        tokens = first if isinstance(first, Tensor) else torch.full((self.n,), first)
+        if tokens.shape != (self.n,):
+            raise ValueError(f"expected one first token for each of {self.n} rows, got shape {list(tokens.shape)}")
+        ids = torch.cat([tokens[:, None], self.ids[:, :-1]], dim=1)
+        one = int(tokens[0]) if len(tokens.unique()) == 1 else "one per row"
+        return replace(self, ids=ids, description={**self.description, "behind": one})
+
     def left_padded(self, lengths: Sequence[int] | None = None, pad_token: int = 0, seed: int = 0) -> PromptSet:
         """The beginning of each row, `lengths` tokens of it (drawn from 2 to all if not given), moved to the right end.
 
@@ -153,6 +154,7 @@ def from_ids(
     """
     ids = torch.as_tensor(ids)
     mask = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else torch.as_tensor(attention_mask).bool()
+    _check_rows(ids, mask)
     prompts = PromptSet(ids, mask, {"builder": "from_ids", "n": len(ids), "length": ids.shape[-1]})
     if vocab_size is not None:
         prompts.check_vocabulary(vocab_size)
@@ -192,13 +194,10 @@ def natural_text(
     if not stride:
         raise ValueError(
             f"too little text in {str(source)!r}: {text_tokens} tokens in {len(files)} files, the longest of "
-            f"{max(map(len, documents), default=0)}; {n} crops of {length} need {n * length} tokens in files of at least "
-            f"{length}, or {n + length - 1} in one file if they may overlap; give more text, or a smaller n or length"
+            f"{max(map(len, documents), default=0)}; {n} crops of {length} need {n * length} tokens in files of at "
+            f"least {length}, or {n + length - 1} in one file if they may overlap; give more text, or ask for less"
         )
     crops = np.array([crop for document in documents for crop in _crops(document, length, stride, rng)])
-    rows = rng.permutation(crops)[:n]
-    if first_token != "text":
-        rows = _put_first(rows, _first_tokens(tokenizer, first_token, n, rng))
     description = {
         "builder": "natural_text",
         "source": str(source),
@@ -211,7 +210,8 @@ def natural_text(
     }
     if source == "stdlib":
         description["python"] = platform.python_version()
-    return _unpadded(rows, description, seed)
+    prompts = _unpadded(rng.permutation(crops)[:n], description, seed)
+    return prompts if first_token == "text" else prompts.behind(_first_tokens(tokenizer, first_token, n, rng))
 
 
 def random_tokens(
@@ -230,8 +230,9 @@ def random_tokens(
     _require_size(n, length)
     rng = np.random.default_rng(seed)
     rows = rng.choice(_drawable(vocab_size, bos, special), (n, length))
-    description = {"builder": "random_tokens", "vocab_size": vocab_size, "bos": bos, "n": n, "length": length}
-    return _unpadded(rows if bos is None else _put_first(rows, bos), description, seed)
+    description = {"builder": "random_tokens", "vocab_size": vocab_size, "n": n, "length": length}
+    prompts = _unpadded(rows, description, seed)
+    return prompts if bos is None else prompts.behind(bos)
 
 
 def repeated_token(
@@ -250,14 +251,32 @@ def repeated_token(
     _require_size(n, length)
     rng = np.random.default_rng(seed)
     rows = rng.choice(_drawable(vocab_size, bos, special), (n, 1)).repeat(length, axis=1)
-    description = {"builder": "repeated_token", "vocab_size": vocab_size, "bos": bos, "n": n, "length": length}
-    return _unpadded(rows if bos is None else _put_first(rows, bos), description, seed)
+    description = {"builder": "repeated_token", "vocab_size": vocab_size, "n": n, "length": length}
+    prompts = _unpadded(rows, description, seed)
+    return prompts if bos is None else prompts.behind(bos)
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """The ids that stand for no text: BOS, EOS, padding, and whatever else the tokenizer sets apart."""
     added = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
     return added | set(tokenizer.all_special_ids)
+
+
+def _check_rows(ids: Tensor, mask: Tensor) -> None:
+    if ids.ndim != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
+        raise ValueError(f"token ids must be whole numbers [batch, pos], got {ids.dtype} {list(ids.shape)}")
+    if mask.shape != ids.shape or mask.dtype != torch.bool:
+        raise ValueError(
+            f"the attention mask must be true or false for each of the {list(ids.shape)} token ids, "
+            f"got {mask.dtype} {list(mask.shape)}"
+        )
+    _require_size(*ids.shape)
+    if ids.min() < 0:
+        raise ValueError(f"token ids start at 0, got {int(ids.min())}")
+    for row in (mask[:, :-1] & ~mask[:, 1:]).any(dim=1).nonzero()[:1]:
+        raise ValueError(f"row {int(row)} has padding after a real token; padding must stand on the left")
+    for row in (mask.sum(dim=1) < 2).nonzero()[:1]:
+        raise ValueError(f"row {int(row)} has {int(mask[row].sum())} real tokens; at least 2 are needed")
 
 
 def _require_size(n: int, length: int) -> None:
@@ -272,15 +291,6 @@ def _unpadded(rows: Int[np.ndarray, "batch pos"], description: dict[str, Any], s
     return PromptSet(ids, torch.ones_like(ids, dtype=torch.bool), description, seed)
 
 
-def _put_first(
-    rows: Int[np.ndarray, "batch pos"], first: int | Int[np.ndarray, " batch"]
-) -> Int[np.ndarray, "batch pos"]:
-    """A token before each row, which keeps its length and loses its last token."""
-    shifted = np.roll(rows, 1, axis=1)
-    shifted[:, 0] = first
-    return shifted
-
-
 def _drawable(vocab_size: int, bos: int | None, special: Collection[int]) -> Int[np.ndarray, " tokens"]:
     if bos is not None and not 0 <= bos < vocab_size:
         raise ValueError(f"BOS {bos} is outside the vocabulary of {vocab_size} tokens")
@@ -292,10 +302,10 @@ def _drawable(vocab_size: int, bos: int | None, special: Collection[int]) -> Int
 
 def _first_tokens(
     tokenizer: PreTrainedTokenizerBase, first_token: str | int, n: int, rng: np.random.Generator
-) -> int | Int[np.ndarray, " batch"]:
+) -> int | Int[Tensor, " batch"]:
     vocab_size = len(tokenizer)
     if first_token == "random":
-        return rng.choice(_drawable(vocab_size, None, special_ids(tokenizer)), n)
+        return torch.from_numpy(rng.choice(_drawable(vocab_size, None, special_ids(tokenizer)), n))
     if first_token == "bos":
         if tokenizer.bos_token_id is None:
             raise ValueError("this tokenizer has no BOS token; give the id of the token to use: first_token=<id>")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from p0circuit.models import describe
-from p0circuit.prompts import PromptSet, random_tokens, repeated_token
+from p0circuit.prompts import PromptSet, random_tokens, repeated_token, special_ids
 
 WITHOUT_BOS, WITH_BOS, RANDOM_FIRST = "without BOS", "with BOS", "random first"
 RANDOM_TOKENS, REPEATED_TOKEN = "random tokens", "repeated token"
@@ -21,12 +21,13 @@ def conditions(model: Any, prompts: PromptSet) -> dict[str, PromptSet]:
 
     A model without a BOS token has no condition "with BOS". All have the number of rows and the length of `prompts`.
     """
-    vocabulary = describe(model).vocab_size
-    shape = {"n": prompts.n, "length": prompts.length, "seed": prompts.seed}
+    tokenizer = getattr(model, "tokenizer", None)
+    drawn = {"vocab_size": describe(model).vocab_size, "n": prompts.n, "length": prompts.length, "seed": prompts.seed}
+    drawn["special"] = special_ids(tokenizer) if tokenizer is not None else ()
     made = {WITHOUT_BOS: prompts}
     if (bos := bos_id(model)) is not None:
         made[WITH_BOS] = prompts.behind(bos)
-    made[RANDOM_FIRST] = prompts.behind(random_tokens(vocabulary, **shape).ids[:, 0])
-    made[RANDOM_TOKENS] = random_tokens(vocabulary, **shape)
-    made[REPEATED_TOKEN] = repeated_token(vocabulary, **shape)
+    made[RANDOM_FIRST] = prompts.behind(random_tokens(**drawn).ids[:, 0])
+    made[RANDOM_TOKENS] = random_tokens(**drawn)
+    made[REPEATED_TOKEN] = repeated_token(**drawn)
     return made

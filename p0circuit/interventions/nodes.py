@@ -1,0 +1,151 @@
+"""The places an intervention can act on, by the names used in tables and graphs.
+
+embed              what block 0 reads: token embedding, with the position embedding where that is learned
+resid_pre.{l}      the residual stream before block l; likewise resid_mid.{l} and resid_post.{l}
+attn.{l}           what the attention of block l adds to the stream; attn.{l}.{h}: head h of it (its z)
+mlp.{l}            what the MLP of block l adds to the stream; neuron.{l}.{i}: hidden neuron i of it (after the
+                   non-linearity and, in gated MLPs, the product with the linear branch)
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from p0circuit.models import ModelInfo, describe
+
+Kind = Literal["embed", "resid_pre", "resid_mid", "resid_post", "attn", "head", "mlp", "neuron"]
+
+_HOOKS: dict[Kind, str] = {
+    "embed": "blocks.0.hook_resid_pre",
+    "resid_pre": "blocks.{}.hook_resid_pre",
+    "resid_mid": "blocks.{}.hook_resid_mid",
+    "resid_post": "blocks.{}.hook_resid_post",
+    "attn": "blocks.{}.hook_attn_out",
+    "head": "blocks.{}.attn.hook_z",
+    "mlp": "blocks.{}.hook_mlp_out",
+    "neuron": "blocks.{}.mlp.hook_post",
+}
+_NAME = re.compile(r"(embed)|(resid_pre|resid_mid|resid_post|attn|mlp)\.(\d+)|(attn|neuron)\.(\d+)\.(\d+)")
+# Where in its block a component acts; the embedding comes before block 0, resid_post after everything in its block.
+_STAGE: dict[Kind, int] = {
+    "embed": -1, "resid_pre": 0, "attn": 1, "head": 1, "resid_mid": 2, "mlp": 3, "neuron": 3, "resid_post": 4,
+}  # fmt: skip
+
+
+class InterventionError(ValueError):
+    """An intervention that cannot be done as asked; the message says why and how to mend it."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """One place in the model: a component, and for heads and neurons which of them."""
+
+    kind: Kind
+    layer: int = 0
+    index: int | None = None
+
+    @classmethod
+    def parse(cls, name: str) -> Node:
+        """The node of a name such as `embed`, `attn.0`, `attn.0.3`, `mlp.1`, `neuron.1.17` or `resid_mid.2`.
+
+        Raises:
+            InterventionError: the name is not of this form.
+        """
+        match = _NAME.fullmatch(name)
+        if match is None:
+            raise InterventionError(
+                f"{name!r} names no node; expected embed, attn.LAYER, attn.LAYER.HEAD, mlp.LAYER, neuron.LAYER.INDEX, "
+                "or resid_pre.LAYER, resid_mid.LAYER, resid_post.LAYER"
+            )
+        if match[1]:
+            return cls("embed")
+        if match[2]:
+            return cls(match[2], int(match[3]))  # pyright: ignore[reportArgumentType]
+        return cls("head" if match[4] == "attn" else "neuron", int(match[5]), int(match[6]))
+
+    def __str__(self) -> str:
+        if self.kind == "embed":
+            return "embed"
+        if self.index is None:
+            return f"{self.kind}.{self.layer}"
+        return f"{'attn' if self.kind == 'head' else 'neuron'}.{self.layer}.{self.index}"
+
+    @property
+    def hook(self) -> str:
+        """The hook point whose activation holds this node's value."""
+        return _HOOKS[self.kind].format(self.layer)
+
+    @property
+    def depth(self) -> tuple[int, int]:
+        """Sorts nodes in the order in which the model computes them: (layer, stage within the block)."""
+        return self.layer, _STAGE[self.kind]
+
+    def read(self, activation: Tensor, position: Int[Tensor, " batch"]) -> Float[Tensor, batch * value]:
+        """This node's value at one position of each row: a vector, or one number for a neuron."""
+        rows = torch.arange(len(activation), device=activation.device)
+        at = activation[rows, position.to(activation.device)]
+        return at if self.index is None else at[:, self.index]
+
+    def write(
+        self,
+        activation: Tensor,
+        position: Int[Tensor, " rows"],
+        value: Tensor,
+        rows: slice | Int[Tensor, " rows"] = slice(None),
+    ) -> Tensor:
+        """A copy of the activation in which some rows have `value` at their position."""
+        changed = activation.clone()
+        numbers = torch.arange(len(activation), device=activation.device)[rows]
+        place: tuple[Any, ...] = (numbers, position.to(activation.device))
+        if self.index is not None:
+            place += (self.index,)
+        changed[place] = value.to(changed)
+        return changed
+
+    def check(self, info: ModelInfo) -> Node:
+        """The node itself, if this model has it.
+
+        Raises:
+            InterventionError: there is no such layer, head or neuron, or no stream between attention and MLP.
+        """
+        if not 0 <= self.layer < info.layers:
+            raise InterventionError(f"{self}: {info.name} has layers 0 to {info.layers - 1}")
+        limit = {"head": info.heads, "neuron": info.d_mlp}.get(self.kind)
+        if limit is not None and (self.index is None or not 0 <= self.index < limit):
+            raise InterventionError(f"{self}: {info.name} has {self.kind}s 0 to {limit - 1} in a layer")
+        if self.kind == "neuron" and info.experts:
+            raise InterventionError(f"{self}: the neurons of {info.name} belong to its {info.experts} experts")
+        if self.kind == "resid_mid" and info.parallel_blocks:
+            raise InterventionError(
+                f"{self}: attention and MLP of {info.name} read the same stream, nothing is between"
+            )
+        return self
+
+
+def components(model: Any, layers: Sequence[int] | None = None, heads: bool = False) -> list[Node]:
+    """The complete set of writers to the residual stream: embedding, attention outs (or their heads) and MLP outs.
+
+    Over all layers, their outputs at a position add up to the final residual stream there.
+    """
+    info = describe(model)
+    found = [Node("embed")]
+    for layer in range(info.layers) if layers is None else layers:
+        if heads:
+            found += [Node("head", layer, head) for head in range(info.heads)]
+        else:
+            found.append(Node("attn", layer))
+        found.append(Node("mlp", layer))
+    return [node.check(info) for node in found]
+
+
+def nodes_of(names: Sequence[str | Node], model: Any) -> list[Node]:
+    """Names and nodes as nodes, each checked against the model."""
+    info = describe(model)
+    return [(Node.parse(name) if isinstance(name, str) else name).check(info) for name in names]
