@@ -15,7 +15,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Int
@@ -25,6 +25,7 @@ from p0circuit import __version__, sink
 from p0circuit.cache import Cache, key_of
 from p0circuit.console import track
 from p0circuit.models import describe, forward
+from p0circuit.models.forward import Hook, _points
 from p0circuit.prompts import PromptSet
 
 # One layer's scores, mask and pattern exist side by side while it is computed.
@@ -38,6 +39,16 @@ class Batch(NamedTuple):
     ids: Int[Tensor, "batch pos"]
     mask: Bool[Tensor, "batch pos"]
     p0: Int[Tensor, " batch"]
+
+
+@runtime_checkable
+class HooksByRow(Protocol):
+    """An intervention as `record` sees it: made for a set of prompts, it has hooks for any batch of its rows."""
+
+    @property
+    def prompts(self) -> PromptSet: ...
+
+    def hooks(self, rows: slice) -> list[Hook]: ...
 
 
 @dataclass(frozen=True)
@@ -166,7 +177,9 @@ def weights_fingerprint(model: Any) -> str:
 
 def has_hooks(model: Any) -> bool:
     """Whether anything is hooked to the model at present, so that what it computes is not what its weights say."""
-    return any(point.has_hooks(dir="fwd", including_permanent=False) for point in model.hook_dict.values())
+    # A bridge's own list lacks the points that were mended (bridge.py), and ours those that nobody reads.
+    points = [*model.hook_dict.values(), *_points(model)[0].values()]
+    return any(point.has_hooks(dir="fwd", including_permanent=False) for point in points)
 
 
 def hook_names(quantity: Quantity, layers: int) -> list[tuple[str, ...]]:
@@ -180,10 +193,12 @@ def hook_names(quantity: Quantity, layers: int) -> list[tuple[str, ...]]:
     return [quantity.hooks]
 
 
-def _record_batch(model: Any, layers: int, quantities: Sequence[Quantity], batch: Batch) -> dict[str, Tensor]:
-    """One forward pass; each quantity is reduced as soon as the last of its hooks has fired."""
+def _record_batch(
+    model: Any, layers: int, quantities: Sequence[Quantity], batch: Batch, edits: Sequence[Hook]
+) -> dict[str, Tensor]:
+    """One forward pass; each quantity is reduced as soon as the last of its hooks has fired, after all edits."""
     reduced: dict[str, dict[int, Tensor]] = {quantity.name: {} for quantity in quantities}
-    hooks = []
+    hooks = [*edits]
     for quantity in quantities:
         if quantity.scope == "logits":
             continue
@@ -252,18 +267,24 @@ def record(
     what: Quantity | Sequence[Quantity],
     batch_size: int | None = None,
     cache: Cache | Literal["default"] | None = "default",
+    interventions: Sequence[HooksByRow] = (),
 ) -> Recording:
     """Run the prompts through the model once and keep the quantities asked for.
 
-    A model with hooks on it (an intervention is under way) is recorded as it behaves, and the cache is left alone.
-    `cache=None` computes without reading or writing.
+    A model with hooks on it (an intervention is under way) is recorded as it behaves, and the cache is left alone;
+    likewise with `interventions`, whose hooks go before those that record. `cache=None` computes without reading or
+    writing.
 
     Raises:
-        ValueError: a position lies outside the prompts, or the model refuses the ids.
+        ValueError: a position lies outside the prompts, the model refuses the ids, or an intervention was made for
+            other prompts.
         FloatingPointError: an activation is not a number; the message names the quantity.
     """
     quantities = [what] if isinstance(what, Quantity) else list(what)
-    store = (Cache() if cache == "default" else cache) if not has_hooks(model) else None
+    for intervention in interventions:
+        if intervention.prompts.fingerprint() != prompts.fingerprint():
+            raise ValueError("an intervention was made for other prompts than those to record: make it for these")
+    store = (Cache() if cache == "default" else cache) if not (interventions or has_hooks(model)) else None
     keys: dict[str, str] = {}
     values: dict[str, Tensor] = {}
     if store is not None:
@@ -281,7 +302,8 @@ def record(
         for start in track(range(0, prompts.n, size), "recording"):
             rows = slice(start, start + size)
             batch = Batch(*(part[rows].to(device) for part in (prompts.ids, prompts.attention_mask, prompts.p0)))
-            for name, value in _record_batch(model, layers, missing, batch).items():
+            edits = [hook for intervention in interventions for hook in intervention.hooks(rows)]
+            for name, value in _record_batch(model, layers, missing, batch, edits).items():
                 parts[name].append(value)
         for quantity in missing:
             value = torch.cat(parts[quantity.name])

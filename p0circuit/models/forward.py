@@ -11,11 +11,22 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from p0circuit.models.info import ModelError, describe
+from p0circuit.models.bridge import bridge_points
+from p0circuit.models.info import ModelError, backend_of, describe
 
 Hook = tuple[str, Callable[..., Any]]
 
-_POINTS: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
+_POINTS: weakref.WeakKeyDictionary[Any, tuple[dict[str, Any], frozenset[str]]] = weakref.WeakKeyDictionary()
+
+# Hook points that TransformerLens computes only when asked to -> the flag that asks.
+_SWITCHED = {
+    "hook_result": "use_attn_result",
+    "hook_q_input": "use_split_qkv_input",
+    "hook_k_input": "use_split_qkv_input",
+    "hook_v_input": "use_split_qkv_input",
+    "hook_attn_in": "use_attn_in",
+    "hook_mlp_in": "use_hook_mlp_in",
+}
 
 
 def forward(
@@ -95,10 +106,10 @@ def hooked(model: Any, hooks: Sequence[Hook]) -> Iterator[None]:
     Raises:
         ModelError: for a name this model has no hook point for.
     """
-    points = [(hook_point(model, name), function) for name, function in hooks]
+    pairs = [(hook_point(model, name), _watched(model, name, function)) for name, function in hooks]
     added = []
     try:
-        for point, function in points:
+        for point, function in pairs:
             point.add_hook(function)
             added.append((point, point.fwd_hooks[-1]))
         yield
@@ -112,14 +123,33 @@ def hook_point(model: Any, name: str) -> Any:
     """The hook point with one of the common names (or any name the backend itself knows).
 
     Raises:
-        ModelError: if there is none, with the reason where the family explains it.
+        ModelError: if there is none, or if it would not fire, with the reason.
     """
-    points = _POINTS.get(model)
-    if points is None:
-        points = _POINTS.setdefault(model, dict(model.hook_dict))
+    points, _ = _points(model)
     if name not in points:
         raise ModelError(f"{describe(model).name} has no hook point {name!r}{_why_missing(model, name)}")
+    flag = _SWITCHED.get(name.split(".")[-1])
+    if flag and not getattr(model.cfg, flag, False):
+        raise ModelError(f"the hook point {name!r} is off; call model.set_{flag}(True) first")
     return points[name]
+
+
+def _points(model: Any) -> tuple[dict[str, Any], frozenset[str]]:
+    """A model's hook points by name and the names that can only be read: found once per model."""
+    if model not in _POINTS:
+        _POINTS[model] = bridge_points(model) if backend_of(model) == "bridge" else (dict(model.hook_dict), frozenset())
+    return _POINTS[model]
+
+
+def _watched(model: Any, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    if name not in _points(model)[1]:
+        return function
+
+    def watched(activation: Tensor, hook: Any) -> None:
+        if function(activation, hook=hook) is not None:
+            raise ModelError(f"{name!r} can be read but not edited: {describe(model).architecture} hides its attention")
+
+    return watched
 
 
 class _Stop(Exception):
@@ -133,7 +163,7 @@ class _Stop(Exception):
 def _run_bridge(model: Any, ids: Tensor, mask: Tensor | None, hooks: Sequence[Hook], stop: int | None) -> Tensor:
     if stop is None:
         with hooked(model, hooks):
-            return model(ids, attention_mask=mask)
+            return model(ids, attention_mask=mask, use_cache=False)
 
     def leave(activation: Tensor, hook: Any) -> None:
         raise _Stop(activation)
@@ -141,7 +171,7 @@ def _run_bridge(model: Any, ids: Tensor, mask: Tensor | None, hooks: Sequence[Ho
     last = "blocks.0.hook_resid_pre" if stop == 0 else f"blocks.{stop - 1}.hook_resid_post"
     try:
         with hooked(model, [*hooks, (last, leave)]):
-            model(ids, attention_mask=mask)
+            model(ids, attention_mask=mask, use_cache=False)
     except _Stop as stopped:
         return stopped.residual
     raise ModelError(f"{describe(model).name}: the hook {last!r} did not fire, cannot stop at layer {stop}")
@@ -174,7 +204,7 @@ def _blocks_return_tuples(model: Any) -> bool:
         )
         try:
             with torch.no_grad():
-                model(torch.zeros(1, 1, dtype=torch.long, device=model.cfg.device))
+                model(torch.zeros(1, 1, dtype=torch.long, device=model.cfg.device), use_cache=False)
         finally:
             handle.remove()
         _TUPLES[model] = seen[0]

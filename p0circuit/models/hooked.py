@@ -2,7 +2,7 @@
 
 1. Translate the `transformers` config into TransformerLens's.
 2. Rearrange the weights with TransformerLens's own converters; nothing is folded, nothing centred.
-3. Refuse what would come out wrong: configs it has no words for, and any model whose logits then differ.
+3. Refuse configs it has no words for; what that list has forgotten, `load_model` sees in the logits.
 """
 
 from __future__ import annotations
@@ -73,9 +73,7 @@ def to_hooked(hf: Any, name: str, tokenizer: Any = None) -> Any:
     missing = [key for key in missing if not key.endswith(_BUFFERS)]
     if missing or unexpected:
         raise ModelError(f"HookedTransformer cannot hold {name}: weights {[*missing, *unexpected]} do not fit")
-    model.eval()
-    _check_agrees(hf, model, name)
-    return model
+    return model.eval()
 
 
 _BUFFERS = (".mask", ".IGNORE", ".rotary_sin", ".rotary_cos", "unembed.b_U")
@@ -191,17 +189,3 @@ def _unsupported(config: Any, architecture: str) -> str | None:
         reasons["grouped-query attention in OLMo-2"] = config.num_key_value_heads != heads
         reasons["heads that do not add up to the stream's width"] = heads * head_size != config.hidden_size
     return next((reason for reason, holds in reasons.items() if holds), None)
-
-
-def _check_agrees(hf: Any, model: Any, name: str) -> None:
-    """Compare logits on a few tokens: no list of reasons above can know every config there is."""
-    ids = torch.arange(8, device=next(hf.parameters()).device)[None] * 7 % hf.config.vocab_size
-    with torch.no_grad():
-        expected, got = hf(ids).logits, model(ids)
-    tolerance = 1e-3 if expected.dtype in (torch.float32, torch.float64) else 0.1
-    if not torch.allclose(got, expected, rtol=0, atol=tolerance * float(expected.abs().max())):
-        difference = float((got - expected).abs().max())
-        raise ModelError(
-            f"HookedTransformer cannot hold {name}: its logits differ from those of transformers by {difference:.2g}; "
-            "load it with backend='bridge'"
-        )

@@ -7,6 +7,25 @@ from typing import Any, Literal
 
 Positions = Literal["rotary", "learned", "alibi", "none"]
 
+# The hook points of a block under their common names, `blocks.{layer}.` before each; see p0circuit.models.
+BLOCK_HOOKS = (
+    "hook_resid_pre",
+    "hook_resid_mid",
+    "hook_resid_post",
+    "hook_attn_out",
+    "hook_mlp_out",
+    "attn.hook_q",
+    "attn.hook_k",
+    "attn.hook_v",
+    "attn.hook_z",
+    "attn.hook_rot_q",
+    "attn.hook_rot_k",
+    "attn.hook_attn_scores",
+    "attn.hook_pattern",
+    "mlp.hook_pre",
+    "mlp.hook_post",
+)
+
 _POSITIONS: dict[str, Positions] = {
     "rotary": "rotary",
     "standard": "learned",
@@ -24,7 +43,7 @@ class ModelError(ValueError):
 class ModelInfo:
     """The description of a hooked model that the rest of the package relies on.
 
-    `window` holds one entry per layer: how many keys a query sees, itself included, or None for all of them.
+    `positions` is "learned" for any table added to the embeddings. `window` holds one entry per layer: how many keys a query sees, itself included, or None for all of them.
     `context` is the longest sequence in tokens, None where nothing limits it. `d_mlp` is the width of one expert in
     a mixture-of-experts model; `experts` is then their number, and 0 for dense models. In `parallel_blocks` the MLP
     reads the block's input instead of the stream after attention, so there is no `hook_resid_mid`.
@@ -65,7 +84,7 @@ def describe(model: Any) -> ModelInfo:
         kv_heads=cfg.n_key_value_heads or cfg.n_heads,
         head_size=cfg.d_head,
         d_model=cfg.d_model,
-        d_mlp=_expert_width(hf) or cfg.d_mlp or 0,
+        d_mlp=0 if cfg.attn_only else (cfg.d_mlp if hf is None else _mlp_width(hf, cfg)) or 0,
         vocab_size=cfg.d_vocab,
         context=None if _positions(model, hf) in ("alibi", "none") else cfg.n_ctx,
         positions=_positions(model, hf),
@@ -111,8 +130,10 @@ def experts(config: Any) -> int:
     return next((count for count in (getattr(config, name, None) for name in names) if count), 0)
 
 
-def _expert_width(config: Any) -> int | None:
-    return getattr(config, "moe_intermediate_size", None) if config is not None and experts(config) else None
+def _mlp_width(config: Any, cfg: Any) -> int | None:
+    names = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
+    names = ("moe_intermediate_size", *names) if experts(config) else names
+    return next((width for width in (getattr(config, name, None) for name in names) if width), cfg.d_mlp)
 
 
 def _hooked_windows(cfg: Any) -> tuple[int | None, ...]:
@@ -123,10 +144,12 @@ def _hooked_windows(cfg: Any) -> tuple[int | None, ...]:
 
 def _positions(model: Any, hf: Any) -> Positions:
     kind = _POSITIONS.get(model.cfg.positional_embedding_type, "none")
+    if hf is None or kind != "learned":
+        return kind
     # The bridge says "standard" unless its adapter says otherwise, table or no table.
-    if hf is not None and kind == "learned" and not hasattr(model, "pos_embed"):
-        return "none"
-    return kind
+    tables = ("wpe", "embed_positions", "position_embeddings")
+    has_table = any(name.endswith(tables) for name, _ in model.original_model.named_modules())
+    return "learned" if has_table else "none"
 
 
 def _is_parallel(model: Any) -> bool:

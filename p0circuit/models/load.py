@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 import re
 import warnings
 from dataclasses import dataclass
@@ -76,11 +77,15 @@ def load_model(
 
     if backend not in ("auto", "hooked", "bridge"):
         raise ModelError(f"backend must be 'auto', 'hooked' or 'bridge', got {backend!r}")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ModelError(f"expected a floating-point dtype such as torch.bfloat16, got {dtype!r}")
     source = _resolve(name, checkpoint)
     config = _check_folder(source)
     tokenizer = _load_tokenizer(source)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    hf = _load_hf(source, config, device, dtype or torch.float32)
+    hf = _load_hf(source, config, device, torch.float32 if dtype is None else dtype)
+    # Before wrapping: a bridge puts itself into the model it wraps.
+    logits = _causal_logits(source, hf)
 
     from p0circuit.models.bridge import to_bridge
     from p0circuit.models.hooked import FAMILIES, available, to_hooked
@@ -89,11 +94,12 @@ def load_model(
         raise ModelError("this TransformerLens has no HookedTransformer any more; use backend='bridge'")
     if backend == "hooked" or (backend == "auto" and available() and type(hf).__name__ in FAMILIES):
         try:
-            return to_hooked(hf, source.name, tokenizer)
-        except ModelError:
+            return _checked(to_hooked(hf, source.name, tokenizer), logits)
+        except ModelError as error:
             if backend == "hooked":
                 raise
-    return to_bridge(hf, source.name, tokenizer)
+            logging.getLogger(__name__).info("%s; using TransformerBridge", error)
+    return _checked(to_bridge(hf, source.name, tokenizer), logits)
 
 
 def list_models() -> list[ShippedModel]:
@@ -216,8 +222,13 @@ def _hub_revisions(hub_id: str) -> list[str]:
         return [ref.name for ref in [*refs.branches, *refs.tags]]
     except (errors.RepositoryNotFoundError, errors.HFValidationError):
         raise ModelError(f"unknown model {hub_id!r}: {_near(hub_id)}") from None
-    except OSError:
-        return _cached_revisions(hub_id)
+    except Exception as error:
+        # No network, in whatever words the hub's client has for it.
+        if found := _cached_revisions(hub_id):
+            return found
+        raise ModelError(
+            f"{hub_id!r} is not in the local cache, and the hub cannot be reached; {_near(hub_id)}"
+        ) from error
 
 
 def _cached_revisions(hub_id: str) -> list[str]:
@@ -336,19 +347,48 @@ def _load_hf(source: _Source, config: Any, device: Any, dtype: Any) -> Any:
     broken = [name for name, weight in hf.named_parameters() if not bool(torch.isfinite(weight).all())]
     if broken:
         raise ModelError(f"{source.name}: NaN or infinite values in {_listed(broken, 6)}; this checkpoint is damaged")
-    hf = hf.to(device).eval()
-    _check_causal(source, hf, device)
-    return hf
+    return hf.to(device).eval()
 
 
-def _check_causal(source: _Source, hf: Any, device: Any) -> None:
-    """Change the second token and see that nothing changes at the first, whatever the config says."""
+def _sample(vocab_size: int, device: Any) -> Any:
+    """Two rows of five ids that share all but the last."""
     import torch
 
+    ids = torch.arange(5, device=device).repeat(2, 1) * 7 % vocab_size
+    ids[1, -1] = (ids[1, -1] + 1) % vocab_size
+    return ids
+
+
+def _causal_logits(source: _Source, hf: Any) -> Any:
+    """The model's logits on the sample, having seen that the last token changes nothing before it."""
+    import torch
+
+    try:
+        with torch.no_grad():
+            logits = hf(_sample(hf.config.get_text_config().vocab_size, hf.device)).logits.float()
+    except Exception as error:
+        raise ModelError(f"{source.name}: transformers cannot run it, its config.json may be wrong: {error}") from error
+    if not torch.allclose(logits[0, :-1], logits[1, :-1], rtol=0, atol=1e-3 * float(logits.abs().max())):
+        raise ModelError(f"{source.name} has no causal mask: a later token changes what stands before it")
+    return logits
+
+
+def _checked(model: Any, expected: Any) -> Any:
+    """The model, if it gives the logits that `transformers` gave."""
+    import torch
+
+    from p0circuit.models.forward import forward
+
     with torch.no_grad():
-        logits = hf(torch.tensor([[0, 0], [0, 1]], device=device)).logits[:, 0].float()
-    if not torch.allclose(logits[0], logits[1], rtol=0, atol=1e-3 * float(logits.abs().max())):
-        raise ModelError(f"{source.name} has no causal mask: its first position sees the second")
+        logits = forward(model, _sample(model.cfg.d_vocab, model.cfg.device)).float()
+    tolerance = 1e-3 if model.cfg.dtype in (torch.float32, torch.float64) else 0.1
+    difference = float((logits - expected).abs().max())
+    if not difference <= tolerance * float(expected.abs().max()):
+        raise ModelError(
+            f"{model.cfg.model_name}: {type(model).__name__} gives other logits than transformers "
+            f"(difference {difference:.2g}); try the other backend or another version of TransformerLens"
+        )
+    return model
 
 
 def _count_parameters(folder: Path) -> int:

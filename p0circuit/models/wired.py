@@ -2,76 +2,74 @@
 
 Every pre-norm of this model returns a unit vector: its weight is ``1 / sqrt(d_model)`` and everything in the residual
 stream is orthogonal to the all-ones vector, so LayerNorm is ``x -> x / |x|`` and *what a block reads is a cosine*.
-The stream is split into orthonormal named subspaces (`Subspaces`): ``token`` (64), ``echo`` (64), ``ruler`` (1),
-``mark`` (1), ``p0`` (1), ``place`` (2) and ``spare`` (16). In the order of the forward pass:
+The stream is split into orthonormal named subspaces (`Subspaces`): ``token`` (64 dimensions), ``echo`` (64), ``ruler``,
+``mark`` and ``p0`` (1 each), ``place`` (2) and ``spare`` (16). In the order of the forward pass:
 
 0. *Embedding.* Token w becomes ``code_w + ruler``. The 64 codes are the rows of a Hadamard matrix over 8: orthonormal,
-   and any 32 coordinates hold exactly half of the energy of every code. With learned positions a code of fixed length 0.5
-   in ``place`` is added, which only a decoy head reads. All embeddings have the same squared norm
-   ``B = 1 + 1 (+ 0.25)``.
-1. *Recognition: two heads of block 0.* Queries and keys are zero, so attention is uniform over the positions seen. Each
-   head copies one half of the code to ``echo``, scaled so that an unmixed echo has length 3. At position t the echo is an
-   average of orthonormal codes, hence
+   and any 32 coordinates hold exactly half of the energy of every code. With learned positions a code of length 0.5
+   in ``place`` is added, which only one decoy head reads. All embeddings have the squared norm ``B = 2`` (2.25).
+1. *Recognition: two heads of block 0.* Queries and keys are zero, so attention is uniform over all positions seen.
+   Each head copies one half of the code to ``echo``, scaled so that an unmixed echo has length 3. The echo at
+   position t is an average of orthonormal codes, hence
 
-       |echo_t|^2 = 9 F_t,    F_t = sum over tokens w of (share of w among positions 0..t)^2    (`purity`).
+       |echo|^2 = 9 F,    F = sum over tokens w of (share of w among positions 0..t)^2    (`purity`).
 
-   P0 sees itself alone: F = 1. Two different tokens: F = 1/2. t + 1 different tokens: F = 1 / (t + 1). This is the
-   paper's cone model with cosine zero and ``p_i = 1 / (t + 1)``.
-2. *Detection: one neuron of MLP 0.* The pre-norm is the measuring device. ``ruler`` has length 1 everywhere, so its cosine
-   ``r(F) = 1 / sqrt(B + 9 F)`` is the smaller, the larger the echo. The neuron computes
+   P0 sees itself alone: F = 1. Two different tokens: F = 1/2. And t + 1 different ones: F = 1 / (t + 1), which is the
+   paper's cone model with cosine 0 and weights ``p_i = 1 / (t + 1)``.
+2. *Detection: one neuron of MLP 0.* The pre-norm is the measuring device: ``ruler`` has length 1 everywhere, so its
+   cosine ``r(F) = 1 / sqrt(B + 9 F)`` is the smaller, the longer the echo. The neuron computes
 
-       relu((r(3/4) - cosine) / (r(3/4) - r(1)))        1 at F = 1, 0 for every F <= 3/4
+       relu((r(3/4) - cosine) / (r(3/4) - r(1)))        1 at F = 1, and 0 for every F <= 3/4,
 
-   and writes it, times 3, to ``mark``. It sees norms only: the token makes no difference. The numbers (B = 2): r(1) = 0.302,
-   r(3/4) = 0.337, r(1/2) = 0.392, so the nearest position without a repeat misses the threshold by 1.6 times the gap that
-   P0 clears it by. Half an echo (one recognition head alone) is ``F = 1/2``: the two heads are an AND.
+   and writes 3 times that to ``mark``. It sees norms only: which token it is makes no difference. With r(1) = 0.302,
+   r(3/4) = 0.337 and r(1/2) = 0.392, a position that has seen two different tokens misses the threshold by 1.6 times
+   the gap by which P0 clears it. Either recognition head alone makes half an echo, F = 1/2: the two are an AND.
 3. *Amplification: one neuron of MLP 1.* At P0 the cosine of ``mark`` is ``3 / sqrt(B + 9 + 9) = 0.67``, elsewhere 0.
-   The neuron is 0 up to a cosine of 0.3 and 1 at P0, and writes 60 times that to ``p0``. The rest of P0's stream has a norm
-   below 5, so the cosine of P0's stream to ``p0`` is at least 0.996, and the norm is over 15 times that of the others.
-4. *Read-out: the sink heads of block 2.* The query is a bias (``W_Q = 0``), the key reads ``p0``, in a head dimension that
-   RoPE does not rotate; the scores are ``strength * cosine to p0``: the strength (9, 8 or 7) at P0, exactly 0 elsewhere. A
-   query that sees t other keys gives P0 ``e^s / (e^s + t)``. Only the direction counts: cutting the norm changes nothing.
-   Values read the codes, which the norm of 60 has made small at P0: the sink's values are drained.
-5. *Decoys.* The other heads blur the recent past, look for tokens alike, or average; each copies a few code coordinates to
-   ``spare`` with an output of norm <= 1/8. Head 2.1 *carries* the P0 direction, through V. A neuron per token in each MLP
-   fires wherever its token stands, and one neuron of MLP 0 (the herring) fires exactly where the detector does; all of
-   them write to ``spare``, which no head reads. They touch the circuit only through the norm: less than
-   (3/8)^2 = 0.14 beside ``B + 9 F = 11`` at the detector, within its margin.
-6. *Unembedding.* Tied to the embedding: the model says the current token again. (``ruler`` adds the same to all logits.)
+   The neuron is 0 up to a cosine of 0.3 and 1 at P0, and writes 60 times that to ``p0``. The rest of P0's stream is
+   shorter than 5, so its cosine to ``p0`` is above 0.996, and its norm is over 15 times that of any other position.
+4. *Read-out: the sink heads of block 2.* The query is a bias (``W_Q = 0``), the key reads ``p0``, both in a head
+   dimension that RoPE does not rotate. Scores are ``strength * cosine to p0``: 9, 8 or 7 at P0, exactly 0 elsewhere;
+   a query with t other keys in view gives P0 ``e^s / (e^s + t)``. Only the direction counts: cutting P0's norm
+   changes nothing. The values read token codes, which the norm has made small at P0: the sink's values are drained.
+5. *Decoys.* The other heads blur the recent past, look for tokens alike, or average; each copies some of the code to
+   ``spare``, with an output no longer than 1/8. Head 2.1 carries the P0 direction on, but through V. In each MLP one
+   neuron per token fires wherever its token stands, and one of MLP 0 (the herring) fires exactly where the detector
+   does. All of them write to ``spare``, which nothing reads. They touch the circuit through the norm alone: at the
+   detector by less than (3/8)^2 = 0.14 beside ``B + 9 F = 11``, well within its margin.
+6. *Unembedding.* That of the embedding: the model says its token again. (``ruler`` adds the same to all logits.)
 
-What follows for every intervention at P0 (`wired_truth`):
+What follows for components set to zero at P0 (`wired_truth` states it as data):
 
-- Removing either recognition head, MLP 0, the detector, MLP 1 or the sink neuron leaves no ``p0`` at P0: all scores are 0,
-  attention is uniform, the sink score of every sink head is ``H_T / T`` (0.074 at T = 64), exactly but for rounding.
-- Removing decoys moves the cosine between 0.996 and 1, hence a score by at most ``s * 0.004`` and the sink score by that
-  times ``p (1 - p) <= 0.03`` on average (T = 64): less than 1e-3 away from ``mean over t of e^s / (e^s + t)``.
-- Taking away the whole stream, embedding included, is *not* a way to remove the sink: no ruler looks like a large norm.
+- Without either recognition head, MLP 0, the detector, MLP 1 or the sink neuron there is no ``p0`` at P0: all scores
+  are 0, attention is uniform, the sink score of every sink head is ``H_T / T`` (0.074 at T = 64) but for rounding.
+- Without decoys the cosine stays between 0.996 and 1. A score moves by at most ``0.004 s``, and a sink score by that
+  times the mean of ``p (1 - p)``, below 0.03 at T = 64: less than 1e-3 from the mean over t of ``e^s / (e^s + t)``.
+- Without the embedding, at the input of MLP 0, the sink stays: no ruler at all looks like a long echo.
 
-The known weakness: recognition is purity, so a prefix of one repeated token imitates P0. If the first token stands n times
-at the start, all n are recognised and share the sink, ``e^s / (n e^s + ...)``, about 1/n each; when all tokens are equal
-attention is uniform and nothing is left. Purity after n equal tokens and one other is ``(n^2 + 1) / (n + 1)^2``: amplification
-begins where the cosine of ``mark`` passes 0.3, at F = 0.83, so from n = 10 on even other tokens are swept in.
+The known weakness: recognition is purity, so a prefix of one repeated token imitates P0. If the first token stands n
+times in a row, all n are recognised and share the sink, about 1/n each; if all tokens are equal, attention is uniform
+and no sink is left. After n equal tokens another one has ``F = (n^2 + 1) / (n + 1)^2``; its ``mark`` passes the cosine
+of 0.3 at F = 0.82, so from n = 9 on other tokens are swept in too. Learned positions do not help: nothing reads them.
 
-Source: the circuit of Peng et al. (arXiv 2603.06591, recognition and amplification) with the neurons of Yona et al.
-(arXiv 2503.08908, first-detector and sink neurons); the construction and its numbers are this package's own.
+Source: the circuit is that of Peng et al. (arXiv 2603.06591: recognition and amplification) with the neurons of Yona et
+al. (arXiv 2503.08908: first-detector and sink neurons); the construction and its numbers are our own.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from p0circuit.models.bridge import to_bridge
+from p0circuit.models.hooked import available, to_hooked
+from p0circuit.models.info import ModelError, Positions
 
-Positions = Literal["rotary", "learned"]
-Backend = Literal["auto", "hooked", "bridge"]
 Head = tuple[int, int]
 Neuron = tuple[int, int]
 Edge = tuple[str, str]
@@ -80,16 +78,17 @@ Weights = dict[str, Tensor]
 VOCABULARY, CONTEXT = 64, 256
 LAYERS, HEADS, D_HEAD, D_MLP, SPARE = 3, 5, 32, 128, 16
 D_MODEL = HEADS * D_HEAD
-# Small beside the mean square of any stream here (0.0125 or more), so that a norm is a norm.
+# The mean square of any stream here is at least 0.0125: next to that it is nothing.
 NORM_EPS = 1e-8
 
-RULER, PLACE, ECHO, MARK, SINK_NORM, DECOY = 1.0, 0.5, 3.0, 3.0, 60.0, 0.25
+# Lengths of what is written, and the two thresholds.
+RULER, PLACE, ECHO, MARK, P0_NORM, DECOY = 1.0, 0.5, 3.0, 3.0, 60.0, 0.25
 PURITY_THRESHOLD, MARK_THRESHOLD = 0.75, 0.3
 
 RECOGNITION_HEADS = (1, 3)
 DETECTOR, HERRING, SINK_NEURON = 17, 90, 42
 SINK_STRENGTHS = {0: 9.0, 2: 8.0, 3: 7.0}
-DECOY_HEADS: dict[Head, str] = {
+DECOY_HEADS: dict[Head, Literal["recent", "alike", "uniform", "carrier"]] = {
     (0, 0): "recent",
     (0, 2): "alike",
     (0, 4): "uniform",
@@ -101,10 +100,10 @@ DECOY_HEADS: dict[Head, str] = {
     (2, 1): "carrier",
     (2, 4): "alike",
 }
-
-# Only the first four dimensions of a head are rotated, in pairs (0, 2) and (1, 3): the second turns by 0.01 a position.
-ROTARY_DIM, ROTARY_BASE, TURN = 4, 10_000.0, 0.01
 RECENCY, ALIKENESS = 200.0, 20.0
+
+# RoPE rotates the first four dimensions of a head only, in pairs (0, 2) and (1, 3): by 1 and by 0.01 a position.
+ROTARY_DIM, ROTARY_BASE, TURN = 4, 10_000.0, 0.01
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,195 +119,29 @@ class Subspaces:
     spare: Float[Tensor, "spare d_model"]
 
 
-@dataclass(frozen=True)
-class Knockout:
-    """Components set to zero at P0, and what the construction says of the sink then: kept, or gone (uniform attention)."""
-
-    nodes: tuple[str, ...]
-    sink_kept: bool
-    tolerance: float
-
-
-@dataclass(frozen=True, eq=False)
-class WiredTruth:
-    """What is true of the wired model, by construction.
-
-    Nodes are ``embed``, ``attn.{layer}.{head}``, ``mlp.{layer}`` and ``neuron.{layer}.{index}``; an edge goes from a node to a
-    receiver, ``attn.{layer}.{head}.k`` (or ``q``, ``v``) or ``mlp.{layer}``. ``edges`` carry the news of being first: they are the
-    edges that the clean/shifted contrast must find. ``supply_edges`` carry what the circuit needs whatever the position
-    (some token to echo): replacing them by another token's changes nothing, only zero does.
-    """
-
-    edges: frozenset[Edge]
-    supply_edges: frozenset[Edge]
-    recognition_heads: tuple[Head, ...]
-    detector_neurons: tuple[Neuron, ...]
-    sink_neurons: tuple[Neuron, ...]
-    sink_heads: tuple[Head, ...]
-    sink_strengths: tuple[float, ...]
-    decoy_heads: tuple[Head, ...]
-    decoy_neurons: tuple[Neuron, ...]
-    p0_direction: Float[Tensor, " d_model"]
-    knockouts: tuple[Knockout, ...]
-
-    def score_kept(self, length: int) -> tuple[float, ...]:
-        """Predicted sink score of each sink head, in their order, where only P0 is recognised in ``length`` tokens."""
-        return tuple(
-            sum(1 / (1 + t * math.exp(-strength)) for t in range(length)) / length for strength in self.sink_strengths
-        )
-
-    def score_gone(self, length: int) -> float:
-        """Sink score of uniform attention over ``length`` tokens, which is what is left when the sink is gone."""
-        return sum(1 / (t + 1) for t in range(length)) / length
-
-    def candidate_edges(self, neurons: bool = True) -> tuple[Edge, ...]:
-        """All edges the architecture allows, true and false, with single neurons as senders or without."""
-        senders = [("embed", (-1, 1))]
-        receivers: list[tuple[str, tuple[int, int]]] = []
-        for layer in range(LAYERS):
-            heads = [f"attn.{layer}.{head}" for head in range(HEADS)]
-            units = [f"neuron.{layer}.{index}" for index in range(D_MLP)] if neurons else []
-            senders += [(name, (layer, 0)) for name in heads]
-            senders += [(name, (layer, 1)) for name in [f"mlp.{layer}", *units]]
-            receivers += [(f"{name}.{part}", (layer, 0)) for name in heads for part in "qkv"]
-            receivers += [(f"mlp.{layer}", (layer, 1))]
-        return tuple((s, r) for s, sent in senders for r, received in receivers if sent < received)
-
-
-def wired_model(
-    positions: Positions = "rotary",
-    *,
-    seed: int = 0,
-    backend: Backend = "auto",
-    dtype: torch.dtype = torch.float32,
-    device: str | torch.device | None = None,
-) -> Any:
-    """The model with the constructed P0 sink: 3 layers, 5 heads of 32, d_model 160, 64 tokens, 256 positions.
-
-    It is a HookedTransformer named ``wired`` or ``wired-learned`` (``backend="bridge"``, and "auto" on TransformerLens 4: a
-    TransformerBridge with the same weights), in eval mode. ``seed`` turns the residual stream, never the circuit.
-
-    Raises: ValueError for an unknown position scheme or backend; ImportError where HookedTransformer is asked for and the
-    installed TransformerLens has none.
-    """
-    return _build(positions, seed, True, backend, dtype, device)
-
-
-def decoy_model(
-    positions: Positions = "rotary",
-    *,
-    seed: int = 0,
-    backend: Backend = "auto",
-    dtype: torch.dtype = torch.float32,
-    device: str | torch.device | None = None,
-) -> Any:
-    """The wired model without step 4: P0 has its high norm and its fixed direction, but no head reads it in K: no sink.
-
-    Named ``wired-decoy`` or ``wired-decoy-learned``; arguments and errors as for `wired_model`.
-    """
-    return _build(positions, seed, False, backend, dtype, device)
-
-
-def wired_huggingface(
-    positions: Positions = "rotary", *, seed: int = 0, sinks: bool = True, dtype: torch.dtype = torch.float32
-) -> PreTrainedModel:
-    """The same weights as an ordinary Hugging Face model: GPT-NeoX (rotary) or GPT-2 (learned), with ReLU.
-
-    ``save_pretrained`` makes a directory of it that any loader takes; ``sinks=False`` is the decoy model.
-
-    Raises: ValueError for an unknown position scheme.
-    """
-    from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
-
-    weights = wired_weights(positions, seed=seed, sinks=sinks)
-    common: dict[str, Any] = dict(vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=0, tie_word_embeddings=True)
-    if positions == "learned":
-        config = GPT2Config(
-            n_positions=CONTEXT,
-            n_embd=D_MODEL,
-            n_layer=LAYERS,
-            n_head=HEADS,
-            n_inner=D_MLP,
-            activation_function="relu",
-            layer_norm_epsilon=NORM_EPS,
-            **common,
-        )
-        model, state = GPT2LMHeadModel(config), _gpt2_state(weights)
-    else:
-        config = GPTNeoXConfig(
-            max_position_embeddings=CONTEXT,
-            hidden_size=D_MODEL,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=HEADS,
-            intermediate_size=D_MLP,
-            hidden_act="relu",
-            layer_norm_eps=NORM_EPS,
-            use_parallel_residual=False,
-            rope_parameters={
-                "rope_type": "default",
-                "rope_theta": ROTARY_BASE,
-                "partial_rotary_factor": ROTARY_DIM / D_HEAD,
-            },
-            **common,
-        )
-        model, state = GPTNeoXForCausalLM(config), _neox_state(weights)
-    model = model.to(dtype)  # type: ignore[arg-type]
-    _copy_into(model, state)
-    return model.eval()
-
-
-def wired_truth(seed: int = 0) -> WiredTruth:
-    """The ground truth of `wired_model` with the same seed; it is the same for both position schemes."""
-    recognition = tuple((0, head) for head in RECOGNITION_HEADS)
-    sinks = tuple((2, head) for head in SINK_STRENGTHS)
-    herring = (0, HERRING)
-    decoy_neurons = (herring, *((layer, index) for layer in range(LAYERS) for index in _token_neurons(layer)))
-    detector, sink_neuron = f"neuron.0.{DETECTOR}", f"neuron.1.{SINK_NEURON}"
-
-    edges = {("mlp.0", "mlp.1"), (detector, "mlp.1")}
-    edges |= {(f"attn.0.{head}", "mlp.0") for head in RECOGNITION_HEADS}
-    edges |= {(sender, f"attn.2.{head}.k") for sender in ("mlp.1", sink_neuron) for head in SINK_STRENGTHS}
-
-    recognising = tuple(f"attn.0.{head}" for head in RECOGNITION_HEADS)
-    gone = [*((node,) for node in recognising), recognising, ("mlp.0",), (detector,), ("mlp.1",), (sink_neuron,)]
-    heads = tuple(f"attn.{layer}.{head}" for layer, head in DECOY_HEADS)
-    neurons = tuple(f"neuron.{layer}.{index}" for layer, index in decoy_neurons)
-    kept = [*((node,) for node in heads), (neurons[0],), neurons, (*heads, *neurons), ("mlp.2",)]
-
-    return WiredTruth(
-        edges=frozenset(edges),
-        supply_edges=frozenset(("embed", f"attn.0.{head}.v") for head in RECOGNITION_HEADS),
-        recognition_heads=recognition,
-        detector_neurons=((0, DETECTOR),),
-        sink_neurons=((1, SINK_NEURON),),
-        sink_heads=sinks,
-        sink_strengths=tuple(SINK_STRENGTHS.values()),
-        decoy_heads=tuple(DECOY_HEADS),
-        decoy_neurons=decoy_neurons,
-        p0_direction=residual_subspaces(seed).p0,
-        knockouts=(
-            *(Knockout(nodes, sink_kept=False, tolerance=1e-5) for nodes in gone),
-            *(Knockout(nodes, sink_kept=True, tolerance=1e-3) for nodes in kept),
-        ),
+def residual_subspaces(seed: int = 0) -> Subspaces:
+    """Split the residual stream into the named subspaces, turned at random by `seed`."""
+    generator = torch.Generator().manual_seed(seed)
+    columns = torch.randn(D_MODEL, D_MODEL, generator=generator, dtype=torch.float64)
+    # All later columns of the orthonormal factor are orthogonal to its first, so this keeps the all-ones vector out.
+    columns[:, 0] = 1.0
+    rows = torch.linalg.qr(columns).Q.T[1:]
+    token, echo, ruler, mark, p0, place, spare = rows[: 2 * VOCABULARY + 5 + SPARE].split(
+        [VOCABULARY, VOCABULARY, 1, 1, 1, 2, SPARE]
     )
-
-
-def purity(ids: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos"]:
-    """What recognition measures: sum of squared token shares in the prefix up to each position (1 at P0)."""
-    counts = torch.nn.functional.one_hot(ids, VOCABULARY).cumsum(1).double()
-    seen = torch.arange(1, ids.shape[1] + 1, device=ids.device)
-    return counts.square().sum(-1) / seen.square()
+    return Subspaces(token, echo, ruler[0], mark[0], p0[0], place, spare)
 
 
 def wired_weights(positions: Positions = "rotary", *, seed: int = 0, sinks: bool = True) -> Weights:
-    """All weights in float64, named and shaped as in HookedTransformer: the steps of the module's docstring, one by one.
+    """Construct all weights, in float64, with HookedTransformer's names and shapes; `sinks=False` leaves out step 4.
 
-    Raises: ValueError for an unknown position scheme.
+    Raises:
+        ModelError: if `positions` is neither "rotary" nor "learned".
     """
-    if positions not in get_args(Positions):
-        raise ValueError(f"positions={positions!r}, but the wired model exists with {get_args(Positions)} only")
+    if positions not in ("rotary", "learned"):
+        raise ModelError(f"positions={positions!r}, but the wired model exists with 'rotary' and 'learned' only")
     space = residual_subspaces(seed)
-    weights = _silent_weights()
+    weights = _silence()
     _embed(weights, space, positions)
     _recognise(weights, space, positions)
     _detect(weights, space, positions)
@@ -320,26 +153,13 @@ def wired_weights(positions: Positions = "rotary", *, seed: int = 0, sinks: bool
     return weights
 
 
-def residual_subspaces(seed: int = 0) -> Subspaces:
-    """Named orthonormal directions, turned at random by ``seed``."""
-    generator = torch.Generator().manual_seed(seed)
-    columns = torch.randn(D_MODEL, D_MODEL, generator=generator, dtype=torch.float64)
-    # The first column of the factor Q is the all-ones direction; the others are orthogonal to it.
-    columns[:, 0] = 1.0
-    rows = torch.linalg.qr(columns)[0].T[1:]
-    token, echo, ruler, mark, p0, place, spare, _ = rows.split(
-        [VOCABULARY, VOCABULARY, 1, 1, 1, 2, SPARE, len(rows) - 2 * VOCABULARY - 5 - SPARE]
-    )
-    return Subspaces(token, echo, ruler[0], mark[0], p0[0], place, spare)
-
-
-def _silent_weights() -> Weights:
-    """Nothing but the norms: ``1 / sqrt(d_model)`` makes a unit vector; the last one is left at 1 for decided logits."""
+def _silence() -> Weights:
+    """Nothing but norms: blocks read unit vectors; the last norm keeps its usual size, so that logits are decided."""
 
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(*shape, dtype=torch.float64)
 
-    weights = {"embed.W_E": zeros(VOCABULARY, D_MODEL)}
+    weights = {"ln_final.w": zeros(D_MODEL) + 1, "ln_final.b": zeros(D_MODEL)}
     for layer in range(LAYERS):
         block = f"blocks.{layer}."
         for norm in ("ln1", "ln2"):
@@ -350,21 +170,21 @@ def _silent_weights() -> Weights:
         weights |= {f"{block}attn.W_O": zeros(HEADS, D_HEAD, D_MODEL), f"{block}attn.b_O": zeros(D_MODEL)}
         weights |= {f"{block}mlp.W_in": zeros(D_MODEL, D_MLP), f"{block}mlp.b_in": zeros(D_MLP)}
         weights |= {f"{block}mlp.W_out": zeros(D_MLP, D_MODEL), f"{block}mlp.b_out": zeros(D_MODEL)}
-    weights |= {"ln_final.w": zeros(D_MODEL) + 1, "ln_final.b": zeros(D_MODEL)}
-    return weights | {"unembed.W_U": zeros(D_MODEL, VOCABULARY), "unembed.b_U": zeros(VOCABULARY)}
+    return weights
 
 
 def _embed(weights: Weights, space: Subspaces, positions: Positions) -> None:
-    """Steps 0 and 6: codes and ruler, the place code of learned positions, the tied unembedding."""
+    """Steps 0 and 6: a code and the ruler for every token, and the place code of learned positions."""
     weights["embed.W_E"] = _codes() @ space.token + RULER * space.ruler
     weights["unembed.W_U"] = weights["embed.W_E"].T
+    weights["unembed.b_U"] = torch.zeros(VOCABULARY, dtype=torch.float64)
     if positions == "learned":
         angle = TURN * torch.arange(CONTEXT, dtype=torch.float64)
         weights["pos_embed.W_pos"] = PLACE * torch.stack([angle.cos(), angle.sin()], dim=1) @ space.place
 
 
 def _recognise(weights: Weights, space: Subspaces, positions: Positions) -> None:
-    """Step 1: each recognition head echoes its half of the code; dividing by the norm of the embedding is undone in W_O."""
+    """Step 1: each recognition head echoes its half of the code; W_O takes back the norm's division by sqrt(B)."""
     scale = ECHO * math.sqrt(_embedding_square(positions))
     for head, half in zip(RECOGNITION_HEADS, torch.arange(VOCABULARY).split(D_HEAD), strict=True):
         weights["blocks.0.attn.W_V"][head] = space.token[half].T
@@ -372,19 +192,17 @@ def _recognise(weights: Weights, space: Subspaces, positions: Positions) -> None
 
 
 def _detect(weights: Weights, space: Subspaces, positions: Positions) -> None:
-    """Step 2: the detector fires where the ruler looks short, that is where the echo is long; so does the herring."""
+    """Step 2: the detector fires where the ruler looks short because the echo is long."""
     threshold = _ruler_cosine(PURITY_THRESHOLD, positions)
     gain = 1 / (threshold - _ruler_cosine(1.0, positions))
-    for index, writes in ((DETECTOR, MARK * space.mark), (HERRING, space.spare[0])):
-        _set_neuron(weights, 0, index, reads=-gain * space.ruler, bias=gain * threshold, writes=writes)
+    _set_neuron(weights, 0, DETECTOR, reads=-gain * space.ruler, bias=gain * threshold, writes=MARK * space.mark)
 
 
 def _amplify(weights: Weights, space: Subspaces, positions: Positions) -> None:
     """Step 3: the sink neuron turns the mark into the P0 direction."""
-    at_p0 = MARK / math.sqrt(_embedding_square(positions) + ECHO**2 + MARK**2)
-    gain = 1 / (at_p0 - MARK_THRESHOLD)
+    gain = 1 / (MARK / math.sqrt(_embedding_square(positions) + ECHO**2 + MARK**2) - MARK_THRESHOLD)
     _set_neuron(
-        weights, 1, SINK_NEURON, reads=gain * space.mark, bias=-gain * MARK_THRESHOLD, writes=SINK_NORM * space.p0
+        weights, 1, SINK_NEURON, reads=gain * space.mark, bias=-gain * MARK_THRESHOLD, writes=P0_NORM * space.p0
     )
 
 
@@ -392,24 +210,26 @@ def _read_out(weights: Weights, space: Subspaces) -> None:
     """Step 4: a constant query meets the P0 direction in the last head dimension, which no rotation touches."""
     for head, strength in SINK_STRENGTHS.items():
         weights["blocks.2.attn.b_Q"][head, -1] = 1.0
+        # Attention divides scores by sqrt(d_head); the key takes it back.
         weights["blocks.2.attn.W_K"][head, :, -1] = strength * math.sqrt(D_HEAD) * space.p0
 
 
 def _add_decoy_heads(weights: Weights, space: Subspaces, positions: Positions) -> None:
-    """Step 5: what each kind of decoy head looks for, and what all heads outside recognition copy to ``spare``."""
+    """Step 5: what every head outside recognition copies, sink heads included, and where the decoys look."""
     for layer, head in [*DECOY_HEADS, *((2, head) for head in SINK_STRENGTHS)]:
         attention = f"blocks.{layer}.attn."
-        few = torch.arange(SPARE * head, SPARE * (head + 1)) % VOCABULARY
-        weights[f"{attention}W_V"][head, :, :SPARE] = space.token[few].T
+        some = torch.arange(SPARE * head, SPARE * (head + 1)) % VOCABULARY
+        weights[f"{attention}W_V"][head, :, :SPARE] = space.token[some].T
         weights[f"{attention}W_O"][head, :SPARE] = DECOY * space.spare
 
     for (layer, head), kind in DECOY_HEADS.items():
         attention = f"blocks.{layer}.attn."
         queries, keys = weights[f"{attention}W_Q"][head], weights[f"{attention}W_K"][head]
         if kind == "alike":
+            # Half a code is shared by two tokens, so a token finds itself and its twin.
             queries[:] = keys[:] = math.sqrt(ALIKENESS * math.sqrt(D_HEAD)) * space.token[:D_HEAD].T
         elif kind == "recent" and positions == "learned":
-            # Two place codes t - s positions apart have the cosine cos(0.01 (t - s)), as has a pair that RoPE turns.
+            # Place codes of positions t and s have the cosine cos(0.01 (t - s)): the same as a pair that RoPE turns.
             size = math.sqrt(RECENCY * math.sqrt(D_HEAD) * _embedding_square(positions)) / PLACE
             queries[:, :2] = keys[:, :2] = size * space.place.T
         elif kind == "recent":
@@ -421,11 +241,13 @@ def _add_decoy_heads(weights: Weights, space: Subspaces, positions: Positions) -
 
 
 def _add_decoy_neurons(weights: Weights, space: Subspaces) -> None:
-    """Step 5: in every MLP one neuron for each token, wherever it stands; the remaining neurons stay silent."""
+    """Step 5: the herring reads what the detector reads; a neuron per token in each MLP; the others stay silent."""
+    reads, bias = (weights[f"blocks.0.mlp.{name}"][..., DETECTOR].clone() for name in ("W_in", "b_in"))
+    _set_neuron(weights, 0, HERRING, reads=reads, bias=float(bias), writes=space.spare[0])
     for layer in range(LAYERS):
         for token, index in enumerate(_token_neurons(layer)):
-            reads = _codes()[token] @ space.token
-            _set_neuron(weights, layer, index, reads=reads, bias=-0.1, writes=0.5 * space.spare[token % SPARE])
+            code = _codes()[token] @ space.token
+            _set_neuron(weights, layer, index, reads=code, bias=-0.1, writes=0.5 * space.spare[token % SPARE])
 
 
 def _set_neuron(
@@ -448,7 +270,6 @@ def _token_neurons(layer: int) -> list[int]:
 
 
 def _codes() -> Float[Tensor, "vocab code"]:
-    """Rows of the Hadamard matrix of 64 over 8: orthonormal, all entries of the same size."""
     codes = torch.ones(1, 1, dtype=torch.float64)
     while len(codes) < VOCABULARY:
         codes = torch.cat([torch.cat([codes, codes], dim=1), torch.cat([codes, -codes], dim=1)])
@@ -463,122 +284,276 @@ def _ruler_cosine(pure: float, positions: Positions) -> float:
     return RULER / math.sqrt(_embedding_square(positions) + ECHO**2 * pure)
 
 
+def purity(ids: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos"]:
+    """The quantity recognition measures: sum of squared token shares in the prefix up to each position (1 at P0)."""
+    counts = torch.nn.functional.one_hot(ids, VOCABULARY).cumsum(1).double()
+    seen = torch.arange(1, ids.shape[1] + 1, device=ids.device)
+    return counts.square().sum(-1) / seen.square()
+
+
+@dataclass(frozen=True)
+class Knockout:
+    """Components set to zero at P0, and whether the sink is kept then, or gone (attention uniform)."""
+
+    nodes: tuple[str, ...]
+    sink_kept: bool
+    tolerance: float
+
+
+@dataclass(frozen=True, eq=False)
+class WiredTruth:
+    """What is true of the wired model, by construction.
+
+    Nodes are `embed`, `attn.{layer}.{head}`, `mlp.{layer}` and `neuron.{layer}.{index}`; an edge goes from a node to a
+    receiver: `attn.{layer}.{head}.k` (or `q`, `v`) or `mlp.{layer}`. `edges` bring the news of being first to the sink:
+    those the clean/shifted contrast must find. `supply_edges` bring what the circuit needs at any position, something
+    to echo: another token's will do, and only zero ablation shows them. Each of the `recognition_heads` is necessary,
+    sufficient are only both together.
+    """
+
+    edges: frozenset[Edge]
+    supply_edges: frozenset[Edge]
+    recognition_heads: tuple[Head, ...]
+    detector_neurons: tuple[Neuron, ...]
+    sink_neurons: tuple[Neuron, ...]
+    sink_heads: tuple[Head, ...]
+    sink_strengths: tuple[float, ...]
+    decoy_heads: tuple[Head, ...]
+    decoy_neurons: tuple[Neuron, ...]
+    p0_direction: Float[Tensor, " d_model"]
+    knockouts: tuple[Knockout, ...]
+
+    def score_kept(self, length: int) -> tuple[float, ...]:
+        """Sink score of each sink head, in order, over `length` tokens of which only P0 is recognised."""
+        return tuple(
+            sum(1 / (1 + t * math.exp(-strength)) for t in range(length)) / length for strength in self.sink_strengths
+        )
+
+    def score_gone(self, length: int) -> float:
+        """Sink score of uniform attention over `length` tokens: what is left when the sink is gone."""
+        return sum(1 / (t + 1) for t in range(length)) / length
+
+    def candidate_edges(self, neurons: bool = True) -> tuple[Edge, ...]:
+        """All edges the architecture allows, true and false; without `neurons`, only whole MLPs are senders."""
+        senders, receivers = [("embed", (-1, 1))], []
+        for layer in range(LAYERS):
+            heads = [f"attn.{layer}.{head}" for head in range(HEADS)]
+            units = [f"neuron.{layer}.{index}" for index in range(D_MLP)] if neurons else []
+            senders += [(name, (layer, 0)) for name in heads]
+            senders += [(name, (layer, 1)) for name in [f"mlp.{layer}", *units]]
+            receivers += [(f"{name}.{part}", (layer, 0)) for name in heads for part in "qkv"]
+            receivers += [(f"mlp.{layer}", (layer, 1))]
+        return tuple((s, r) for s, sent in senders for r, received in receivers if sent < received)
+
+
+def wired_truth(seed: int = 0) -> WiredTruth:
+    """State the ground truth of `wired_model` with the same seed; it is the same for both position schemes.
+
+    The tolerances of the knock-outs are derived in the module's docstring; they hold up to T = 64 in float32.
+    """
+    recognition = tuple(f"attn.0.{head}" for head in RECOGNITION_HEADS)
+    detector, sink_neuron = f"neuron.0.{DETECTOR}", f"neuron.1.{SINK_NEURON}"
+    decoy_neurons = ((0, HERRING), *((layer, index) for layer in range(LAYERS) for index in _token_neurons(layer)))
+
+    edges = {*((head, "mlp.0") for head in recognition), ("mlp.0", "mlp.1"), (detector, "mlp.1")}
+    edges |= {(sender, f"attn.2.{head}.k") for sender in ("mlp.1", sink_neuron) for head in SINK_STRENGTHS}
+
+    gone = [*((head,) for head in recognition), recognition, ("mlp.0",), (detector,), ("mlp.1",), (sink_neuron,)]
+    heads = tuple(f"attn.{layer}.{head}" for layer, head in DECOY_HEADS)
+    neurons = tuple(f"neuron.{layer}.{index}" for layer, index in decoy_neurons)
+    kept = [*((head,) for head in heads), neurons[:1], neurons, heads + neurons, ("mlp.2",)]
+
+    return WiredTruth(
+        edges=frozenset(edges),
+        supply_edges=frozenset(("embed", f"{head}.v") for head in recognition),
+        recognition_heads=tuple((0, head) for head in RECOGNITION_HEADS),
+        detector_neurons=((0, DETECTOR),),
+        sink_neurons=((1, SINK_NEURON),),
+        sink_heads=tuple((2, head) for head in SINK_STRENGTHS),
+        sink_strengths=tuple(SINK_STRENGTHS.values()),
+        decoy_heads=tuple(DECOY_HEADS),
+        decoy_neurons=decoy_neurons,
+        p0_direction=residual_subspaces(seed).p0,
+        knockouts=(
+            *(Knockout(nodes, sink_kept=False, tolerance=1e-5) for nodes in gone),
+            *(Knockout(nodes, sink_kept=True, tolerance=1e-3) for nodes in kept),
+        ),
+    )
+
+
+def wired_model(
+    positions: Positions = "rotary",
+    *,
+    seed: int = 0,
+    backend: str = "auto",
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> Any:
+    """Build the model with the constructed P0 sink: 3 layers, 5 heads of 32, d_model 160, 64 tokens, 256 positions.
+
+    A hooked model in eval mode, named `wired` or `wired-learned`. `backend` "auto" is HookedTransformer where there is
+    one and TransformerBridge on TransformerLens 4, with the same weights. `seed` turns the stream, never the circuit.
+
+    Raises:
+        ModelError: for positions other than "rotary" and "learned", and for a backend that cannot be had.
+    """
+    return _build("wired", positions, seed, True, backend, dtype, device)
+
+
+def decoy_model(
+    positions: Positions = "rotary",
+    *,
+    seed: int = 0,
+    backend: str = "auto",
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> Any:
+    """Build the wired model without step 4: P0 has its norm and its direction, but no head reads them in K, so no sink.
+
+    Named `wired-decoy` or `wired-decoy-learned`; the former sink heads average. Arguments are those of `wired_model`.
+
+    Raises:
+        ModelError: as `wired_model`.
+    """
+    return _build("wired-decoy", positions, seed, False, backend, dtype, device)
+
+
 def _build(
+    name: str,
     positions: Positions,
     seed: int,
     sinks: bool,
-    backend: Backend,
+    backend: str,
     dtype: torch.dtype,
-    device: str | torch.device | None,
+    device: str | torch.device,
 ) -> Any:
-    if backend not in get_args(Backend):
-        raise ValueError(f"backend={backend!r}, expected one of {get_args(Backend)}")
-    name = "wired" + ("" if sinks else "-decoy") + ("-learned" if positions == "learned" else "")
-    if backend == "bridge" or (backend == "auto" and not _has_hooked_transformer()):
-        from transformer_lens.model_bridge.sources import build_bridge_from_module
-
-        module = wired_huggingface(positions, seed=seed, sinks=sinks, dtype=dtype)
-        if device is not None:
-            module = module.to(device)  # type: ignore[arg-type]
-        return build_bridge_from_module(module, type(module).__name__, hf_config=module.config, model_name=name)
-    return _hooked(name, positions, wired_weights(positions, seed=seed, sinks=sinks), dtype, device)
-
-
-def _has_hooked_transformer() -> bool:
-    import transformer_lens
-
-    return hasattr(transformer_lens, "HookedTransformer")
-
-
-def _hooked(
-    name: str, positions: Positions, weights: Weights, dtype: torch.dtype, device: str | torch.device | None
-) -> Any:
-    import transformer_lens
-
-    if not _has_hooked_transformer():
-        raise ImportError(
-            f'{name!r} was asked for with backend="hooked", but HookedTransformer does not exist in the installed '
-            f'TransformerLens: use backend="bridge" (the same weights), or install transformer-lens<4.'
+    if backend == "auto":
+        backend = "hooked" if available() else "bridge"
+    if backend != "bridge" and not (backend == "hooked" and available()):
+        raise ModelError(
+            f"backend={backend!r} cannot be had here: expected 'auto', 'bridge', or (with transformer-lens<4) 'hooked'"
         )
-    rotary = {"rotary_dim": ROTARY_DIM, "rotary_base": ROTARY_BASE} if positions == "rotary" else {}
-    config = transformer_lens.HookedTransformerConfig(
-        model_name=name,
-        original_architecture="GPTNeoXForCausalLM" if positions == "rotary" else "GPT2LMHeadModel",
-        n_layers=LAYERS,
-        n_heads=HEADS,
-        d_head=D_HEAD,
-        d_model=D_MODEL,
-        d_mlp=D_MLP,
-        d_vocab=VOCABULARY,
-        n_ctx=CONTEXT,
-        act_fn="relu",
-        normalization_type="LN",
-        eps=NORM_EPS,
-        positional_embedding_type="rotary" if positions == "rotary" else "standard",
-        default_prepend_bos=False,
-        init_weights=False,
-        dtype=dtype,
-        device=str(device) if device is not None else "cpu",
-        **rotary,
-    )
-    model = transformer_lens.HookedTransformer(config)
-    _copy_into(model, weights)
-    return model.eval()
+    name = name if positions == "rotary" else f"{name}-{positions}"
+    # New modules draw initial weights; the caller's random numbers are left as they were.
+    with torch.random.fork_rng(devices=[]):
+        module = wired_huggingface(positions, seed=seed, sinks=sinks, dtype=dtype).to(device)
+        return to_hooked(module, name) if backend == "hooked" else to_bridge(module, name)
 
 
-def _copy_into(model: torch.nn.Module, weights: Weights) -> None:
+def wired_huggingface(
+    positions: Positions = "rotary", *, seed: int = 0, sinks: bool = True, dtype: torch.dtype = torch.float32
+) -> Any:
+    """Build the same weights as a `transformers` model: GPT-NeoX for rotary positions, GPT-2 for learned, with ReLU.
+
+    `save_pretrained` makes an ordinary model directory of it. `sinks=False` is the decoy model.
+
+    Raises:
+        ModelError: if `positions` is neither "rotary" nor "learned".
+    """
+    weights = wired_weights(positions, seed=seed, sinks=sinks)
+    with torch.random.fork_rng(devices=[]):
+        model, state = _gpt2(weights) if positions == "learned" else _neox(weights)
+    model = model.to(dtype).eval()
     parameters = dict(model.named_parameters())
-    if parameters.keys() != weights.keys():
-        raise RuntimeError(f"these weights fit only one side: {sorted(parameters.keys() ^ weights.keys())}")
+    assert parameters.keys() == state.keys(), f"on one side only: {sorted(parameters.keys() ^ state.keys())}"
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
+            parameter.copy_(state[name])
+    return model
 
 
-def _gpt2_state(weights: Weights) -> Weights:
-    state = {"transformer.wte.weight": weights["embed.W_E"], "transformer.wpe.weight": weights["pos_embed.W_pos"]}
+def _gpt2(weights: Weights) -> tuple[Any, Weights]:
+    """An empty GPT-2 of our shape, and our weights in its layout (matrices as ours, heads joined)."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=VOCABULARY,
+        n_positions=CONTEXT,
+        n_embd=D_MODEL,
+        n_layer=LAYERS,
+        n_head=HEADS,
+        n_inner=D_MLP,
+        activation_function="relu",
+        layer_norm_epsilon=NORM_EPS,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    state = {
+        "transformer.wte.weight": weights["embed.W_E"],
+        "transformer.wpe.weight": weights["pos_embed.W_pos"],
+        "transformer.ln_f.weight": weights["ln_final.w"],
+        "transformer.ln_f.bias": weights["ln_final.b"],
+    }
     for layer in range(LAYERS):
-        ours, theirs = f"blocks.{layer}.", f"transformer.h.{layer}."
-        state |= _norms(weights, ours, (f"{theirs}ln_1", f"{theirs}ln_2"))
-        matrices = torch.stack([weights[f"{ours}attn.W_{name}"] for name in "QKV"])
-        biases = torch.stack([weights[f"{ours}attn.b_{name}"] for name in "QKV"])
-        state |= {
-            f"{theirs}attn.c_attn.weight": rearrange(matrices, "part head d_model d -> d_model (part head d)"),
-            f"{theirs}attn.c_attn.bias": rearrange(biases, "part head d -> (part head d)"),
-            f"{theirs}attn.c_proj.weight": rearrange(weights[f"{ours}attn.W_O"], "head d d_model -> (head d) d_model"),
-            f"{theirs}attn.c_proj.bias": weights[f"{ours}attn.b_O"],
-            f"{theirs}mlp.c_fc.weight": weights[f"{ours}mlp.W_in"],
-            f"{theirs}mlp.c_fc.bias": weights[f"{ours}mlp.b_in"],
-            f"{theirs}mlp.c_proj.weight": weights[f"{ours}mlp.W_out"],
-            f"{theirs}mlp.c_proj.bias": weights[f"{ours}mlp.b_out"],
+        ours = _block(weights, layer)
+        matrices, biases = (torch.stack([ours[f"attn.{kind}_{part}"] for part in "QKV"]) for kind in "Wb")
+        theirs = {
+            "ln_1.weight": ours["ln1.w"],
+            "ln_1.bias": ours["ln1.b"],
+            "attn.c_attn.weight": rearrange(matrices, "part head d_model d -> d_model (part head d)"),
+            "attn.c_attn.bias": rearrange(biases, "part head d -> (part head d)"),
+            "attn.c_proj.weight": rearrange(ours["attn.W_O"], "head d d_model -> (head d) d_model"),
+            "attn.c_proj.bias": ours["attn.b_O"],
+            "ln_2.weight": ours["ln2.w"],
+            "ln_2.bias": ours["ln2.b"],
+            "mlp.c_fc.weight": ours["mlp.W_in"],
+            "mlp.c_fc.bias": ours["mlp.b_in"],
+            "mlp.c_proj.weight": ours["mlp.W_out"],
+            "mlp.c_proj.bias": ours["mlp.b_out"],
         }
-    return state | {"transformer.ln_f.weight": weights["ln_final.w"], "transformer.ln_f.bias": weights["ln_final.b"]}
+        state |= {f"transformer.h.{layer}.{name}": weight for name, weight in theirs.items()}
+    return GPT2LMHeadModel(config), state
 
 
-def _neox_state(weights: Weights) -> Weights:
-    state = {"gpt_neox.embed_in.weight": weights["embed.W_E"]}
+def _neox(weights: Weights) -> tuple[Any, Weights]:
+    """An empty GPT-NeoX of our shape, and our weights in its layout (matrices transposed, Q, K, V within each head)."""
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    config = GPTNeoXConfig(
+        vocab_size=VOCABULARY,
+        max_position_embeddings=CONTEXT,
+        hidden_size=D_MODEL,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        intermediate_size=D_MLP,
+        hidden_act="relu",
+        layer_norm_eps=NORM_EPS,
+        use_parallel_residual=False,
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": ROTARY_BASE,
+            "partial_rotary_factor": ROTARY_DIM / D_HEAD,
+        },
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    state = {
+        "gpt_neox.embed_in.weight": weights["embed.W_E"],
+        "gpt_neox.final_layer_norm.weight": weights["ln_final.w"],
+        "gpt_neox.final_layer_norm.bias": weights["ln_final.b"],
+    }
     for layer in range(LAYERS):
-        ours, theirs = f"blocks.{layer}.", f"gpt_neox.layers.{layer}."
-        state |= _norms(weights, ours, (f"{theirs}input_layernorm", f"{theirs}post_attention_layernorm"))
-        matrices = torch.stack([weights[f"{ours}attn.W_{name}"] for name in "QKV"])
-        biases = torch.stack([weights[f"{ours}attn.b_{name}"] for name in "QKV"])
-        state |= {
-            f"{theirs}attention.query_key_value.weight": rearrange(matrices, "part head m d -> (head part d) m"),
-            f"{theirs}attention.query_key_value.bias": rearrange(biases, "part head d -> (head part d)"),
-            f"{theirs}attention.dense.weight": rearrange(weights[f"{ours}attn.W_O"], "head d m -> m (head d)"),
-            f"{theirs}attention.dense.bias": weights[f"{ours}attn.b_O"],
-            f"{theirs}mlp.dense_h_to_4h.weight": weights[f"{ours}mlp.W_in"].T,
-            f"{theirs}mlp.dense_h_to_4h.bias": weights[f"{ours}mlp.b_in"],
-            f"{theirs}mlp.dense_4h_to_h.weight": weights[f"{ours}mlp.W_out"].T,
-            f"{theirs}mlp.dense_4h_to_h.bias": weights[f"{ours}mlp.b_out"],
+        ours = _block(weights, layer)
+        matrices, biases = (torch.stack([ours[f"attn.{kind}_{part}"] for part in "QKV"]) for kind in "Wb")
+        theirs = {
+            "input_layernorm.weight": ours["ln1.w"],
+            "input_layernorm.bias": ours["ln1.b"],
+            "attention.query_key_value.weight": rearrange(matrices, "part head d_model d -> (head part d) d_model"),
+            "attention.query_key_value.bias": rearrange(biases, "part head d -> (head part d)"),
+            "attention.dense.weight": rearrange(ours["attn.W_O"], "head d d_model -> d_model (head d)"),
+            "attention.dense.bias": ours["attn.b_O"],
+            "post_attention_layernorm.weight": ours["ln2.w"],
+            "post_attention_layernorm.bias": ours["ln2.b"],
+            "mlp.dense_h_to_4h.weight": ours["mlp.W_in"].T,
+            "mlp.dense_h_to_4h.bias": ours["mlp.b_in"],
+            "mlp.dense_4h_to_h.weight": ours["mlp.W_out"].T,
+            "mlp.dense_4h_to_h.bias": ours["mlp.b_out"],
         }
-    norm = "gpt_neox.final_layer_norm"
-    return state | {f"{norm}.weight": weights["ln_final.w"], f"{norm}.bias": weights["ln_final.b"]}
+        state |= {f"gpt_neox.layers.{layer}.{name}": weight for name, weight in theirs.items()}
+    return GPTNeoXForCausalLM(config), state
 
 
-def _norms(weights: Weights, block: str, names: tuple[str, str]) -> Weights:
-    pairs = zip(("ln1", "ln2"), names, strict=True)
-    return {f"{theirs}.{long}": weights[f"{block}{ours}.{short}"] for ours, theirs in pairs for long, short in _PARTS}
-
-
-_PARTS = (("weight", "w"), ("bias", "b"))
+def _block(weights: Weights, layer: int) -> Weights:
+    prefix = f"blocks.{layer}."
+    return {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}

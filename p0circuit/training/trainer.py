@@ -229,7 +229,10 @@ def load_state(path: Path, state: TrainState) -> None:
 
 
 def save_model(directory: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast | None) -> None:
-    """Write a Hugging Face directory in float16, the weights last; the model itself is left as it is."""
+    """Write a Hugging Face directory in float16; the model itself is left as it is.
+
+    The config comes last: a directory that has one is complete.
+    """
     half = {name: tensor.to(torch.float16) for name, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         half.pop("lm_head.weight", None)
@@ -237,8 +240,8 @@ def save_model(directory: Path, model: PreTrainedModel, tokenizer: PreTrainedTok
     directory.mkdir(parents=True, exist_ok=True)
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
-    write_json(directory / "config.json", dict(sorted(config.items())))
     write_atomically(directory / "model.safetensors", lambda path: save_file(half, path, metadata={"format": "pt"}))
+    write_json(directory / "config.json", dict(sorted(config.items())))
 
 
 def prepare_corpus(config: TrainConfig, out: Path) -> tuple[PreTrainedTokenizerFast, np.ndarray, np.ndarray]:
