@@ -13,7 +13,7 @@ import functools
 import hashlib
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -22,12 +22,14 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from p0circuit import __version__, sink
-from p0circuit.cache import Cache, key_of
+from p0circuit.cache import Cache, checksum, key_of
 from p0circuit.console import track
 from p0circuit.models import describe, forward
 from p0circuit.models.forward import Hook, _points
 from p0circuit.prompts import PromptSet
 
+# Fields of a TransformerLens configuration that decide nothing.
+_NAMES_AND_PLACES = {"model_name", "tokenizer_name", "device", "n_devices"}
 # One layer's scores, mask and pattern exist side by side while it is computed.
 ATTENTION_COPIES = 6
 BATCH_BYTES = 512 * 2**20
@@ -57,7 +59,7 @@ class Quantity:
 
     Attributes:
         name: unique; part of the cache key, so parameters of the reduction belong into it.
-        hooks: names without their layer, as in `attn.hook_pattern`; "" in front of a dot-free name of the whole model.
+        hooks: names without their layer, as in `attn.hook_pattern`; with the scope "model", whole names.
         reduce: gets one activation per hook and the `Batch`; returns a tensor whose first axis is the batch.
         scope: "layer": once per block; "residual": the stream before every block and after the last, stacked to
             layers + 1; "model": hooks are names of the whole model; "logits": the model's output.
@@ -69,13 +71,25 @@ class Quantity:
     scope: str = "layer"
 
     def fingerprint(self) -> str:
-        """A hash of the definition, code included: a changed reduction never reads what the old one left."""
-        reduce = self.reduce
-        parameters: Any = ()
+        """A hash of the definition, code included: a changed reduction never reads what the old one left.
+
+        Raises:
+            ValueError: `reduce` is no plain function or `functools.partial` of one, or its source is not to be found.
+        """
+        reduce, parameters = self.reduce, {}
         if isinstance(reduce, functools.partial):
-            parameters, reduce = (reduce.args, sorted(reduce.keywords.items())), reduce.func
-        code = inspect.getsource(reduce) + inspect.getsource(sink)
-        return hashlib.sha256(repr((self.name, self.hooks, self.scope, parameters, code)).encode()).hexdigest()
+            reduce, parameters = reduce.func, dict(enumerate(reduce.args)) | reduce.keywords
+        try:
+            parameters |= inspect.getclosurevars(reduce).nonlocals
+            code = inspect.getsource(reduce) + inspect.getsource(sink)
+        except (OSError, TypeError) as error:
+            raise ValueError(
+                f"the reduction of {self.name!r} cannot be told from another one ({error}): define it as a function in "
+                "a file or a notebook, or record with cache=None"
+            ) from None
+        # Printed, a large tensor is only its corners.
+        exact = {name: checksum(value) if isinstance(value, Tensor) else value for name, value in parameters.items()}
+        return hashlib.sha256(repr((self.name, self.hooks, self.scope, exact, code)).encode()).hexdigest()
 
 
 def _at(offset: int, batch: Batch) -> Int[Tensor, " batch"]:
@@ -89,7 +103,11 @@ def _at(offset: int, batch: Batch) -> Int[Tensor, " batch"]:
 
 
 def _score(pattern: Tensor, batch: Batch, offset: int = 0) -> Tensor:
-    return sink.sink_score(pattern, _at(offset, batch), batch.mask)
+    position = _at(offset, batch)
+    attention = sink.attention_to(pattern, position)
+    # Half precision is too coarse for a mean over many queries.
+    precise = torch.promote_types(attention.dtype, torch.float32)
+    return sink.mean_over_queries(attention.to(precise), position, batch.mask)
 
 
 def _norms(activation: Tensor, batch: Batch) -> Tensor:
@@ -166,12 +184,13 @@ def key_query_cosine_at(model: Any, offset: int = 0) -> Quantity:
 
 
 def weights_fingerprint(model: Any) -> str:
-    """A hash of every weight and of the description of the model."""
-    digest = hashlib.sha256(repr(describe(model)).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        # A view as bytes, since numpy knows no bfloat16.
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    """A hash of every weight and buffer and of the configuration: of all that decides what the model computes."""
+    settings = {name: value for name, value in vars(model.cfg).items() if name not in _NAMES_AND_PLACES}
+    digest = hashlib.sha256(repr((replace(describe(model), name=""), sorted(settings.items()))).encode())
+    # Past the model's own lists: a bridge's state_dict leaves out the experts of a mixture.
+    tensors = [*torch.nn.Module.named_parameters(model), *torch.nn.Module.named_buffers(model)]
+    for name, tensor in sorted(tensors, key=lambda named: named[0]):
+        digest.update(f"{name} {checksum(tensor)}".encode())
     return digest.hexdigest()
 
 
@@ -179,7 +198,7 @@ def has_hooks(model: Any) -> bool:
     """Whether anything is hooked to the model at present, so that what it computes is not what its weights say."""
     # A bridge's own list lacks the points that were mended (bridge.py), and ours those that nobody reads.
     points = [*model.hook_dict.values(), *_points(model)[0].values()]
-    return any(point.has_hooks(dir="fwd", including_permanent=False) for point in points)
+    return any(point.has_hooks(dir="fwd") for point in points)
 
 
 def hook_names(quantity: Quantity, layers: int) -> list[tuple[str, ...]]:
@@ -307,7 +326,9 @@ def record(
                 parts[name].append(value)
         for quantity in missing:
             value = torch.cat(parts[quantity.name])
-            if quantity is not TOKEN_LOSSES and not torch.isfinite(value).all():
+            # Losses are NaN by definition where the prediction is made at padding.
+            real = value[prompts.attention_mask[:, :-1]] if quantity is TOKEN_LOSSES else value
+            if not torch.isfinite(real).all():
                 raise FloatingPointError(f"{quantity.name} holds values that are not finite: check weights and dtype")
             values[quantity.name] = value
             if store is not None:
@@ -322,7 +343,6 @@ def _shared_key(model: Any, prompts: PromptSet) -> dict[str, str]:
         "weights": weights_fingerprint(model),
         "prompts": prompts.fingerprint(),
         "dtype": str(next(model.parameters()).dtype),
-        "torch": torch.__version__,
-        "transformer_lens": version("transformer-lens"),
+        "libraries": " ".join(f"{name} {version(name)}" for name in ("torch", "transformer-lens", "transformers")),
         "p0circuit": __version__,
     }

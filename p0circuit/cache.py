@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+
+from p0circuit.files import write_atomically
 
 DEFAULT_LIMIT = 2 * 2**30
 # A temporary file this old was left by a process that died.
@@ -48,11 +51,14 @@ def key_of(parts: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _checksum(tensor: Tensor) -> str:
+def checksum(tensor: Tensor) -> str:
+    """A hash of the values of a tensor, its dtype and its shape."""
     import torch
 
-    data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-    return hashlib.sha256(data.tobytes()).hexdigest()
+    digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
+    # A view as bytes, since numpy knows no bfloat16.
+    digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -72,31 +78,36 @@ class Cache:
         path = self.path(key)
         try:
             with safe_open(path, framework="pt") as file:
-                tensor, checksum = file.get_tensor("value"), (file.metadata() or {}).get("checksum")
-            if _checksum(tensor) != checksum:
+                tensor, expected = file.get_tensor("value"), (file.metadata() or {}).get("checksum")
+            if checksum(tensor) != expected:
                 raise SafetensorError("the checksum does not match")
-            os.utime(path)
-            return tensor
         except FileNotFoundError:
             return None
         except (SafetensorError, OSError) as error:
             warnings.warn(f"the cached file {path.name} is damaged ({error}); it is computed again", stacklevel=2)
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
             return None
+        # Evicted meanwhile, or a folder that may only be read: the value is right all the same.
+        with contextlib.suppress(OSError):
+            os.utime(path)
+        return tensor
 
     def write(self, key: str, tensor: Tensor, about: dict[str, Any]) -> None:
-        """Keep `tensor` under `key`; `about` is shown by `p0circuit cache` and decides nothing."""
+        """Keep `tensor` under `key`; `about` is shown by `p0circuit cache` and decides nothing.
+
+        Where the folder cannot be written to, that is said in a warning: the work goes on without it.
+        """
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
-        self.directory.mkdir(parents=True, exist_ok=True)
-        metadata = {"checksum": _checksum(tensor), "about": json.dumps(about, sort_keys=True)}
-        temporary = self.directory / f".{key}.{os.getpid()}.tmp"
+        metadata = {"checksum": checksum(tensor), "about": json.dumps(about, sort_keys=True)}
+        value = {"value": tensor.detach().cpu().contiguous()}
         try:
-            save_file({"value": tensor.detach().cpu().contiguous()}, temporary, metadata=metadata)
-            os.replace(temporary, self.path(key))
-        finally:
-            temporary.unlink(missing_ok=True)
-        self.evict()
+            write_atomically(self.path(key), lambda path: save_file(value, path, metadata=metadata))
+            self.evict()
+        except (SafetensorError, OSError) as error:
+            warnings.warn(f"nothing is kept in the cache {str(self.directory)!r}: {error}", stacklevel=2)
 
     def evict(self) -> None:
         """Remove the least recently used files until the folder is within its limit."""
@@ -107,17 +118,16 @@ class Cache:
                 break
             self.path(entry["key"]).unlink(missing_ok=True)
             total -= entry["bytes"]
-        for leftover in self.directory.glob(".*.tmp"):
-            try:
+        for leftover in self.directory.glob(".*.tmp.*"):
+            # Another process may be faster.
+            with contextlib.suppress(FileNotFoundError):
                 if time.time() - leftover.stat().st_mtime > _STALE_SECONDS:
-                    leftover.unlink(missing_ok=True)
-            except FileNotFoundError:
-                continue
+                    leftover.unlink()
 
     def entries(self) -> list[dict[str, Any]]:
-        """Every file: key, size in bytes and when it was last used (seconds since the epoch)."""
+        """Every finished file: key, size in bytes and when it was last used (seconds since the epoch)."""
         found = []
-        for path in sorted(self.directory.glob("*.safetensors")):
+        for path in sorted(self.directory.glob("[!.]*.safetensors")):
             try:
                 status = path.stat()
             except FileNotFoundError:  # another process evicted it meanwhile

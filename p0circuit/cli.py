@@ -18,6 +18,7 @@ import typer
 from p0circuit.console import say
 
 if TYPE_CHECKING:
+    from p0circuit.experiments import Experiment
     from p0circuit.prompts import PromptSet
 
 app = typer.Typer(
@@ -37,27 +38,34 @@ class First(str, Enum):
 
 
 class Backend(str, Enum):
+    """Which TransformerLens class holds the model."""
+
     auto = "auto"
     hooked = "hooked"
     bridge = "bridge"
 
 
-ModelArgument = Annotated[str, typer.Argument(help="A shipped model, a local Hugging Face directory or a hub id.")]
+MODEL_HELP = "A shipped model, a local Hugging Face directory, a hub id, or 'wired', whose weights are constructed."
+
+ModelArgument = Annotated[str, typer.Argument(help=MODEL_HELP)]
 BackendOption = Annotated[Backend, typer.Option(help="Which TransformerLens class holds the model.")]
 CheckpointOption = Annotated[str | None, typer.Option(help="A step, revision or label of the training trace.")]
 DeviceOption = Annotated[str | None, typer.Option(help="As in torch: cpu, cuda, cuda:1, mps.")]
 DtypeOption = Annotated[str | None, typer.Option(help="float32, float16, bfloat16 or float64.")]
-TextOption = Annotated[str, typer.Option(help="stdlib, english, code, or a text file or directory.")]
+TextOption = Annotated[
+    str,
+    typer.Option(help="stdlib, english, code, or a text file or directory; random tokens if there is no tokenizer."),
+]
 SamplesOption = Annotated[int, typer.Option(min=1, help="Number of prompts.")]
 LengthOption = Annotated[int, typer.Option(min=2, help="Tokens per prompt.")]
 SeedOption = Annotated[int, typer.Option(help="Seed of the prompts.")]
-OutOption = Annotated[Path, typer.Option(help="Where the results go.")]
+OutOption = Annotated[Path, typer.Option(file_okay=False, writable=True, help="Where the results go.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 
 
 @app.command()
 def reproduce(
-    models: Annotated[list[str] | None, typer.Argument(help="Models; the shipped p0-nano where none is named.")] = None,
+    models: Annotated[list[str] | None, typer.Argument(help=f"{MODEL_HELP} p0-nano if none is named.")] = None,
     out: OutOption = Path("out"),
     text: TextOption = "stdlib",
     samples: SamplesOption = 128,
@@ -70,21 +78,23 @@ def reproduce(
 ) -> None:
     """Run every experiment on each model; leave tables, figures and a manifest in OUT/MODEL."""
     from p0circuit.experiments import EXPERIMENTS
+    from p0circuit.models import describe
 
-    summary = {}
-    for name in models or ["p0-nano"]:
-        model = _load(name, backend, None, device, dtype)
+    summary: dict[str, Any] = {}
+    for given in models or ["p0-nano"]:
+        model = _load(given, backend, None, device, dtype)
+        name = describe(model).name
+        if name in summary:
+            raise ValueError(f"two of these models are called {name!r}: give them an --out each, in calls of their own")
         prompts = _prompts(model, text, samples, length, seed, First.text)
-        summary[name] = _run_all(list(EXPERIMENTS.values()), name, model, prompts, out)
+        summary[name] = _run_all(list(EXPERIMENTS.values()), model, prompts, out)
     _print_json(summary, as_json)
 
 
 @app.command()
 def run(
     experiment: Annotated[str, typer.Argument(help="The experiment's id, as in sink-map.")],
-    model: Annotated[
-        str, typer.Option(help="A shipped model, a local Hugging Face directory or a hub id.")
-    ] = "p0-nano",
+    model: Annotated[str, typer.Option(help=MODEL_HELP)] = "p0-nano",
     checkpoint: CheckpointOption = None,
     out: OutOption = Path("out"),
     text: TextOption = "stdlib",
@@ -103,8 +113,7 @@ def run(
         raise ValueError(f"no experiment {experiment!r}; there are: {', '.join(EXPERIMENTS)}")
     loaded = _load(model, backend, checkpoint, device, dtype)
     prompts = _prompts(loaded, text, samples, length, seed, First.text)
-    name = f"{model}@{checkpoint}" if checkpoint else model
-    _print_json(_run_all([EXPERIMENTS[experiment]], name, loaded, prompts, out), as_json)
+    _print_json(_run_all([EXPERIMENTS[experiment]], loaded, prompts, out), as_json)
 
 
 @app.command()
@@ -128,7 +137,8 @@ def sink(
 
     loaded = _load(model, backend, checkpoint, device, dtype)
     prompts = _prompts(loaded, text, samples, length, seed, first)
-    summary = sink_summary(loaded, prompts, bos=first is First.bos) | {"first_token": first.value, "text": text}
+    source = prompts.description.get("source", "random tokens")
+    summary = sink_summary(loaded, prompts, bos=first is First.bos) | {"first_token": first.value, "text": source}
     if as_json:
         _print_json(summary, True)
         return
@@ -233,7 +243,7 @@ def cache(
 
 
 def _load(name: str, backend: Backend, checkpoint: str | None, device: str | None, dtype: str | None) -> Any:
-    """`load_model`, with a checkpoint of digits read as a step and the dtype given by name."""
+    """`load_model`, with a checkpoint of digits read as a step and device and dtype given by name."""
     import torch
 
     from p0circuit.models import load_model
@@ -241,30 +251,60 @@ def _load(name: str, backend: Backend, checkpoint: str | None, device: str | Non
     kinds = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
     if dtype is not None and dtype not in kinds:
         raise ValueError(f"unknown dtype {dtype!r}; expected one of {', '.join(kinds)}")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from None
     step = int(checkpoint) if checkpoint is not None and checkpoint.isdecimal() else checkpoint
     return load_model(name, backend.value, step, device, kinds[dtype] if dtype else None)
 
 
 def _prompts(model: Any, text: str, samples: int, length: int, seed: int, first: First) -> PromptSet:
-    from p0circuit.prompts import natural_text
+    """Crops of the text, or random tokens for a model that has no tokenizer to read text with."""
+    from p0circuit.models import describe
+    from p0circuit.prompts import natural_text, random_tokens
 
+    if model.tokenizer is None:
+        name = describe(model).name
+        if first is First.bos:
+            raise ValueError(f"{name} has no tokenizer, and so no BOS token that is known: use --first random")
+        say(f"{name} has no tokenizer: its prompts are random tokens")
+        return random_tokens(describe(model).vocab_size, n=samples, length=length, seed=seed)
     return natural_text(model.tokenizer, text, n=samples, length=length, seed=seed, first_token=first.value)
 
 
-def _run_all(experiments: list[Any], name: str, model: Any, prompts: PromptSet, out: Path) -> dict[str, Any]:
-    """Run experiments on one model, save each result as soon as it is there, and print what was found."""
+def _run_all(experiments: list[type[Experiment]], model: Any, prompts: PromptSet, out: Path) -> dict[str, Any]:
+    """Run experiments on one model, save each result as soon as it is there, and print what was found.
+
+    One of several experiments that does not apply to the model is named and left out; a single one is an error.
+    """
     from rich.console import Console
     from rich.table import Table
 
     from p0circuit.activations import weights_fingerprint
+    from p0circuit.experiments import NotApplicable
+    from p0circuit.models import describe
     from p0circuit.results import write_manifest
 
     started = time.time()
-    directory = out / name.strip("/").replace(os.sep, "--")
-    table = Table("experiment", "quantity", "value", "95 % interval", title=name)
+    name = describe(model).name
+    directory = out / name.replace("/", "--")
+    table = Table(title=name)
+    for column in ("experiment", "quantity", "value", "95 % interval"):
+        table.add_column(column, overflow="fold")
     summary: dict[str, Any] = {}
+    left_out: dict[str, str] = {}
     for experiment in experiments:
-        result = experiment().run(model, prompts)
+        try:
+            result = experiment().run(model, prompts)
+        except NotApplicable as reason:
+            if len(experiments) == 1:
+                raise
+            left_out[experiment.id] = str(reason)
+            say(f"{experiment.id}: left out: {reason}")
+            continue
+        # The manifest comes last: one that is there belongs to all the results beside it.
+        (directory / "manifest.json").unlink(missing_ok=True)
         result.save(directory)
         summary[result.experiment] = {key: value.to_json() for key, value in result.metrics.items()}
         for key, value in result.metrics.items():
@@ -280,6 +320,8 @@ def _run_all(experiments: list[Any], name: str, model: Any, prompts: PromptSet, 
         prompts=prompts.fingerprint(),
         seed=prompts.seed,
         device=str(next(model.parameters()).device),
+        experiments=list(summary),
+        left_out=left_out,
     )
     Console(stderr=True).print(table)
     say(f"tables, figures and manifest are in {directory}")
@@ -301,3 +343,9 @@ def main() -> None:
             raise
         say(f"error: {error}")
         sys.exit(2)
+    except (OSError, FloatingPointError) as error:
+        # A full disk, or weights that give no numbers: the input was right, the job is not done.
+        if os.environ.get("P0CIRCUIT_DEBUG"):
+            raise
+        say(f"error: {error}")
+        sys.exit(1)

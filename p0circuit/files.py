@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> Path:
     """Let `write` fill a temporary file or directory beside `path`, then move it into place; returns `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # The suffix is kept: some writers choose their format by it.
-    temporary = path.with_name(f".{os.getpid()}.tmp.{path.name}")
+    temporary = path.with_name(f".{uuid.uuid4().hex[:12]}.tmp.{path.name}")
     try:
         write(temporary)
         if path.is_dir():

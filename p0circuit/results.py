@@ -49,23 +49,20 @@ class Result:
     notes: list[str] = field(default_factory=list)
 
     def save(self, directory: Path) -> Path:
-        """Write tables, figures and, last, `<experiment>.json`; returns the path of that file."""
+        """Write tables, figures and, last, `<experiment>.json`; returns the path of that file.
+
+        All of it is made before any of it is written: a figure that cannot be drawn leaves the directory as it was.
+        """
+        files: dict[Path, bytes] = {}
         for name, table in self.tables.items():
-            write_atomically(
-                directory / "tables" / f"{self.experiment}-{name}.csv",
-                lambda path, table=table: table.to_csv(path, index=False, float_format="%.6g"),
-            )
+            path = directory / "tables" / f"{self.experiment}-{name}.csv"
+            files[path] = table.to_csv(index=False, float_format="%.6g", lineterminator="\n").encode()
         for name, figure in self.figures.items():
+            path = directory / "figures" / f"{self.experiment}-{name}.png"
             if isinstance(figure, Path):
-                continue
-            for suffix in ("png", "svg"):
-                write_atomically(
-                    directory / "figures" / f"{self.experiment}-{name}.{suffix}",
-                    # The dates matplotlib puts in would make equal figures differ.
-                    lambda path, figure=figure, suffix=suffix: figure.savefig(
-                        path, dpi=FIGURE_DPI, metadata={"Date": None} if suffix == "svg" else {}
-                    ),
-                )
+                files |= {path.with_suffix(end): figure.with_suffix(end).read_bytes() for end in (".png", ".svg")}
+            else:
+                files |= {path.with_suffix(end): _drawn(figure, end[1:]) for end in (".png", ".svg")}
         summary = {
             "experiment": self.experiment,
             "title": self.title,
@@ -75,7 +72,12 @@ class Result:
             "notes": self.notes,
             "provenance": self.provenance,
         }
-        return write_json(directory / f"{self.experiment}.json", summary)
+        whole = directory / f"{self.experiment}.json"
+        # That of an earlier run must not vouch for what is written now.
+        whole.unlink(missing_ok=True)
+        for path, content in files.items():
+            write_atomically(path, lambda temporary, content=content: temporary.write_bytes(content))
+        return write_json(whole, summary)
 
     @classmethod
     def load(cls, path: Path) -> Result:
@@ -107,6 +109,19 @@ class Result:
             provenance=summary["provenance"],
             notes=summary["notes"],
         )
+
+
+def _drawn(figure: Figure, kind: str) -> bytes:
+    """The file of a figure; equal figures give equal files, and text in an SVG stays text."""
+    import io
+
+    import matplotlib as mpl
+
+    buffer = io.BytesIO()
+    with mpl.rc_context({"svg.hashsalt": "p0circuit", "svg.fonttype": "none"}):
+        # matplotlib dates an SVG unless told otherwise.
+        figure.savefig(buffer, format=kind, dpi=FIGURE_DPI, metadata={"Date": None} if kind == "svg" else {})
+    return buffer.getvalue()
 
 
 def library_versions() -> dict[str, str]:

@@ -14,6 +14,10 @@ import numpy as np
 import pytest
 import torch
 
+from tests.families import family_folder, family_model
+
+__all__ = ["family_folder", "family_model"]
+
 hypothesis.settings.register_profile("p0circuit", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("p0circuit")
 

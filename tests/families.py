@@ -27,7 +27,6 @@ class Family:
     config: str
     fields: dict[str, Any] = field(default_factory=dict)
     hooked: bool = True
-    parallel: bool = False
 
 
 _WIDE = {
@@ -61,7 +60,7 @@ FAMILIES: dict[str, Family] = {
         {"vocab_size": VOCAB, "n_embd": 32, "n_layer": LAYERS, "n_head": 4, "n_positions": CONTEXT, "n_inner": 48}
         | {"bos_token_id": 0, "eos_token_id": 0},
     ),
-    "neox": Family("GPTNeoXConfig", _WIDE | _NEOX, parallel=True),
+    "neox": Family("GPTNeoXConfig", _WIDE | _NEOX),
     "neox-sequential": Family("GPTNeoXConfig", _WIDE | _NEOX | {"use_parallel_residual": False}),
     "llama": Family("LlamaConfig", _WIDE | _ROPE | {"tie_word_embeddings": True}),
     "llama-grouped": Family("LlamaConfig", _WIDE | _GROUPED | {"head_dim": 12, "rope_parameters": _LLAMA3}),
@@ -102,7 +101,12 @@ FAMILIES: dict[str, Family] = {
 }
 
 # Every (family, backend) pair there is; on TransformerLens 4 the hooked ones skip.
-CASES = [(name, backend) for name, family in FAMILIES.items() for backend in ("hooked", "bridge")[not family.hooked :]]
+CASES = [
+    (name, backend)
+    for name, family in FAMILIES.items()
+    for backend in ("hooked", "bridge")
+    if family.hooked or backend == "bridge"
+]
 
 
 def build(family: str | Family, seed: int = 0, **fields: Any) -> Any:

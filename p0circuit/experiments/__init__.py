@@ -1,6 +1,6 @@
 """The experiments: one file each, named after what it shows."""
 
-from p0circuit.experiments.base import Experiment
+from p0circuit.experiments.base import Experiment, NotApplicable
 from p0circuit.experiments.bos_ablation import BosAblation, BosAblationConfig
 from p0circuit.experiments.norm_direction import NormDirection, NormDirectionConfig
 from p0circuit.experiments.sink_map import SinkMap, SinkMapConfig
@@ -15,6 +15,7 @@ __all__ = [
     "Experiment",
     "NormDirection",
     "NormDirectionConfig",
+    "NotApplicable",
     "SinkMap",
     "SinkMapConfig",
 ]

@@ -6,7 +6,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
@@ -15,6 +15,13 @@ from p0circuit.console import say
 from p0circuit.models import describe
 from p0circuit.prompts import PromptSet
 from p0circuit.results import Result
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+class NotApplicable(ValueError):
+    """This model or these prompts lack what the experiment is about; the message says what, and what to do instead."""
 
 
 class Experiment(ABC):
@@ -33,12 +40,19 @@ class Experiment(ABC):
 
     @abstractmethod
     def measure(self, model: Any, prompts: PromptSet) -> Result:
-        """The measurement itself; `run` adds the provenance."""
+        """The measurement itself; `run` adds the provenance.
+
+        Raises:
+            NotApplicable: there is nothing to measure on this model or these prompts.
+        """
 
     def run(self, model: Any, prompts: PromptSet) -> Result:
         """Measure, say what came from the cache, and write down where the numbers came from.
 
         `prompts` are natural text without BOS; an experiment derives its other conditions from them.
+
+        Raises:
+            NotApplicable: there is nothing to measure on this model or these prompts.
         """
         started = time.monotonic()
         self._cached, self._recorded = set(), set()
@@ -67,6 +81,6 @@ class Experiment(ABC):
         return recording
 
 
-def mean_over_samples(values: Tensor) -> Any:
+def mean_over_samples(values: Tensor) -> np.ndarray:
     """The mean over the first axis as a float64 array."""
     return values.double().mean(0).numpy()

@@ -12,9 +12,10 @@ from typing import Any
 
 from p0circuit import sink
 from p0circuit.activations import SINK_SCORE, TOKEN_LOSSES
-from p0circuit.experiments.base import Experiment, mean_over_samples
+from p0circuit.experiments.base import Experiment, NotApplicable, mean_over_samples
 from p0circuit.experiments.conditions import WITH_BOS, WITHOUT_BOS, bos_id
 from p0circuit.intervals import bootstrap
+from p0circuit.models import describe
 from p0circuit.prompts import PromptSet
 from p0circuit.results import Result
 
@@ -37,25 +38,26 @@ class BosAblation(Experiment):
         super().__init__(config)
 
     def measure(self, model: Any, prompts: PromptSet) -> Result:
-        """Raises ValueError where the tokenizer has no BOS token."""
+        """Raises NotApplicable where there is no BOS token, or no token that is predicted in both conditions."""
         import pandas as pd
 
         from p0circuit.report.figures import bars
 
         bos = bos_id(model)
         if bos is None:
-            raise ValueError(
-                "this model's tokenizer has no BOS token, so there is nothing to remove; run sink-map instead"
-            )
+            raise NotApplicable("this model has no BOS token, so there is nothing to remove; run sink-map instead")
+        if prompts.length < 4:
+            raise NotApplicable(f"needs prompts of at least 4 tokens, got {prompts.length}")
         # Targets 2..T-2 of the text are predicted in both conditions, from contexts that differ in BOS alone.
         shift = {WITHOUT_BOS: 0, WITH_BOS: 1}
         sets = {WITHOUT_BOS: prompts, WITH_BOS: prompts.behind(bos)}
         values: dict[str, dict[str, Any]] = {}
         layers = []
+        info = describe(model)
+        start = min(self.config.from_layer, info.layers - 1)
         for name, condition in sets.items():
             recording = self.record(model, condition, [SINK_SCORE, TOKEN_LOSSES], name)
             scores, losses = recording[SINK_SCORE], recording[TOKEN_LOSSES]
-            start = min(self.config.from_layer, scores.shape[1] - 1)
             common = losses[:, 1 + shift[name] : losses.shape[1] - 1 + shift[name]]
             values[name] = {
                 "sink_rate": sink.sink_rate(scores, self.config.eps).numpy(),
@@ -81,5 +83,5 @@ class BosAblation(Experiment):
         titles = {"sink_rate": "Sink rate", "loss": "Loss"}
         drawn = {titles.get(name, f"Sink rate, layers ≥ {start}"): panel for name, panel in panels.items()}
         labels = ["share of heads", "share of heads", "nats per token"]
-        figure = bars(drawn, "What removing BOS changes", labels)
+        figure = bars(drawn, f"{info.name}: what removing BOS changes", labels)
         return Result(self.id, self.title, metrics, tables, {"bars": figure})

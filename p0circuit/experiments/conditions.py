@@ -22,12 +22,14 @@ def conditions(model: Any, prompts: PromptSet) -> dict[str, PromptSet]:
     A model without a BOS token has no condition "with BOS". All have the number of rows and the length of `prompts`.
     """
     tokenizer = getattr(model, "tokenizer", None)
-    drawn = {"vocab_size": describe(model).vocab_size, "n": prompts.n, "length": prompts.length, "seed": prompts.seed}
-    drawn["special"] = special_ids(tokenizer) if tokenizer is not None else ()
+    size = describe(model).vocab_size
+    # Many models have embeddings that no token of theirs leads to.
+    size, special = (size, ()) if tokenizer is None else (min(size, len(tokenizer)), special_ids(tokenizer))
+    drawn = random_tokens(size, prompts.n, prompts.length, prompts.seed, special=special)
     made = {WITHOUT_BOS: prompts}
     if (bos := bos_id(model)) is not None:
         made[WITH_BOS] = prompts.behind(bos)
-    made[RANDOM_FIRST] = prompts.behind(random_tokens(**drawn).ids[:, 0])
-    made[RANDOM_TOKENS] = random_tokens(**drawn)
-    made[REPEATED_TOKEN] = repeated_token(**drawn)
+    made[RANDOM_FIRST] = prompts.behind(drawn.ids[:, 0])
+    made[RANDOM_TOKENS] = drawn
+    made[REPEATED_TOKEN] = repeated_token(size, prompts.n, prompts.length, prompts.seed, special=special)
     return made

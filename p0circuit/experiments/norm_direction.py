@@ -8,8 +8,11 @@ Paper: the sections on recognition and amplification; Sun et al. 2024 (arXiv 240
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,15 +22,20 @@ from p0circuit.activations import (
     ATTENTION_OUT_NORMS,
     MLP_OUT_NORMS,
     NORM_RATIO,
-    Recording,
+    Quantity,
     component_at,
-    embedding_at,
     residual_at,
 )
 from p0circuit.experiments.base import Experiment
 from p0circuit.intervals import Interval, bootstrap
+from p0circuit.models import describe
 from p0circuit.prompts import PromptSet
 from p0circuit.results import Result
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from p0circuit.report.figures import Series
 
 _COMPONENTS = {"hook_attn_out": ATTENTION_OUT_NORMS, "hook_mlp_out": MLP_OUT_NORMS}
 _NAMES = {"hook_attn_out": "attention out", "hook_mlp_out": "MLP out"}
@@ -52,26 +60,24 @@ class NormDirection(Experiment):
     def measure(self, model: Any, prompts: PromptSet) -> Result:
         import pandas as pd
 
-        others = [offset for offset in self.config.others if offset < prompts.length]
+        others = sorted({min(offset, prompts.length - 1) for offset in self.config.others})
         places = [0, *others]
-        what = [NORM_RATIO, *_COMPONENTS.values(), *(embedding_at(offset) for offset in places)]
-        what += [residual_at(offset) for offset in places]
+        what = [NORM_RATIO, *_COMPONENTS.values(), *(residual_at(offset) for offset in places)]
         what += [component_at(component, offset) for component in _COMPONENTS for offset in places]
         recording = self.record(model, prompts, what, "text")
 
-        rows = []
+        def row(component: str, layer: int, ratios: Tensor, at: Callable[[int], Quantity]) -> dict[str, Any]:
+            at_p0, *beside = (sink.direction_cosines(recording[at(offset)][:, layer]) for offset in places)
+            return _row(component, layer, ratios, at_p0, beside)
+
         ratios = recording[NORM_RATIO]
-        for layer in range(ratios.shape[1]):
-            at_p0 = sink.direction_cosines(recording[residual_at()][:, layer])
-            beside = [sink.direction_cosines(recording[residual_at(offset)][:, layer]) for offset in others]
-            rows.append(_row("residual", layer, ratios[:, layer], at_p0, beside))
+        rows = [row("residual", layer, ratios[:, layer], residual_at) for layer in range(ratios.shape[1])]
+        # What the embedding writes is the stream before block 0.
+        rows.append(rows[0] | {"component": "embedding"})
         for component, norms in _COMPONENTS.items():
             for layer in range(recording[norms].shape[1]):
                 ratio = sink.ratio_to_others(recording[norms][:, layer], prompts.p0, prompts.attention_mask)
-                at_p0 = sink.direction_cosines(recording[component_at(component)][:, layer])
-                beside = [sink.direction_cosines(recording[component_at(component, o)][:, layer]) for o in others]
-                rows.append(_row(_NAMES[component], layer, ratio, at_p0, beside))
-        rows.append(_embedding_row(recording, others))
+                rows.append(row(_NAMES[component], layer, ratio, functools.partial(component_at, component)))
         table = pd.DataFrame(rows)
         stream = table[table["component"] == "residual"]
         after_block_1 = min(2, len(stream) - 1)
@@ -82,14 +88,19 @@ class NormDirection(Experiment):
             ),
             "largest_norm_ratio": bootstrap(ratios[:, int(ratios.mean(0).argmax())].numpy()),
         }
-        figures = {"layers": _draw_layers(stream), "components": _draw_components(table)}
-        return Result(self.id, self.title, metrics, {"layers": table}, figures)
+        silent = [f"{row['component']} of block {row['layer']}" for row in rows if math.isnan(row["norm_ratio"])]
+        notes = [f"No norm ratio where the other positions write nothing: {', '.join(silent)}."] if silent else []
+        name = describe(model).name
+        figures = {"layers": _draw_layers(stream, name), "components": _draw_components(table, name)}
+        return Result(self.id, self.title, metrics, {"layers": table}, figures, notes=notes)
 
 
 def _row(component: str, layer: int, ratio: Tensor, at_p0: Tensor, beside: list[Tensor]) -> dict[str, Any]:
-    norm, direction = bootstrap(ratio.numpy()), bootstrap(at_p0.numpy())
+    # A component that writes nothing at most positions, as a detector may, has no median to compare with.
+    norm = bootstrap(ratio.numpy()) if ratio.isfinite().all() else Interval(math.nan, math.nan, math.nan, len(ratio))
+    direction = bootstrap(at_p0.numpy())
     # Consistency of several positions together: cosines to each position's own mean, averaged over the positions.
-    other = bootstrap(torch.stack(beside).mean(0).numpy()) if beside else Interval(*[float("nan")] * 3, 0)
+    other = bootstrap(torch.stack(beside).mean(0).numpy())
     return {
         "component": component,
         "layer": layer,
@@ -104,21 +115,9 @@ def _columns(name: str, interval: Interval) -> dict[str, float]:
     return {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
 
 
-def _embedding_row(recording: Recording, others: list[int]) -> dict[str, Any]:
-    """The embedding has one norm per recorded position only; the median is over those."""
-    at_p0 = recording[embedding_at()]
-    vectors = [recording[embedding_at(offset)] for offset in others]
-    sizes = torch.stack([vector.float().norm(dim=-1) for vector in (at_p0, *vectors)], dim=1)
-    ratio = (
-        sink.ratio_to_others(sizes, torch.zeros(len(sizes), dtype=torch.long)) if others else sizes[:, 0] / sizes[:, 0]
-    )
-    return _row("embedding", 0, ratio, sink.direction_cosines(at_p0), [sink.direction_cosines(v) for v in vectors])
-
-
-def _draw_layers(stream: Any) -> Any:
+def _draw_layers(stream: Any, model: str) -> Figure:
     from p0circuit.report.figures import trajectories
 
-    places = ["embedding", *(f"after {layer}" for layer in stream["layer"][:-1])]
     norms = [_series(stream, "norm_ratio", "P0")]
     directions = [
         _series(stream, "direction_consistency", "P0"),
@@ -126,15 +125,15 @@ def _draw_layers(stream: Any) -> Any:
     ]
     return trajectories(
         {"Norm": norms, "Direction": directions},
-        [place.removeprefix("after ") if place != "embedding" else "emb" for place in places],
-        "The residual stream at position zero",
+        ["emb", *map(str, stream["layer"][:-1])],
+        f"{model}: the residual stream at position zero",
         "after block",
         ["norm of P0 / median of others", "cosine to the mean direction"],
         log=[True, False],
     )
 
 
-def _draw_components(table: Any) -> Any:
+def _draw_components(table: Any, model: str) -> Figure:
     from p0circuit.report.figures import trajectories
 
     parts = {name: table[table["component"] == name] for name in _NAMES.values()}
@@ -145,14 +144,14 @@ def _draw_components(table: Any) -> Any:
             "Direction": [_series(part, "direction_consistency", name) for name, part in parts.items()],
         },
         layers,
-        "What each component writes at position zero",
+        f"{model}: what each component writes at position zero",
         "block",
         ["norm at P0 / median of others", "cosine to the mean direction"],
         log=[True, False],
     )
 
 
-def _series(part: Any, column: str, label: str) -> Any:
+def _series(part: Any, column: str, label: str) -> Series:
     from p0circuit.report.figures import Series
 
     return Series(label, *(part[name].tolist() for name in (column, f"{column}_low", f"{column}_high")))

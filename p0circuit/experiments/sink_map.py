@@ -9,11 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from p0circuit import sink
 from p0circuit.activations import SINK_SCORE, score_at
 from p0circuit.experiments.base import Experiment, mean_over_samples
 from p0circuit.experiments.conditions import WITH_BOS, WITHOUT_BOS, conditions
 from p0circuit.intervals import bootstrap
+from p0circuit.models import describe
 from p0circuit.prompts import PromptSet
 from p0circuit.results import Result
 
@@ -40,8 +43,10 @@ class SinkMap(Experiment):
 
         from p0circuit.report.figures import heat_maps
 
-        eps = self.config.eps
-        control = score_at(self.config.control)
+        eps, info = self.config.eps, describe(model)
+        place = min(self.config.control, prompts.length - 1)
+        control = score_at(place)
+        starts = sorted({0, min(2, info.layers - 1)})
         maps, rows, rates, metrics = {}, [], [], {}
         for name, condition in conditions(model, prompts).items():
             recording = self.record(model, condition, [SINK_SCORE, control], name)
@@ -49,32 +54,26 @@ class SinkMap(Experiment):
             maps[name] = mean_over_samples(scores)
             spread = scores.double().std(0).numpy()
             beside = mean_over_samples(recording[control])
-            for (layer, head), value in _cells(maps[name]):
+            for (layer, head), value in np.ndenumerate(maps[name]):
                 rows.append((name, layer, head, value, spread[layer, head], beside[layer, head]))
-            for start in (0, min(2, scores.shape[1] - 1)):
-                for place, values in ((0, scores), (self.config.control, recording[control])):
+            for start in starts:
+                for position, values in ((0, scores), (place, recording[control])):
                     interval = bootstrap(sink.sink_rate(values, eps, start).numpy())
-                    rates.append((name, place, start, *interval.to_json().values()))
-                    if name == WITHOUT_BOS and place == 0:
+                    rates.append((name, position, start, *interval.to_json().values()))
+                    if name == WITHOUT_BOS and position == 0:
                         metrics["sink_rate" + (f"_from_layer_{start}" if start else "")] = interval
             if name in (WITHOUT_BOS, WITH_BOS):
                 layer, head = divmod(int(maps[name].argmax()), scores.shape[2])
                 key = "best_head" if name == WITHOUT_BOS else "best_head_with_bos"
                 metrics[key] = bootstrap(scores[:, layer, head].numpy())
         notes = [] if WITH_BOS in maps else ["The tokenizer has no BOS token: the condition with BOS is left out."]
-        columns = ["condition", "layer", "head", "sink_score", "standard_deviation", f"score_at_{self.config.control}"]
+        columns = ["condition", "layer", "head", "sink_score", "standard_deviation", f"score_at_{place}"]
         rate_columns = ["condition", "position", "from_layer", "sink_rate", "low", "high", "n"]
         return Result(
             self.id,
             self.title,
             metrics,
             {"scores": pd.DataFrame(rows, columns=columns), "rates": pd.DataFrame(rates, columns=rate_columns)},
-            {"map": heat_maps(maps, "Attention to position zero, mean over queries and samples", "sink score")},
+            {"map": heat_maps(maps, f"{info.name}: attention to position zero, mean over queries", "sink score")},
             notes=notes,
         )
-
-
-def _cells(values: Any) -> Any:
-    import numpy as np
-
-    return np.ndenumerate(values)

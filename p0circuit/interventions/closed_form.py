@@ -42,6 +42,10 @@ TOLERANCE = 1e-4
 """How far the clean attention may be from the closed form; rounding leaves 1e-6 in float32."""
 
 
+class NotOfTheClosedForm(InterventionError):
+    """A model's attention to P0 is not `sigmoid(s_t - Z_t)` of query and key, so the closed form would be wrong."""
+
+
 @dataclass(frozen=True)
 class KeyEdges:
     """The effect of every sender at P0 on every head's sink score, through the head's key of P0.
@@ -191,7 +195,7 @@ def query_side(
     """Run the clean prompts once and keep each layer's queries and scores, or hand each to `read` and keep none.
 
     Raises:
-        InterventionError: the model's attention is not of the closed form.
+        NotOfTheClosedForm: the model's attention is of another kind.
     """
     info = describe(model)
     device = next(model.parameters()).device
@@ -214,7 +218,7 @@ def query_side(
         rest = (score - form.score(seen["query"], seen["key"])).masked_fill(~visible, 0.0)
         error = _form_error(info.positions == "alibi", score, rest, seen["others"], visible, own)
         if not error <= TOLERANCE:
-            raise InterventionError(
+            raise NotOfTheClosedForm(
                 f"the attention of {info.name} is not of the closed form: in layer {layer} attention to P0 differs by "
                 f"{error:.2g} on the clean run (tolerance {TOLERANCE:.0e}); use edges_into_keys(..., method='hooks')"
             )
@@ -265,8 +269,8 @@ def key_edges(
     `clean`. `values` are the senders' new values at P0, as `contrast.replacements` gives them.
 
     Raises:
-        InterventionError: as `sender_hooks`; or the model's attention is not of the closed form (then
-            `path_patching.edges_into_keys` falls back on hooks).
+        InterventionError: as `sender_hooks`.
+        NotOfTheClosedForm: `path_patching.edges_into_keys` then falls back on hooks.
     """
     chosen = nodes_of(senders, model)
     tokens = prompts.ids[torch.arange(prompts.n), prompts.p0].to(next(model.parameters()).device)

@@ -14,7 +14,7 @@ fires, so that an edit there changes nothing. `bridge_points` looks at a pass ov
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -37,19 +37,30 @@ def to_bridge(hf: Any, name: str, tokenizer: Any = None) -> Any:
     architecture = type(hf).__name__
     try:
         bridge = build_bridge_from_module(hf, architecture, hf_config=hf.config, tokenizer=tokenizer, model_name=name)
-    except (ValueError, NotImplementedError, RuntimeError, AttributeError) as error:
-        raise ModelError(f"TransformerLens cannot bridge {name} ({architecture}): {error}") from error
+    except Exception as error:
+        raise ModelError(f"TransformerLens cannot bridge {name} ({architecture}): {error!r}") from error
     if not any(hasattr(block, "attn") for block in getattr(bridge, "blocks", ())):
         raise ModelError(f"{name} ({architecture}) has no blocks with attention: there is no sink to look for")
     return bridge.eval()
 
 
-def bridge_points(bridge: Any) -> tuple[dict[str, Any], frozenset[str]]:
-    """The hook points of a bridge by name, mended, and the names that can be read but not edited."""
+class HookPoints(NamedTuple):
+    """The hook points of a model by name, those that can be read but not edited, and what its blocks return."""
+
+    by_name: dict[str, Any]
+    read_only: frozenset[str]
+    blocks_return_tuples: bool
+
+
+def bridge_points(bridge: Any) -> HookPoints:
+    """Find the hook points of a bridge, and mend them."""
     layers = range(len(bridge.blocks))
     points = dict(bridge.hook_dict)
     common = {name for hook in BLOCK_HOOKS for name in _of(layers, hook)} & points.keys()
+    tuples: list[bool] = []
+    handle = bridge.blocks[0].register_forward_hook(lambda *call: tuples.append(isinstance(call[-1], tuple)))
     shown = _look(bridge, {name: points[name] for name in common})
+    handle.remove()
     mids = _hook_resid_mid(bridge, points)
     _hook_rotation(bridge, common - shown.keys())
     hidden = set() if _hook_delegated_attention(bridge, shown[_LOGITS]) else set(_of(layers, "attn.hook_attn_scores"))
@@ -64,7 +75,7 @@ def bridge_points(bridge: Any) -> tuple[dict[str, Any], frozenset[str]]:
         name for name in common if ".mlp." in name and points[name].name.endswith(("mlp.hook_in", "mlp.hook_out"))
     }
     gone = (common - seen.keys()) | wrong | of_experts | hidden
-    return {name: point for name, point in points.items() if name not in gone}, read_only
+    return HookPoints({name: point for name, point in points.items() if name not in gone}, read_only, tuples[0])
 
 
 def _of(layers: range, hook: str) -> list[str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
+import re
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -11,12 +13,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from p0circuit.models.bridge import bridge_points
-from p0circuit.models.info import ModelError, backend_of, describe
+from p0circuit.models.bridge import HookPoints, bridge_points
+from p0circuit.models.info import BLOCK_HOOKS, ModelError, backend_of, describe
 
 Hook = tuple[str, Callable[..., Any]]
 
-_POINTS: weakref.WeakKeyDictionary[Any, tuple[dict[str, Any], frozenset[str]]] = weakref.WeakKeyDictionary()
+_POINTS: weakref.WeakKeyDictionary[Any, HookPoints] = weakref.WeakKeyDictionary()
 
 # Hook points that TransformerLens computes only when asked to -> the flag that asks.
 _SWITCHED = {
@@ -53,10 +55,11 @@ def forward(
     mask = _check_mask(attention_mask, ids.shape, model)
     stop = _check_layer("stop_at_layer", stop_at_layer, 0, info.layers)
     ids = ids.to(model.cfg.device)
+    hooks = _between(model, hooks, -1, stop)
     if info.backend == "hooked":
-        with hooked(model, _below(hooks, stop)):
+        with hooked(model, hooks):
             return model(ids, attention_mask=mask, stop_at_layer=stop)
-    return _run_bridge(model, ids, mask, _below(hooks, stop), stop)
+    return _run_bridge(model, ids, mask, hooks, stop)
 
 
 def resume(
@@ -80,13 +83,14 @@ def resume(
     _check_ready(model)
     if residual.ndim != 3 or residual.shape[-1] != info.d_model or 0 in residual.shape:
         raise ModelError(f"expected a residual of shape [batch, pos, {info.d_model}], got {list(residual.shape)}")
+    _check_length(residual.shape[1], info)
     mask = _check_mask(attention_mask, residual.shape[:2], model)
     start = _check_layer("start_at_layer", start_at_layer, 0, info.layers) or 0
     stop = _check_layer("stop_at_layer", stop_at_layer, start, info.layers)
     residual = residual.to(model.cfg.device)
+    hooks = _between(model, hooks, start, stop)
     if stop == start:
         return residual
-    hooks = [hook for hook in _below(hooks, stop) if start <= _layer_of(hook[0], info.layers)]
     if info.backend == "hooked":
         with hooked(model, hooks):
             return model(residual, start_at_layer=start, attention_mask=mask, stop_at_layer=stop)
@@ -125,7 +129,7 @@ def hook_point(model: Any, name: str) -> Any:
     Raises:
         ModelError: if there is none, or if it would not fire, with the reason.
     """
-    points, _ = _points(model)
+    points = _points(model).by_name
     if name not in points:
         raise ModelError(f"{describe(model).name} has no hook point {name!r}{_why_missing(model, name)}")
     flag = _SWITCHED.get(name.split(".")[-1])
@@ -134,15 +138,17 @@ def hook_point(model: Any, name: str) -> Any:
     return points[name]
 
 
-def _points(model: Any) -> tuple[dict[str, Any], frozenset[str]]:
-    """A model's hook points by name and the names that can only be read: found once per model."""
+def _points(model: Any) -> HookPoints:
+    """A model's hook points, found once per model."""
     if model not in _POINTS:
-        _POINTS[model] = bridge_points(model) if backend_of(model) == "bridge" else (dict(model.hook_dict), frozenset())
+        hooked = backend_of(model) == "hooked"
+        _POINTS[model] = HookPoints(dict(model.hook_dict), frozenset(), False) if hooked else bridge_points(model)
     return _POINTS[model]
 
 
 def _watched(model: Any, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    if name not in _points(model)[1]:
+    """The function itself, or for a name that can only be read one that refuses to edit."""
+    if name not in _points(model).read_only:
         return function
 
     def watched(activation: Tensor, hook: Any) -> None:
@@ -180,7 +186,7 @@ def _run_bridge(model: Any, ids: Tensor, mask: Tensor | None, hooks: Sequence[Ho
 @contextlib.contextmanager
 def _left_out(model: Any, start: int, residual: Tensor) -> Iterator[None]:
     """Make the blocks below `start` of a bridged model hand on `residual` instead of computing."""
-    output = (residual,) if _blocks_return_tuples(model) else residual
+    output = (residual,) if _points(model).blocks_return_tuples else residual
     blocks = list(model.blocks)[:start]
     try:
         for block in blocks:
@@ -192,47 +198,36 @@ def _left_out(model: Any, start: int, residual: Tensor) -> Iterator[None]:
             block.__dict__.pop("forward", None)
 
 
-_TUPLES: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
-
-
-def _blocks_return_tuples(model: Any) -> bool:
-    """Whether the family's blocks return a tuple: seen once per model in a pass over one token."""
-    if model not in _TUPLES:
-        seen: list[bool] = []
-        handle = model.blocks[0].register_forward_hook(
-            lambda block, args, output: seen.append(isinstance(output, tuple))
-        )
-        try:
-            with torch.no_grad():
-                model(torch.zeros(1, 1, dtype=torch.long, device=model.cfg.device), use_cache=False)
-        finally:
-            handle.remove()
-        _TUPLES[model] = seen[0]
-    return _TUPLES[model]
-
-
 def _layer_of(name: str, layers: int) -> int:
     """The block a hook name belongs to: -1 for the embedding's, the number of layers for what follows the blocks."""
-    if name.startswith("blocks."):
-        return int(name.split(".")[1])
+    if block := re.match(r"blocks\.(\d+)\.", name):
+        return int(block.group(1))
     return -1 if "embed" in name and "unembed" not in name else layers
 
 
-def _below(hooks: Sequence[Hook], stop: int | None) -> list[Hook]:
-    return [hook for hook in hooks if stop is None or _layer_of(hook[0], stop) < stop]
+def _between(model: Any, hooks: Sequence[Hook], start: int, stop: int | None) -> list[Hook]:
+    """The hooks, all of them checked, on what runs from block `start` on and below block `stop`."""
+    for name, _ in hooks:
+        hook_point(model, name)
+    end = len(model.blocks) + 1 if stop is None else stop
+    return [hook for hook in hooks if start <= _layer_of(hook[0], len(model.blocks)) < end]
 
 
 def _why_missing(model: Any, name: str) -> str:
     info = describe(model)
-    if name.endswith("hook_resid_mid") and info.parallel_blocks:
-        return ": attention and MLP of its blocks read the same input, there is no stream between them"
-    if name.endswith(("mlp.hook_pre", "mlp.hook_post")) and info.experts:
-        return f": each of its {info.experts} experts has a hidden layer of its own"
-    if "hook_rot_" in name and info.positions != "rotary":
-        return f": its positions are {info.positions}, not rotary; read hook_q and hook_k"
-    if (name.startswith("blocks.") and not name.split(".")[1].isdigit()) or _layer_of(name, info.layers) > info.layers:
+    hook = re.sub(r"^blocks\.\d+\.", "", name)
+    if hook != name and _layer_of(name, info.layers) >= info.layers:
         return f": it has blocks 0 to {info.layers - 1}"
-    return ""
+    if hook == "hook_resid_mid" and info.parallel_blocks:
+        return ": attention and MLP of its blocks read the same input, there is no stream between them"
+    if hook in ("mlp.hook_pre", "mlp.hook_post") and info.experts:
+        return f": each of its {info.experts} experts has a hidden layer of its own"
+    if "hook_rot_" in hook and info.positions != "rotary":
+        return f": its positions are {info.positions}, not rotary; read hook_q and hook_k"
+    if hook in BLOCK_HOOKS:
+        return f": TransformerLens does not reach it in {info.architecture}"
+    near = difflib.get_close_matches(name, _points(model).by_name, n=3)
+    return f"; did you mean {', '.join(near)}?" if near else ""
 
 
 def _check_ready(model: Any) -> None:
@@ -247,10 +242,14 @@ def _check_ids(ids: Tensor, info: Any) -> None:
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= info.vocab_size:
         raise ModelError(f"token ids must lie in 0..{info.vocab_size - 1} ({info.name}), got {low}..{high}")
-    if info.context is not None and ids.shape[1] > info.context:
+    _check_length(ids.shape[1], info)
+
+
+def _check_length(length: int, info: Any) -> None:
+    if info.context is not None and length > info.context:
         raise ModelError(
-            f"sequence of {ids.shape[1]} tokens, but {info.name} has {info.positions} positions for "
-            f"{info.context} of them; shorten the prompts"
+            f"sequence of {length} tokens, but {info.name} has {info.positions} positions for {info.context} of them; "
+            "shorten the prompts"
         )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -43,10 +45,10 @@ class ModelError(ValueError):
 class ModelInfo:
     """The description of a hooked model that the rest of the package relies on.
 
-    `positions` is "learned" for any table added to the embeddings. `window` holds one entry per layer: how many keys a query sees, itself included, or None for all of them.
-    `context` is the longest sequence in tokens, None where nothing limits it. `d_mlp` is the width of one expert in
-    a mixture-of-experts model; `experts` is then their number, and 0 for dense models. In `parallel_blocks` the MLP
-    reads the block's input instead of the stream after attention, so there is no `hook_resid_mid`.
+    `positions` is "learned" for any table added to the embeddings. `window` holds one entry per layer: how many keys a
+    query sees, itself included, or None for all of them. `context` is the longest sequence in tokens, None where
+    nothing limits it. `d_mlp` is the width of one expert in a mixture of experts; `experts` is then their number, and
+    0 for dense models. In `parallel_blocks` the MLP reads the block's input instead of the stream after attention.
     """
 
     name: str
@@ -75,6 +77,7 @@ def describe(model: Any) -> ModelInfo:
     backend = backend_of(model)
     cfg = model.cfg
     hf = model.original_model.config.get_text_config() if backend == "bridge" else None
+    positions = _positions(model, hf)
     return ModelInfo(
         name=cfg.model_name or "custom",
         backend=backend,
@@ -86,8 +89,8 @@ def describe(model: Any) -> ModelInfo:
         d_model=cfg.d_model,
         d_mlp=0 if cfg.attn_only else (cfg.d_mlp if hf is None else _mlp_width(hf, cfg)) or 0,
         vocab_size=cfg.d_vocab,
-        context=None if _positions(model, hf) in ("alibi", "none") else cfg.n_ctx,
-        positions=_positions(model, hf),
+        context=None if positions in ("alibi", "none") else cfg.n_ctx,
+        positions=positions,
         window=_hooked_windows(cfg) if hf is None else layer_windows(hf),
         experts=(cfg.num_experts or 0) if hf is None else experts(hf),
         parallel_blocks=bool(getattr(cfg, "parallel_attn_mlp", False)) if hf is None else _is_parallel(model),
@@ -115,13 +118,19 @@ def backend_of(model: Any) -> Literal["hooked", "bridge"]:
 def layer_windows(config: Any) -> tuple[int | None, ...]:
     """The sliding window of every layer of a `transformers` config, None where a layer sees everything."""
     layers = config.num_hidden_layers
-    size = getattr(config, "sliding_window", None) or getattr(config, "window_size", None)
+    size = next((getattr(config, field) for field in _window_fields(type(config))), None)
     if not isinstance(size, int) or getattr(config, "use_sliding_window", True) is False:
         return (None,) * layers
     kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None)
     if kinds is None:
         return (size,) * layers
     return tuple(size if kind in ("sliding_attention", "local") else None for kind in kinds)
+
+
+@functools.cache
+def _window_fields(kind: type) -> list[str]:
+    """The window fields a config class declares: files carry others too, of which their family knows nothing."""
+    return [name for name in ("sliding_window", "window_size") if name in inspect.signature(kind).parameters]
 
 
 def experts(config: Any) -> int:
@@ -144,7 +153,7 @@ def _hooked_windows(cfg: Any) -> tuple[int | None, ...]:
 
 def _positions(model: Any, hf: Any) -> Positions:
     kind = _POSITIONS.get(model.cfg.positional_embedding_type, "none")
-    if hf is None or kind != "learned":
+    if hf is None or kind != "learned" or hasattr(model, "pos_embed"):
         return kind
     # The bridge says "standard" unless its adapter says otherwise, table or no table.
     tables = ("wpe", "embed_positions", "position_embeddings")

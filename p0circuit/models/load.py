@@ -8,11 +8,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import logging
+import os
 import re
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +25,13 @@ from p0circuit.paths import data_dir
 
 Backend = Literal["auto", "hooked", "bridge"]
 
+# The models whose weights are constructed (wired.py), by the position schemes they come in.
+_WIRED = {
+    "wired": ("wired_model", "rotary"),
+    "wired-learned": ("wired_model", "learned"),
+    "wired-decoy": ("decoy_model", "rotary"),
+    "wired-decoy-learned": ("decoy_model", "learned"),
+}
 _STEP = re.compile(r"(?:step|checkpoint)-?0*(\d+)")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 _HUB_FILES = (
@@ -65,6 +75,8 @@ def load_model(
 ) -> Any:
     """Load a shipped model by name, a local Hugging Face directory, or a hub id, as a raw hooked model in eval mode.
 
+    A name is looked up in this order; `wired`, `wired-learned`, `wired-decoy` and `wired-decoy-learned` are the models
+    of wired.py, and TransformerLens's short names (`pythia-70m`) stand for the hub ids they mean.
     `checkpoint` is a training step, or the label or hub revision that names it. `backend` "auto" is HookedTransformer
     for the families it computes exactly and TransformerBridge for everything else. `device` defaults to CUDA where
     there is one and the CPU otherwise, `dtype` to float32 whatever the file holds.
@@ -79,11 +91,12 @@ def load_model(
         raise ModelError(f"backend must be 'auto', 'hooked' or 'bridge', got {backend!r}")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ModelError(f"expected a floating-point dtype such as torch.bfloat16, got {dtype!r}")
+    if str(name) in _WIRED:
+        return _wired(str(name), backend, checkpoint, device, dtype)
     source = _resolve(name, checkpoint)
     config = _check_folder(source)
     tokenizer = _load_tokenizer(source)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    hf = _load_hf(source, config, device, torch.float32 if dtype is None else dtype)
+    hf = _load_hf(source, config, _device(device), torch.float32 if dtype is None else dtype)
     # Before wrapping: a bridge puts itself into the model it wraps.
     logits = _causal_logits(source, hf)
 
@@ -100,6 +113,24 @@ def load_model(
                 raise
             logging.getLogger(__name__).info("%s; using TransformerBridge", error)
     return _checked(to_bridge(hf, source.name, tokenizer), logits)
+
+
+def _wired(name: str, backend: Backend, checkpoint: int | str | None, device: Any, dtype: Any) -> Any:
+    """One of the models whose weights are constructed."""
+    import torch
+
+    from p0circuit.models import wired
+
+    if checkpoint is not None:
+        raise ModelError(f"{name} is constructed, not trained: it has no checkpoint {checkpoint!r}")
+    build, positions = _WIRED[name]
+    return getattr(wired, build)(positions, backend=backend, dtype=dtype or torch.float32, device=_device(device))
+
+
+def _device(device: Any) -> Any:
+    import torch
+
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def list_models() -> list[ShippedModel]:
@@ -140,7 +171,7 @@ def _local_folder(name: str | Path) -> Path | None:
         return shipped
     path = Path(name).expanduser()
     if path.is_dir():
-        return path.resolve()
+        return Path(os.path.abspath(path))
     looks_like_a_path = isinstance(name, Path) or str(name).startswith((".", "/", "~")) or len(path.parts) > 2
     if path.exists() or looks_like_a_path:
         found = "a file" if path.exists() else "nothing"
@@ -189,7 +220,8 @@ def _from_hub(name: str, checkpoint: int | str | None) -> _Source:
         folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(_HUB_FILES)))
     except errors.RevisionNotFoundError:
         found = _hub_revisions(hub_id)
-        raise ModelError(f"{hub_id} has no checkpoint {checkpoint!r}; it has {_listed(found)}") from None
+        kept = _listed(sorted(_steps(found)) or found)
+        raise ModelError(f"{hub_id} has no checkpoint {checkpoint!r}; it keeps {kept}") from None
     except errors.GatedRepoError:
         raise ModelError(f"{hub_id} is gated: accept its terms on the hub and log in with `hf auth login`") from None
     except (errors.RepositoryNotFoundError, errors.HFValidationError):
@@ -245,14 +277,14 @@ def _steps(labels: list[str]) -> set[int]:
 def _near(name: str) -> str:
     from transformer_lens.supported_models import MODEL_ALIASES, OFFICIAL_MODEL_NAMES
 
-    shipped = [model.name for model in list_models()]
+    shipped = [*(model.name for model in list_models()), *_WIRED]
     known = {*shipped, *OFFICIAL_MODEL_NAMES, *(short for names in MODEL_ALIASES.values() for short in names)}
     lowered = {candidate.lower(): candidate for candidate in sorted(known)}
     near = [lowered[key] for key in difflib.get_close_matches(name.lower(), lowered, n=4)]
     return f"did you mean {_listed(near)}?" if near else f"shipped are {_listed(shipped) or 'none'}"
 
 
-def _listed(items: list[Any], most: int = 24) -> str:
+def _listed(items: list[Any], most: int = 200) -> str:
     text = ", ".join(str(item) for item in items[:most])
     return text if len(items) <= most else f"{text} and {len(items) - most} more"
 
@@ -323,22 +355,38 @@ def _load_tokenizer(source: _Source) -> Any:
     return None
 
 
+@contextlib.contextmanager
+def _without_progress_bar() -> Iterator[None]:
+    """Local weights are read faster than a bar can be looked at."""
+    from transformers.utils import logging as transformers_logging
+
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
 def _load_hf(source: _Source, config: Any, device: Any, dtype: Any) -> Any:
     """Load the weights with `transformers`, and make sure that they are all there, finite, and causal."""
     import torch
     from transformers import AutoModelForCausalLM
 
     try:
-        hf, report = AutoModelForCausalLM.from_pretrained(
-            source.folder,
-            config=config,
-            dtype=dtype,
-            attn_implementation="eager",
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
+        with _without_progress_bar():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source.folder,
+                config=config,
+                dtype=dtype,
+                attn_implementation="eager",
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+        hf, report = loaded
     except Exception as error:
         raise ModelError(f"{source.name}: transformers cannot load the weights in {source.folder}: {error}") from error
     if report["missing_keys"]:
@@ -373,21 +421,27 @@ def _causal_logits(source: _Source, hf: Any) -> Any:
     return logits
 
 
+_OTHER = "try the other backend or another version of TransformerLens"
+
+
 def _checked(model: Any, expected: Any) -> Any:
     """The model, if it gives the logits that `transformers` gave."""
     import torch
 
-    from p0circuit.models.forward import forward
+    from p0circuit.models.forward import forward, hook_point
 
-    with torch.no_grad():
-        logits = forward(model, _sample(model.cfg.d_vocab, model.cfg.device)).float()
+    kind = f"{model.cfg.model_name}: {type(model).__name__}"
+    try:
+        with torch.no_grad():
+            # Looks at the hook points, and mends a bridge's, before the logits are compared.
+            hook_point(model, "blocks.0.hook_resid_pre")
+            logits = forward(model, _sample(model.cfg.d_vocab, model.cfg.device)).float()
+    except Exception as error:
+        raise ModelError(f"{kind} cannot run it ({error}); {_OTHER}") from error
     tolerance = 1e-3 if model.cfg.dtype in (torch.float32, torch.float64) else 0.1
     difference = float((logits - expected).abs().max())
     if not difference <= tolerance * float(expected.abs().max()):
-        raise ModelError(
-            f"{model.cfg.model_name}: {type(model).__name__} gives other logits than transformers "
-            f"(difference {difference:.2g}); try the other backend or another version of TransformerLens"
-        )
+        raise ModelError(f"{kind} gives other logits than transformers (difference {difference:.2g}); {_OTHER}")
     return model
 
 

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import textwrap
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import numpy as np
 
 from p0circuit.intervals import Interval
 
 if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
+
+Parameters = ParamSpec("Parameters")
+Drawn = TypeVar("Drawn")
 
 # Okabe and Ito's colours, told apart with any kind of colour vision.
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY = (
@@ -27,7 +35,7 @@ COLOURS = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY)
 COLUMN = 3.4
 """Width of one column of a two-column paper, in inches."""
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 8,
     "axes.titlesize": 9,
@@ -41,8 +49,6 @@ _STYLE = {
     "grid.linewidth": 0.6,
     "axes.axisbelow": True,
     "lines.linewidth": 1.6,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "p0circuit",
 }
 # More cells than this are told by their colour alone.
 _MOST_ANNOTATED_CELLS = 80
@@ -59,7 +65,7 @@ class Series:
 
 
 def new_figure(
-    width: float, height: float, rows: int = 1, columns: int = 1, **options: object
+    width: float, height: float, rows: int = 1, columns: int = 1, **options: Any
 ) -> tuple[Figure, np.ndarray]:
     """A figure in the project's style (inches) that belongs to no window; returns it and its axes [rows, columns]."""
     import matplotlib as mpl
@@ -72,12 +78,11 @@ def new_figure(
         return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
-def _styled(draw):
+def _styled(draw: Callable[Parameters, Drawn]) -> Callable[Parameters, Drawn]:
     """Run a drawing function under the project's style."""
-    import functools
 
     @functools.wraps(draw)
-    def wrapper(*args, **kwargs):
+    def wrapper(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Drawn:
         import matplotlib as mpl
 
         with mpl.rc_context(_STYLE):
@@ -108,11 +113,64 @@ def heat_maps(panels: dict[str, np.ndarray], title: str, value_label: str) -> Fi
                 axis.text(head, layer, f"{value:.2f}".lstrip("0"), ha="center", va="center", fontsize=6.5, color=colour)
     axes[0, 0].set_ylabel("layer")
     figure.colorbar(image, ax=axes[0, -1], label=value_label)
-    figure.suptitle(title, fontsize=9.5)
+    _add_title(figure, title)
     return figure
 
 
-def _whole_ticks(axis: object, count: int) -> None:
+@_styled
+def effect_maps(panels: dict[str, pd.DataFrame], title: str, value_label: str = "effect") -> Figure:
+    """One map per panel of what patching does: layers (the table's lines) by components, heads or neurons (columns).
+
+    The scale is the same for all, from -1 (blue) over no effect (white) to 1 (red); cells there are none of stay grey.
+    """
+    count = len(panels)
+    layers, columns = (max(table.shape[axis] for table in panels.values()) for axis in (0, 1))
+    width, height = max(1.5, min(3.4, 0.42 * columns + 0.35)), max(1.6, min(5.0, 0.26 * layers + 1.1))
+    figure, axes = new_figure(width * count + 0.9, height + 0.25, 1, count, sharey=True)
+    for axis, (name, table) in zip(axes[0], panels.items(), strict=True):
+        values = table.to_numpy(dtype=float)
+        image = axis.imshow(values, cmap="RdBu_r", vmin=-1, vmax=1, aspect="auto", origin="lower")
+        axis.set_facecolor("#E5E5E5")
+        axis.grid(False)
+        axis.set_title(name)
+        step = max(1, len(table.columns) // 8)
+        wordy = any(isinstance(label, str) for label in table.columns)
+        axis.set_xticks(range(0, len(table.columns), step), table.columns[::step], rotation=45 if wordy else 0)
+        axis.set_yticks(range(len(table.index)), table.index)
+        axis.set_xlabel(str(table.columns.name or ""))
+        if values.size <= _MOST_ANNOTATED_CELLS:
+            for row, column in np.argwhere(np.isfinite(values)):
+                value = values[row, column]
+                colour = "white" if abs(value) > 0.6 else "black"
+                text = f"{value:.2f}".replace("0.", ".").replace("-.00", ".00")
+                axis.text(column, row, text, ha="center", va="center", fontsize=6.5, color=colour)
+    axes[0, 0].set_ylabel("layer")
+    figure.colorbar(image, ax=axes[0, -1], label=value_label)
+    _add_title(figure, title)
+    return figure
+
+
+def _plain_log_scale(axis: Axes, values: Sequence[float]) -> None:
+    """A logarithmic y axis with plain numbers at its ticks: 0.5, 1, 2, 5 rather than powers of ten."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+    axis.set_yscale("log")
+    positive = [value for value in values if np.isfinite(value) and value > 0] or [1]
+    spread = max(positive) / min(positive)
+    # Over less than half a decade powers of ten and their halves are too few, over many decades they are too many.
+    steps = (1.0,) if spread > 1e4 else (1.0, 2.0, 5.0)
+    axis.yaxis.set_major_locator(MaxNLocator(5) if spread < 5 else LogLocator(subs=steps))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, position: f"{value:g}"))
+    axis.yaxis.set_minor_locator(NullLocator())
+
+
+def _add_title(figure: Figure, title: str) -> None:
+    """The title of the whole figure, broken into lines where it is wider than the figure."""
+    characters = int(figure.get_figwidth() / 0.077)
+    figure.suptitle("\n".join(textwrap.wrap(title, characters)), fontsize=9.5)
+
+
+def _whole_ticks(axis: Axis, count: int) -> None:
     from matplotlib.ticker import FixedLocator
 
     axis.set_major_locator(FixedLocator(list(range(0, count, max(1, count // 8)))))
@@ -140,16 +198,13 @@ def trajectories(
         if reference is not None:
             axis.axhline(reference, color=GREY, linewidth=0.8, linestyle="--")
         if logarithmic:
-            from matplotlib.ticker import ScalarFormatter
-
-            axis.set_yscale("log")
-            axis.yaxis.set_major_formatter(ScalarFormatter())
+            _plain_log_scale(axis, [value for line in lines for value in line.values])
         step = max(1, len(positions) // 10)
         axis.set_xticks(x[::step], [str(p) for p in positions][::step])
         axis.set(title=name, xlabel=x_label, ylabel=y_label)
         if len(lines) > 1:
             axis.legend()
-    figure.suptitle(title, fontsize=9.5)
+    _add_title(figure, title)
     return figure
 
 
@@ -163,7 +218,7 @@ def bars(panels: dict[str, dict[str, Interval]], title: str, y_labels: Sequence[
             axis.bar(place, interval.value, color=colour, width=0.65)
             axis.errorbar(place, interval.value, yerr=np.clip(errors, 0, None), color="black", capsize=3, linewidth=1)
             axis.annotate(
-                f"{interval.value:.2f}",
+                f"{interval.value:.3g}",
                 (place, max(interval.high, interval.value)),
                 xytext=(0, 4),
                 textcoords="offset points",
@@ -173,6 +228,8 @@ def bars(panels: dict[str, dict[str, Interval]], title: str, y_labels: Sequence[
         axis.set_xticks(range(len(intervals)), [label.replace(" ", "\n", 1) for label in intervals])
         axis.set(title=name, ylabel=y_label)
         axis.margins(y=0.15)
+        if not any(interval.high for interval in intervals.values()):
+            axis.set_ylim(0, 1)
         axis.grid(axis="x", visible=False)
-    figure.suptitle(title, fontsize=9.5)
+    _add_title(figure, title)
     return figure

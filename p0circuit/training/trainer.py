@@ -325,7 +325,7 @@ def train(
             )
         if report is not None:
             report(state.step, loss)
-        if state.step % save_every == 0:
+        if state.step % save_every == 0 and state.step not in keep:
             save_state(saved, state)
     save_model(out, model, tokenizer)
     write_log(out / "trace.csv", state.log)

@@ -74,7 +74,9 @@ def close(a: Tensor, b: Tensor, tolerance: float = 1e-4) -> bool:
 
 
 @cases
-def test_logits_are_those_of_transformers(family: str, backend: str, family_model: Any, ids: Tensor, reference: Any) -> None:
+def test_logits_are_those_of_transformers(
+    family: str, backend: str, family_model: Any, ids: Tensor, reference: Any
+) -> None:
     with torch.no_grad():
         logits = forward(family_model(family, backend), ids)
     assert float(reference(family).logits.std()) > 0.5
@@ -166,7 +168,11 @@ def test_only_what_a_family_has_not_is_missing(family: str, backend: str, family
     expected |= {"hook_resid_mid"} if info.parallel_blocks else set()
     expected |= set(ROTATED) if info.positions != "rotary" else set()
     assert missing == expected
-    for hook, reason in (("hook_resid_mid", "same input"), ("attn.hook_rot_k", "not rotary"), ("mlp.hook_pre", "experts")):
+    for hook, reason in (
+        ("hook_resid_mid", "same input"),
+        ("attn.hook_rot_k", "not rotary"),
+        ("mlp.hook_pre", "experts"),
+    ):
         if hook in missing:
             with pytest.raises(ModelError, match=reason):
                 forward(model, torch.zeros(1, 2, dtype=torch.long), hooks=[(f"blocks.1.{hook}", lambda a, hook: None)])
@@ -231,7 +237,7 @@ def test_a_whole_stream_can_be_put_together_from_its_parts_in_one_token_rows(
         clean: dict[str, Tensor] = {}
         forward(model, tokens, hooks=keep(clean, names + reads), stop_at_layer=LAYERS)
         other = tokens.roll(1, 0)
-        hooks = [(name, lambda activation, hook, name=name: clean[name].roll(1, 0)) for name in names]
+        hooks = [(name, lambda activation, hook, value=clean[name]: value.roll(1, 0)) for name in names]
         patched: dict[str, Tensor] = {}
         residual = forward(model, tokens, hooks=hooks + keep(patched, reads), stop_at_layer=LAYERS)
         assert close(residual, forward(model, other, stop_at_layer=LAYERS), 1e-5)

@@ -20,7 +20,9 @@ def component_outputs(model: Any, prompts: Any) -> dict[str, torch.Tensor]:
     def keep(activation, hook, name):
         cache[name] = activation.clone()
 
-    forward(model, prompts.ids, prompts.attention_mask, hooks=[(name, functools.partial(keep, name=name)) for name in names])
+    forward(
+        model, prompts.ids, prompts.attention_mask, hooks=[(name, functools.partial(keep, name=name)) for name in names]
+    )
     return cache
 
 

@@ -56,7 +56,13 @@ def test_in_float64_they_agree_to_1e_10(family_model, name):
         assert float((patched[:, 2] - literal).abs().max()) < 1e-10, str(sender)
 
 
-@given(length=st.integers(2, 9), rows=st.integers(1, 3), shift=st.integers(1, 4), seed=st.integers(0, 99), padded=st.booleans())
+@given(
+    length=st.integers(2, 9),
+    rows=st.integers(1, 3),
+    shift=st.integers(1, 4),
+    seed=st.integers(0, 99),
+    padded=st.booleans(),
+)
 @settings(max_examples=12, deadline=None)
 @torch.no_grad()
 def test_any_shape_and_padding(grouped_model, length, rows, shift, seed, padded):

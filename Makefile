@@ -1,0 +1,56 @@
+# The two commands of this repository are `make reproduce` and `make test`. Each sets up what it needs and then does its
+# job; a second call finds the set-up done. `make PYTHON=/path/to/python ...` chooses the Python.
+
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+.PHONY: help reproduce test test-tl4 lint bench clean
+
+RECENT := import sys; sys.exit(sys.version_info < (3, 10))
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python3.10; do \
+	$$python -c '$(RECENT)' 2>/dev/null && echo $$python && break; done)
+
+# $(1) virtual environment, $(2) constraints, $(3) what to install
+define install
+	@$(if $(PYTHON),$(PYTHON),false) -c '$(RECENT)' || { echo "p0circuit needs Python 3.10 or newer, and" \
+		"'$(or $(PYTHON),python3)' is not; name one: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@echo "Installing $(3) into $(1) as pinned in $(2): a few minutes, once."
+	@$(PYTHON) -m venv $(1)
+	@$(1)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(2) --editable '$(3)'
+	@touch $@
+endef
+
+help:
+	@echo "make reproduce   measure the P0 sink of the shipped models; tables, figures and a manifest in out/"
+	@echo "make test        lint, types and tests;  make test-tl4: models and backends on TransformerLens 4"
+	@echo "make lint        ruff and pyright alone; make bench: speed and memory;  make clean: remove what make made"
+
+reproduce: .venv/.runtime
+	.venv/bin/p0circuit reproduce
+
+test: lint
+	.venv/bin/python -m pytest
+
+test-tl4: .venv-tl4/.dev
+	.venv-tl4/bin/python -m pytest tests/backends tests/models
+
+lint: .venv/.dev
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 .venv/bin/pyright --pythonpath .venv/bin/python
+
+bench: .venv/.dev
+	.venv/bin/python -m pytest tests/benchmarks
+
+clean:
+	rm -rf .venv .venv-tl4 out dist .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# `reproduce` waits for no test tool; the first of each pair holds what the second adds to.
+.venv/.runtime: pyproject.toml constraints.txt
+	$(call install,.venv,constraints.txt,.)
+
+.venv/.dev: .venv/.runtime
+	$(call install,.venv,constraints.txt,.[dev])
+
+.venv-tl4/.dev: pyproject.toml constraints-tl4.txt
+	$(call install,.venv-tl4,constraints-tl4.txt,.[dev])

@@ -1,0 +1,396 @@
+"""Path patching: the effect of one edge, from a sender to the input of a receiver, with every other path cut.
+
+After Wang et al. 2022 (arXiv 2211.00593). For a sender, a receiver and the sender's new value at one position:
+
+1. *Send.* Run the clean prompts with the new value in the sender's place. What is computed between sender and receiver
+   keeps its clean value (MLPs may be let through), so what changes at the receiver came along the edge.
+2. *Hear.* Keep what the receiver makes of it: for K of a head its scores at that key with clean queries, for Q its
+   scores of that query with clean keys, for V the change of the value vector; an MLP's output; the stream itself.
+3. *Answer.* Run the clean prompts once more from the receiver's layer on, with nothing but this put in, and measure.
+
+Steps 1 and 2 do all senders and all receivers of a kind in one pass (`side_by_side`), step 3 many edges in one batch.
+Hearing at the scores and not at the keys makes K and V of a single query head possible where heads share a key/value
+head (grouped-query attention): `attn.2.1.k` is one query head's, `attn.2.kv0.k` that of all heads of the group.
+
+For the edges that end in K at P0, `edges_into_keys` needs none of these passes: see `closed_form`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from p0circuit.console import track
+from p0circuit.intervals import bootstrap
+from p0circuit.interventions.closed_form import KeyEdges, NotOfTheClosedForm, key_edges, key_hook, query_hook
+from p0circuit.interventions.metrics import Complete, Metric, Rows, read_logits, reading_hooks
+from p0circuit.interventions.nodes import InterventionError, Node, nodes_of
+from p0circuit.interventions.side_by_side import Through, by_slot, check_value, repeated, sender_hooks
+from p0circuit.models import ModelInfo, describe, forward, resume
+from p0circuit.models.forward import Hook
+from p0circuit.prompts import PromptSet
+from p0circuit.sink import sink_score
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Kind = Literal["q", "k", "v", "mlp", "resid_pre", "resid_mid", "resid_post"]
+TOKENS_AT_ONCE = 2**14
+"""Tokens in a batch of side-by-side runs."""
+
+_ATTENTION = re.compile(r"attn\.(\d+)\.(kv)?(\d+)\.([qkv])")
+# Where in its block a receiver listens: before anything with this stage or a later one has been computed.
+_STAGE: dict[Kind, int] = {"resid_pre": 0, "q": 1, "k": 1, "v": 1, "resid_mid": 2, "mlp": 3, "resid_post": 4}
+
+
+@dataclass(frozen=True)
+class Receiver:
+    """An input an edge can end in: Q, K or V of a head or of a group of heads, an MLP's input, or the stream."""
+
+    kind: Kind
+    layer: int
+    heads: tuple[int, ...]
+    name: str
+
+    @classmethod
+    def parse(cls, name: str, info: ModelInfo) -> Receiver:
+        """The receiver of a name such as `attn.2.1.k`, `attn.2.kv0.v`, `mlp.1` or `resid_post.3`.
+
+        Raises:
+            InterventionError: the name is of another form, or the model has no such layer or head.
+        """
+        if match := _ATTENTION.fullmatch(name):
+            layer, grouped, index, kind = int(match[1]), bool(match[2]), int(match[3]), match[4]
+            count = info.kv_heads if grouped else info.heads
+            if grouped and kind == "q":
+                raise InterventionError(f"{name}: queries belong to query heads; expected attn.LAYER.HEAD.q")
+            if layer >= info.layers or index >= count:
+                what = "key/value heads" if grouped else "heads"
+                raise InterventionError(
+                    f"{name}: {info.name} has layers 0 to {info.layers - 1} and {what} 0 to {count - 1}"
+                )
+            group = info.heads // info.kv_heads
+            heads = tuple(range(index * group, (index + 1) * group)) if grouped else (index,)
+            return cls(kind, layer, heads, name)  # pyright: ignore[reportArgumentType]
+        with contextlib.suppress(InterventionError):
+            node = Node.parse(name)
+            if node.kind in ("mlp", "resid_pre", "resid_mid", "resid_post"):
+                return cls(node.check(info).kind, node.layer, (), name)  # pyright: ignore[reportArgumentType]
+        raise InterventionError(
+            f"{name!r} names no receiver of {info.name}; expected attn.LAYER.HEAD.q (or k, v), attn.LAYER.kvHEAD.k (or "
+            "v), mlp.LAYER, resid_pre.LAYER, resid_mid.LAYER or resid_post.LAYER"
+        )
+
+    def hears(self, sender: Node, info: ModelInfo) -> bool:
+        """Whether the model computes the sender before this receiver reads the stream."""
+        # Where attention and MLP read the same stream, an MLP hears nothing of its own block.
+        stage = 1 if self.kind == "mlp" and info.parallel_blocks else _STAGE[self.kind]
+        return sender.depth < (self.layer, stage)
+
+
+def receivers_of(
+    model: Any, layers: Sequence[int] | None = None, kinds: Sequence[Kind] = ("q", "k", "v", "mlp")
+) -> list[str]:
+    """The names of all receivers of some kinds in some layers (all if not given), one for each query head."""
+    info = describe(model)
+    found = []
+    for layer in range(info.layers) if layers is None else layers:
+        parts = [kind for kind in kinds if kind in ("q", "k", "v")]
+        found += [f"attn.{layer}.{head}.{part}" for head in range(info.heads) for part in parts]
+        found += [f"{kind}.{layer}" for kind in kinds if kind not in parts]
+    return found
+
+
+@dataclass(frozen=True)
+class PathEffects:
+    """The metric with each edge patched, beside that of the clean run.
+
+    Attributes:
+        edges: (sender, receiver) names, in the order of the first axis of `patched`.
+        clean: the metric of each row of the clean prompts.
+        patched: the metric with one edge patched.
+        metric: its name.
+        through: what was let through between sender and receiver.
+    """
+
+    edges: tuple[tuple[str, str], ...]
+    clean: Float[Tensor, " batch"]
+    patched: Float[Tensor, "edge batch"]
+    metric: str
+    through: Through
+
+    @property
+    def effect(self) -> Float[Tensor, "edge batch"]:
+        """The change of the metric: negative where the edge carries what the metric measures."""
+        return self.patched - self.clean
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """A row for each edge: sender, receiver, mean effect with its 95 % interval, and n; largest effects first."""
+        import pandas as pd
+
+        rows = []
+        for (sender, receiver), values in zip(self.edges, self.effect, strict=True):
+            interval = bootstrap(values.double().cpu().numpy())
+            rows.append((sender, receiver, interval.value, interval.low, interval.high, interval.n))
+        table = pd.DataFrame(rows, columns=["sender", "receiver", "effect", "low", "high", "n"])
+        return table.sort_values("effect", key=lambda effect: -effect.abs(), kind="stable", ignore_index=True)
+
+
+@torch.no_grad()
+def path_patch(
+    model: Any,
+    prompts: PromptSet,
+    senders: Sequence[str | Node],
+    receivers: Sequence[str],
+    values: Mapping[Node, Tensor],
+    metric: Metric,
+    position: Int[Tensor, " batch"] | None = None,
+    through: Literal["direct", "mlps"] = "direct",
+) -> PathEffects:
+    """Patch every edge from a sender to a receiver that is computed after it, one at a time.
+
+    `values` are the senders' new values at `position` of each row (P0 if not given). An edge carries news of that
+    position only: a K or V edge is heard by queries at and after it, a Q edge by the query at it.
+
+    Raises:
+        InterventionError: a name the model does not have, a value that does not fit, no edge at all, a receiver that
+            comes before every sender, a position outside the prompts, or `through` of another kind.
+    """
+    info = describe(model)
+    if through not in ("direct", "mlps"):
+        raise InterventionError(f"through={through!r}: between sender and receiver expected 'direct' or 'mlps'")
+    chosen = nodes_of(senders, model)
+    listening = [Receiver.parse(name, info) for name in receivers]
+    for receiver in listening:
+        if not any(receiver.hears(sender, info) for sender in chosen):
+            raise InterventionError(f"{receiver.name} comes before every sender ({', '.join(map(str, chosen))})")
+    for sender in chosen:
+        check_value(sender, values, prompts.n, info)
+    metric.check(model)
+    device = next(model.parameters()).device
+    rows = Rows(
+        prompts.ids.to(device),
+        prompts.attention_mask.to(device),
+        (prompts.p0 if position is None else position).to(device),
+    )
+    rows.at(0)  # refuses a position outside the prompts
+    per_batch = max(1, TOKENS_AT_ONCE // rows.ids.numel())
+    clean = _answer(model, rows, [], metric, None)
+    edges: list[tuple[str, str]] = []
+    patched: list[Tensor] = []
+    for start in track(range(0, len(chosen), per_batch), "path patching"):
+        some = chosen[start : start + per_batch]
+        for layer in sorted({receiver.layer for receiver in listening}):
+            here = [receiver for receiver in listening if receiver.layer == layer]
+            heard = _hear(model, rows, some, values, here, through)
+            pairs = [(s, r) for s in some for r in here if r.hears(s, info)]
+            for first in range(0, len(pairs), per_batch):
+                part = pairs[first : first + per_batch]
+                news = [(receiver, heard[receiver.kind][some.index(sender)]) for sender, receiver in part]
+                patched += _answer(model, rows, news, metric, layer).split(prompts.n)
+                edges += [(str(sender), receiver.name) for sender, receiver in part]
+    return PathEffects(tuple(edges), clean, torch.stack(patched), metric.name, through)
+
+
+def _rows(model: Any, prompts: PromptSet, place: Int[Tensor, " batch"]) -> Rows:
+    """Prompts and a position in each row, where the model is."""
+    device = next(model.parameters()).device
+    return Rows(*(part.to(device) for part in (prompts.ids, prompts.attention_mask, place)))
+
+
+def _hear(
+    model: Any,
+    rows: Rows,
+    senders: Sequence[Node],
+    values: Mapping[Node, Tensor],
+    receivers: Sequence[Receiver],
+    through: Through,
+) -> dict[Kind, Float[Tensor, "sender batch *news"]]:
+    """Steps 1 and 2 for all senders and the receivers of one layer: what each kind of receiver makes of each sender."""
+    layer, slots = receivers[0].layer, 1 + len(senders)
+    ids, mask, place = (repeated(part, slots) for part in rows)
+    index = torch.arange(len(ids), device=ids.device)
+    heard: dict[Kind, Tensor] = {}
+
+    def restore(activation: Tensor, hook: Any) -> Tensor:
+        return repeated(by_slot(activation, slots)[0], slots)
+
+    def keep(activation: Tensor, hook: Any, kind: Kind) -> None:
+        if kind == "k":
+            news = activation[index, :, :, place]
+        elif kind == "q":
+            news = activation[index, :, place]
+        else:
+            news = activation[index, place]
+        # A value is heard as its change, everything else as what takes the clean one's place.
+        by_sender = by_slot(news, slots)
+        heard[kind] = by_sender[1:] - by_sender[0] if kind == "v" else by_sender[1:].clone()
+
+    scores = f"blocks.{layer}.attn.hook_attn_scores"
+    # What is restored keeps Q and K apart: each is heard against the clean other.
+    passes: dict[Kind, tuple[str, str | None]] = {
+        "k": (scores, query_hook(model, layer)),
+        "q": (scores, key_hook(model, layer)),
+        "v": (f"blocks.{layer}.attn.hook_v", None),
+        "mlp": (Node("mlp", layer).hook, None),
+        "resid_pre": (Node("resid_pre", layer).hook, None),
+        "resid_mid": (Node("resid_mid", layer).hook, None),
+        "resid_post": (Node("resid_post", layer).hook, None),
+    }
+    for kind in {receiver.kind for receiver in receivers}:
+        name, restored = passes[kind]
+        hooks: list[Hook] = [(restored, restore)] if restored else []
+        # Before the cut at the same hook: an MLP as receiver is heard before it is set back.
+        hooks.append((name, functools.partial(keep, kind=kind)))
+        hooks += sender_hooks(model, senders, values, rows.place, through, layer + 1)
+        forward(model, ids, mask, hooks=hooks, stop_at_layer=layer + 1)
+    return heard
+
+
+def _answer(
+    model: Any, rows: Rows, news: Sequence[tuple[Receiver, Tensor]], metric: Metric, layer: int | None
+) -> Float[Tensor, " rows"]:
+    """Step 3: the metric of the clean run with each receiver's news put in, in a slot of its own.
+
+    All receivers are of one layer, and the run starts there; with no news it is the clean run.
+    """
+    info = describe(model)
+    stop = info.layers if metric.last_layer is None else metric.last_layer + 1
+    found: dict[int, Tensor] = {}
+    clean_hooks = reading_hooks(metric, rows, found)
+    if layer is None:
+        stream = None
+        with contextlib.suppress(Complete):
+            stream = forward(model, rows.ids, rows.mask, hooks=clean_hooks, stop_at_layer=stop)
+        if stream is not None:
+            read_logits(model, metric, stream, rows, found)
+        return metric.value(found)
+    # Below the receiver's layer nothing changes: what the metric reads there is that of the clean run.
+    below = [hook for hook in clean_hooks if int(hook[0].split(".")[1]) < layer]
+    try:
+        stream = forward(model, rows.ids, rows.mask, hooks=below, stop_at_layer=layer)
+    except Complete:
+        return repeated(metric.value(found), len(news))
+    slots = len(news)
+    copies = Rows(*(repeated(part, slots) for part in rows))
+    found = {number: repeated(value, slots) for number, value in found.items()}
+    hooks = [hook for slot, (receiver, heard) in enumerate(news) for hook in _tell(receiver, heard, slot, rows)]
+    hooks += reading_hooks(metric, copies, found)
+    with contextlib.suppress(Complete):
+        end = resume(model, repeated(stream, slots), layer, copies.mask, hooks=hooks, stop_at_layer=stop)
+        read_logits(model, metric, end, copies, found)
+    return metric.value(found)
+
+
+def _tell(receiver: Receiver, heard: Tensor, slot: int, rows: Rows) -> list[Hook]:
+    """The hooks that put what a receiver heard into one slot of a side-by-side run."""
+    batch, layer, place = len(rows.ids), receiver.layer, rows.place
+    index = torch.arange(batch, device=place.device)
+    heads = list(receiver.heads)
+    mine = slice(slot * batch, (slot + 1) * batch)
+
+    def put_scores(scores: Tensor, hook: Any) -> Tensor:
+        changed = scores.clone()
+        for head in heads:
+            if receiver.kind == "k":
+                changed[mine][index, head, :, place] = heard[:, head]
+            else:
+                changed[mine][index, head, place] = heard[:, head]
+        return changed
+
+    attention: list[Tensor] = []
+
+    def note_attention(pattern: Tensor, hook: Any) -> None:
+        attention.append(pattern[mine][index, :, :, place])
+
+    def add_values(z: Tensor, hook: Any) -> Tensor:
+        changed = z.clone()
+        group = z.shape[2] // heard.shape[1]
+        for head in heads:
+            changed[mine][:, :, head] += attention[0][:, head, :, None] * heard[:, None, head // group]
+        return changed
+
+    if receiver.kind in ("k", "q"):
+        return [(f"blocks.{layer}.attn.hook_attn_scores", put_scores)]
+    if receiver.kind == "v":
+        return [
+            (f"blocks.{layer}.attn.hook_pattern", note_attention),
+            (f"blocks.{layer}.attn.hook_z", add_values),
+        ]
+    node = Node(receiver.kind, layer)
+
+    def put(activation: Tensor, hook: Any) -> Tensor:
+        return node.write(activation, place, heard, mine)
+
+    return [(node.hook, put)]
+
+
+@torch.no_grad()
+def edges_into_keys(
+    model: Any,
+    prompts: PromptSet,
+    senders: Sequence[str | Node],
+    values: Mapping[Node, Tensor],
+    through: Literal["direct", "mlps"] = "direct",
+    method: Literal["auto", "closed form", "hooks"] = "auto",
+) -> KeyEdges:
+    """The effect of each sender at P0 on every head's own sink score, through the head's key of P0.
+
+    The closed form is used where it is exact, hooks otherwise; `KeyEdges.method` says which.
+
+    Raises:
+        InterventionError: as `key_edges`; with method "closed form" also where that is not exact.
+    """
+    if method not in ("auto", "closed form", "hooks"):
+        raise InterventionError(f"method={method!r} is unknown; expected 'auto', 'closed form' or 'hooks'")
+    if method == "closed form":
+        return key_edges(model, prompts, senders, values, through)
+    if method == "auto":
+        with contextlib.suppress(NotOfTheClosedForm):
+            return key_edges(model, prompts, senders, values, through)
+    return _key_edges_by_hooks(model, prompts, nodes_of(senders, model), values, through)
+
+
+def _key_edges_by_hooks(
+    model: Any, prompts: PromptSet, senders: Sequence[Node], values: Mapping[Node, Tensor], through: Through
+) -> KeyEdges:
+    """`key_edges` step by step: every layer hears every sender, and answers with its own sink scores."""
+    info = describe(model)
+    rows = _rows(model, prompts, prompts.p0)
+    per_batch = max(1, TOKENS_AT_ONCE // rows.ids.numel())
+    scores = []
+    for layer in range(info.layers):
+        every = Receiver("k", layer, tuple(range(info.heads)), f"attn.{layer}.k")
+        stream = forward(model, rows.ids, rows.mask, stop_at_layer=layer)
+        parts = [_own_scores(model, rows, stream, layer, [])]
+        for start in range(0, len(senders), per_batch):
+            heard = _hear(model, rows, senders[start : start + per_batch], values, [every], through)["k"]
+            parts.append(_own_scores(model, rows, stream, layer, [(every, news) for news in heard]))
+        scores.append(by_slot(torch.cat(parts), 1 + len(senders)))
+    stacked = torch.stack(scores, dim=2)
+    return KeyEdges(tuple(senders), stacked[0], stacked[1:], "hooks", 0.0)
+
+
+def _own_scores(
+    model: Any, rows: Rows, stream: Tensor, layer: int, news: Sequence[tuple[Receiver, Tensor]]
+) -> Float[Tensor, "slot_rows head"]:
+    """A layer's sink scores when it starts from `stream`, with each receiver's news in a slot of its own."""
+    slots = max(1, len(news))
+    _, mask, place = (repeated(part, slots) for part in rows)
+    found: list[Tensor] = []
+
+    def read(pattern: Tensor, hook: Any) -> None:
+        found.append(sink_score(pattern, place, mask))
+
+    hooks = [hook for slot, (receiver, heard) in enumerate(news) for hook in _tell(receiver, heard, slot, rows)]
+    hooks.append((f"blocks.{layer}.attn.hook_pattern", read))
+    resume(model, repeated(stream, slots), layer, mask, hooks=hooks, stop_at_layer=layer + 1)
+    return found[0]
