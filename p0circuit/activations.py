@@ -76,10 +76,13 @@ class Quantity:
         Raises:
             ValueError: `reduce` is no plain function or `functools.partial` of one, or its source is not to be found.
         """
-        reduce, parameters = self.reduce, {}
+        reduce = self.reduce
+        parameters: dict[Any, Any] = {}
         if isinstance(reduce, functools.partial):
             reduce, parameters = reduce.func, dict(enumerate(reduce.args)) | reduce.keywords
         try:
+            # Decorators, such as those that check annotations in tests, are no part of the definition.
+            reduce = inspect.unwrap(reduce)
             parameters |= inspect.getclosurevars(reduce).nonlocals
             code = inspect.getsource(reduce) + inspect.getsource(sink)
         except (OSError, TypeError) as error:

@@ -57,7 +57,7 @@ def checksum(tensor: Tensor) -> str:
 
     digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
     # A view as bytes, since numpy knows no bfloat16.
-    digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -87,7 +87,7 @@ def reproduce(
         if name in summary:
             raise ValueError(f"two of these models are called {name!r}: give them an --out each, in calls of their own")
         prompts = _prompts(model, text, samples, length, seed, First.text)
-        summary[name] = _run_all(list(EXPERIMENTS.values()), model, prompts, out)
+        summary[name] = _run_all([make() for make in EXPERIMENTS.values()], model, prompts, out)
     _print_json(summary, as_json)
 
 
@@ -113,7 +113,7 @@ def run(
         raise ValueError(f"no experiment {experiment!r}; there are: {', '.join(EXPERIMENTS)}")
     loaded = _load(model, backend, checkpoint, device, dtype)
     prompts = _prompts(loaded, text, samples, length, seed, First.text)
-    _print_json(_run_all([EXPERIMENTS[experiment]], loaded, prompts, out), as_json)
+    _print_json(_run_all([EXPERIMENTS[experiment]()], loaded, prompts, out), as_json)
 
 
 @app.command()
@@ -242,6 +242,49 @@ def cache(
     console.print(f"{total / 2**20:.1f} of {store.limit / 2**20:.0f} MiB in use")
 
 
+@app.command()
+def bench(
+    model: Annotated[
+        Optional[str], typer.Option(help="A model to measure on; random weights of GPT-2-small shape if not given.")
+    ] = None,
+    tokens: Annotated[
+        Optional[int], typer.Option(min=1, help="Tokens of the vocabulary to sweep; all if not given.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure speed and memory of the exact fast forms beside the usual ways, in one run (needs a checkout)."""
+    import importlib
+
+    import torch
+
+    from p0circuit import paths
+
+    root = paths.repository()
+    sys.path.insert(0, str(root))
+    names = ("closed_form", "activation_patching", "vocabulary")
+    closed, grid, vocabulary = (importlib.import_module(f"tests.benchmarks.bench_{name}") for name in names)
+    loaded = _load(model, Backend.auto, None, None, None) if model else grid.gpt2_small_shape()
+    figures = {"device": str(next(loaded.parameters()).device), "threads": torch.get_num_threads()}
+    for name, measure in (
+        ("edges into K at P0", lambda: closed.measure(loaded)),
+        ("activation-patching grid", lambda: grid.measure(loaded)),
+        ("vocabulary sweep", lambda: vocabulary.measure(loaded, tokens)),
+    ):
+        say(f"measuring: {name}")
+        figures |= measure()
+    if as_json:
+        _print_json(figures, True)
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("figure", "value")
+    for name, value in figures.items():
+        if not isinstance(value, list):
+            table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
+    Console().print(table)
+
+
 def _load(name: str, backend: Backend, checkpoint: str | None, device: str | None, dtype: str | None) -> Any:
     """`load_model`, with a checkpoint of digits read as a step and device and dtype given by name."""
     import torch
@@ -273,7 +316,7 @@ def _prompts(model: Any, text: str, samples: int, length: int, seed: int, first:
     return natural_text(model.tokenizer, text, n=samples, length=length, seed=seed, first_token=first.value)
 
 
-def _run_all(experiments: list[type[Experiment]], model: Any, prompts: PromptSet, out: Path) -> dict[str, Any]:
+def _run_all(experiments: list[Experiment], model: Any, prompts: PromptSet, out: Path) -> dict[str, Any]:
     """Run experiments on one model, save each result as soon as it is there, and print what was found.
 
     One of several experiments that does not apply to the model is named and left out; a single one is an error.
@@ -290,13 +333,13 @@ def _run_all(experiments: list[type[Experiment]], model: Any, prompts: PromptSet
     name = describe(model).name
     directory = out / name.replace("/", "--")
     table = Table(title=name)
-    for column in ("experiment", "quantity", "value", "95 % interval"):
+    for column in ("experiment", "quantity", "value [95 % interval]"):
         table.add_column(column, overflow="fold")
     summary: dict[str, Any] = {}
     left_out: dict[str, str] = {}
     for experiment in experiments:
         try:
-            result = experiment().run(model, prompts)
+            result = experiment.run(model, prompts)
         except NotApplicable as reason:
             if len(experiments) == 1:
                 raise
@@ -308,7 +351,7 @@ def _run_all(experiments: list[type[Experiment]], model: Any, prompts: PromptSet
         result.save(directory)
         summary[result.experiment] = {key: value.to_json() for key, value in result.metrics.items()}
         for key, value in result.metrics.items():
-            table.add_row(result.experiment, key, f"{value.value:.3f}", f"{value.low:.3f} to {value.high:.3f}")
+            table.add_row(result.experiment, key, str(value))
         for note in result.notes:
             say(f"{result.experiment}: {note}")
     write_manifest(

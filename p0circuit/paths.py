@@ -10,3 +10,15 @@ def data_dir() -> Path:
     package = Path(__file__).resolve().parent
     installed = package / "data"
     return installed if installed.is_dir() else package.parent / "data"
+
+
+def repository() -> Path:
+    """The checkout this package is run from.
+
+    Raises:
+        ValueError: the package is installed without one.
+    """
+    root = Path(__file__).resolve().parent.parent
+    if not (root / "tests" / "benchmarks").is_dir():
+        raise ValueError(f"this needs a checkout of the repository, and there is none around {root}")
+    return root

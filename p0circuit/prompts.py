@@ -228,11 +228,8 @@ def random_tokens(
         ValueError: `n` or `length` is too small, `bos` is outside the vocabulary, or no token is left to draw.
     """
     _require_size(n, length)
-    rng = np.random.default_rng(seed)
-    rows = rng.choice(_drawable(vocab_size, bos, special), (n, length))
-    description = {"builder": "random_tokens", "vocab_size": vocab_size, "n": n, "length": length}
-    prompts = _unpadded(rows, description, seed)
-    return prompts if bos is None else prompts.behind(bos)
+    rows = np.random.default_rng(seed).choice(_drawable(vocab_size, bos, special), (n, length))
+    return _drawn("random_tokens", rows, vocab_size, bos, seed)
 
 
 def repeated_token(
@@ -249,11 +246,8 @@ def repeated_token(
         ValueError: as `random_tokens`.
     """
     _require_size(n, length)
-    rng = np.random.default_rng(seed)
-    rows = rng.choice(_drawable(vocab_size, bos, special), (n, 1)).repeat(length, axis=1)
-    description = {"builder": "repeated_token", "vocab_size": vocab_size, "n": n, "length": length}
-    prompts = _unpadded(rows, description, seed)
-    return prompts if bos is None else prompts.behind(bos)
+    rows = np.random.default_rng(seed).choice(_drawable(vocab_size, bos, special), (n, 1)).repeat(length, axis=1)
+    return _drawn("repeated_token", rows, vocab_size, bos, seed)
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -289,6 +283,12 @@ def _require_size(n: int, length: int) -> None:
 def _unpadded(rows: Int[np.ndarray, "batch pos"], description: dict[str, Any], seed: int) -> PromptSet:
     ids = torch.from_numpy(rows.astype(np.int64))
     return PromptSet(ids, torch.ones_like(ids, dtype=torch.bool), description, seed)
+
+
+def _drawn(builder: str, rows: Int[np.ndarray, "batch pos"], vocab_size: int, bos: int | None, seed: int) -> PromptSet:
+    description = {"builder": builder, "vocab_size": vocab_size, "n": len(rows), "length": rows.shape[1]}
+    prompts = _unpadded(rows, description, seed)
+    return prompts if bos is None else prompts.behind(bos)
 
 
 def _drawable(vocab_size: int, bos: int | None, special: Collection[int]) -> Int[np.ndarray, " tokens"]:

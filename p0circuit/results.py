@@ -11,6 +11,7 @@ import json
 import platform
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -44,7 +45,7 @@ class Result:
     title: str
     metrics: dict[str, Interval]
     tables: dict[str, pd.DataFrame]
-    figures: dict[str, Figure | Path] = field(default_factory=dict)
+    figures: Mapping[str, Figure | Path] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -105,7 +106,7 @@ class Result:
             title=summary["title"],
             metrics={metric: Interval(**value) for metric, value in summary["metrics"].items()},
             tables={table: pd.read_csv(file) for table, file in tables.items()},
-            figures=dict(figures),
+            figures=figures,
             provenance=summary["provenance"],
             notes=summary["notes"],
         )

@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from tests.families import family_folder, family_model
+from tests.tiny import tiny_model_dir
 
-__all__ = ["family_folder", "family_model"]
+__all__ = ["family_folder", "family_model", "tiny_model_dir"]
 
 hypothesis.settings.register_profile("p0circuit", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("p0circuit")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import ast
 import re
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -35,13 +35,18 @@ def test_import_takes_under_300_milliseconds() -> None:
 
 
 def test_help_takes_under_a_second() -> None:
-    seconds = []
-    for _ in range(5):
-        begin = time.perf_counter()
+    def seconds() -> float:
+        """Processor time of the children so far: unlike the clock it does not count the machine's other work."""
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return usage.ru_utime + usage.ru_stime
+
+    taken = []
+    for _ in range(3):
+        begin = seconds()
         shown = run("import sys; sys.argv = ['p0circuit', '--help']; from p0circuit.cli import main; main()")
-        seconds.append(time.perf_counter() - begin)
+        taken.append(seconds() - begin)
     assert "reproduce" in shown
-    assert min(seconds) < 1.0
+    assert 0.05 < min(taken) < 1.0
 
 
 @pytest.mark.parametrize("module", ["p0circuit", "p0circuit.cli"])

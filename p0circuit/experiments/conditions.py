@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from p0circuit.models import describe
@@ -16,20 +17,28 @@ def bos_id(model: Any) -> int | None:
     return getattr(getattr(model, "tokenizer", None), "bos_token_id", None)
 
 
+def drawable(model: Any) -> tuple[int, Collection[int]]:
+    """What random tokens are drawn from: the size of the vocabulary, and the special tokens to leave out."""
+    tokenizer, size = getattr(model, "tokenizer", None), describe(model).vocab_size
+    if tokenizer is None:
+        return size, ()
+    # Many models have embeddings that no token of theirs leads to.
+    return min(size, len(tokenizer)), special_ids(tokenizer)
+
+
 def conditions(model: Any, prompts: PromptSet) -> dict[str, PromptSet]:
     """The same text as it is, behind BOS and behind a random token; random tokens; one repeated token.
 
     A model without a BOS token has no condition "with BOS". All have the number of rows and the length of `prompts`.
     """
-    tokenizer = getattr(model, "tokenizer", None)
-    size = describe(model).vocab_size
-    # Many models have embeddings that no token of theirs leads to.
-    size, special = (size, ()) if tokenizer is None else (min(size, len(tokenizer)), special_ids(tokenizer))
-    drawn = random_tokens(size, prompts.n, prompts.length, prompts.seed, special=special)
+    size, special = drawable(model)
+    # Another seed than that of the prompts, which may be random tokens themselves.
+    seed = prompts.seed + 1
+    drawn = random_tokens(size, prompts.n, prompts.length, seed, special=special)
     made = {WITHOUT_BOS: prompts}
     if (bos := bos_id(model)) is not None:
         made[WITH_BOS] = prompts.behind(bos)
     made[RANDOM_FIRST] = prompts.behind(drawn.ids[:, 0])
     made[RANDOM_TOKENS] = drawn
-    made[REPEATED_TOKEN] = repeated_token(size, prompts.n, prompts.length, prompts.seed, special=special)
+    made[REPEATED_TOKEN] = repeated_token(size, prompts.n, prompts.length, seed, special=special)
     return made

@@ -66,7 +66,7 @@ class SinkMap(Experiment):
                 layer, head = divmod(int(maps[name].argmax()), scores.shape[2])
                 key = "best_head" if name == WITHOUT_BOS else "best_head_with_bos"
                 metrics[key] = bootstrap(scores[:, layer, head].numpy())
-        notes = [] if WITH_BOS in maps else ["The tokenizer has no BOS token: the condition with BOS is left out."]
+        notes = [] if WITH_BOS in maps else ["There is no BOS token: the condition with BOS is left out."]
         columns = ["condition", "layer", "head", "sink_score", "standard_deviation", f"score_at_{place}"]
         rate_columns = ["condition", "position", "from_layer", "sink_rate", "low", "high", "n"]
         return Result(

@@ -119,8 +119,8 @@ class PatchGrid:
         found = []
         for one in change:
             low, high = np.quantile(drawn @ one / (drawn @ whole), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-            # Nothing over something negative is minus nothing; adding nothing makes it plain nothing.
-            found.append(Interval(*(float(end) + 0.0 for end in (one.mean() / whole.mean(), low, high)), n))
+            # Adding 0 takes the sign off -0, which is what no change over a negative difference comes to.
+            found.append(Interval(one.mean() / whole.mean() + 0.0, low + 0.0, high + 0.0, n))
         return found
 
     def to_dataframe(self) -> pd.DataFrame:
@@ -148,11 +148,12 @@ class PatchGrid:
         """A grid of components, of heads or of neurons as layers by those, per offset: panels for `effect_maps`."""
         table, place = self.to_dataframe(), "P0" if self.direction == "noising" else "m"
         whole = table["index"].isna().all()
-        by, label = ("component", "component") if whole else ("index", table["component"].iloc[0])
+        by, label = ("component", "component") if whole else ("index", self.nodes[0].kind)
         panels = {}
         for offset, part in table.groupby("offset", sort=False):
             panel = part.pivot(index="layer", columns=by, values=column)[part[by].unique()]
-            panels[f"at {place} + {offset}" if offset else f"at {place}"] = panel.rename_axis(columns=label)
+            panel.columns.name = label
+            panels[f"at {place} + {offset}" if offset else f"at {place}"] = panel
         return panels
 
 

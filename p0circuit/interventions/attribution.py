@@ -190,7 +190,7 @@ def replacements_at_p0(
     reference: Reference = "shifted",
     layers: Sequence[int] | None = None,
     offset: int = 8,
-) -> dict[Node, Float[Tensor, "batch *value"]]:
+) -> dict[Node, Float[Tensor, "batch ..."]]:
     """`contrast.replacements` for all nodes of some kinds; all heads or neurons of a layer are read in one go.
 
     Raises:
@@ -222,7 +222,7 @@ def replacements_at_p0(
 def attribute(
     model: Any,
     prompts: PromptSet,
-    values: Mapping[Node, Float[Tensor, "batch *value"]],
+    values: Mapping[Node, Float[Tensor, "batch ..."]],
     metric: Metric,
     steps: int = 0,
 ) -> Attribution:
@@ -268,7 +268,7 @@ def attribute(
 def screen(
     model: Any,
     prompts: PromptSet,
-    values: Mapping[Node, Float[Tensor, "batch *value"]],
+    values: Mapping[Node, Float[Tensor, "batch ..."]],
     metric: Metric,
     steps: int = 0,
     top: int = 50,
@@ -327,7 +327,7 @@ def _first_order(
     model: Any,
     rows: Rows,
     sets: Sequence[Sequence[Node]],
-    targets: Sequence[Float[Tensor, "batch _ *value"]],
+    targets: Sequence[Float[Tensor, "batch _ ..."]],
     metric: Metric,
     fraction: float = 0.0,
 ) -> tuple[Float[Tensor, " batch"], list[Float[Tensor, "batch _"]]]:
@@ -369,7 +369,7 @@ def _integrated(
     model: Any,
     rows: Rows,
     nodes: Sequence[Node],
-    target: Float[Tensor, "batch _ *value"],
+    target: Float[Tensor, "batch _ ..."],
     first: Float[Tensor, "batch _"],
     metric: Metric,
     steps: int,

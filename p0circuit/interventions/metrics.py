@@ -49,8 +49,9 @@ class Rows(NamedTuple):
             InterventionError: there is padding, or nothing.
         """
         steps = torch.as_tensor(offset, device=self.place.device)
-        numbers, place = (part.view(-1, *[1] * steps.ndim) for part in (torch.arange(len(self.ids)), self.place))
-        numbers, position, last = numbers.to(place.device), place + steps, self.ids.shape[1] - 1
+        place = self.place.view(-1, *[1] * steps.ndim)
+        numbers = torch.arange(len(place), device=place.device).view_as(place)
+        position, last = place + steps, self.ids.shape[1] - 1
         outside = (position < 0) | (position > last) | ~self.mask[numbers, position.clamp(0, last)]
         for row in outside.view(len(outside), -1).any(1).nonzero()[:1, 0].tolist():
             first, here = int(self.mask[row].int().argmax()), int(self.place[row])
@@ -79,7 +80,10 @@ class Reading:
 
 @dataclass(frozen=True)
 class Metric:
-    """One number per row of what a model computes; `combine` gets the reduced readings in their order."""
+    """One number per row of what a model computes; `combine` gets the reduced readings in their order.
+
+    Rows are measured each by itself: who else is in the batch must make no difference.
+    """
 
     name: str
     readings: tuple[Reading, ...]
@@ -173,14 +177,13 @@ def measure(
     """
     metric.check(model)
     values = []
+    stop = describe(model).layers if metric.last_layer is None else metric.last_layer + 1
     for rows in batches(model, prompts, prompts.p0 if place is None else place):
         found: dict[int, Tensor] = {}
+        hooks = reading_hooks(metric, rows, found)
         with contextlib.suppress(Complete):
-            stop = describe(model).layers if metric.last_layer is None else metric.last_layer + 1
-            hooks = reading_hooks(metric, rows, found)
-            read_logits(
-                model, metric, forward(model, rows.ids, rows.mask, hooks=hooks, stop_at_layer=stop), rows, found
-            )
+            stream = forward(model, rows.ids, rows.mask, hooks=hooks, stop_at_layer=stop)
+            read_logits(model, metric, stream, rows, found)
         values.append(metric.value(found).cpu())
     return torch.cat(values)
 
@@ -231,7 +234,8 @@ def loss(offsets: Sequence[int] | None = None) -> Metric:
             counted = torch.ones_like(position, dtype=torch.bool)
         following = rows.ids.gather(1, (position + 1).clamp(max=rows.ids.shape[1] - 1))
         pieces = zip(logits.flatten(0, 1).split(_PIECE), following.flatten().split(_PIECE), strict=True)
-        losses = torch.cat([cross_entropy(piece.to(_exact(piece)), ids, reduction="none") for piece, ids in pieces])
+        exact = torch.promote_types(logits.dtype, torch.float32)
+        losses = torch.cat([cross_entropy(piece.to(exact), ids, reduction="none") for piece, ids in pieces])
         losses = losses.view_as(position).where(counted, 0)
         return losses.sum(1) / counted.sum(1)
 
@@ -242,10 +246,6 @@ def loss(offsets: Sequence[int] | None = None) -> Metric:
 def of_logits(name: str, function: Callable[[Tensor, Rows], Tensor], offsets: Sequence[int] | None = None) -> Metric:
     """A function of logits [batch, pos, vocab] and `Rows` to [batch]; with `offsets`, of the logits there alone."""
     return Metric(name, (Reading(LOGITS, function, None if offsets is None else tuple(offsets)),), _only)
-
-
-def _exact(logits: Tensor) -> torch.dtype:
-    return torch.promote_types(logits.dtype, torch.float32)
 
 
 def _only(reading: Tensor) -> Tensor:

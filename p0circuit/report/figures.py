@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
@@ -13,6 +13,7 @@ import numpy as np
 from p0circuit.intervals import Interval
 
 if TYPE_CHECKING:
+    import networkx as nx
     import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
@@ -154,12 +155,12 @@ def _plain_log_scale(axis: Axes, values: Sequence[float]) -> None:
     """A logarithmic y axis with plain numbers at its ticks: 0.5, 1, 2, 5 rather than powers of ten."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-    axis.set_yscale("log")
+    # What is zero is left out rather than drawn as a fall to the bottom.
+    axis.set_yscale("log", nonpositive="mask")
     positive = [value for value in values if np.isfinite(value) and value > 0] or [1]
     spread = max(positive) / min(positive)
-    # Over less than half a decade powers of ten and their halves are too few, over many decades they are too many.
-    steps = (1.0,) if spread > 1e4 else (1.0, 2.0, 5.0)
-    axis.yaxis.set_major_locator(MaxNLocator(5) if spread < 5 else LogLocator(subs=steps))
+    steps = (1, 1.5, 2, 3, 5, 7) if spread < 10 else (1, 2, 5) if spread < 1e4 else (1,)
+    axis.yaxis.set_major_locator(MaxNLocator(4) if spread < 1.6 else LogLocator(subs=steps))
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, position: f"{value:g}"))
     axis.yaxis.set_minor_locator(NullLocator())
 
@@ -233,3 +234,81 @@ def bars(panels: dict[str, dict[str, Interval]], title: str, y_labels: Sequence[
         axis.grid(axis="x", visible=False)
     _add_title(figure, title)
     return figure
+
+
+@_styled
+def draw_circuit(graph: nx.DiGraph, ends: Collection[str], title: str) -> Figure:
+    """A circuit of components, the embedding at the bottom and the sink heads on top.
+
+    Blue edges lower the sink when they are patched, so they carry it; orange ones hold it back. Widths are effects.
+    """
+    names = sorted(graph.nodes, key=_place)
+    rows: dict[tuple[int, int], list[str]] = {}
+    for name in names:
+        rows.setdefault(_place(name)[:2], []).append(name)
+    widest = max(map(len, rows.values()))
+    figure, axes = new_figure(max(COLUMN + 1.2, 0.85 * widest + 1.6), 0.85 * len(rows) + 1.0)
+    axis = axes[0, 0]
+    at = {
+        name: (number - (len(row) - 1) / 2, height)
+        for height, row in enumerate(rows.values())
+        for number, name in enumerate(row)
+    }
+    strongest = max((abs(effect) for *_, effect in graph.edges(data="effect")), default=1.0)
+    for number, (start, end, data) in enumerate(
+        sorted(graph.edges(data=True), key=lambda edge: abs(edge[2]["effect"]))
+    ):
+        size = abs(data["effect"]) / strongest
+        # Edges over more than one row are bent past the components between, to alternating sides.
+        bend = 0.0 if at[end][1] - at[start][1] == 1 else 0.25 * (-1) ** number
+        axis.annotate(
+            "",
+            at[end],
+            at[start],
+            arrowprops={
+                "arrowstyle": "-|>",
+                "color": BLUE if data["effect"] < 0 else ORANGE,
+                "linewidth": 0.6 + 3.4 * size,
+                "shrinkA": 12,
+                "shrinkB": 13,
+                "alpha": 0.35 + 0.65 * size,
+                "connectionstyle": f"arc3,rad={bend}",
+            },
+        )
+        middle = [(first + second) / 2 for first, second in zip(at[start], at[end], strict=True)]
+        inputs = "/".join(sorted({name[-1].upper() for name in data["inputs"] if name.startswith("attn.")}))
+        label = f"{inputs} {data['effect']:+.2f}".strip()
+        shift = -bend * (at[end][1] - at[start][1])
+        axis.annotate(
+            label,
+            (middle[0] - shift / 2, middle[1]),
+            fontsize=6.5,
+            ha="center",
+            va="center",
+            bbox={"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.8},
+        )
+    for name, (x, y) in at.items():
+        face = BLUE if name in ends else "white"
+        axis.annotate(
+            name,
+            (x, y),
+            ha="center",
+            va="center",
+            fontsize=7.5,
+            color="white" if name in ends else "black",
+            bbox={"boxstyle": "round,pad=0.4", "facecolor": face, "edgecolor": "black", "linewidth": 0.8},
+        )
+    axis.set_xlim(-(widest - 1) / 2 - 0.8, (widest - 1) / 2 + 0.8)
+    axis.set_ylim(-0.5, len(rows) - 0.5)
+    axis.axis("off")
+    figure.suptitle(title, fontsize=9.5)
+    return figure
+
+
+def _place(name: str) -> tuple[int, int, int]:
+    """Where a component is drawn: layer, attention before MLP, index."""
+    part, *numbers = name.split(".")
+    if part == "embed":
+        return -1, 0, 0
+    layer, index = int(numbers[0]), int(numbers[1]) if len(numbers) > 1 else 0
+    return layer, 0 if part == "attn" else 1, index

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from p0circuit import activations
 from p0circuit.activations import has_hooks
 from p0circuit.intervals import ratio_interval
 from p0circuit.interventions import activation_patching as ap
@@ -337,6 +338,15 @@ def tiny_model(heads, kv_heads, rotary, window, seed):
     if window:
         shape |= {"use_local_attn": True, "window_size": window, "attn_types": ["global", "local"]}
     return HookedTransformer(HookedTransformerConfig(**shape, seed=seed, initializer_range=0.6)).eval()
+
+
+def test_rows_in_several_batches_come_out_the_same(model, monkeypatch):
+    whole = patch_components(model, PADDED, SINK, offsets=[0, 1])
+    monkeypatch.setattr(activations, "BATCH_BYTES", 1)
+    calls = len(batches(model, PADDED.clean, PADDED.clean.p0))
+    by_row = patch_components(model, PADDED, SINK, offsets=[0, 1])
+    assert calls == 3 and torch.allclose(by_row.patched, whole.patched, atol=1e-6)
+    assert torch.allclose(by_row.base, whole.base, atol=1e-6) and torch.allclose(by_row.source, whole.source, atol=1e-6)
 
 
 # --- What is not measured is not computed -----------------------------------------------------------------------------

@@ -152,7 +152,7 @@ def test_rows_one_at_a_time_give_the_same(model, prompts, steps, monkeypatch):
 
 
 def test_what_comes_after_the_last_reading_has_no_effect(model, prompts):
-    values = replacements_at_p0(model, contrast(prompts, 4, VOCAB), kinds_of(model))
+    values = replacements_at_p0(model, contrast(prompts, 4, VOCAB), kinds_of(model), "resample")
     for steps in (0, 1):
         found = attribute(model, prompts, values, sink_score_of([1]), steps)
         for node, estimate in zip(found.nodes, found.estimate, strict=True):
@@ -162,8 +162,8 @@ def test_what_comes_after_the_last_reading_has_no_effect(model, prompts):
 # Integrated gradients
 
 
-def replaced_partway(model, prompts, nodes, values, metric, fraction):
-    """The metric with all these nodes of one hook moved part of the way, and its gradient by them: the literal way."""
+def replaced_partway(model, prompts, nodes, values, fraction):
+    """SINK with all these nodes of one hook moved part of the way, and its gradient times that way: written out."""
     rows, index = torch.arange(prompts.n)[:, None], [node.index for node in nodes]
     place = (rows, prompts.p0[:, None], index) if nodes[0].index is not None else (rows, prompts.p0[:, None])
     seen = {}
@@ -194,11 +194,11 @@ SETS = [("head", 0), ("head", 1), ("neuron", 0), ("neuron", 1), ("attn", 0), ("m
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize(("kind", "layer"), SETS)
 def test_a_set_adds_up_to_the_effect_of_replacing_it_together(model, prompts, kind, layer, steps):
-    values = replacements_at_p0(model, contrast(prompts, 4, VOCAB), [kind], layers=[layer])
+    values = replacements_at_p0(model, contrast(prompts, 4, VOCAB), [kind], "resample", [layer])
     found = attribute(model, prompts, values, SINK, steps)
-    together, _ = replaced_partway(model, prompts, list(values), values, SINK, 1.0)
+    together, _ = replaced_partway(model, prompts, list(values), values, 1.0)
     assert torch.allclose(found.estimate.sum(0), together - found.clean, atol=1e-6 if prompts is not PROMPTS else 1e-12)
-    assert float((together - found.clean).abs().min()) > 1e-3
+    assert float((together - found.clean).abs().max()) > 1e-3
 
 
 def test_a_component_by_itself_gets_its_exact_effect(model, prompts):
@@ -210,16 +210,14 @@ def test_a_component_by_itself_gets_its_exact_effect(model, prompts):
 @pytest.mark.parametrize(("kind", "layer"), SETS[:4])
 def test_many_steps_share_as_the_integral_does(model, prompts, kind, layer):
     values = replacements_at_p0(model, contrast(prompts, 4, VOCAB), [kind], layers=[layer])
-    nodes, steps = list(values), 200
-    parts = [
-        replaced_partway(model, prompts, nodes, values, SINK, (step + 0.5) / steps)[1] / steps for step in range(steps)
-    ]
-    integral = torch.stack(parts).sum(0).T
+    fractions = (np.arange(40) + 0.5) / 40
+    parts = [replaced_partway(model, prompts, list(values), values, fraction)[1] for fraction in fractions]
+    integral = torch.stack(parts).mean(0).T
     errors = [
-        float((attribute(model, prompts, values, SINK, steps).estimate - integral).abs().max()) for steps in (2, 16)
+        float((attribute(model, prompts, values, SINK, steps).estimate - integral).abs().max()) for steps in (1, 8)
     ]
     assert errors[1] < 0.02 * float(integral.abs().max())
-    assert errors[1] < errors[0]
+    assert errors[1] < 0.2 * errors[0]
 
 
 # The ground truth
@@ -350,7 +348,7 @@ def test_values_are_those_of_the_contrast(family_model, reference):
     info = describe(model)
     assert len(found) == 1 + 2 * (1 + info.heads + info.d_mlp)
     for node, value in one_by_one.items():
-        assert torch.equal(found[node], value), str(node)
+        assert torch.allclose(found[node], value, atol=1e-6), str(node)
 
 
 # Traces and errors
@@ -401,7 +399,7 @@ def test_bad_input_is_refused_and_leaves_no_hook(family_model):
     failing = Metric("x", (Reading("blocks.1.hook_resid_pre", broken),), lambda reading: reading)
     steep = Metric(
         "root of nothing",
-        (Reading("blocks.1.hook_resid_pre", lambda stream, rows: (0 * stream[:, -1, 0]).abs().sqrt()),),
+        (Reading("blocks.2.hook_resid_pre", lambda stream, rows: (0 * stream[:, -1, 0]).abs().sqrt()),),
         lambda reading: reading,
     )
     cases = [
@@ -420,9 +418,8 @@ def test_bad_input_is_refused_and_leaves_no_hook(family_model):
     for top, sample in ((0, 5), (5, 0)):
         with pytest.raises(InterventionError, match="at least 1 of each"):
             screen(model, PROMPTS, {node: good}, SINK, top=top, sample=sample)
-    for kinds in ((), ("heads",), "head"):
-        with pytest.raises(InterventionError, match="expected some of embed"):
-            replacements_at_p0.__wrapped__(model, PAIR, kinds)
+    with pytest.raises(InterventionError, match="expected some of embed"):
+        replacements_at_p0(model, PAIR, [])
     with pytest.raises(InterventionError, match="layers 0 to 2"):
         replacements_at_p0(model, PAIR, ["head"], layers=[3])
     whole = screen(model, PROMPTS, {node: good}, SINK)

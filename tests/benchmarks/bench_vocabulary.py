@@ -1,0 +1,83 @@
+"""The vocabulary sweep against the time of its bare matrix products, and against the usual way.
+
+The bare products are those that a one-token row needs in every block: V and O (attention to itself has weight 1), K,
+and the two matrices of the MLP, at the sweep's own chunk size, with nothing between them. No implementation can be
+faster than that. The usual way runs a prompt of full length for each token; it is timed on a few and multiplied up.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from p0circuit.interventions.vocabulary import CHUNK, vocabulary_sweep
+from p0circuit.models import describe, forward
+from p0circuit.prompts import random_tokens
+from tests.benchmarks.bench_activation_patching import gpt2_small_shape, peak_mb
+
+
+@torch.no_grad()
+def measure(model: Any = None, tokens: int | None = None, length: int = 64) -> dict[str, Any]:
+    """Time the sweep of `tokens` of the vocabulary (all if not given) beside its limit, in alternation."""
+    model = gpt2_small_shape() if model is None else model
+    info = describe(model)
+    count = info.vocab_size if tokens is None else min(tokens, info.vocab_size)
+    ids = torch.arange(count)
+    keys = range(info.layers)
+    vocabulary_sweep(model, ids[:CHUNK])
+    bare_products(model, min(count, CHUNK))
+
+    start = time.perf_counter()
+    sweep = vocabulary_sweep(model, ids)
+    ours = time.perf_counter() - start
+    start = time.perf_counter()
+    bare_products(model, count)
+    bare = time.perf_counter() - start
+
+    few = random_tokens(info.vocab_size, n=min(8, count), length=length)
+    start = time.perf_counter()
+    forward(model, few.ids, stop_at_layer=info.layers)
+    usual = (time.perf_counter() - start) / few.n * count
+
+    found: dict[int, torch.Tensor] = {}
+
+    def read(stream: torch.Tensor, hook: Any) -> None:
+        found[0] = stream[:, 0].norm(dim=-1).clone()
+
+    forward(model, few.ids, hooks=[(f"blocks.{info.layers - 1}.hook_resid_post", read)], stop_at_layer=info.layers)
+    chosen = sweep.norms[few.ids[:, 0].clamp(max=count - 1), -1]
+    inside = few.ids[:, 0] < count
+    return {
+        "vocab_sweep_over_matmul": ours / bare,
+        "vocab_sweep_seconds": ours,
+        "vocab_sweep_matmul_seconds": bare,
+        "vocab_sweep_tokens": count,
+        "vocab_sweep_speedup_over_full_prompts": usual / ours,
+        "vocab_sweep_relative_difference": float(((chosen - found[0]) / found[0])[inside].abs().max())
+        if inside.any()
+        else 0.0,
+        "vocab_sweep_extra_mb": peak_mb(lambda: vocabulary_sweep(model, ids[: 4 * CHUNK]))
+        + 4 * max(0, count - 4 * CHUNK) * (info.layers + 1) / 1e6,
+        "vocab_sweep_extra_mb_with_all_keys": 4 * count * len(keys) * info.kv_heads * info.head_size / 1e6,
+    }
+
+
+def bare_products(model: Any, tokens: int) -> None:
+    """The matrix products of one-token rows through all blocks, chunk by chunk, and nothing else."""
+    info = describe(model)
+    d, inner, wide, narrow = info.d_model, info.heads * info.head_size, info.d_mlp, info.kv_heads * info.head_size
+    weights = [torch.randn(*shape) / d for shape in ((d, narrow), (d, narrow), (inner, d), (d, wide), (wide, d))]
+    for start in range(0, tokens, CHUNK):
+        rows = min(CHUNK, tokens - start)
+        stream, mixed, hidden = torch.randn(rows, d), torch.randn(rows, inner), torch.randn(rows, wide)
+        for _ in range(info.layers):
+            for value, weight in zip((stream, stream, mixed, stream, hidden), weights, strict=True):
+                torch.mm(value, weight)
+
+
+if __name__ == "__main__":
+    import json
+
+    print(json.dumps(measure(), indent=2))
