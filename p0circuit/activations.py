@@ -25,7 +25,7 @@ from p0circuit import __version__, sink
 from p0circuit.cache import Cache, checksum, key_of
 from p0circuit.console import track
 from p0circuit.models import describe, forward
-from p0circuit.models.forward import Hook, _points
+from p0circuit.models.forward import Hook, hook_points
 from p0circuit.prompts import PromptSet
 
 # Fields of a TransformerLens configuration that decide nothing.
@@ -200,7 +200,7 @@ def weights_fingerprint(model: Any) -> str:
 def has_hooks(model: Any) -> bool:
     """Whether anything is hooked to the model at present, so that what it computes is not what its weights say."""
     # A bridge's own list lacks the points that were mended (bridge.py), and ours those that nobody reads.
-    points = [*model.hook_dict.values(), *_points(model)[0].values()]
+    points = [*model.hook_dict.values(), *hook_points(model).by_name.values()]
     return any(point.has_hooks(dir="fwd") for point in points)
 
 

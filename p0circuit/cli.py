@@ -245,10 +245,10 @@ def cache(
 @app.command()
 def bench(
     model: Annotated[
-        Optional[str], typer.Option(help="A model to measure on; random weights of GPT-2-small shape if not given.")
+        str | None, typer.Option(help="A model to measure on; random weights of GPT-2-small shape if not given.")
     ] = None,
     tokens: Annotated[
-        Optional[int], typer.Option(min=1, help="Tokens of the vocabulary to sweep; all if not given.")
+        int | None, typer.Option(min=1, help="Tokens of the vocabulary to sweep; all if not given.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:

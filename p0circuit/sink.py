@@ -68,7 +68,7 @@ def ratio_to_others(
     sizes: Float[Tensor, "batch pos *rest"],
     p0: Int[Tensor, " batch"],
     mask: Bool[Tensor, "batch pos"] | None = None,
-) -> Float[Tensor, batch * rest]:
+) -> Float[Tensor, "batch *rest"]:
     """A size at P0 over the median of that size at the other positions of the row.
 
     The median of an even number of positions is the mean of the middle two.
@@ -102,7 +102,7 @@ def value_norm_ratio(
     return ratio_to_others(values.float().norm(dim=-1), p0, mask)
 
 
-def direction_cosines(vectors: Float[Tensor, "batch *layer d_model"]) -> Float[Tensor, batch * layer]:
+def direction_cosines(vectors: Float[Tensor, "batch *layer d_model"]) -> Float[Tensor, "batch *layer"]:
     """The cosine of each sample's vector with the mean direction of all samples.
 
     The mean over samples is the direction consistency: 1 when every sample has the same direction, about

@@ -63,7 +63,7 @@ def contrast(prompts: PromptSet, shift: int, vocab_size: int, seed: int = 0, spe
 @torch.no_grad()
 def values_at(
     model: Any, prompts: PromptSet, nodes: Sequence[str | Node], position: Int[Tensor, " batch"] | None = None
-) -> dict[Node, Float[Tensor, batch * value]]:
+) -> dict[Node, Float[Tensor, "batch *value"]]:
     """What each node computes at one position of each row (at P0 if none is given), from one forward pass."""
     checked = nodes_of(nodes, model)
     place = prompts.p0 if position is None else position
@@ -86,7 +86,7 @@ def replacements(
     nodes: Sequence[str | Node],
     reference: Reference = "shifted",
     offset: int = 8,
-) -> dict[Node, Float[Tensor, batch * value]]:
+) -> dict[Node, Float[Tensor, "batch *value"]]:
     """What to put in the place of each node's clean value at P0.
 
     `shifted`: its value at the same token behind a prefix. `resample`: at another row's P0 (each row takes the next

@@ -87,7 +87,7 @@ class Node:
         """Sorts nodes in the order in which the model computes them: (layer, stage within the block)."""
         return self.layer, _STAGE[self.kind]
 
-    def read(self, activation: Tensor, position: Int[Tensor, " batch"]) -> Float[Tensor, batch * value]:
+    def read(self, activation: Tensor, position: Int[Tensor, " batch"]) -> Float[Tensor, "batch *value"]:
         """This node's value at one position of each row: a vector, or one number for a neuron."""
         rows = torch.arange(len(activation), device=activation.device)
         at = activation[rows, position.to(activation.device)]

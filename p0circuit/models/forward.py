@@ -129,7 +129,7 @@ def hook_point(model: Any, name: str) -> Any:
     Raises:
         ModelError: if there is none, or if it would not fire, with the reason.
     """
-    points = _points(model).by_name
+    points = hook_points(model).by_name
     if name not in points:
         raise ModelError(f"{describe(model).name} has no hook point {name!r}{_why_missing(model, name)}")
     flag = _SWITCHED.get(name.split(".")[-1])
@@ -138,7 +138,7 @@ def hook_point(model: Any, name: str) -> Any:
     return points[name]
 
 
-def _points(model: Any) -> HookPoints:
+def hook_points(model: Any) -> HookPoints:
     """A model's hook points, found once per model."""
     if model not in _POINTS:
         hooked = backend_of(model) == "hooked"
@@ -148,7 +148,7 @@ def _points(model: Any) -> HookPoints:
 
 def _watched(model: Any, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """The function itself, or for a name that can only be read one that refuses to edit."""
-    if name not in _points(model).read_only:
+    if name not in hook_points(model).read_only:
         return function
 
     def watched(activation: Tensor, hook: Any) -> None:
@@ -186,7 +186,7 @@ def _run_bridge(model: Any, ids: Tensor, mask: Tensor | None, hooks: Sequence[Ho
 @contextlib.contextmanager
 def _left_out(model: Any, start: int, residual: Tensor) -> Iterator[None]:
     """Make the blocks below `start` of a bridged model hand on `residual` instead of computing."""
-    output = (residual,) if _points(model).blocks_return_tuples else residual
+    output = (residual,) if hook_points(model).blocks_return_tuples else residual
     blocks = list(model.blocks)[:start]
     try:
         for block in blocks:
@@ -226,7 +226,7 @@ def _why_missing(model: Any, name: str) -> str:
         return f": its positions are {info.positions}, not rotary; read hook_q and hook_k"
     if hook in BLOCK_HOOKS:
         return f": TransformerLens does not reach it in {info.architecture}"
-    near = difflib.get_close_matches(name, _points(model).by_name, n=3)
+    near = difflib.get_close_matches(name, hook_points(model).by_name, n=3)
     return f"; did you mean {', '.join(near)}?" if near else ""
 
 

@@ -317,9 +317,7 @@ def test_a_sample_stands_for_the_rest():
 
 def test_the_sample_is_drawn_by_its_seed_and_the_tables_name_every_node(model, prompts):
     values = replacements_at_p0(model, contrast(prompts, 4, VOCAB))
-    first, again, other = (
-        screen(model, prompts, values, SINK, top=5, sample=7, seed=seed) for seed in (0, 0, 1)
-    )
+    first, again, other = (screen(model, prompts, values, SINK, top=5, sample=7, seed=seed) for seed in (0, 0, 1))
     assert torch.equal(first.checked, again.checked)
     assert not torch.equal(first.checked, other.checked)
     assert torch.equal(first.checked[:5], first.attribution.order[:5])
