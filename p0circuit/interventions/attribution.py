@@ -21,7 +21,8 @@ then, but their sizes mean nothing. Nor does a gradient see what jumps: P0 sent 
 Integrated gradients are complete, for any number of steps: the estimates for a set add up to the exact effect of
 replacing *the set together* (but for steps at both ends of which all its gradients are zero: nobody can be given that
 change). For a component that is its own effect. Nothing of the kind holds across sets, whose effects overlap. Nor for
-one node of a set: two heads that are both necessary share their common effect, although patching either has all of it.
+one node of a set: two heads that are both necessary share their common effect, although patching either has all of it,
+and small effects suffer from the large ones that move along. So: the plain gradient to find nodes, steps to size them.
 
 Source: Nanda 2023 (attribution patching), Syed et al. 2023 (arXiv 2310.10348); where it fails, and sampling the rest,
 Kramár et al. 2024 (arXiv 2403.00745); integrated gradients, Sundararajan et al. 2017 (arXiv 1703.01365), along one
@@ -64,7 +65,7 @@ class Attribution:
     Attributes:
         metric: its name; estimates are in its units.
         nodes: the first axis of `estimate`.
-        steps: gradients averaged on the way to the replacement; 0 where it is the gradient of the clean run.
+        steps: those of integrated gradients; 0 for the gradient of the clean run.
         clean: the metric of each row as it is.
         estimate: the change of the metric of each row.
     """
@@ -358,7 +359,10 @@ def _first_order(
     slopes = torch.autograd.grad(value.sum(), list(moves.values()), materialize_grads=True) if moves else ()
     for number, slope in zip(moves, slopes, strict=True):
         if not bool(torch.isfinite(slope).all()):
-            raise InterventionError(f"the gradient of {metric.name} by {sets[number][0]} and its like is not finite")
+            raise InterventionError(
+                f"the gradient of {metric.name} by {sets[number][0]} and its like is not finite; expected a metric that "
+                "is smooth at the values of the run, which a root or a norm is not at 0"
+            )
         # A sum of many products, in which half precision would lose the small ones.
         product = slope.to(torch.promote_types(slope.dtype, torch.float32)) * ways[number]
         estimates[number] = product.reshape(*product.shape[:2], -1).sum(-1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import numpy as np
 import pytest
@@ -127,7 +128,7 @@ def test_the_error_decays_with_the_square_of_the_replacement(model, prompts, met
         values = partway(model, contrast(prompts, 4, VOCAB), fraction, kinds_of(model))
         exact = exact_effects(model, prompts, values, metric)
         errors.append(float((attribute(model, prompts, values, metric).estimate - exact).norm()))
-    for larger, smaller in zip(errors, errors[1:], strict=False):
+    for larger, smaller in itertools.pairwise(errors):
         assert 3.7 < larger / smaller < 4.3
 
 
