@@ -13,7 +13,7 @@ import functools
 import hashlib
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -215,45 +215,45 @@ def hook_names(quantity: Quantity, layers: int) -> list[tuple[str, ...]]:
     return [quantity.hooks]
 
 
+@dataclass
+class _Place:
+    """One place a quantity is read at: reduced as soon as the last of its hooks has fired."""
+
+    quantity: Quantity
+    names: tuple[str, ...]
+    batch: Batch
+    waiting: dict[str, Tensor] = field(default_factory=dict)
+    reduced: list[Tensor] = field(default_factory=list)
+
+    def hooks(self) -> list[Hook]:
+        return [(name, functools.partial(self.keep, name)) for name in self.names]
+
+    def keep(self, name: str, activation: Tensor, hook: Any) -> None:
+        self.waiting[name] = activation
+        if len(self.waiting) == len(self.names):
+            found = [self.waiting.pop(name) for name in self.names]
+            self.reduced.append(self.quantity.reduce(*found, self.batch).detach().cpu())
+
+
 def _record_batch(
     model: Any, layers: int, quantities: Sequence[Quantity], batch: Batch, edits: Sequence[Hook]
 ) -> dict[str, Tensor]:
-    """One forward pass; each quantity is reduced as soon as the last of its hooks has fired, after all edits."""
-    reduced: dict[str, dict[int, Tensor]] = {quantity.name: {} for quantity in quantities}
-    hooks = [*edits]
-    for quantity in quantities:
-        if quantity.scope == "logits":
-            continue
-        for place, names in enumerate(hook_names(quantity, layers)):
-            waiting: dict[str, Tensor] = {}
-
-            def keep(
-                activation: Tensor,
-                hook: Any,
-                name: str,
-                quantity: Quantity = quantity,
-                place: int = place,
-                names: tuple[str, ...] = names,
-                waiting: dict[str, Tensor] = waiting,
-            ) -> None:
-                waiting[name] = activation
-                if len(waiting) == len(names):
-                    value = quantity.reduce(*(waiting[name] for name in names), batch)
-                    reduced[quantity.name][place] = value.detach().cpu()
-                    waiting.clear()
-
-            hooks += [(name, functools.partial(keep, name=name)) for name in names]
-    wants_logits = any(quantity.scope == "logits" for quantity in quantities)
-    output = forward(model, batch.ids, batch.mask, hooks=hooks, stop_at_layer=None if wants_logits else layers)
+    """One forward pass, what is recorded being read after all edits."""
+    inside = [quantity for quantity in quantities if quantity.scope != "logits"]
+    places = {
+        quantity.name: [_Place(quantity, names, batch) for names in hook_names(quantity, layers)] for quantity in inside
+    }
+    hooks = [*edits, *(hook for group in places.values() for place in group for hook in place.hooks())]
+    stop = layers if len(inside) == len(quantities) else None
+    output = forward(model, batch.ids, batch.mask, hooks=hooks, stop_at_layer=stop)
     values = {}
     for quantity in quantities:
-        places = reduced[quantity.name]
         if quantity.scope == "logits":
             values[quantity.name] = quantity.reduce(output, batch).detach().cpu()
         elif quantity.scope == "model":
-            values[quantity.name] = places[0]
+            values[quantity.name] = places[quantity.name][0].reduced[-1]
         else:
-            values[quantity.name] = torch.stack([places[place] for place in range(len(places))], dim=1)
+            values[quantity.name] = torch.stack([place.reduced[-1] for place in places[quantity.name]], dim=1)
     return values
 
 

@@ -280,10 +280,10 @@ def test_values_that_are_no_numbers_are_refused_by_name(
     family_folder: Callable[[str], Path], prompts: PromptSet
 ) -> None:
     model = load_model(family_folder("llama-grouped"))
-    weight = dict(model.named_parameters())
-    name = next(name for name in weight if "mlp" in name and name.startswith("blocks.1"))
+    named = torch.nn.Module.named_parameters(model)
+    weight = next(weight for name, weight in named if "mlp" in name and "blocks.1." in name)
     with torch.no_grad():
-        weight[name].fill_(torch.nan)
+        weight.fill_(torch.nan)
     for quantity in (activations.NORM_RATIO, activations.TOKEN_LOSSES):
         with pytest.raises(FloatingPointError, match=quantity.name):
             record(model, prompts.left_padded([9, 5, 5, 5]), quantity)

@@ -360,8 +360,8 @@ def _first_order(
     for number, slope in zip(moves, slopes, strict=True):
         if not bool(torch.isfinite(slope).all()):
             raise InterventionError(
-                f"the gradient of {metric.name} by {sets[number][0]} and its like is not finite; expected a metric that "
-                "is smooth at the values of the run, which a root or a norm is not at 0"
+                f"the gradient of {metric.name} by {sets[number][0]} and its like is not finite; expected a metric "
+                "that is smooth at the values of the run, which a root or a norm is not at 0"
             )
         # A sum of many products, in which half precision would lose the small ones.
         product = slope.to(torch.promote_types(slope.dtype, torch.float32)) * ways[number]

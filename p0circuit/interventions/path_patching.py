@@ -245,7 +245,8 @@ def _hear(
         "resid_mid": (Node("resid_mid", layer).hook, None),
         "resid_post": (Node("resid_post", layer).hook, None),
     }
-    for kind in {receiver.kind for receiver in receivers}:
+    kinds: set[Kind] = {receiver.kind for receiver in receivers}
+    for kind in kinds:
         name, restored = passes[kind]
         hooks: list[Hook] = [(restored, restore)] if restored else []
         # Before the cut at the same hook: an MLP as receiver is heard before it is set back.

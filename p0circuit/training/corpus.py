@@ -36,6 +36,8 @@ CORPUS_DISTRIBUTIONS = (
     "transformers",
 )
 BOS_TOKEN, EOS_TOKEN = "<|bos|>", "<|eos|>"
+# The order in which `train_tokenizer` is given them.
+BOS_ID, EOS_ID = 0, 1
 HELD_OUT_SHARE = 1 / 32
 # Longer files are tables and generated code rather than something a person wrote.
 LONGEST_FILE = 200_000

@@ -154,8 +154,8 @@ def build_model(config: TrainConfig) -> PreTrainedModel:
             max_position_embeddings=max(2048, config.length),
             rms_norm_eps=1e-5,
             tie_word_embeddings=True,
-            bos_token_id=0,
-            eos_token_id=1,
+            bos_token_id=corpora.BOS_ID,
+            eos_token_id=corpora.EOS_ID,
         )
     )
 
@@ -190,7 +190,7 @@ def validation_loss(config: TrainConfig, model: PreTrainedModel, held_out: np.nd
     model.eval()
     losses = []
     for number in range(batches):
-        ids = batch_at(fixed, held_out, number, bos=0)
+        ids = batch_at(fixed, held_out, number, corpora.BOS_ID)
         losses.append(next_token_loss(model(input_ids=ids).logits, ids, config.loss_at_p0).item())
     model.train()
     return float(np.mean(losses))
@@ -312,13 +312,13 @@ def train(
         if state.step in keep and not any(row["step"] == state.step for row in state.log):
             save_model(out / "trace" / f"step-{state.step:06d}", model, None)
             tokens = state.step * config.batch * config.length
-            row = {"step": state.step, "tokens": tokens, "train_loss": loss}
+            row = {"step": state.step, "tokens": tokens, "train_loss": loss if state.step else None}
             row["validation_loss"] = validation_loss(config, model, held_out)
             state.log.append(row)
             save_state(saved, state)
         if state.step == config.steps:
             break
-        loss = train_step(config, state, batch_at(config, stream, state.step, tokenizer.bos_token_id))
+        loss = train_step(config, state, batch_at(config, stream, state.step, corpora.BOS_ID))
         if not math.isfinite(loss):
             raise FloatingPointError(
                 f"the loss became {loss} at step {state.step}; lower the learning rate ({config.learning_rate})"

@@ -57,6 +57,7 @@ def gpt2_small_shape(layers: int = 12, vocab_size: int = 50_257) -> Any:
     return HookedTransformer(cfg).eval()
 
 
+@torch.no_grad()
 def measure(model: Any = None, rows: int = 2, length: int = 64, memory: bool = True) -> dict[str, Any]:
     """Time both grids on a hooked model (GPT-2-small shape if none is given), compare them, and weigh ours."""
     model = gpt2_small_shape() if model is None else model
@@ -95,8 +96,10 @@ def measure(model: Any = None, rows: int = 2, length: int = 64, memory: bool = T
 
 
 @torch.no_grad()
-def transformer_lens_grid(model: Any, pair: Contrast, layers: list[int]) -> dict[str, list[float]]:
-    """The same grid by `generic_activation_patch`: per component, the metric with each layer patched."""
+def transformer_lens_grid(
+    model: Any, pair: Contrast, layers: list[int], patched: int | None = None
+) -> dict[str, list[float]]:
+    """The same grid by `generic_activation_patch`: per component, the metric with each layer (of the first) patched."""
     from transformer_lens import patching
 
     patterns: dict[str, torch.Tensor] = {}
@@ -112,7 +115,7 @@ def transformer_lens_grid(model: Any, pair: Contrast, layers: list[int]) -> dict
         return activation
 
     _, cache = model.run_with_cache(pair.shifted.ids)
-    where = pd.DataFrame({"layer": range(describe(model).layers), "pos": 0})
+    where = pd.DataFrame({"layer": range(patched or describe(model).layers), "pos": 0})
     reading = [(f"blocks.{layer}.attn.hook_pattern", keep) for layer in layers]
     with model.hooks(fwd_hooks=reading), contextlib.redirect_stderr(io.StringIO()):
         return {
@@ -135,6 +138,7 @@ def memory_table(model: Any, rows: int, length: int) -> list[dict[str, Any]]:
             "components, layer 0": functools.partial(patch_components, model, pair, sink, layers=[0]),
             "components, layers 0-1": functools.partial(patch_components, model, pair, sink, layers=[0, 1]),
             "components, layer 0, loss": functools.partial(patch_components, model, pair, loss(), layers=[0]),
+            "TransformerLens: components, layer 0": lambda pair=pair: transformer_lens_grid(model, pair, [1], 1),
             "heads, layer 0": functools.partial(patch_heads, model, pair, sink, layers=[0]),
             "16 neurons, layer 0": functools.partial(patch_neurons, model, pair, sink, layers=[0], neurons=range(16)),
         }

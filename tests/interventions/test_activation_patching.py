@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from p0circuit import activations
-from p0circuit.activations import has_hooks
 from p0circuit.intervals import ratio_interval
 from p0circuit.interventions import activation_patching as ap
 from p0circuit.interventions.activation_patching import (
@@ -39,6 +38,7 @@ from p0circuit.interventions.metrics import (
 )
 from p0circuit.interventions.nodes import InterventionError, Node
 from p0circuit.models import ModelError, describe, forward, load_model
+from p0circuit.models.forward import hook_points
 from p0circuit.models.hooked import available
 from p0circuit.models.wired import wired_model, wired_truth
 from p0circuit.prompts import random_tokens
@@ -72,6 +72,12 @@ def load(family_folder):
 @pytest.fixture
 def model(load):
     return load("llama-grouped", "hooked" if available() else "bridge")
+
+
+def hooks_on(model) -> int:
+    """How many hooks stand on the model; some bridges need a few of their own."""
+    points = {id(point): point for point in [*model.hook_dict.values(), *hook_points(model).by_name.values()]}
+    return sum(len(point._forward_hooks) for point in points.values())
 
 
 def some_nodes(model) -> list[Node]:
@@ -150,6 +156,7 @@ METRICS = {
 @pytest.mark.parametrize(("name", "backend"), CASES)
 def test_a_grid_equals_a_plain_hook_loop(load, name, backend):
     model = load(name, backend)
+    standing = hooks_on(model)
     for pair, direction, offset, read in (
         (PAIR, "noising", 0, ["sink", "norm"]),
         (PADDED, "denoising", 1, ["sink", "loss"]),
@@ -166,7 +173,7 @@ def test_a_grid_equals_a_plain_hook_loop(load, name, backend):
             source = literal(literal_run(model, other), other, other_place)
             assert torch.allclose(grid.source, source, atol=1e-5 * scale, rtol=0)
             assert (grid.patched - grid.base).abs().max() > 1e-3, "nothing moved: any two grids would agree"
-    assert not has_hooks(model)
+    assert hooks_on(model) == standing
 
 
 # --- TransformerLens's own --------------------------------------------------------------------------------------------
@@ -419,6 +426,16 @@ def peak(run) -> int:
     return memory.peak
 
 
+@pytest.mark.parametrize("backend", ["hooked", "bridge"])
+@torch.no_grad()
+def test_a_pass_that_ended_early_leaves_nothing_behind(load, backend):
+    """It ends between the places where a bridge looks at the stream before and after attention."""
+    model, other = load("llama", backend), random_tokens(VOCAB, n=2, length=5, seed=8)
+    before = forward(model, other.ids)
+    patch_components(model, PAIR, SINK, ["attn", "resid_mid"])
+    assert torch.equal(forward(model, other.ids), before)
+
+
 # --- The model whose circuit is known ---------------------------------------------------------------------------------
 
 
@@ -594,10 +611,11 @@ def test_wrong_use_is_refused_and_leaves_no_hook(load, backend, case, monkeypatc
     # As users run it: in tests jaxtyping would refuse some of this before we can.
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     model = load("llama-grouped", backend)
+    standing = hooks_on(model)
     run, error, message = REFUSED[case]
     with pytest.raises(error, match=message):
         run(model)
-    assert not has_hooks(model)
+    assert hooks_on(model) == standing
     assert patch_heads(model, PAIR, SINK, layers=[0]).patched.shape == (4, 3), "and the model goes on working"
 
 
@@ -612,6 +630,7 @@ def test_damaged_and_training_models_are_refused(family_folder, backend):
         pytest.skip("this TransformerLens has no HookedTransformer")
     model = load_model(family_folder("gpt2"), backend)
     patches = contrast_patches(model, PAIR, ["mlp.0"])
+    standing = hooks_on(model)
     model.train()
     with pytest.raises(ModelError, match="training mode"):
         patch_grid(model, PAIR, patches, SINK)
@@ -622,7 +641,7 @@ def test_damaged_and_training_models_are_refused(family_folder, backend):
         ].fill_(torch.nan)
     with pytest.raises(InterventionError, match="not finite"):
         patch_grid(model, PAIR, patches, SINK)
-    assert not has_hooks(model)
+    assert hooks_on(model) == standing
 
 
 def test_parallel_blocks_have_no_middle(load):
