@@ -36,6 +36,7 @@ _HOMES = {
     "SinkMap": "experiments",
     "NormDirection": "experiments",
     "BosAblation": "experiments",
+    "Circuit": "experiments",
 }
 
 __all__ = ["__version__", *_HOMES]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import os
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from p0circuit.models.forward import hook_point
 from p0circuit.models.hooked import available
 from p0circuit.prompts import PromptSet, from_ids, random_tokens
 from tests.families import LAYERS, VOCAB, write
+from tests.literal import cosine, loss, norm, over_others, run_with_cache, score
 
 LENGTH = 9
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,50 +47,9 @@ def prompts() -> PromptSet:
     return random_tokens(VOCAB, n=4, length=LENGTH, seed=1)
 
 
-def everything(model: Any, ids: Tensor) -> tuple[Tensor, Any]:
-    """Logits and all activations of one row without padding, by TransformerLens's own means."""
-    with torch.no_grad():
-        return model.run_with_cache(ids[None])
-
-
-def norm(vector: Tensor) -> float:
-    return math.sqrt(sum(x * x for x in vector.tolist()))
-
-
-def median(values: list[float]) -> float:
-    values, middle = sorted(values), len(values) // 2
-    return values[middle] if len(values) % 2 else (values[middle - 1] + values[middle]) / 2
-
-
-def over_others(vectors: Tensor) -> float:
-    return norm(vectors[0]) / median([norm(vector) for vector in vectors[1:]])
-
-
-def score(pattern: Tensor, offset: int) -> list[float]:
-    """The mean attention to a position from itself and all later queries, by head."""
-    length = pattern.shape[-1]
-    return [sum(float(head[query, offset]) for query in range(offset, length)) / (length - offset) for head in pattern]
-
-
-def cosine(queries: Tensor, keys: Tensor, offset: int) -> list[float]:
-    """The mean cosine of the key at a position with all later queries, by query head."""
-    length, heads = queries.shape[:2]
-    found = []
-    for head in range(heads):
-        key = keys[offset, head * keys.shape[1] // heads]
-        pairs = [(queries[query, head], key) for query in range(offset + 1, length)]
-        found.append(sum(float(q @ k) / norm(q) / norm(k) for q, k in pairs) / len(pairs))
-    return found
-
-
-def loss(logits: Tensor, ids: Tensor) -> list[float]:
-    exact = logits.double()
-    return [float(exact[t].exp().sum().log() - exact[t, ids[t + 1]]) for t in range(len(ids) - 1)]
-
-
 def literal(model: Any, ids: Tensor) -> dict[str, Any]:
     """Every quantity of one row, by name."""
-    logits, cache = everything(model, ids)
+    logits, cache = run_with_cache(model, ids)
     layers = range(LAYERS)
     of = {
         name: [cache[f"blocks.{layer}.{name}"][0] for layer in layers]
@@ -218,7 +177,7 @@ def test_a_hooked_model_is_recorded_as_it_is_and_the_cache_left_alone(
     try:
         assert activations.has_hooks(model)
         edited = record(model, prompts, activations.NORM_RATIO)
-        _, cache = everything(model, prompts.ids[0])
+        _, cache = run_with_cache(model, prompts.ids[0])
     finally:
         point.remove_hooks(including_permanent=True)
     assert not activations.has_hooks(model)

@@ -14,14 +14,21 @@ from p0circuit import sink
 
 def causal_pattern(batch: int, heads: int, length: int, seed: int, padding: list[int]) -> torch.Tensor:
     """Random causal attention in which padding is neither query nor key."""
-    scores = torch.randn(batch, heads, length, length, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    scores = torch.randn(
+        batch, heads, length, length, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     scores = scores.masked_fill(torch.ones(length, length).triu(1).bool(), -math.inf)
     for row, pad in enumerate(padding):
         scores[row, :, :, :pad] = -math.inf
     return scores.softmax(-1).nan_to_num(0.0)
 
 
-@given(seed=st.integers(0, 10_000), length=st.integers(2, 12), offset=st.integers(0, 3), pads=st.lists(st.integers(0, 5), min_size=1, max_size=3))
+@given(
+    seed=st.integers(0, 10_000),
+    length=st.integers(2, 12),
+    offset=st.integers(0, 3),
+    pads=st.lists(st.integers(0, 5), min_size=1, max_size=3),
+)
 @settings(max_examples=40, deadline=None)
 def test_sink_score_is_the_mean_over_queries_from_the_position_on(seed, length, offset, pads):
     pads = [min(pad, length - 1) for pad in pads]

@@ -110,20 +110,24 @@ class Circuit(Experiment):
             f"{config.share:.0%} or more:",
             *(f"{s} -> {r}: {effect:+.3f}" for s, r, effect in sorted(found, key=lambda edge: -abs(edge[2]))),
         ]
-        metrics = {"sink_score": clean, "share_of_k_among_edges_into_sink_heads": _k_share(effects, names)}
+        metrics = {"sink_score": clean}
+        if (share := _k_share(effects, names)) is not None:
+            metrics["share_of_k_among_edges_into_sink_heads"] = share
         tables = {"edges": table, "into_keys": _key_table(keys, heads)}
         title = f"The circuit of the P0 sink in {info.name}"
         return Result(self.id, self.title, metrics, tables, {"graph": draw_circuit(graph, names, title)}, notes=notes)
 
 
-def _k_share(effects: PathEffects, names: Sequence[str]) -> Interval:
-    """The share of K in the summed sizes of the effects of all edges into the sink heads, with its interval."""
+def _k_share(effects: PathEffects, names: Sequence[str]) -> Interval | None:
+    """The share of K in the summed sizes of all effects of edges into the sink heads; None where there is no effect."""
     sizes = {part: torch.zeros_like(effects.clean) for part in "qkv"}
     for (_, receiver), effect in zip(effects.edges, effects.effect, strict=True):
         name, _, part = receiver.rpartition(".")
         if name in names:
             sizes[part] = sizes[part] + effect.abs()
     total = sum(sizes.values(), torch.zeros_like(effects.clean))
+    if not bool((total > 0).any()):
+        return None
     return ratio_interval(sizes["k"].double().cpu().numpy(), total.double().cpu().numpy())
 
 

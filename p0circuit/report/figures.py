@@ -97,9 +97,11 @@ def heat_maps(panels: dict[str, np.ndarray], title: str, value_label: str) -> Fi
     """One layers-by-heads map per panel, on a common scale from 0 to 1; cells carry their value where there is room."""
     count = len(panels)
     layers, heads = next(iter(panels.values())).shape
-    width = max(1.3, min(3.0, 0.36 * heads + 0.35))
+    # Five panels fill the page, fewer may be wider.
+    width = max(1.2, min(0.34 * heads + 0.35, 6.1 / count))
     height = max(1.6, min(5.0, 0.3 * layers + 0.9))
     figure, axes = new_figure(width * count + 0.9, height + 0.25, 1, count, sharey=True)
+    annotated = layers * heads <= _MOST_ANNOTATED_CELLS and width / heads > 0.28
     for axis, (name, values) in zip(axes[0], panels.items(), strict=True):
         image = axis.imshow(values, cmap="viridis", vmin=0, vmax=1, aspect="auto", origin="lower")
         axis.grid(False)
@@ -107,7 +109,7 @@ def heat_maps(panels: dict[str, np.ndarray], title: str, value_label: str) -> Fi
         axis.set_xlabel("head")
         _whole_ticks(axis.xaxis, heads)
         _whole_ticks(axis.yaxis, layers)
-        if layers * heads <= _MOST_ANNOTATED_CELLS:
+        if annotated:
             for layer, head in np.ndindex(layers, heads):
                 value = values[layer, head]
                 colour = "black" if value > 0.6 else "white"
@@ -247,7 +249,7 @@ def draw_circuit(graph: nx.DiGraph, ends: Collection[str], title: str) -> Figure
     for name in names:
         rows.setdefault(_place(name)[:2], []).append(name)
     widest = max(map(len, rows.values()))
-    figure, axes = new_figure(max(COLUMN + 1.2, 0.85 * widest + 1.6), 0.85 * len(rows) + 1.0)
+    figure, axes = new_figure(max(COLUMN, 0.9 * widest + 0.9), 0.8 * len(rows) + 0.8)
     axis = axes[0, 0]
     at = {
         name: (number - (len(row) - 1) / 2, height)
@@ -259,8 +261,10 @@ def draw_circuit(graph: nx.DiGraph, ends: Collection[str], title: str) -> Figure
         sorted(graph.edges(data=True), key=lambda edge: abs(edge[2]["effect"]))
     ):
         size = abs(data["effect"]) / strongest
-        # Edges over more than one row are bent past the components between, to alternating sides.
-        bend = 0.0 if at[end][1] - at[start][1] == 1 else 0.25 * (-1) ** number
+        # Edges over more than one row are bent past the components between, to alternating sides: the middle of an
+        # arc lies rad * height / 2 beside the straight line.
+        height = at[end][1] - at[start][1]
+        bend = 0.0 if height == 1 else 1.3 / height * (-1) ** number
         axis.annotate(
             "",
             at[end],
@@ -278,10 +282,9 @@ def draw_circuit(graph: nx.DiGraph, ends: Collection[str], title: str) -> Figure
         middle = [(first + second) / 2 for first, second in zip(at[start], at[end], strict=True)]
         inputs = "/".join(sorted({name[-1].upper() for name in data["inputs"] if name.startswith("attn.")}))
         label = f"{inputs} {data['effect']:+.2f}".strip()
-        shift = -bend * (at[end][1] - at[start][1])
         axis.annotate(
             label,
-            (middle[0] - shift / 2, middle[1]),
+            (middle[0] + bend * height / 2, middle[1]),
             fontsize=6.5,
             ha="center",
             va="center",
@@ -298,9 +301,11 @@ def draw_circuit(graph: nx.DiGraph, ends: Collection[str], title: str) -> Figure
             color="white" if name in ends else "black",
             bbox={"boxstyle": "round,pad=0.4", "facecolor": face, "edgecolor": "black", "linewidth": 0.8},
         )
-    axis.set_xlim(-(widest - 1) / 2 - 0.8, (widest - 1) / 2 + 0.8)
-    axis.set_ylim(-0.5, len(rows) - 0.5)
+    half = max((widest - 1) / 2 + 0.6, 1.2)
+    axis.set(xlim=(-half, half), ylim=(-0.9, len(rows) - 0.6), aspect="equal")
     axis.axis("off")
+    note = "numbers: change of the sink heads' score when the edge is patched\nblue: the edge carries the sink"
+    axis.text(0, -0.75, note, ha="center", va="center", fontsize=6.5, color=GREY)
     figure.suptitle(title, fontsize=9.5)
     return figure
 

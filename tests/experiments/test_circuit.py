@@ -1,0 +1,60 @@
+"""The circuit experiment recovers what is known by construction, and something sensible from a trained model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from p0circuit.experiments.base import NotApplicable
+from p0circuit.experiments.circuit import Circuit, CircuitConfig, sink_heads
+from p0circuit.models import load_model
+from p0circuit.models.wired import decoy_model, wired_model, wired_truth
+from p0circuit.prompts import natural_text, random_tokens
+
+
+def auroc(positive: list[float], negative: list[float]) -> float:
+    """The share of pairs in which the positive is the larger, ties counted half."""
+    pairs = [(p > n) + 0.5 * (p == n) for p in positive for n in negative]
+    return sum(pairs) / len(pairs)
+
+
+@pytest.mark.parametrize("positions", ["rotary", "learned"])
+def test_the_wired_circuit_is_recovered_edge_by_edge(positions):
+    truth = wired_truth()
+    result = Circuit(CircuitConfig(samples=6)).run(wired_model(positions), random_tokens(64, n=12, length=24))
+    edges = result.tables["edges"]
+    real = [pair in truth.edges for pair in zip(edges["sender"], edges["receiver"], strict=True)]
+    sizes = edges["effect"].abs()
+    assert auroc(sizes[real].tolist(), sizes[[not it for it in real]].tolist()) == 1.0
+    arrows = {tuple(note.split(":")[0].split(" -> ")) for note in result.notes if " -> " in note}
+    assert arrows == {edge for edge in truth.edges if not edge[0].startswith("neuron")}
+    assert result.notes[0] == "sink heads: attn.2.0, attn.2.2, attn.2.3"
+    assert "closed form" in result.notes[1]
+
+
+def test_the_decoy_has_no_circuit():
+    """High norm at P0, but nothing reads it: no edge changes the score of the heads that stand in for sink heads."""
+    result = Circuit(CircuitConfig(samples=6)).run(decoy_model(), random_tokens(64, n=12, length=24))
+    assert "none is above the threshold" in result.notes[0]
+    assert not any(" -> " in note for note in result.notes)
+
+
+def test_the_circuit_of_p0_nano_runs_from_block_0_through_mlps_into_k():
+    model = load_model("p0-nano")
+    prompts = natural_text(model.tokenizer, "stdlib", n=24, length=32, first_token="random")
+    result = Circuit(CircuitConfig(samples=8)).run(model, prompts)
+    arrows = [note.split(":")[0] for note in result.notes if " -> " in note]
+    assert "mlp.0 -> mlp.1" in arrows
+    assert any(arrow.endswith(".k") for arrow in arrows)
+    assert not any(arrow.endswith((".q", ".v")) and arrow.split(" -> ")[1].startswith("attn.3") for arrow in arrows)
+
+
+def test_too_many_edges_are_declined():
+    with pytest.raises(NotApplicable, match="most_edges"):
+        Circuit(CircuitConfig(most_edges=10)).run(wired_model(), random_tokens(64, n=8, length=12))
+
+
+def test_sink_heads_are_those_above_the_threshold_or_else_the_highest():
+    scores = torch.tensor([[0.1, 0.4], [0.2, 0.35]]).expand(3, 2, 2)
+    assert sink_heads(scores) == ([(0, 1), (1, 1)], True)
+    assert sink_heads(scores, eps=0.9, fallback=2) == ([(0, 1), (1, 1)], False)
