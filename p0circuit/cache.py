@@ -83,7 +83,10 @@ class Cache:
                 raise SafetensorError("the checksum does not match")
         except FileNotFoundError:
             return None
-        except (SafetensorError, OSError) as error:
+        # The reader names a file that was evicted while it was being opened in a RuntimeError of its own.
+        except (SafetensorError, OSError, RuntimeError) as error:
+            if not path.exists():
+                return None
             warnings.warn(f"the cached file {path.name} is damaged ({error}); it is computed again", stacklevel=2)
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)

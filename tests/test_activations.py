@@ -332,19 +332,19 @@ def test_settings_count_and_names_do_not(backend: str, tmp_path: Path) -> None:
 # memory
 
 MEASURE = """
-import resource, sys
+import sys
 import torch
 from p0circuit.activations import SINK_SCORE, record
 from p0circuit.models import load_model
 from p0circuit.prompts import random_tokens
+from p0circuit.results import peak_memory_mb
 
 torch.set_num_threads(1)
 models = [load_model(folder, backend=sys.argv[1]) for folder in sys.argv[2:]]
 for rows, length in ((4, 512), (1, 2048)):
     for model in models:
         record(model, random_tokens(96, n=rows, length=length), SINK_SCORE, cache=None)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        print(peak * (1 if sys.platform == "darwin" else 1024))
+        print(int(peak_memory_mb() * 2**20))
 """
 
 

@@ -101,19 +101,20 @@ def heat_maps(panels: dict[str, np.ndarray], title: str, value_label: str) -> Fi
     width = max(1.2, min(0.34 * heads + 0.35, 6.1 / count))
     height = max(1.6, min(5.0, 0.3 * layers + 0.9))
     figure, axes = new_figure(width * count + 0.9, height + 0.25, 1, count, sharey=True)
-    annotated = layers * heads <= _MOST_ANNOTATED_CELLS and width / heads > 0.28
+    annotated = layers * heads <= _MOST_ANNOTATED_CELLS and width / heads > 0.24
     for axis, (name, values) in zip(axes[0], panels.items(), strict=True):
         image = axis.imshow(values, cmap="viridis", vmin=0, vmax=1, aspect="auto", origin="lower")
         axis.grid(False)
         axis.set_title(name)
         axis.set_xlabel("head")
-        _whole_ticks(axis.xaxis, heads)
-        _whole_ticks(axis.yaxis, layers)
+        _whole_ticks(axis.xaxis, heads, width)
+        _whole_ticks(axis.yaxis, layers, height)
         if annotated:
             for layer, head in np.ndindex(layers, heads):
                 value = values[layer, head]
                 colour = "black" if value > 0.6 else "white"
-                axis.text(head, layer, f"{value:.2f}".lstrip("0"), ha="center", va="center", fontsize=6.5, color=colour)
+                text = f"{value:.2f}".lstrip("0").replace("1.00", "1.0")
+                axis.text(head, layer, text, ha="center", va="center", fontsize=6.5, color=colour)
     axes[0, 0].set_ylabel("layer")
     figure.colorbar(image, ax=axes[0, -1], label=value_label)
     _add_title(figure, title)
@@ -173,10 +174,14 @@ def _add_title(figure: Figure, title: str) -> None:
     figure.suptitle("\n".join(textwrap.wrap(title, characters)), fontsize=9.5)
 
 
-def _whole_ticks(axis: Axis, count: int) -> None:
+def _whole_ticks(axis: Axis, count: int, inches: float) -> None:
+    """Ticks at 0, 1, 2 and so on, or at every second, fourth, eighth where there is no room for all."""
     from matplotlib.ticker import FixedLocator
 
-    axis.set_major_locator(FixedLocator(list(range(0, count, max(1, count // 8)))))
+    step = 1
+    while count / step > inches / 0.22:
+        step *= 2
+    axis.set_major_locator(FixedLocator(list(range(0, count, step))))
 
 
 @_styled

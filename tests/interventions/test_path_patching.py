@@ -13,6 +13,7 @@ from p0circuit.interventions.nodes import InterventionError, Node, components
 from p0circuit.interventions.path_patching import edges_into_keys, path_patch, receivers_of
 from p0circuit.models import describe, forward
 from p0circuit.models.bridge import to_bridge
+from p0circuit.models.forward import hook_point
 from p0circuit.models.hooked import available, to_hooked
 from p0circuit.models.wired import wired_model, wired_truth
 from p0circuit.prompts import random_tokens
@@ -43,7 +44,9 @@ def literal_path_patch(model, prompts, sender, receiver, value, metric, place, t
 
     hooks = []
     at = {"mlp": f"blocks.{layer}.hook_mlp_out", "resid_post": f"blocks.{layer}.hook_resid_post"}
-    name = at.get(kind, f"blocks.{layer}.attn.hook_{kind}")
+    # After qk-norm, which in OLMo mixes the heads: only there is a head's query or key its own.
+    rotated = "rot_" if describe(model).positions == "rotary" and kind in "qk" else ""
+    name = at.get(kind, f"blocks.{layer}.attn.hook_{rotated}{kind}")
     heard = {}
     hooks.append((name, lambda activation, hook: heard.update(now=activation[rows, place].clone())))
     hooks.append((sender.hook, functools.partial(put, value=value, index=index)))
@@ -54,7 +57,7 @@ def literal_path_patch(model, prompts, sender, receiver, value, metric, place, t
                 hooks.append((f"blocks.{later}.hook_{part}_out", lambda activation, hook, frozen=frozen: frozen))
     forward(model, prompts.ids, prompts.attention_mask, hooks=hooks)
     new = heard["now"] if head is None else heard["now"][:, head]
-    point = model.hook_dict[name]
+    point = hook_point(model, name)
     point.add_hook(functools.partial(put, value=new, index=head))
     try:
         return measure(model, prompts, metric, place)
