@@ -160,11 +160,11 @@ def sink(
 @app.command()
 def models(as_json: JsonOption = False) -> None:
     """List the shipped models and their training checkpoints."""
-    from dataclasses import asdict, is_dataclass
+    from dataclasses import asdict
 
     from p0circuit.models import list_models
 
-    found = [asdict(entry) if is_dataclass(entry) else entry for entry in list_models()]
+    found = [asdict(entry) for entry in list_models()]
     if as_json:
         _print_json(found, True)
         return
@@ -321,6 +321,7 @@ def _run_all(experiments: list[Experiment], model: Any, prompts: PromptSet, out:
 
     One of several experiments that does not apply to the model is named and left out; a single one is an error.
     """
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
@@ -332,7 +333,7 @@ def _run_all(experiments: list[Experiment], model: Any, prompts: PromptSet, out:
     started = time.time()
     name = describe(model).name
     directory = out / name.replace("/", "--")
-    table = Table(title=name)
+    table = Table(title=name, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in ("experiment", "quantity", "value [95 % interval]"):
         table.add_column(column, overflow="fold")
     summary: dict[str, Any] = {}
@@ -346,7 +347,7 @@ def _run_all(experiments: list[Experiment], model: Any, prompts: PromptSet, out:
             left_out[experiment.id] = str(reason)
             say(f"{experiment.id}: left out: {reason}")
             continue
-        # The manifest comes last: one that is there belongs to all the results beside it.
+        # The manifest is written last: one that is there tells of a run that came to its end.
         (directory / "manifest.json").unlink(missing_ok=True)
         result.save(directory)
         summary[result.experiment] = {key: value.to_json() for key, value in result.metrics.items()}

@@ -66,7 +66,7 @@ def test_the_numbers_are_those_of_a_plain_eager_forward(summary):
     assert torch.allclose(scores.mean(0), torch.tensor(summary["sink_score"]), atol=1e-4)
     rate = (scores[:, 2:] > 0.3).float().mean()
     assert float(rate) == pytest.approx(summary["sink_rate_from_layer_2"], abs=1e-4)
-        embedded = plain.model.embed_tokens(ids)
+    embedded = plain.model.embed_tokens(ids).detach()
     for place, stream in enumerate([embedded, *streams]):
         norms = stream.norm(dim=-1)
         others = norms[:, 1:].sort(dim=1).values[:, 31]  # 63 other positions: the middle one is the median

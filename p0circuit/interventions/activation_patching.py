@@ -6,12 +6,14 @@ of the same token: does a sink appear there (is it sufficient)? A grid has one `
 
 1. Walk the base run (the one patched into) from block to block. Keep only the residual stream before the current
    block, and what the metric has read so far.
-2. Branch off before each block: copies of the stream, one for each patch in this block, stand side by side in the
-   batch. Each takes its own patch, runs on, and stops at the last thing the metric reads.
-3. What the metric reads below the block is what it read in the base run: a patch changes nothing before it.
+2. Before each block branch off: copies of the stream, one for each patch, stand side by side in the batch. Each takes
+   its own patch, runs on, and stops at the last thing the metric reads. What the metric reads below that block is what
+   it read in the base run.
+3. A patch behind the attention of its block does not branch off there, since in this block nothing changes but its own
+   position. The rest of the block is worked out for that one token, for all such patches together, and what comes out
+   is a patch of the stream before the next block.
 4. A row keeps its base value where a patch puts in what was there already, bit for bit, or acts where the metric has
-   read all it reads. Side by side, matrix products may round otherwise, and nothing changed must mean that nothing
-   changed.
+   read all it reads. Batches of another shape may round otherwise, and nothing changed must mean that nothing changed.
 
 A pass is thus as short as patch and metric allow. At P0 it cannot be made narrower: nothing comes before P0, but every
 later position attends to it. (What stays within P0's own stream needs one row only: `closed_form`.)
@@ -23,13 +25,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from p0circuit.activations import batch_size_for
@@ -37,7 +40,7 @@ from p0circuit.intervals import LEVEL, RESAMPLES, Interval
 from p0circuit.interventions.contrast import Contrast, values_at
 from p0circuit.interventions.metrics import Complete, Metric, Rows, batches, measure, read_logits, reading_hooks
 from p0circuit.interventions.nodes import InterventionError, Node, nodes_of
-from p0circuit.interventions.side_by_side import repeated
+from p0circuit.interventions.side_by_side import by_slot, repeated
 from p0circuit.models import ModelError, describe, forward, resume
 from p0circuit.models.forward import Hook, hook_point
 from p0circuit.prompts import PromptSet
@@ -48,6 +51,17 @@ if TYPE_CHECKING:
 Direction = Literal["noising", "denoising"]
 Component = Literal["embed", "resid_pre", "attn", "resid_mid", "mlp", "resid_post"]
 
+# What a block computes before it mixes positions; of what comes later a patch changes one position only.
+_BEFORE_MIXING = {
+    "hook_resid_pre",
+    "attn.hook_q",
+    "attn.hook_k",
+    "attn.hook_v",
+    "attn.hook_rot_q",
+    "attn.hook_rot_k",
+    "attn.hook_attn_scores",
+    "attn.hook_pattern",
+}
 # Up to this size of a pass (numbers held at once, 8 MB in float32) more patches cost no memory to speak of.
 _SMALL = 2_000_000
 
@@ -67,6 +81,10 @@ class Patch:
         """Where this patch acts in an activation that holds copies of `rows` side by side, in copy number `slot`."""
         numbers, positions = rows.at(self.offset)
         return (numbers + slot * len(rows.ids), positions, *([] if self.node.index is None else [self.node.index]))
+
+
+Patches = Mapping[int, Patch]
+"""Patches by their number in the grid."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,7 +200,10 @@ def patch_grid(
     measured, start = [], 0
     for rows in batches(model, base, place):
         some = slice(start, start := start + len(rows.ids))
-        here = [Patch(patch.node, patch.value[some].to(rows.ids.device), patch.offset) for patch in patches]
+        here = {
+            number: Patch(patch.node, patch.value[some].to(rows.ids.device), patch.offset)
+            for number, patch in enumerate(patches)
+        }
         measured.append(
             _measure_patches(model, rows, here, metric, patches_per_batch or _patches_that_fit(model, rows))
         )
@@ -326,27 +347,34 @@ def _check(
 
 
 def _measure_patches(
-    model: Any, rows: Rows, patches: Sequence[Patch], metric: Metric, at_once: int
+    model: Any, rows: Rows, patches: Patches, metric: Metric, at_once: int
 ) -> tuple[Float[Tensor, " batch"], Float[Tensor, "patch batch"]]:
     """Steps 1 to 4 for one batch of rows: the metric of the base run, and with each patch."""
-    found: dict[int, Tensor] = {}
-    patched: dict[int, tuple[Tensor, Tensor]] = {}
+    found, moved, values = {}, {}, {}
     stream = forward(model, rows.ids, rows.mask, stop_at_layer=0)
     for layer in range(describe(model).layers):
-        before, below, moved = stream, dict(found), {}
-        hooks = _comparing_hooks(layer, patches, rows, moved) + reading_hooks(metric, rows, found)
+        here = {number: patch for number, patch in patches.items() if patch.node.layer == layer}
+        behind = {number for number, patch in here.items() if _acts_on_one_token(model, patch.node, metric)}
+        before, below, mixed = stream, dict(found), {}
+        hooks = _comparing_hooks(here, rows, moved) + _mixing_hooks([here[number] for number in behind], rows, mixed)
+        hooks += reading_hooks(metric, rows, found)
         with contextlib.suppress(Complete):
             stream = resume(model, before, layer, rows.mask, hooks=hooks, stop_at_layer=layer + 1)
-        acting = [number for number, at in moved.items() if bool(at.any())]
-        for some in _chunks(acting, at_once):
-            values = _branch(model, before, layer, rows, [patches[number] for number in some], metric, below)
-            patched |= {number: (moved[number], value) for number, value in zip(some, values, strict=True)}
+        acting = {number: patch for number, patch in here.items() if number in moved and bool(moved[number].any())}
+        for some in _portions({n: patch for n, patch in acting.items() if n not in behind}, at_once):
+            values |= _branch(model, before, layer, rows, some, metric, below)
         if len(found) == len(metric.readings):
             break
+        carried = {n: patch for n, patch in acting.items() if n in behind}
+        for offset, same in _grouped(carried, lambda patch: patch.offset).items():
+            # As many tokens at a time as in a branch.
+            for many in _portions(same, at_once * rows.ids.numel() // rows.at(offset)[1].numel()):
+                for some in _portions(_carried(model, before, rows, many, mixed[offset]), at_once):
+                    values |= _branch(model, stream, layer + 1, rows, some, metric, found)
     read_logits(model, metric, stream, rows, found)
     base = metric.value(found)
-    results = [torch.where(*patched[number], base) if number in patched else base for number in range(len(patches))]
-    return base, torch.stack(results)
+    patched = [torch.where(moved[number], values[number], base) if number in values else base for number in patches]
+    return base, torch.stack(patched)
 
 
 def _branch(
@@ -354,57 +382,111 @@ def _branch(
     stream: Float[Tensor, "batch pos d_model"],
     layer: int,
     rows: Rows,
-    patches: Sequence[Patch],
+    patches: Patches,
     metric: Metric,
-    below: dict[int, Tensor],
-) -> Float[Tensor, "patch batch"]:
-    """The metric with each of some patches of one block, from the stream before the block and the readings below it."""
+    below: Mapping[int, Tensor],
+) -> dict[int, Float[Tensor, " batch"]]:
+    """Step 2: the metric with each of some patches of one block, from the stream and the readings before it."""
     slots, last = len(patches), metric.last_layer
     copies = Rows(*(repeated(part, slots) for part in rows))
     found = {number: repeated(reading, slots) for number, reading in below.items()}
-    hooks = _patching_hooks(patches, rows) + reading_hooks(metric, copies, found)
+    hooks = _patching_hooks(list(patches.values()), rows) + reading_hooks(metric, copies, found)
     stop = describe(model).layers if last is None else last + 1
     with contextlib.suppress(Complete):
         stream = resume(model, repeated(stream, slots), layer, copies.mask, hooks=hooks, stop_at_layer=stop)
         read_logits(model, metric, stream, copies, found, at_once=len(rows.ids))
-    return metric.value(found).view(slots, -1)
+    return dict(zip(patches, metric.value(found).split(len(rows.ids)), strict=True))
+
+
+def _acts_on_one_token(model: Any, node: Node, metric: Metric) -> bool:
+    """Whether a patch is behind the attention of its block, and nothing that the metric reads in this block is."""
+    prefix = f"blocks.{node.layer}."
+    read = {reading.hook.removeprefix(prefix) for reading in metric.readings if reading.hook.startswith(prefix)}
+    followed = node.layer + 1 < describe(model).layers and _exists(model, Node("head", node.layer, 0))
+    return followed and node.kind not in ("embed", "resid_pre") and read <= _BEFORE_MIXING
+
+
+def _carried(
+    model: Any,
+    stream: Float[Tensor, "batch pos d_model"],
+    rows: Rows,
+    patches: Patches,
+    mixed: Float[Tensor, "batch *offset head d_head"],
+) -> dict[int, Patch]:
+    """Step 3: patches of one block, at the same offset, as patches of the stream before the next block.
+
+    Their positions go through the block as rows of one token, in which attention has mixed what it did in the base run.
+    """
+    layer, offset = next((patch.node.layer, patch.offset) for patch in patches.values())
+    before = stream[rows.at(offset)]
+    tokens, z = before.reshape(-1, 1, before.shape[-1]), mixed.reshape(-1, 1, *mixed.shape[-2:])
+    place = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
+    alone = Rows(place[:, None], torch.ones_like(place[:, None], dtype=torch.bool), place)
+    axes = before.ndim - 1
+    single = [Patch(patch.node, patch.value.reshape(-1, *patch.value.shape[axes:])) for patch in patches.values()]
+
+    def mix(activation: Tensor, hook: Any) -> Tensor:
+        return repeated(z, len(single))
+
+    hooks = [(_mixing(layer), mix), *_patching_hooks(single, alone)]
+    after = resume(model, repeated(tokens, len(single)), layer, hooks=hooks, stop_at_layer=layer + 1)
+    next_block = Node("resid_pre", layer + 1)
+    return {
+        number: Patch(next_block, value.view_as(before), offset)
+        for number, value in zip(patches, by_slot(after, len(single)), strict=True)
+    }
 
 
 def _patching_hooks(patches: Sequence[Patch], rows: Rows) -> list[Hook]:
     """One hook per hook point; patch number i acts on copy number i of the rows."""
 
-    def patch_all(activation: Tensor, hook: Any, slots: Sequence[int]) -> Tensor:
+    def put(activation: Tensor, hook: Any, slots: Patches) -> Tensor:
         activation = activation.clone()
-        for slot in slots:
-            activation[patches[slot].index(rows, slot)] = patches[slot].value.to(activation)
+        for slot, patch in slots.items():
+            activation[patch.index(rows, slot)] = patch.value.to(activation)
         return activation
 
-    return [(name, functools.partial(patch_all, slots=slots)) for name, slots in _by_hook(range(len(patches)), patches)]
+    by_hook = _grouped(dict(enumerate(patches)), lambda patch: patch.node.hook)
+    return [(name, functools.partial(put, slots=some)) for name, some in by_hook.items()]
 
 
-def _comparing_hooks(
-    layer: int, patches: Sequence[Patch], rows: Rows, moved: dict[int, Bool[Tensor, " batch"]]
-) -> list[Hook]:
-    """Hooks that note in which rows the patches of a block put in anything else than the base run has there."""
+def _comparing_hooks(patches: Patches, rows: Rows, moved: dict[int, Tensor]) -> list[Hook]:
+    """Hooks that note in which rows a patch puts in anything else than the base run has there."""
 
-    def compare(activation: Tensor, hook: Any, numbers: Sequence[int]) -> None:
-        for number in numbers:
-            own = activation[patches[number].index(rows)]
-            moved[number] = (own != patches[number].value.to(own)).view(len(own), -1).any(1)
+    def compare(activation: Tensor, hook: Any, some: Patches) -> None:
+        for number, patch in some.items():
+            own = activation[patch.index(rows)]
+            moved[number] = (own != patch.value.to(own)).view(len(own), -1).any(1)
 
-    here = [number for number, patch in enumerate(patches) if patch.node.layer == layer]
-    return [(name, functools.partial(compare, numbers=numbers)) for name, numbers in _by_hook(here, patches)]
+    by_hook = _grouped(patches, lambda patch: patch.node.hook)
+    return [(name, functools.partial(compare, some=some)) for name, some in by_hook.items()]
 
 
-def _by_hook(numbers: Iterable[int], patches: Sequence[Patch]) -> list[tuple[str, list[int]]]:
-    grouped: dict[str, list[int]] = {}
-    for number in numbers:
-        grouped.setdefault(patches[number].node.hook, []).append(number)
-    return list(grouped.items())
+def _mixing_hooks(patches: Sequence[Patch], rows: Rows, mixed: dict[Any, Tensor]) -> list[Hook]:
+    """A hook that notes what the heads of a block have mixed where its patches act."""
+
+    def note(z: Tensor, hook: Any) -> None:
+        mixed.update({offset: z[rows.at(offset)] for offset in {patch.offset for patch in patches}})
+
+    return [(_mixing(layer), note) for layer in {patch.node.layer for patch in patches}]
 
 
-def _chunks(numbers: Sequence[int], size: int) -> list[Sequence[int]]:
-    return [numbers[start : start + size] for start in range(0, len(numbers), size)]
+def _mixing(layer: int) -> str:
+    """Where a block's attention has mixed positions; from here on each position is on its own."""
+    return Node("head", layer, 0).hook
+
+
+def _grouped(patches: Patches, key: Callable[[Patch], Any]) -> dict[Any, dict[int, Patch]]:
+    groups: dict[Any, dict[int, Patch]] = {}
+    for number, patch in patches.items():
+        groups.setdefault(key(patch), {})[number] = patch
+    return groups
+
+
+def _portions(patches: Patches, size: int) -> Iterator[dict[int, Patch]]:
+    items = iter(patches.items())
+    while portion := dict(itertools.islice(items, max(1, size))):
+        yield portion
 
 
 def _patches_that_fit(model: Any, rows: Rows) -> int:

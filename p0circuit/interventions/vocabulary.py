@@ -2,7 +2,8 @@
 
 P0 attends to itself alone, so what it computes depends on its token only. A full-length prompt per token would compute
 the same numbers again at T times the cost: the sweep runs the vocabulary as a batch of one-token rows, in chunks small
-enough to stay in the processor's cache.
+enough to stay in the processor's cache. Where only the stream is asked for and the model's blocks allow it, a block is
+reduced to what one row needs (`one_row.py`).
 
 `sink_scores_by_token` then asks what each token's key would draw: the keys are put, one by one, before the queries of
 fixed continuations (closed form, see `closed_form.py`).
@@ -22,6 +23,7 @@ from torch import Tensor
 from p0circuit.console import track
 from p0circuit.interventions.closed_form import key_hook, query_side
 from p0circuit.interventions.nodes import InterventionError
+from p0circuit.interventions.one_row import p0_blocks
 from p0circuit.models import describe, forward
 from p0circuit.models.forward import Hook
 from p0circuit.prompts import PromptSet
@@ -71,6 +73,10 @@ def vocabulary_sweep(
             raise InterventionError(f"{info.name} has {info.layers} layers; streams 0 to {info.layers}, keys one fewer")
     if tokens is None:
         tokens = torch.arange(info.vocab_size)
+    if not key_layers:
+        fast = _sweep_streams(model, tokens, residual_layers, chunk)
+        if fast is not None:
+            return fast
     streams = [f"blocks.{layer}.hook_resid_pre" for layer in range(info.layers)]
     streams.append(f"blocks.{info.layers - 1}.hook_resid_post")
     dtype = next(model.parameters()).dtype
@@ -92,6 +98,29 @@ def vocabulary_sweep(
         hooks += [(key_hook(model, layer), functools.partial(read_key, layer=layer)) for layer in key_layers]
         forward(model, tokens[part, None], hooks=hooks, stop_at_layer=info.layers)
     return VocabularySweep(tokens, norms, residual, keys)
+
+
+def _sweep_streams(
+    model: Any, tokens: Int[Tensor, " token"], residual_layers: Sequence[int], chunk: int
+) -> VocabularySweep | None:
+    """The sweep without keys, in bare tensor operations; None for models whose blocks are of another form."""
+    info = describe(model)
+    blocks = p0_blocks(model, forward(model, tokens[:1, None], stop_at_layer=0)[:, 0])
+    if blocks is None:
+        return None
+    dtype = next(model.parameters()).dtype
+    norms = torch.empty(len(tokens), info.layers + 1, dtype=dtype)
+    residual = {layer: torch.empty(len(tokens), info.d_model, dtype=dtype) for layer in residual_layers}
+    for start in track(range(0, len(tokens), chunk), "sweeping the vocabulary"):
+        part = slice(start, start + chunk)
+        stream = forward(model, tokens[part, None], stop_at_layer=0)[:, 0]
+        for layer in range(info.layers + 1):
+            norms[part, layer] = stream.norm(dim=-1).cpu()
+            if layer in residual:
+                residual[layer][part] = stream.cpu()
+            if layer < info.layers:
+                stream = blocks[layer](stream)
+    return VocabularySweep(tokens, norms, residual)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import math
@@ -74,18 +75,24 @@ def parse_options(options: Sequence[str]) -> dict[str, Any]:
     """Turn `name=value` pairs into fields of `TrainConfig`, the values read as JSON where they are.
 
     Raises:
-        ValueError: for a pair without "=", or a name that is no field.
+        ValueError: for a pair without "=", a name that is no field, or a value of another type than the field's.
     """
-    names = [field.name for field in fields(TrainConfig)]
+    defaults = {field.name: field.default for field in fields(TrainConfig)}
     given = {}
     for option in options:
-        name, equals, value = option.partition("=")
-        if not equals or name not in names:
-            raise ValueError(f"{option!r} is not of the form name=value with a name among {', '.join(names)}")
-        try:
-            given[name] = json.loads(value)
-        except json.JSONDecodeError:
-            given[name] = value
+        name, equals, text = option.partition("=")
+        if not equals or name not in defaults:
+            raise ValueError(f"{option!r} is not of the form name=value with a name among {', '.join(defaults)}")
+        value: Any = text
+        if not isinstance(defaults[name], str):
+            with contextlib.suppress(json.JSONDecodeError):
+                value = json.loads(text)
+        if isinstance(defaults[name], float) and type(value) is int:
+            value = float(value)
+        value = tuple(value) if isinstance(value, list) else value
+        if type(value) is not type(defaults[name]):
+            raise ValueError(f"{name} cannot be {text!r}; expected a value such as {json.dumps(defaults[name])}")
+        given[name] = value
     return given
 
 

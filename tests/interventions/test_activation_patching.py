@@ -251,7 +251,7 @@ def test_patching_a_run_with_itself_changes_no_bit(load, name, backend):
 @pytest.mark.parametrize("name", ["gpt2", "llama-grouped", "neox"])
 @torch.no_grad()
 def test_one_at_a_time_the_pass_itself_changes_no_bit(load, name, backend):
-    """The same without step 4, which would hide a pass that does more than write its values."""
+    """The same without step 4, which would hide a branch that does more than write its values."""
     model = load(name, backend)
     (rows,) = batches(model, TOKENS, TOKENS.p0)
     stream = forward(model, rows.ids, stop_at_layer=0)
@@ -260,7 +260,7 @@ def test_one_at_a_time_the_pass_itself_changes_no_bit(load, name, backend):
             model, Contrast(TOKENS, TOKENS, 0), ["embed", "attn.0", "mlp.0", "attn.0.2", "neuron.0.3"]
         ):
             assert torch.equal(
-                ap._branch(model, stream, 0, rows, [patch], metric, {})[0], measure(model, TOKENS, metric)
+                ap._branch(model, stream, 0, rows, {0: patch}, metric, {})[0], measure(model, TOKENS, metric)
             )
 
 
@@ -370,8 +370,12 @@ def test_a_pass_starts_at_its_patch_and_ends_with_the_metric(load):
         patches = contrast_patches(model, PAIR, ["attn.1.0", "attn.1.1", "attn.1.2"])
         calls.clear()
         patch_grid(model, PAIR, patches, norm_ratio_after(1), patches_per_batch=2)
-        # The base run, two passes from block 1 on, and the other run; block 2 never.
+        # The base run, two branches from block 1 on, and the other run; block 2 never.
         assert calls == [0, 1, 1, 1, 0, 1]
+        calls.clear()
+        patch_grid(model, PAIR, patches, norm_ratio_after(2), patches_per_batch=2)
+        # Block 1 once for the one token that changes in it, then two branches from block 2 on.
+        assert calls == [0, 1, 1, 2, 2, 2, 0, 1, 2]
         calls.clear()
         grid = patch_grid(model, PAIR, patches, sink_score_of([1]))
         # The pattern is read before any z of the same block: nothing to run.
@@ -408,7 +412,9 @@ def test_memory_does_not_grow_with_layers_or_patches(monkeypatch):
     shallow, deep = middling_model(2, 200), middling_model(6, 200)
     few, many = (peak(lambda m=m: patch_components(m, pair, sink_score_of([0, 1]))) for m in (shallow, deep))
     assert many < 1.05 * few
-    few, many = (peak(lambda n=n: patch_neurons(shallow, pair, sink_score_of([1]), neurons=range(n))) for n in (4, 64))
+    few, many = (
+        peak(lambda n=n: patch_neurons(shallow, pair, sink_score_of([1]), neurons=range(n))) for n in (32, 200)
+    )
     assert many < 1.05 * few
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from p0circuit.interventions.closed_form import key_edges, p0_keys
 from p0circuit.interventions.contrast import contrast, replacements
 from p0circuit.interventions.nodes import InterventionError, Node, components
+from p0circuit.interventions.one_row import p0_blocks
 from p0circuit.interventions.vocabulary import sink_scores_by_token, vocabulary_sweep
 from p0circuit.models import describe, forward
 from p0circuit.prompts import random_tokens
@@ -107,6 +108,24 @@ def test_the_vocabulary_sweep_is_the_p0_stream_of_full_prompts(grouped_model):
     assert torch.allclose(sweep.residual[3], found["end"], atol=1e-5)
     assert torch.allclose(sweep.norms[:, 3], found["end"].norm(dim=-1), rtol=1e-5)
     assert torch.allclose(sweep.keys[1], found["key"], atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.hooked and name != "mixtral"])
+@torch.no_grad()
+def test_the_sweep_of_streams_in_bare_operations_is_that_of_the_model(family_model, name, dtype):
+    model = family_model(name, "hooked", dtype)
+    fast = vocabulary_sweep(model, residual_layers=[2, 3])
+    # With keys the sweep runs the model itself.
+    slow = vocabulary_sweep(model, residual_layers=[2, 3], key_layers=[0])
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-5
+    for layer in (2, 3):
+        difference = float((fast.residual[layer] - slow.residual[layer]).abs().max())
+        assert difference <= tolerance * float(slow.residual[layer].abs().max())
+    assert torch.allclose(fast.norms, slow.norms, rtol=tolerance)
+    start = forward(model, torch.arange(4)[:, None], stop_at_layer=0)[:, 0]
+    # OLMo-2 has its norms after attention and MLP: there the model runs itself.
+    assert (p0_blocks(model, start) is None) == (name == "olmo2")
 
 
 @torch.no_grad()

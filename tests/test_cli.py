@@ -1,0 +1,390 @@
+"""The command line as it is used: what it prints where, what it leaves behind, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from p0circuit.activations import weights_fingerprint
+from p0circuit.cli import main
+from p0circuit.experiments import EXPERIMENTS
+from p0circuit.experiments.sink_summary import sink_summary
+from p0circuit.models import load_model
+from p0circuit.paths import data_dir
+from p0circuit.prompts import natural_text
+from p0circuit.results import Result
+from tests.tiny import HEADS, LAYERS
+
+ROOT = Path(__file__).resolve().parents[1]
+ENGLISH = data_dir() / "prompts" / "english"
+# Text that everyone has, and little of it.
+QUICK = ("--text", "english", "--samples", "4", "--length", "12")
+KEYS = [
+    "model",
+    "backend",
+    "n",
+    "length",
+    "bos",
+    "sink_rate",
+    "sink_rate_from_layer_2",
+    "sink_score",
+    "norm_ratio",
+    "direction_consistency",
+    "first_token",
+    "text",
+]
+FILES = {
+    "sink-map": {"tables/sink-map-scores.csv", "tables/sink-map-rates.csv", "figures/sink-map-map"},
+    "norm-direction": {
+        "tables/norm-direction-layers.csv",
+        "figures/norm-direction-layers",
+        "figures/norm-direction-components",
+    },
+    "bos-ablation": {
+        "tables/bos-ablation-summary.csv",
+        "tables/bos-ablation-heads.csv",
+        "figures/bos-ablation-bars",
+    },
+}
+
+Run = Callable[..., "Ended"]
+
+
+class Ended:
+    """How a command ended: its exit code and what it printed."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+
+@pytest.fixture
+def p0(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run `p0circuit` with arguments in this process, from its entry point to its exit code."""
+
+    def run(*arguments: object) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["p0circuit", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        code = ended.value.code
+        captured = capsys.readouterr()
+        return Ended(code if isinstance(code, int) else 0, captured.out, captured.err)
+
+    return run
+
+
+def start(*arguments: object, cwd: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", "from p0circuit.cli import main; main()", *map(str, arguments)]
+    return subprocess.Popen(
+        command,
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def files(directory: Path) -> set[str]:
+    return {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
+
+
+def expected_files(*experiments: str) -> set[str]:
+    named = {name for experiment in experiments for name in FILES[experiment]}
+    drawn = {f"{name}.{end}" for name in named if name.startswith("figures/") for end in ("png", "svg")}
+    tables = {name for name in named if name.endswith(".csv")}
+    return tables | drawn | {f"{experiment}.json" for experiment in experiments} | {"manifest.json"}
+
+
+# sink
+
+
+def test_help_names_every_command(p0: Run) -> None:
+    shown = p0("--help")
+    assert shown.code == 0 and shown.err == ""
+    for command in ("reproduce", "run", "sink", "models", "train", "cache"):
+        assert command in shown.out
+        assert p0(command, "--help").code == 0
+
+
+def test_sink_prints_json_and_nothing_else(tiny_model_dir: Path, tmp_path: Path) -> None:
+    ended = start("sink", tiny_model_dir, "--json", *QUICK, cwd=tmp_path)
+    out, err = ended.communicate(timeout=120)
+    assert ended.returncode == 0, err
+    # No progress bar, no warning: nobody looks at a pipe.
+    assert err == ""
+    found = json.loads(out)
+    assert list(found) == KEYS
+    model = load_model(tiny_model_dir)
+    prompts = natural_text(model.tokenizer, "english", n=4, length=12, first_token="random")
+    expected = sink_summary(model, prompts, bos=False) | {"first_token": "random", "text": "english"}
+    for key in KEYS:
+        if isinstance(expected[key], list):
+            np.testing.assert_allclose(found[key], expected[key], atol=1e-5)
+        else:
+            assert found[key] == expected[key]
+    assert np.shape(found["sink_score"]) == (LAYERS, HEADS)
+    assert np.shape(found["norm_ratio"]) == np.shape(found["direction_consistency"]) == (LAYERS + 1,)
+    assert files(tmp_path) == set()
+
+
+@pytest.mark.parametrize("first", ["text", "bos", "random"])
+def test_sink_puts_first_what_is_asked_for(p0: Run, tiny_model_dir: Path, first: str) -> None:
+    ended = p0("sink", tiny_model_dir, "--first", first, "--seed", 3, "--json", *QUICK)
+    found = json.loads(ended.out)
+    assert (found["bos"], found["first_token"]) == (first == "bos", first)
+    model = load_model(tiny_model_dir)
+    prompts = natural_text(model.tokenizer, "english", n=4, length=12, seed=3, first_token=first)
+    np.testing.assert_allclose(found["sink_score"], sink_summary(model, prompts, bos=False)["sink_score"])
+
+
+def test_sink_without_json_is_a_table(p0: Run, tiny_model_dir: Path) -> None:
+    shown = p0("sink", tiny_model_dir, *QUICK)
+    assert shown.code == 0
+    assert "tiny" in shown.out and "sink rate 0.0" in shown.out and "from layer 2" in shown.out
+
+
+def test_sink_in_half_precision_and_on_the_other_backend(p0: Run, tiny_model_dir: Path) -> None:
+    exact = json.loads(p0("sink", tiny_model_dir, "--json", *QUICK).out)
+    for options, backend, tolerance in (
+        (("--dtype", "bfloat16"), exact["backend"], 0.02),
+        (("--backend", "bridge"), "bridge", 1e-4),
+    ):
+        other = json.loads(p0("sink", tiny_model_dir, "--json", *QUICK, *options).out)
+        assert other["backend"] == backend
+        np.testing.assert_allclose(other["sink_score"], exact["sink_score"], atol=tolerance)
+
+
+def test_a_model_without_tokenizer_reads_random_tokens_and_that_is_said(p0: Run) -> None:
+    ended = p0("sink", "wired", "--json", "--samples", 4, "--length", 16)
+    found = json.loads(ended.out)
+    assert ended.err == "wired has no tokenizer: its prompts are random tokens\n"
+    assert (found["model"], found["text"], found["first_token"]) == ("wired", "random tokens", "random")
+    assert found["sink_rate"] == pytest.approx(0.2) and found["sink_rate_from_layer_2"] == pytest.approx(0.6)
+    refused = p0("sink", "wired", "--first", "bos")
+    assert refused.code == 2 and "no BOS token" in refused.err
+
+
+@pytest.mark.parametrize("name", ["wired-learned", "wired-decoy", "wired-decoy-learned"])
+def test_the_constructed_models_have_names(p0: Run, name: str) -> None:
+    found = json.loads(p0("sink", name, "--json", "--samples", 2, "--length", 16, "--backend", "bridge").out)
+    assert (found["model"], found["backend"]) == (name, "bridge")
+    assert found["sink_rate"] == pytest.approx(0 if "decoy" in name else 0.2)
+    assert load_model(name).cfg.model_name == name
+
+
+# run and reproduce
+
+
+def test_run_leaves_tables_figures_and_a_manifest(p0: Run, tiny_model_dir: Path, tmp_path: Path) -> None:
+    arguments = ("run", "sink-map", "--model", tiny_model_dir, "--out", tmp_path / "out", "--json", *QUICK)
+    ended = p0(*arguments)
+    assert ended.code == 0
+    folder = tmp_path / "out" / "tiny"
+    assert files(tmp_path / "out") == {f"tiny/{name}" for name in expected_files("sink-map")}
+    result = Result.load(folder / "sink-map.json")
+    shown = json.loads(ended.out)
+    assert shown == {"sink-map": {name: interval.to_json() for name, interval in result.metrics.items()}}
+    assert f"tables, figures and manifest are in {folder}" in ended.err.replace("\n", "")
+    assert "best_head_with_bos" in ended.err and str(result.metrics["best_head"]) in ended.err
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["command"] == [str(argument) for argument in arguments]
+    assert manifest["model"] == "tiny" and manifest["experiments"] == ["sink-map"] and manifest["left_out"] == {}
+    assert manifest["weights"] == weights_fingerprint(load_model(tiny_model_dir))
+    assert manifest["prompts"] == result.provenance["prompts"]["fingerprint"]
+    assert (manifest["seed"], manifest["device"]) == (0, "cpu")
+
+
+def test_a_second_run_reads_the_cache_and_leaves_the_same(p0: Run, tiny_model_dir: Path, tmp_path: Path) -> None:
+    ended = [
+        p0("run", "norm-direction", "--model", tiny_model_dir, "--out", tmp_path / name, *QUICK)
+        for name in ("first", "second")
+    ]
+    assert "read from the cache" not in ended[0].err
+    assert "recordings read from the cache" in ended[1].err
+    first, second = tmp_path / "first" / "tiny", tmp_path / "second" / "tiny"
+    assert files(first) == files(second)
+    for name in files(first) - {"manifest.json", "norm-direction.json"}:
+        assert (first / name).read_bytes() == (second / name).read_bytes(), name
+
+
+def test_reproduce_runs_everything_on_every_model(p0: Run, tiny_model_dir: Path, tmp_path: Path) -> None:
+    ended = p0("reproduce", tiny_model_dir, "wired", "--out", tmp_path, "--json", *QUICK)
+    assert ended.code == 0
+    shown = json.loads(ended.out)
+    assert list(shown) == ["tiny", "wired"]
+    assert list(shown["tiny"]) == list(EXPERIMENTS)
+    # What does not apply to a model is said, written down, and stops nothing.
+    assert list(shown["wired"]) == [name for name in EXPERIMENTS if name != "bos-ablation"]
+    assert "bos-ablation: left out: this model has no BOS token" in ended.err.replace("\n", " ")
+    left_out = json.loads((tmp_path / "wired" / "manifest.json").read_text())["left_out"]
+    assert list(left_out) == ["bos-ablation"] and "no BOS token" in left_out["bos-ablation"]
+    assert files(tmp_path / "tiny") >= expected_files(*FILES)
+    for model in shown:
+        for experiment in shown[model]:
+            assert Result.load(tmp_path / model / f"{experiment}.json").experiment == experiment
+    scores = pd.read_csv(tmp_path / "wired" / "tables" / "sink-map-scores.csv")
+    assert set(scores[scores["sink_score"] > 0.8]["layer"]) == {2}
+
+
+def test_two_models_of_one_name_do_not_overwrite_each_other(p0: Run, tmp_path: Path) -> None:
+    ended = p0("reproduce", "wired", "wired", "--out", tmp_path, "--samples", 2, "--length", 12)
+    assert ended.code == 2 and "two of these models are called 'wired'" in ended.err
+
+
+def test_an_experiment_that_does_not_apply_is_an_error_by_itself(p0: Run, tmp_path: Path) -> None:
+    ended = p0("run", "bos-ablation", "--model", "wired", "--out", tmp_path)
+    assert ended.code == 2 and "error: this model has no BOS token" in ended.err
+    assert files(tmp_path) == set()
+
+
+def test_a_manifest_tells_of_a_run_that_came_to_its_end(p0: Run, tmp_path: Path) -> None:
+    quick = ("--model", "wired", "--out", tmp_path, "--samples", 4, "--length", 12)
+    assert p0("run", "sink-map", *quick).code == 0
+    assert (tmp_path / "wired" / "manifest.json").exists()
+    shutil.rmtree(tmp_path / "wired" / "tables")
+    (tmp_path / "wired" / "tables").touch()
+    ended = p0("run", "norm-direction", *quick)
+    assert ended.code == 1 and "error: " in ended.err and "Traceback" not in ended.err
+    assert not (tmp_path / "wired" / "manifest.json").exists()
+    assert not (tmp_path / "wired" / "norm-direction.json").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no such signal")
+def test_an_interrupted_reproduction_leaves_nothing_half_written(tiny_model_dir: Path, tmp_path: Path) -> None:
+    options = ("--text", "english", "--samples", 48, "--length", 48)
+    process = start("reproduce", tiny_model_dir, "wired", "--out", "out", *options, cwd=tmp_path)
+    first = tmp_path / "out" / "tiny" / "sink-map.json"
+    deadline = time.monotonic() + 120
+    while not first.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err and out == ""
+    left = files(tmp_path)
+    assert not [name for name in left if ".tmp" in name]
+    # No manifest: the run did not come to its end. Whatever has a summary is whole.
+    assert "out/tiny/manifest.json" not in left
+    assert Result.load(first).metrics["sink_rate"].n == 48
+    for name in left:
+        if name.endswith(".json"):
+            json.loads((tmp_path / name).read_text())
+        if name.endswith(".csv"):
+            assert len(pd.read_csv(tmp_path / name))
+    cache = Path(os.environ["P0CIRCUIT_CACHE"])
+    assert not [path for path in cache.iterdir() if path.name.startswith(".")]
+
+
+# models and training
+
+
+def test_models_lists_what_is_shipped(p0: Run) -> None:
+    shown = p0("models", "--json")
+    assert shown.code == 0 and shown.err == ""
+    found = json.loads(shown.out)
+    assert [entry["name"] for entry in found] == sorted(
+        path.parent.name for path in (data_dir() / "models").glob("*/config.json")
+    )
+    table = p0("models").out
+    for entry in found:
+        assert list(entry) == ["name", "parameters", "checkpoints"]
+        folder = data_dir() / "models" / entry["name"]
+        assert entry["parameters"] == AutoModelForCausalLM.from_pretrained(folder).num_parameters()
+        assert entry["checkpoints"] == sorted(entry["checkpoints"])
+        assert entry["name"] in table
+
+
+def test_a_trained_model_can_be_measured_and_its_trace_too(p0: Run, tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    text = tmp_path / "text.txt"
+    text.write_text("".join(path.read_text() for path in sorted(ENGLISH.iterdir())[:3]))
+    out = tmp_path / "my-model"
+    shape = {"d_model": 16, "heads": 2, "d_mlp": 24, "vocab_size": 280, "length": 16, "batch": 2, "checkpoints": 3}
+    settings = [part for name, value in shape.items() for part in ("--set", f"{name}={value}")]
+    train = ("train", out, "--corpus", text, "--steps", 6, "--layers", 2, *settings)
+    assert p0(*train).code == 0
+    weights = (out / "model.safetensors").read_bytes()
+    again = p0(*train)
+    assert again.code == 0 and (out / "model.safetensors").read_bytes() == weights
+    other = p0(*train, "--seed", 1)
+    assert other.code == 2 and "holds a run of another configuration" in other.err
+    torch.set_num_threads(threads)
+
+    found = json.loads(p0("sink", out, "--json", *QUICK).out)
+    assert (found["model"], np.shape(found["sink_score"])) == ("my-model", (2, 2))
+    # Of two layers there is none from layer 2 on.
+    assert list(found) == KEYS and found["sink_rate_from_layer_2"] is None
+    start = json.loads(p0("sink", out, "--checkpoint", 0, "--json", *QUICK).out)
+    assert start["model"] == "my-model@0" and start["sink_score"] != found["sink_score"]
+    results = tmp_path / "results"
+    assert p0("run", "sink-map", "--model", out, "--checkpoint", 0, "--out", results, *QUICK).code == 0
+    assert [path.name for path in results.iterdir()] == ["my-model@0"]
+    missing = p0("sink", out, "--checkpoint", 5)
+    assert missing.code == 2 and "no checkpoint 5; it keeps those of steps 0, 6" in missing.err
+
+
+# wrong use
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sink", "p0-nanoo"], "unknown model 'p0-nanoo'"),
+        (["sink", "./nowhere"], "'./nowhere': expected a directory with config.json"),
+        (["sink", "wirde"], "did you mean wired"),
+        (["sink", "wired", "--checkpoint", "3"], "wired is constructed, not trained: it has no checkpoint 3"),
+        (["sink", "wired", "--dtype", "int8"], "unknown dtype 'int8'; expected one of float32"),
+        (["sink", "wired", "--device", "tpu9"], "device 'tpu9' cannot be used here"),
+        (["sink", "wired", "--length", "100000"], "100000"),
+        (["run", "sink-mab"], "no experiment 'sink-mab'; there are: sink-map, norm-direction, bos-ablation"),
+        (["run"], "Missing argument"),
+        (["reproduce", "wired", "--samples", "0"], "--samples"),
+        (["reproduce", "wired", "--length", "1"], "--length"),
+        (["reproduce", "--backend", "jax"], "--backend"),
+        (["reproduce", "wired", "--out", __file__], "--out"),
+        (["sink", "TINY", "--text", "nothing-there.txt"], "no text at 'nothing-there.txt'"),
+        (["sink", "TINY", "--text", "english", "--samples", "1000000"], "too little text in 'english'"),
+        (["train", "OUT", "--set", "stride=3"], "'stride=3' is not of the form name=value"),
+        (["train", "OUT", "--set", "d_model=wide"], "d_model cannot be 'wide'; expected a value such as 128"),
+        (["train", "OUT", "--corpus", "nothing-there"], "no text at 'nothing-there'"),
+        (["cache", "--drop"], "No such option"),
+        (["frobnicate"], "No such command"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_wrong_use_is_told_and_ends_with_2(
+    p0: Run, tiny_model_dir: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    places = {"TINY": str(tiny_model_dir), "OUT": str(tmp_path / "run")}
+    ended = p0(*(places.get(argument, argument) for argument in arguments))
+    assert ended.code == 2
+    assert ended.out == ""
+    assert message in " ".join(ended.err.split())
+    assert "Traceback" not in ended.err
+
+
+def test_a_place_that_cannot_be_written_to_ends_with_1(p0: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    ended = p0("run", "sink-map", "--model", "wired", "--samples", 2, "--length", 12, "--out", tmp_path / "file" / "x")
+    assert ended.code == 1 and ended.err.splitlines()[-1].startswith("error: [Errno")
+
+
+def test_debugging_shows_where_it_happened(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("P0CIRCUIT_DEBUG", "1")
+    monkeypatch.setattr(sys, "argv", ["p0circuit", "run", "sink-mab"])
+    with pytest.raises(ValueError, match="no experiment"):
+        main()
