@@ -80,14 +80,16 @@ def reproduce(
     from p0circuit.experiments import EXPERIMENTS
     from p0circuit.models import describe
 
+    given = models or ["p0-nano"]
+    names = [Path(name).absolute().name if Path(name).is_dir() else name for name in given]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"two of these models are called {twice[0]!r}: give each an --out, in a call of its own")
     summary: dict[str, Any] = {}
-    for given in models or ["p0-nano"]:
-        model = _load(given, backend, None, device, dtype)
-        name = describe(model).name
-        if name in summary:
-            raise ValueError(f"two of these models are called {name!r}: give them an --out each, in calls of their own")
+    for name in given:
+        model = _load(name, backend, None, device, dtype)
         prompts = _prompts(model, text, samples, length, seed, First.text)
-        summary[name] = _run_all([make() for make in EXPERIMENTS.values()], model, prompts, out)
+        every = [make() for make in EXPERIMENTS.values()]
+        summary[describe(model).name] = _run_all(every, model, prompts, out)
     _print_json(summary, as_json)
 
 

@@ -240,9 +240,12 @@ def test_reproduce_runs_everything_on_every_model(p0: Run, tiny_model_dir: Path,
     assert set(scores[scores["sink_score"] > 0.8]["layer"]) == {2}
 
 
-def test_two_models_of_one_name_do_not_overwrite_each_other(p0: Run, tmp_path: Path) -> None:
-    ended = p0("reproduce", "wired", "wired", "--out", tmp_path, "--samples", 2, "--length", 12)
-    assert ended.code == 2 and "two of these models are called 'wired'" in ended.err
+def test_two_models_of_one_name_do_not_overwrite_each_other(p0: Run, tiny_model_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "tiny").mkdir()
+    for first, second in (("wired", "wired"), (tiny_model_dir, f"{tmp_path}/tiny/")):
+        ended = p0("reproduce", first, second, "--out", tmp_path / "out")
+        assert ended.code == 2 and f"two of these models are called '{Path(first).name}'" in ended.err
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_experiment_that_does_not_apply_is_an_error_by_itself(p0: Run, tmp_path: Path) -> None:

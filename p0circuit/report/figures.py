@@ -266,10 +266,12 @@ def draw_circuit(graph: nx.DiGraph, ends: Collection[str], title: str) -> Figure
         sorted(graph.edges(data=True), key=lambda edge: abs(edge[2]["effect"]))
     ):
         size = abs(data["effect"]) / strongest
-        # Edges over more than one row are bent past the components between, to alternating sides: the middle of an
+        # Edges over more than one row are bent past the widest row between, to alternating sides: the middle of an
         # arc lies rad * height / 2 beside the straight line.
-        height = at[end][1] - at[start][1]
-        bend = 0.0 if height == 1 else 1.3 / height * (-1) ** number
+        low, high = at[start][1], at[end][1]
+        between = [len(row) for place, row in enumerate(rows.values()) if low < place < high]
+        beside = ((max(between) - 1) / 2 + 0.75) * (-1) ** number if between else 0.0
+        bend = 2 * beside / (high - low)
         axis.annotate(
             "",
             at[end],
@@ -289,7 +291,7 @@ def draw_circuit(graph: nx.DiGraph, ends: Collection[str], title: str) -> Figure
         label = f"{inputs} {data['effect']:+.2f}".strip()
         axis.annotate(
             label,
-            (middle[0] + bend * height / 2, middle[1]),
+            (middle[0] + beside, middle[1]),
             fontsize=6.5,
             ha="center",
             va="center",
@@ -306,7 +308,7 @@ def draw_circuit(graph: nx.DiGraph, ends: Collection[str], title: str) -> Figure
             color="white" if name in ends else "black",
             bbox={"boxstyle": "round,pad=0.4", "facecolor": face, "edgecolor": "black", "linewidth": 0.8},
         )
-    half = max((widest - 1) / 2 + 0.6, 1.2)
+    half = (widest - 1) / 2 + 1.1
     axis.set(xlim=(-half, half), ylim=(-0.9, len(rows) - 0.6), aspect="equal")
     axis.axis("off")
     note = "numbers: change of the sink heads' score when the edge is patched\nblue: the edge carries the sink"
