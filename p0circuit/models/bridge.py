@@ -123,9 +123,8 @@ def _hook_resid_mid(bridge: Any, points: dict[str, Any]) -> dict[str, Any]:
 
 
 def _remember(mid: Any, entered: list[Tensor], module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Keep the stream a block starts from, if anyone will ask for it."""
-    if mid.has_hooks():
-        entered[:] = [args[0] if args else kwargs["hidden_states"]]
+    """Keep the stream a block starts from, if anyone will ask for it; a pass that broke off leaves nothing behind."""
+    entered[:] = [args[0] if args else kwargs["hidden_states"]] if mid.has_hooks() else []
 
 
 def _through(mid: Any, entered: list[Tensor], module: Any, args: tuple[Any, ...], output: Any) -> Any:
