@@ -183,7 +183,7 @@ def models(as_json: JsonOption = False) -> None:
 def train(
     out: Annotated[Path, typer.Argument(help="An empty directory, or that of an interrupted run to go on with.")],
     corpus: Annotated[
-        str, typer.Option(help="python (installed source), a text file, or a directory of text.")
+        str, typer.Option(help="python (installed source), a text file or directory, or hub:NAME for a data set.")
     ] = "python",
     steps: Annotated[int, typer.Option(min=1)] = 20_000,
     layers: Annotated[int, typer.Option(min=1)] = 4,

@@ -255,7 +255,8 @@ def test_only_abandoned_temporaries_are_swept_and_none_is_counted(tmp_path: Path
 
 
 def values(number: int) -> Tensor:
-    return torch.full((2000 + number,), float(number))
+    # Large enough that a file is seen half written if it can be.
+    return torch.full((200_000 + number,), float(number))
 
 
 def hammer(directory: Path, seed: int, limit: int, failures: Any) -> None:
@@ -282,7 +283,7 @@ def hammer(directory: Path, seed: int, limit: int, failures: Any) -> None:
         raise
 
 
-@pytest.mark.parametrize("limit", [DEFAULT_LIMIT, 25_000])
+@pytest.mark.parametrize("limit", [DEFAULT_LIMIT, 2_500_000])
 def test_processes_share_a_folder(tmp_path: Path, limit: int) -> None:
     context = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn")
     failures = context.SimpleQueue()

@@ -39,6 +39,7 @@ BOS_TOKEN, EOS_TOKEN = "<|bos|>", "<|eos|>"
 # The order in which `train_tokenizer` is given them.
 BOS_ID, EOS_ID = 0, 1
 HELD_OUT_SHARE = 1 / 32
+MOST_ROWS = 100_000
 # Longer files are tables and generated code rather than something a person wrote.
 LONGEST_FILE = 200_000
 # Where present at all, these folders differ from one build of Python to the next.
@@ -125,6 +126,38 @@ def text_files(path: Path) -> list[SourceFile]:
             f"no text at {str(path)!r}: expected a text file, or a directory holding .txt, .md or .py files"
         )
     return [SourceFile(file.relative_to(path).as_posix(), file) for file in found]
+
+
+@dataclass(frozen=True)
+class DatasetRow(SourceFile):
+    """A row of a data set: its text is at hand and not in a file of its own."""
+
+    content: str
+
+    def text(self) -> str:
+        return self.content
+
+
+def dataset_rows(name: str, most: int = MOST_ROWS) -> list[SourceFile]:
+    """The texts of a Hugging Face data set, on the hub or in a local folder: the first rows of its training split.
+
+    Raises:
+        ValueError: there is no such data set, or it has no column "text".
+    """
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset(name, split="train", streaming=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no data set {name!r} on the hub, in its local cache or as a folder: {error}") from error
+    found: list[SourceFile] = []
+    for number, row in enumerate(rows):
+        if number == most:
+            break
+        if "text" not in row:
+            raise ValueError(f"the data set {name!r} has the columns {sorted(row)}; expected one named 'text'")
+        found.append(DatasetRow(f"{name}/{number}", Path(name), row["text"]))
+    return found
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:

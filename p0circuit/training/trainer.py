@@ -258,7 +258,13 @@ def prepare_corpus(config: TrainConfig, out: Path) -> tuple[PreTrainedTokenizerF
         ValueError: the corpus has no files, or too few tokens for one row.
     """
     work = out / "work"
-    files = corpora.corpus_files() if config.corpus == "python" else corpora.text_files(Path(config.corpus))
+    kind, _, name = config.corpus.partition("hub:")
+    if config.corpus == "python":
+        files = corpora.corpus_files()
+    elif name and not kind:
+        files = corpora.dataset_rows(name)
+    else:
+        files = corpora.text_files(Path(config.corpus))
     training = [file for file in files if not file.held_out] or files
     held_out = [file for file in files if file.held_out] or files
     if not (work / "tokenizer").exists():

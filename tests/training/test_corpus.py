@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -121,3 +122,19 @@ def test_the_tokenizer_is_trained_on_every_sixteenth_file() -> None:
     files = corpus.text_files(ENGLISH)
     assert list(corpus.tokenizer_sample(files)) == [files[0].text(), files[16].text()]
     assert len(list(corpus.tokenizer_sample(files, every=7))) == 5
+
+
+def test_a_data_set_gives_its_texts(tmp_path):
+    rows = [json.dumps({"text": f"row {number}"}) for number in range(5)]
+    (tmp_path / "train.jsonl").write_text("\n".join(rows))
+    found = corpus.dataset_rows(str(tmp_path), most=3)
+    assert [row.text() for row in found] == ["row 0", "row 1", "row 2"]
+    assert len({row.name for row in found}) == 3
+
+
+def test_a_data_set_without_texts_or_that_is_not_there_is_refused(tmp_path):
+    (tmp_path / "train.jsonl").write_text(json.dumps({"body": "row"}))
+    with pytest.raises(ValueError, match=r"columns \['body'\]"):
+        corpus.dataset_rows(str(tmp_path))
+    with pytest.raises(ValueError, match="no data set"):
+        corpus.dataset_rows("nobody/no-such-data-set")
