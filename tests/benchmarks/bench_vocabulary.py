@@ -71,12 +71,15 @@ def bare_products(model: Any, tokens: int) -> None:
     """The matrix products of one-token rows through all blocks, chunk by chunk, and nothing else."""
     info = describe(model)
     d, wide, narrow = info.d_model, info.d_mlp, info.kv_heads * info.head_size
-    weights = [torch.randn(*shape) / d for shape in ((d, narrow), (narrow, d), (d, wide), (wide, d))]
+    # A gated MLP reads the stream twice.
+    reads = 2 if getattr(model.cfg, "gated_mlp", False) else 1
+    shapes = [(d, narrow), (narrow, d), *[(d, wide)] * reads, (wide, d)]
+    weights = [torch.randn(*shape) / d for shape in shapes]
     for start in range(0, tokens, CHUNK):
         rows = min(CHUNK, tokens - start)
         stream, mixed, hidden = torch.randn(rows, d), torch.randn(rows, narrow), torch.randn(rows, wide)
         for _ in range(info.layers):
-            for value, weight in zip((stream, mixed, stream, hidden), weights, strict=True):
+            for value, weight in zip((stream, mixed, *[stream] * reads, hidden), weights, strict=True):
                 torch.mm(value, weight)
 
 
