@@ -86,6 +86,11 @@ def p0(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> R
     return run
 
 
+def heed_interrupts() -> None:
+    """A shell's background job ignores Ctrl-C, and so would the processes that its tests start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start(*arguments: object, cwd: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", "from p0circuit.cli import main; main()", *map(str, arguments)]
     return subprocess.Popen(
@@ -95,6 +100,7 @@ def start(*arguments: object, cwd: Path) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=heed_interrupts,
     )
 
 
