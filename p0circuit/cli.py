@@ -185,25 +185,33 @@ def train(
     corpus: Annotated[
         str, typer.Option(help="python (installed source), a text file or directory, or hub:NAME for a data set.")
     ] = "python",
-    steps: Annotated[int, typer.Option(min=1)] = 20_000,
-    layers: Annotated[int, typer.Option(min=1)] = 4,
-    seed: Annotated[int, typer.Option()] = 0,
+    variant: Annotated[
+        str | None, typer.Option(help="A named configuration to start from: baseline, bos, tnlm, force-sink, …")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Updates.")] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Blocks.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of weights and batches.")] = 0,
     option: Annotated[
         list[str] | None, typer.Option("--set", help="Any other field of TrainConfig, as in weight_decay=0.5.")
     ] = None,
     threads: Annotated[int, typer.Option(min=1, help="Cores to use.")] = 1,
 ) -> None:
     """Train a small model, keeping its history; an interrupted run goes on where it stopped."""
+    from dataclasses import replace
+
     import torch
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from p0circuit.training.trainer import TrainConfig, parse_options
     from p0circuit.training.trainer import train as train_model
+    from p0circuit.training.variants import VARIANTS, TrainConfig, parse_options
 
     torch.set_num_threads(threads)
-    given = parse_options(option or [])
-    config = TrainConfig(**{"corpus": corpus, "steps": steps, "layers": layers, "seed": seed} | given)
+    if variant is not None and variant not in VARIANTS:
+        raise ValueError(f"no variant {variant!r}; there are: {', '.join(VARIANTS)}")
+    named = {"corpus": corpus, "steps": steps, "layers": layers, "seed": seed}
+    given = {name: value for name, value in named.items() if value is not None} | parse_options(option or [])
+    config = replace(VARIANTS[variant] if variant else TrainConfig(), **given)
     columns = TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.3f}")
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
         task = progress.add_task("training", total=config.steps, loss=float("nan"))

@@ -40,6 +40,7 @@ class Result:
         figures: matplotlib figures; after `load`, the paths of their PNG files.
         provenance: model, prompts, configuration, seconds, what came from the cache.
         notes: what a reader has to know, such as a condition that could not be measured and why.
+        claim: the claim that was tested, with its verdict, as it stands in claims.json; None where there is none.
     """
 
     experiment: str
@@ -49,6 +50,7 @@ class Result:
     figures: Mapping[str, Figure | Path] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    claim: dict[str, Any] | None = None
 
     def save(self, directory: Path) -> Path:
         """Write tables, figures and, last, `<experiment>.json`; returns the path of that file.
@@ -72,6 +74,7 @@ class Result:
             "tables": list(self.tables),
             "figures": list(self.figures),
             "notes": self.notes,
+            "claim": self.claim,
             "provenance": self.provenance,
         }
         whole = directory / f"{self.experiment}.json"
@@ -110,6 +113,7 @@ class Result:
             figures=figures,
             provenance=summary["provenance"],
             notes=summary["notes"],
+            claim=summary["claim"],
         )
 
 

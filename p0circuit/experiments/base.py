@@ -12,6 +12,7 @@ from torch import Tensor
 
 from p0circuit.activations import Quantity, Recording, record
 from p0circuit.console import say
+from p0circuit.experiments.claim import Claim
 from p0circuit.models import describe
 from p0circuit.prompts import PromptSet
 from p0circuit.results import Result
@@ -27,11 +28,13 @@ class NotApplicable(ValueError):
 class Experiment(ABC):
     """A measurement that can be run on any hooked model.
 
-    A subclass sets `id` and `title`, takes a frozen dataclass as its configuration, and writes `measure`.
+    A subclass sets `id` and `title`, takes a frozen dataclass as its configuration, and writes `measure`. One that
+    tests a claim names it; `measure` then gives, among its metrics, those that the claim's threshold is about.
     """
 
     id: ClassVar[str]
     title: ClassVar[str]
+    claim: ClassVar[Claim | None] = None
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -47,7 +50,7 @@ class Experiment(ABC):
         """
 
     def run(self, model: Any, prompts: PromptSet) -> Result:
-        """Measure, say what came from the cache, and write down where the numbers came from.
+        """Measure, judge the claim, say what came from the cache, and write down where the numbers came from.
 
         `prompts` are natural text without BOS; an experiment derives its other conditions from them.
 
@@ -57,6 +60,8 @@ class Experiment(ABC):
         started = time.monotonic()
         self._cached, self._recorded = set(), set()
         result = self.measure(model, prompts)
+        if self.claim is not None:
+            result.claim = self.claim.record(self.claim.judge(result.metrics), result.metrics)
         if self._cached:
             say(
                 f"{self.id}: {len(self._cached)} of {len(self._cached | self._recorded)} recordings read from the cache"

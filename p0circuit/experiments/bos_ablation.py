@@ -1,7 +1,7 @@
 """Does the sink need BOS? The same text with and without it (paper, section on BOS).
 
 1. Without BOS the text's own first token stands at P0; with BOS the whole text moves one place to the right.
-2. Compare sink rate, `Sink[2:]` and the score of the heads that are sinks with BOS.
+2. Compare sink rate, `Sink[2:]`, the score of the heads that are sinks with BOS, and the first layer with a sink.
 3. Compare the loss on the very same predicted tokens, those from the third token of the text on.
 """
 
@@ -13,8 +13,10 @@ from typing import Any
 from p0circuit import sink
 from p0circuit.activations import SINK_SCORE, TOKEN_LOSSES
 from p0circuit.experiments.base import Experiment, NotApplicable, mean_over_samples
+from p0circuit.experiments.claim import Claim, Clause
 from p0circuit.experiments.conditions import WITH_BOS, WITHOUT_BOS, bos_id
-from p0circuit.intervals import bootstrap
+from p0circuit.experiments.heads import CONTROL, find_sink_heads, scores_of
+from p0circuit.intervals import bootstrap, ratio_interval
 from p0circuit.models import describe
 from p0circuit.prompts import PromptSet
 from p0circuit.results import Result
@@ -33,6 +35,18 @@ class BosAblation(Experiment):
 
     id = "bos-ablation"
     title = "With and without BOS"
+    claim = Claim(
+        id="C2",
+        title="No BOS needed",
+        source="Peng et al., arXiv 2603.06591, section on BOS",
+        statement="Whatever token stands at position zero becomes the sink: without BOS it re-forms.",
+        measure="The score that sink heads, chosen with BOS on other samples, give to P0 without BOS, over that with it.",
+        clauses=(
+            Clause("score_without_over_with_bos", ">=", 0.7, if_measured=True),
+            Clause("score_without_over_with_bos", ">=", 0.6, "low", if_measured=True),
+        ),
+        control="The same heads' score of position 8 without BOS.",
+    )
 
     def __init__(self, config: BosAblationConfig = BosAblationConfig()) -> None:
         super().__init__(config)
@@ -76,6 +90,19 @@ class BosAblation(Experiment):
             metrics[f"{quantity}_without_bos"] = panels[quantity][WITHOUT_BOS]
             metrics[f"{quantity}_difference"] = difference
         heads = [f"head_{head}" for head in range(len(layers[0]) - 2)]
+        notes = _first_layers(layers, self.config.eps)
+        try:
+            found = find_sink_heads(model, prompts.behind(bos))
+        except NotApplicable as reason:
+            # The rest of the comparison is worth having also where there is no sink.
+            notes.append(f"with BOS, {reason}")
+        else:
+            # `split` draws by the seed: the same rows of the same text, without BOS before them.
+            bare = prompts.split()[1]
+            with_bos, without = scores_of(model, found.prompts, found.heads), scores_of(model, bare, found.heads)
+            metrics["score_without_over_with_bos"] = ratio_interval(without, with_bos)
+            metrics["score_of_position_8_without_bos"] = bootstrap(scores_of(model, bare, found.heads, CONTROL))
+            notes.append(found.note)
         tables = {
             "summary": pd.DataFrame(rows, columns=["quantity", "condition", "value", "low", "high", "n"]),
             "heads": pd.DataFrame(layers, columns=["condition", "layer", *heads]),
@@ -84,4 +111,13 @@ class BosAblation(Experiment):
         drawn = {titles.get(name, f"Sink rate, layers ≥ {start}"): panel for name, panel in panels.items()}
         labels = ["share of heads", "share of heads", "nats per token"]
         figure = bars(drawn, f"{info.name}: what removing BOS changes", labels)
-        return Result(self.id, self.title, metrics, tables, {"bars": figure})
+        return Result(self.id, self.title, metrics, tables, {"bars": figure}, notes=notes)
+
+
+def _first_layers(layers: list[tuple[Any, ...]], eps: float) -> list[str]:
+    """In words, the first layer with a head above the threshold in each condition."""
+    told = []
+    for name in (WITH_BOS, WITHOUT_BOS):
+        first = next((layer for condition, layer, *heads in layers if condition == name and max(heads) > eps), None)
+        told.append(f"{name}, " + (f"the first sink head is in layer {first}" if first is not None else "no sink head"))
+    return told

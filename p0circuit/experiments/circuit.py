@@ -15,12 +15,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from p0circuit.activations import SINK_SCORE
 from p0circuit.experiments.base import Experiment, NotApplicable
 from p0circuit.experiments.conditions import drawable
+from p0circuit.experiments.heads import FALLBACK_HEADS, sink_heads
 from p0circuit.intervals import Interval, bootstrap, ratio_interval
 from p0circuit.interventions.circuit import circuit_graph
 from p0circuit.interventions.closed_form import KeyEdges
@@ -48,20 +47,8 @@ class CircuitConfig:
     samples: int = 32
     share: float = 0.05
     eps: float = SINK_THRESHOLD
-    fallback_heads: int = 3
+    fallback_heads: int = FALLBACK_HEADS
     most_edges: int = 20_000
-
-
-def sink_heads(
-    scores: Float[Tensor, "sample layer head"], eps: float = SINK_THRESHOLD, fallback: int = 3
-) -> tuple[list[tuple[int, int]], bool]:
-    """The heads whose mean sink score is above `eps`, and True; if there are none the highest few, and False."""
-    means = scores.double().mean(0)
-    found = [(int(layer), int(head)) for layer, head in (means > eps).nonzero()]
-    if found:
-        return found, True
-    highest = means.flatten().topk(min(fallback, means.numel())).indices.tolist()
-    return sorted(divmod(place, means.shape[1]) for place in highest), False
 
 
 class Circuit(Experiment):

@@ -2,6 +2,7 @@
 
 1. Record the sink score of every head on each condition (text without and with BOS, random and repeated tokens).
 2. Average over samples: a map of layers by heads; count heads above the threshold: the sink rate.
+3. Do the same for position 8, which is not special: the control.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import numpy as np
 from p0circuit import sink
 from p0circuit.activations import SINK_SCORE, score_at
 from p0circuit.experiments.base import Experiment, mean_over_samples
+from p0circuit.experiments.claim import Claim, Clause
 from p0circuit.experiments.conditions import WITH_BOS, WITHOUT_BOS, conditions
+from p0circuit.experiments.heads import CONTROL
 from p0circuit.intervals import bootstrap
 from p0circuit.models import describe
 from p0circuit.prompts import PromptSet
@@ -26,7 +29,7 @@ class SinkMapConfig:
     """`eps`: threshold of the sink rate; `control`: the position (after P0) whose score stands beside P0's."""
 
     eps: float = sink.SINK_THRESHOLD
-    control: int = 8
+    control: int = CONTROL
 
 
 class SinkMap(Experiment):
@@ -34,6 +37,19 @@ class SinkMap(Experiment):
 
     id = "sink-map"
     title = "Where the sink is"
+    claim = Claim(
+        id="C1",
+        title="The sink",
+        source="Peng et al., arXiv 2603.06591, section on P0 sinks; metric of Gu et al., arXiv 2410.10781",
+        statement="Most of the attention of many heads from layer 2 on goes to position zero, without BOS too.",
+        measure="Share of (sample, head) pairs from layer 2 on whose mean attention to P0 is above 0.3, on natural "
+        "text without BOS; and how far that is above 5 times the same share for position 8.",
+        clauses=(
+            Clause("sink_rate_from_layer_2", ">", 0.05, "low"),
+            Clause("sink_rate_from_layer_2_above_5_times_position_8", ">", 0),
+        ),
+        control="The same rate of position 8.",
+    )
 
     def __init__(self, config: SinkMapConfig = SinkMapConfig()) -> None:
         super().__init__(config)
@@ -48,6 +64,7 @@ class SinkMap(Experiment):
         control = score_at(place)
         starts = sorted({0, min(2, info.layers - 1)})
         maps, rows, rates, metrics = {}, [], [], {}
+        late = starts[-1]
         for name, condition in conditions(model, prompts).items():
             recording = self.record(model, condition, [SINK_SCORE, control], name)
             scores = recording[SINK_SCORE]
@@ -60,13 +77,22 @@ class SinkMap(Experiment):
                 for position, values in ((0, scores), (place, recording[control])):
                     interval = bootstrap(sink.sink_rate(values, eps, start).numpy())
                     rates.append((name, position, start, *interval.to_json().values()))
-                    if name == WITHOUT_BOS and position == 0:
-                        metrics["sink_rate" + (f"_from_layer_{start}" if start else "")] = interval
+                    if (name, position, start) == (WITHOUT_BOS, 0, 0):
+                        metrics["sink_rate"] = interval
+            if name == WITHOUT_BOS:
+                rate, rate_beside = (sink.sink_rate(recording[at], eps, late).numpy() for at in (SINK_SCORE, control))
+                metrics["sink_rate_from_layer_2"] = bootstrap(rate)
+                metrics["sink_rate_from_layer_2_above_5_times_position_8"] = bootstrap(rate - 5 * rate_beside)
+                metrics["share_of_later_layers_with_a_sink_head"] = bootstrap(
+                    scores[:, late:].double().numpy(), lambda some: float((some.mean(0).max(1) > eps).mean())
+                )
             if name in (WITHOUT_BOS, WITH_BOS):
                 layer, head = divmod(int(maps[name].argmax()), scores.shape[2])
                 key = "best_head" if name == WITHOUT_BOS else "best_head_with_bos"
                 metrics[key] = bootstrap(scores[:, layer, head].numpy())
         notes = [] if WITH_BOS in maps else ["There is no BOS token: the condition with BOS is left out."]
+        if late < 2:
+            notes.append(f"{info.name} has {info.layers} layers: 'from layer 2' is from its last one")
         columns = ["condition", "layer", "head", "sink_score", "standard_deviation", f"score_at_{place}"]
         rate_columns = ["condition", "position", "from_layer", "sink_rate", "low", "high", "n"]
         return Result(

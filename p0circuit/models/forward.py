@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from p0circuit.models.bridge import HookPoints, bridge_points
+from p0circuit.models.changes import p0_placed
 from p0circuit.models.info import BLOCK_HOOKS, ModelError, backend_of, describe
 
 Hook = tuple[str, Callable[..., Any]]
@@ -56,10 +57,11 @@ def forward(
     stop = _check_layer("stop_at_layer", stop_at_layer, 0, info.layers)
     ids = ids.to(model.cfg.device)
     hooks = _between(model, hooks, -1, stop)
-    if info.backend == "hooked":
-        with hooked(model, hooks):
-            return model(ids, attention_mask=mask, stop_at_layer=stop)
-    return _run_bridge(model, ids, mask, hooks, stop)
+    with p0_placed(model, mask):
+        if info.backend == "hooked":
+            with hooked(model, hooks):
+                return model(ids, attention_mask=mask, stop_at_layer=stop)
+        return _run_bridge(model, ids, mask, hooks, stop)
 
 
 def resume(
@@ -92,14 +94,14 @@ def resume(
     if stop == start:
         return residual
     if info.backend == "hooked":
-        with hooked(model, hooks):
+        with hooked(model, hooks), p0_placed(model, mask):
             return model(residual, start_at_layer=start, attention_mask=mask, stop_at_layer=stop)
     # transformers owns the loop over the blocks and prepares masks and rotations for them: it runs on stand-in ids,
     # the blocks to be left out hand on the given residual, and an embedding that nobody reads is all that is wasted.
     ids = residual.new_zeros(residual.shape[:2], dtype=torch.long)
     if start == 0:
         hooks = [("blocks.0.hook_resid_pre", lambda activation, hook: residual), *hooks]
-    with _left_out(model, start, residual):
+    with _left_out(model, start, residual), p0_placed(model, mask):
         return _run_bridge(model, ids, mask, hooks, stop)
 
 

@@ -93,12 +93,16 @@ def load_model(
         raise ModelError(f"expected a floating-point dtype such as torch.bfloat16, got {dtype!r}")
     if str(name) in _WIRED:
         return _wired(str(name), backend, checkpoint, device, dtype)
+    from p0circuit.models.changes import change_hooked, changed
+
     source = _resolve(name, checkpoint)
     config = _check_folder(source)
     tokenizer = _load_tokenizer(source)
     hf = _load_hf(source, config, _device(device), torch.float32 if dtype is None else dtype)
+    changes, gates = _changes(source, hf)
     # Before wrapping: a bridge puts itself into the model it wraps.
-    logits = _causal_logits(source, hf)
+    with changed(hf, changes, gates):
+        logits = _causal_logits(source, hf)
 
     from p0circuit.models.bridge import to_bridge
     from p0circuit.models.hooked import FAMILIES, available, to_hooked
@@ -107,12 +111,12 @@ def load_model(
         raise ModelError("this TransformerLens has no HookedTransformer any more; use backend='bridge'")
     if backend == "hooked" or (backend == "auto" and available() and type(hf).__name__ in FAMILIES):
         try:
-            return _checked(to_hooked(hf, source.name, tokenizer), logits)
+            return _checked(change_hooked(to_hooked(hf, source.name, tokenizer), changes, gates), logits)
         except ModelError as error:
             if backend == "hooked":
                 raise
             logging.getLogger(__name__).info("%s; using TransformerBridge", error)
-    return _checked(to_bridge(hf, source.name, tokenizer), logits)
+    return _checked(change_hooked(to_bridge(hf, source.name, tokenizer), changes, gates), logits)
 
 
 def _wired(name: str, backend: Backend, checkpoint: int | str | None, device: Any, dtype: Any) -> Any:
@@ -396,6 +400,22 @@ def _load_hf(source: _Source, config: Any, device: Any, dtype: Any) -> Any:
     if broken:
         raise ModelError(f"{source.name}: NaN or infinite values in {_listed(broken, 6)}; this checkpoint is damaged")
     return hf.to(device).eval()
+
+
+def _changes(source: _Source, hf: Any) -> tuple[Any, list[Any]]:
+    """What the model's `p0circuit` field changes in its forward pass, and the gates if it has any."""
+    from p0circuit.models.changes import Changes, gate_name
+
+    changes, gates = Changes.of(hf.config.get_text_config(), source.name), []
+    if changes.gated_attention:
+        from safetensors import safe_open
+
+        names = [gate_name(layer) for layer in range(hf.config.num_hidden_layers)]
+        with safe_open(source.folder / "model.safetensors", framework="pt", device=str(hf.device)) as file:
+            if absent := sorted(set(names) - set(file.keys())):
+                raise ModelError(f"{source.name}: the weight file lacks the gates {_listed(absent, 6)}")
+            gates = [file.get_tensor(name).to(hf.dtype) for name in names]
+    return changes, gates
 
 
 def _sample(vocab_size: int, device: Any) -> Any:

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from p0circuit.experiments.base import NotApplicable
-from p0circuit.experiments.circuit import Circuit, CircuitConfig, sink_heads
+from p0circuit.experiments.circuit import Circuit, CircuitConfig
+from p0circuit.experiments.heads import sink_heads
 from p0circuit.models import load_model
 from p0circuit.models.wired import decoy_model, wired_model, wired_truth
 from p0circuit.prompts import natural_text, random_tokens

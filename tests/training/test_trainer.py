@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from p0circuit.models import list_checkpoints
 from p0circuit.paths import data_dir
 from p0circuit.training import trainer
-from p0circuit.training.trainer import TrainConfig, batch_at, checkpoint_steps, learning_rate_at, next_token_loss, train
+from p0circuit.training.trainer import batch_at, checkpoint_steps, learning_rate_at, next_token_loss, train
+from p0circuit.training.variants import TrainConfig, parse_options
 
 TINY = TrainConfig(
     layers=2,
@@ -322,8 +323,8 @@ def test_impossible_configurations_are_refused(field: str, value: float, message
 
 
 def test_options_become_fields() -> None:
-    given = trainer.parse_options(["steps=50", "learning_rate=1e-3", "random_first=false", "corpus=my/texts"])
+    given = parse_options(["steps=50", "learning_rate=1e-3", "random_first=false", "corpus=my/texts"])
     assert given == {"steps": 50, "learning_rate": 1e-3, "random_first": False, "corpus": "my/texts"}
     for wrong in ("steps", "stride=3"):
         with pytest.raises(ValueError, match="not of the form name=value"):
-            trainer.parse_options([wrong])
+            parse_options([wrong])

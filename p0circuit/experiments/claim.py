@@ -1,0 +1,110 @@
+"""A claim: one statement with a threshold fixed before measuring, and the one place where verdicts are made.
+
+A threshold is a list of clauses, each comparing a measured value, or an end of its 95 % interval, with a number. All
+that apply to the model must hold. A claim that misses its threshold is `not reproduced`: that is a finding.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from p0circuit.intervals import Interval
+
+Verdict = Literal["reproduced", "not reproduced", "not applicable"]
+Sense = Literal[">", ">=", "<", "<="]
+
+_COMPARE: dict[str, Callable[[float, float], bool]] = {
+    ">": operator.gt,
+    ">=": operator.ge,
+    "<": operator.lt,
+    "<=": operator.le,
+}
+_ENDS = {"value": "", "low": ", lower end of the interval,", "high": ", upper end of the interval,"}
+
+
+@dataclass(frozen=True)
+class Clause:
+    """`metric` must compare with `bound` as `sense` says, taken at its value or at an end of its interval.
+
+    `if_measured`: the clause is about some kinds of models only, and does not count where its metric is absent.
+    """
+
+    metric: str
+    sense: Sense
+    bound: float
+    end: Literal["value", "low", "high"] = "value"
+    if_measured: bool = False
+
+    def holds(self, measured: Mapping[str, Interval]) -> bool:
+        return _COMPARE[self.sense](getattr(measured[self.metric], self.end), self.bound)
+
+    def __str__(self) -> str:
+        return f"{self.metric}{_ENDS[self.end]} {self.sense} {self.bound:g}"
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A verdict and the reason for it in one sentence."""
+
+    verdict: Verdict
+    why: str
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One statement of the paper, or of ours, as it can be tested.
+
+    Attributes:
+        id: C1, C2, …
+        source: paper and section.
+        statement: what is claimed: the hypothesis.
+        measure: what is measured, in a sentence or two.
+        clauses: the threshold for `reproduced`; they are not moved after measuring.
+        control: what must not show the effect.
+    """
+
+    id: str
+    title: str
+    source: str
+    statement: str
+    measure: str
+    clauses: tuple[Clause, ...]
+    control: str
+
+    @property
+    def threshold(self) -> str:
+        """The clauses in words."""
+        return "; ".join(str(clause) + (" (where it applies)" if clause.if_measured else "") for clause in self.clauses)
+
+    def judge(self, measured: Mapping[str, Interval]) -> Judgement:
+        """The verdict on measured values.
+
+        Raises:
+            KeyError: a metric is missing that some clause cannot do without.
+        """
+        applying = [clause for clause in self.clauses if clause.metric in measured or not clause.if_measured]
+        if not applying:
+            return Judgement("not applicable", "nothing that its threshold is about exists in this model")
+        missed = [clause for clause in applying if not clause.holds(measured)]
+        told = "; ".join(f"{clause.metric} is {measured[clause.metric]}" for clause in missed or applying)
+        if missed:
+            return Judgement("not reproduced", f"{told}; needed {' and '.join(map(str, missed))}")
+        return Judgement("reproduced", told)
+
+    def record(self, judgement: Judgement, measured: Mapping[str, Interval]) -> dict[str, Any]:
+        """The claim's entry in claims.json."""
+        return {
+            "id": self.id,
+            "title": self.title,
+            "source": self.source,
+            "statement": self.statement,
+            "measure": self.measure,
+            "threshold": self.threshold,
+            "control": self.control,
+            "measured": {name: interval.to_json() for name, interval in measured.items()},
+            "verdict": judgement.verdict,
+            "why": judgement.why,
+        }

@@ -1,0 +1,121 @@
+"""Sink heads, chosen on one half of the samples and measured on the other, and their excess score.
+
+*Sink heads*: heads with a mean sink score above 0.3. Where there are none, the three with the highest scores stand in,
+and the result says so. *Excess score*: what these heads give to P0 beyond what they give to position 8; a head that
+attends everywhere alike has next to none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from torch import Tensor
+
+from p0circuit.activations import HooksByRow, record, score_at
+from p0circuit.experiments.base import NotApplicable
+from p0circuit.intervals import Interval, bootstrap
+from p0circuit.prompts import PromptSet
+from p0circuit.sink import SINK_THRESHOLD
+
+CONTROL = 8
+"""The position, counted from P0, whose score stands beside P0's."""
+FALLBACK_HEADS = 3
+TIMES_UNIFORM = 2
+"""A sink exists where the excess is, beyond doubt, more than this many times that of uniform attention."""
+
+
+@dataclass(frozen=True)
+class SinkHeads:
+    """The heads whose sink is studied, and the samples that they were not chosen on.
+
+    `above` is False where no head passes the threshold and the highest stand in. `excess` is the excess score on
+    `prompts`.
+    """
+
+    heads: tuple[tuple[int, int], ...]
+    above: bool
+    prompts: PromptSet
+    excess: Interval
+
+    @property
+    def names(self) -> list[str]:
+        return [f"attn.{layer}.{head}" for layer, head in self.heads]
+
+    @property
+    def note(self) -> str:
+        """For the result's notes."""
+        how = "" if self.above else f" (the {len(self.heads)} highest: no head is above {SINK_THRESHOLD})"
+        return f"sink heads: {', '.join(self.names)}{how}, chosen on other samples; excess score {self.excess}"
+
+
+def sink_heads(
+    scores: Float[Tensor, "sample layer head"], eps: float = SINK_THRESHOLD, fallback: int = FALLBACK_HEADS
+) -> tuple[list[tuple[int, int]], bool]:
+    """The heads whose mean sink score is above `eps`, and True; if there are none the highest few, and False."""
+    means = scores.double().mean(0)
+    found = [(int(layer), int(head)) for layer, head in (means > eps).nonzero()]
+    if found:
+        return found, True
+    highest = means.flatten().topk(min(fallback, means.numel())).indices.tolist()
+    return sorted(divmod(place, means.shape[1]) for place in highest), False
+
+
+def find_sink_heads(model: Any, prompts: PromptSet) -> SinkHeads:
+    """Choose the sink heads on one half of the prompts and measure their excess score on the other.
+
+    Raises:
+        NotApplicable: not even these heads have a sink, so there is nothing to explain.
+    """
+    if prompts.n < 2 or prompts.length <= CONTROL:
+        raise NotApplicable(
+            f"{prompts.n} prompts of {prompts.length} tokens are too few: sink heads are chosen on one half, measured "
+            f"on the other, and compared with position {CONTROL}"
+        )
+    first, second = prompts.split()
+    heads, above = sink_heads(record(model, first, score_at(0))[score_at(0)])
+    excess = bootstrap(excess_scores(model, second, heads))
+    needed = TIMES_UNIFORM * uniform_excess(prompts.length)
+    if not excess.low > needed:
+        raise NotApplicable(
+            f"there is no sink to explain: the excess score of the {len(heads)} highest heads is {excess}, and its "
+            f"lower end not above {TIMES_UNIFORM} times that of uniform attention ({needed:.3f})"
+        )
+    return SinkHeads(tuple(heads), above, second, excess)
+
+
+def scores_of(
+    model: Any,
+    prompts: PromptSet,
+    heads: Sequence[tuple[int, int]],
+    offset: int = 0,
+    interventions: Sequence[HooksByRow] = (),
+) -> Float[np.ndarray, " sample"]:
+    """The mean score that these heads give to the position `offset` places after P0."""
+    quantity = score_at(offset)
+    scores = record(model, prompts, quantity, interventions=interventions)[quantity].double()
+    layers, numbers = zip(*heads, strict=True)
+    return scores[:, list(layers), list(numbers)].mean(1).numpy()
+
+
+def excess_scores(
+    model: Any,
+    prompts: PromptSet,
+    heads: Sequence[tuple[int, int]],
+    offset: int = 0,
+    interventions: Sequence[HooksByRow] = (),
+) -> Float[np.ndarray, " sample"]:
+    """The excess score of P0, or of the position `offset` places after it: its score minus that of position 8."""
+    at, control = score_at(offset), score_at(CONTROL)
+    recording = record(model, prompts, [at, control], interventions=interventions)
+    layers, numbers = map(list, zip(*heads, strict=True))
+    return (recording[at].double() - recording[control].double())[:, layers, numbers].mean(1).numpy()
+
+
+def uniform_excess(length: int) -> float:
+    """The excess score of heads that attend to all they see alike, on prompts of this length."""
+    weights = 1 / np.arange(1, length + 1)
+    return float(weights.mean() - weights[CONTROL:].mean())
