@@ -161,6 +161,19 @@ def from_ids(
     return prompts
 
 
+def pooled(parts: Sequence[PromptSet]) -> PromptSet:
+    """The rows of several sets of one length, such as draws by different seeds, as one set.
+
+    Raises:
+        ValueError: there is none, or lengths differ.
+    """
+    if len({part.length for part in parts}) != 1:
+        raise ValueError(f"expected sets of one length, got lengths {[part.length for part in parts]}")
+    ids = torch.cat([part.ids for part in parts])
+    description = parts[0].description | {"n": len(ids), "seeds": [part.seed for part in parts]}
+    return PromptSet(ids, torch.cat([part.attention_mask for part in parts]), description, parts[0].seed)
+
+
 def natural_text(
     tokenizer: PreTrainedTokenizerBase | None,
     source: str | Path = "english",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 from p0circuit.experiments.base import Experiment, NotApplicable
 from p0circuit.experiments.bos_ablation import BosAblation, BosAblationConfig
@@ -10,9 +10,7 @@ from p0circuit.experiments.circuit import Circuit, CircuitConfig
 from p0circuit.experiments.norm_direction import NormDirection, NormDirectionConfig
 from p0circuit.experiments.sink_map import SinkMap, SinkMapConfig
 
-EXPERIMENTS: dict[str, Callable[[], Experiment]] = {
-    kind.id: kind for kind in (SinkMap, NormDirection, BosAblation, Circuit)
-}
+EXPERIMENTS: dict[str, type[Any]] = {kind.id: kind for kind in (SinkMap, NormDirection, BosAblation, Circuit)}
 """What `p0circuit reproduce` runs, in this order."""
 
 __all__ = [

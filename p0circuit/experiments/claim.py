@@ -89,7 +89,9 @@ class Claim:
         if not applying:
             return Judgement("not applicable", "nothing that its threshold is about exists in this model")
         missed = [clause for clause in applying if not clause.holds(measured)]
-        told = "; ".join(f"{clause.metric} is {measured[clause.metric]}" for clause in missed or applying)
+        # Two clauses may be about one value and its interval.
+        names = dict.fromkeys(clause.metric for clause in missed or applying)
+        told = "; ".join(f"{name} is {measured[name]}" for name in names)
         if missed:
             return Judgement("not reproduced", f"{told}; needed {' and '.join(map(str, missed))}")
         return Judgement("reproduced", told)

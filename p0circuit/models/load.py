@@ -16,7 +16,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -72,6 +72,7 @@ def load_model(
     checkpoint: int | str | None = None,
     device: Any = None,
     dtype: Any = None,
+    layers: int | None = None,
 ) -> Any:
     """Load a shipped model by name, a local Hugging Face directory, or a hub id, as a raw hooked model in eval mode.
 
@@ -79,7 +80,8 @@ def load_model(
     of wired.py, and TransformerLens's short names (`pythia-70m`) stand for the hub ids they mean.
     `checkpoint` is a training step, or the label or hub revision that names it. `backend` "auto" is HookedTransformer
     for the families it computes exactly and TransformerBridge for everything else. `device` defaults to CUDA where
-    there is one and the CPU otherwise, `dtype` to float32 whatever the file holds.
+    there is one and the CPU otherwise, `dtype` to float32 whatever the file holds. `layers` loads the first blocks
+    alone, for a model that is too large whole: what happens in them is the same, what the model predicts is not.
 
     Raises:
         ModelError: for whatever cannot be loaded right; the message says what was found, what was expected, and how
@@ -97,6 +99,9 @@ def load_model(
 
     source = _resolve(name, checkpoint)
     config = _check_folder(source)
+    if layers is not None:
+        source = _truncate(source, config, layers)
+    _check_memory(source, config, _device(device), torch.float32 if dtype is None else dtype)
     tokenizer = _load_tokenizer(source)
     hf = _load_hf(source, config, _device(device), torch.float32 if dtype is None else dtype)
     changes, gates = _changes(source, hf)
@@ -308,6 +313,57 @@ def _check_folder(source: _Source) -> Any:
         ) from error
     _check_causal_config(source, config)
     return config
+
+
+def _truncate(source: _Source, config: Any, layers: int) -> _Source:
+    """Shorten the config to its first blocks, in place."""
+    text = config.get_text_config()
+    if not 1 <= layers <= text.num_hidden_layers:
+        raise ModelError(f"{source.name} has {text.num_hidden_layers} layers; layers={layers} is not among them")
+    text.num_hidden_layers = layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:layers]
+    return replace(source, name=f"{source.name}[:{layers}]")
+
+
+def _check_memory(source: _Source, config: Any, device: Any, dtype: Any) -> None:
+    """Refuse what would not fit, before anything heavy: the weights, and a block's copy while they are rearranged."""
+    import torch
+
+    free = free_memory(device)
+    text = config.get_text_config()
+    share = text.num_hidden_layers / max(1, _layers_in_files(source.folder, text.num_hidden_layers))
+    # HookedTransformer has weights of its own, made beside those of `transformers`.
+    needed = 2 * _count_parameters(source.folder) * share * torch.finfo(dtype).bits / 8
+    if free is not None and needed > free:
+        raise ModelError(
+            f"{source.name} needs about {needed / 2**30:.1f} GB on {device} and {free / 2**30:.1f} are free; load it "
+            "with a smaller dtype (bfloat16), fewer layers, or on another device"
+        )
+
+
+def free_memory(device: Any) -> int | None:
+    """Bytes that can still be had on a device; None where the system does not say."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
+def _layers_in_files(folder: Path, default: int) -> int:
+    """How many blocks the weight files hold, from their headers alone."""
+    from safetensors import safe_open
+
+    found = set()
+    for path in folder.glob("model*.safetensors"):
+        with safe_open(path, framework="np") as file:
+            found |= {int(number) for key in file.keys() for number in re.findall(r"\.(\d+)\.", key)[:1]}  # noqa: SIM118
+    return max(found) + 1 if found else default
 
 
 def _check_weight_files(source: _Source) -> None:

@@ -1,0 +1,68 @@
+"""Models in which there should be nothing to find: the same architecture untrained, or with its neurons shuffled."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from p0circuit.models.forward import hook_points, hooked
+from p0circuit.models.info import ModelError, describe
+
+INITIAL_DEVIATION = 0.02
+"""Standard deviation of untrained matrices, as GPT-2 and most models after it start."""
+
+
+@contextlib.contextmanager
+def untrained(model: Any, seed: int = 0) -> Iterator[Any]:
+    """The model with the weights of a beginner inside a `with`: matrices normal, biases 0, gains 1."""
+    generator = torch.Generator().manual_seed(seed)
+    # Past the model's own lists: a bridge's leaves out the experts of a mixture.
+    parameters = {name: parameter.data for name, parameter in torch.nn.Module.named_parameters(model)}
+    kept = {name: parameter.clone() for name, parameter in parameters.items()}
+    try:
+        for name, parameter in parameters.items():
+            last = name.rpartition(".")[2]
+            if last.lstrip("_").startswith("b"):
+                parameter.zero_()
+            elif parameter.ndim == 1:
+                parameter.fill_(1.0)
+            else:
+                drawn = torch.randn(parameter.shape, generator=generator) * INITIAL_DEVIATION
+                parameter.copy_(drawn)
+        yield model
+    finally:
+        for name, parameter in parameters.items():
+            parameter.copy_(kept[name])
+
+
+@contextlib.contextmanager
+def shuffled_neurons(model: Any, seed: int = 0) -> Iterator[Any]:
+    """The model with every MLP neuron writing what another one of its layer should write, inside a `with`.
+
+    All weights are still there, and each layer's outputs have their usual size; what reads and what writes no longer
+    belong together.
+
+    Raises:
+        ModelError: its neurons cannot be reached, as in a mixture of experts.
+    """
+    layers = range(describe(model).layers)
+    names = [f"blocks.{layer}.mlp.hook_post" for layer in layers]
+    if missing := [name for name in names if name not in hook_points(model).by_name]:
+        raise ModelError(f"the neurons of {describe(model).name} cannot be shuffled: it has no hook point {missing[0]}")
+    generator = torch.Generator().manual_seed(seed)
+    width, device = describe(model).d_mlp, model.cfg.device
+    orders = [torch.randperm(width, generator=generator).to(device) for _ in layers]
+    with hooked(model, [(name, partial(_shuffle, order=order)) for name, order in zip(names, orders, strict=True)]):
+        yield model
+
+
+def _shuffle(
+    hidden: Float[Tensor, "batch pos d_mlp"], hook: Any, order: Int[Tensor, " d_mlp"]
+) -> Float[Tensor, "batch pos d_mlp"]:
+    return hidden[..., order]

@@ -1,0 +1,212 @@
+"""The whole reproduction of one model: every experiment, the controls, and `claims.json`.
+
+1. Every experiment runs on the model's prompts; its result is on disk before the next one starts. A result that is
+   there already, of the same weights, prompts, settings and code, is read instead of measured again.
+2. The claims run again where they must fail: on the model untrained, on the model with its neurons shuffled, and on
+   the decoy, whose P0 has a high norm and no sink. (A random position instead of P0 is a control inside each claim.)
+3. Every claim gets its entry in `claims.json`. One that breaks off is named there and loses none of the others.
+
+    <out>/<model>/<experiment>.json, tables/, figures/      <out>/<model>/claims.json, report.html, report.md
+    <out>/<model>/controls/<control>/<experiment>.json      <out>/<model>/manifest.json (last: the run came to its end)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from p0circuit import __version__
+from p0circuit.activations import batch_size_for, weights_fingerprint
+from p0circuit.console import say
+from p0circuit.experiments.base import Experiment, NotApplicable
+from p0circuit.experiments.claim import Judgement
+from p0circuit.files import write_json
+from p0circuit.models import ModelError, describe, forward, load_model
+from p0circuit.models.controls import shuffled_neurons, untrained
+from p0circuit.prompts import PromptSet, random_tokens
+from p0circuit.results import Result, write_manifest
+
+CONTROL_SAMPLES = 128
+"""Prompts of a control: enough to see that there is nothing, a fraction of the time."""
+FORWARD_PASSES = 300
+"""About how many forward passes over all prompts the experiments amount to; for the estimate of time alone."""
+LONG_MINUTES = 20.0
+"""From here on a person is told how to make it shorter."""
+
+
+def reproduce(
+    model: Any, prompts: PromptSet, directory: Path, experiments: Sequence[Experiment], beginner: Any = None
+) -> list[dict[str, Any]]:
+    """Run the experiments and their controls on one model, leave everything in `directory`, return the claims.
+
+    `beginner` is the model's own first checkpoint, as `load_model` gives it; without one its architecture is given
+    new weights. An experiment that breaks off is told of in its claim's entry; `failed` finds those.
+    """
+    started = time.time()
+    (directory / "manifest.json").unlink(missing_ok=True)
+    say(f"{describe(model).name}: {_estimate(model, prompts)}")
+    entries: list[dict[str, Any]] = []
+    left_out: dict[str, str] = {}
+    broken: dict[str, str] = {}
+    for number, experiment in enumerate(experiments, 1):
+        entry = _entry(experiment, model, prompts, directory, f"{number}/{len(experiments)} ")
+        if experiment.claim is not None:
+            entries.append(entry | {"controls": []})
+        if entry["error"]:
+            broken[experiment.id] = entry["error"]
+        elif entry["verdict"] == "not applicable":
+            left_out[experiment.id] = entry["why"]
+        _write_claims(directory, entries)
+    tested = [experiment for experiment in experiments if experiment.claim is not None]
+    for name, opened in _controls(model, prompts, beginner).items():
+        try:
+            with opened() as (control, its_prompts):
+                for experiment, entry in zip(tested, entries, strict=True):
+                    place = directory / "controls" / name.replace(" ", "-")
+                    found = _entry(experiment, control, its_prompts, place, f"control, {name}: ", figures=False)
+                    entry["controls"].append(
+                        {"control": name, "verdict": found["verdict"], "why": found["why"], "error": found["error"]}
+                    )
+        except ModelError as reason:
+            say(f"control, {name}: left out: {reason}")
+        _write_claims(directory, entries)
+    write_manifest(
+        directory,
+        sys.argv[1:],
+        started,
+        model=describe(model).name,
+        weights=weights_fingerprint(model),
+        prompts=prompts.fingerprint(),
+        seed=prompts.seed,
+        device=str(next(model.parameters()).device),
+        experiments=[experiment.id for experiment in experiments if experiment.id not in left_out | broken],
+        left_out=left_out,
+        broken=broken,
+    )
+    return entries
+
+
+def failed(entries: Sequence[dict[str, Any]]) -> list[str]:
+    """The ids of claims whose measurement broke off, on the model or on a control."""
+    return [
+        entry["id"] for entry in entries if entry["error"] or any(control["error"] for control in entry["controls"])
+    ]
+
+
+def run_or_read(
+    experiment: Experiment, model: Any, prompts: PromptSet, directory: Path, figures: bool = True
+) -> Result:
+    """The experiment's result, from `directory` where the same run has left it, else measured and saved there.
+
+    Raises:
+        NotApplicable: there is nothing to measure on this model or these prompts.
+    """
+    key = _key(experiment, model, prompts)
+    path = directory / f"{experiment.id}.json"
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        kept = Result.load(path)
+        if kept.provenance["key"] == key:
+            return kept
+    result = experiment.run(model, prompts)
+    result.provenance["key"] = key
+    if not figures:
+        result.figures = {}
+    result.save(directory)
+    return result
+
+
+def _entry(
+    experiment: Experiment, model: Any, prompts: PromptSet, directory: Path, label: str, figures: bool = True
+) -> dict[str, Any]:
+    """The experiment's line in claims.json, whatever becomes of the measurement."""
+    started, error = time.monotonic(), None
+    told = f"{experiment.claim.id} {experiment.id}" if experiment.claim else experiment.id
+    try:
+        result = run_or_read(experiment, model, prompts, directory, figures)
+    except NotApplicable as reason:
+        judgement, measured, notes = Judgement("not applicable", str(reason)), {}, []
+    except (ValueError, RuntimeError, FloatingPointError, KeyError, IndexError) as problem:
+        # One claim that breaks off must not lose the others; what it was is in the entry and in the exit code.
+        error = f"{type(problem).__name__}: {problem}"
+        judgement, measured, notes = Judgement("not applicable", f"its measurement broke off: {error}"), {}, []
+    else:
+        measured, notes = result.metrics, result.notes
+        found = result.claim or {"verdict": "reproduced", "why": ""}
+        judgement = Judgement(found["verdict"], found["why"])
+    verdict = judgement.verdict if experiment.claim or judgement.verdict == "not applicable" else "measured"
+    say(f"{label}{told}: {verdict} ({time.monotonic() - started:.1f} s)" + (f": {judgement.why}" if error else ""))
+    record = experiment.claim.record(judgement, measured) if experiment.claim else asdict(judgement)
+    return record | {"experiment": experiment.id, "model": describe(model).name, "notes": notes, "error": error}
+
+
+def _write_claims(directory: Path, entries: list[dict[str, Any]]) -> None:
+    write_json(directory / "claims.json", entries)
+
+
+Control = Callable[[], AbstractContextManager[tuple[Any, PromptSet]]]
+
+
+def _controls(model: Any, prompts: PromptSet, beginner: Any) -> dict[str, Control]:
+    fewer = prompts.subset(slice(0, CONTROL_SAMPLES))
+
+    @contextlib.contextmanager
+    def on_untrained() -> Iterator[tuple[Any, PromptSet]]:
+        if beginner is not None:
+            yield beginner, fewer
+        else:
+            with untrained(model):
+                yield model, fewer
+
+    @contextlib.contextmanager
+    def on_shuffled() -> Iterator[tuple[Any, PromptSet]]:
+        with shuffled_neurons(model):
+            yield model, fewer
+
+    @contextlib.contextmanager
+    def on_decoy() -> Iterator[tuple[Any, PromptSet]]:
+        decoy = load_model("wired-decoy", device=model.cfg.device)
+        size = describe(decoy).vocab_size
+        yield decoy, random_tokens(size, n=min(prompts.n, CONTROL_SAMPLES), length=fewer.length, seed=prompts.seed)
+
+    return {"untrained": on_untrained, "shuffled neurons": on_shuffled, "decoy": on_decoy}
+
+
+def _key(experiment: Experiment, model: Any, prompts: PromptSet) -> str:
+    """A hash of all that decides the result: weights, hooks under way, prompts, settings and the experiment's code."""
+    parts = {
+        "weights": weights_fingerprint(model),
+        "hooks": sorted(f"{name} {len(point.fwd_hooks)}" for name, point in model.hook_dict.items() if point.fwd_hooks),
+        "prompts": prompts.fingerprint(),
+        "config": repr(experiment.config),
+        "code": inspect.getsource(sys.modules[type(experiment).__module__]),
+        "claim": repr(experiment.claim),
+        "p0circuit": __version__,
+        "torch": torch.__version__,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+@torch.no_grad()
+def _estimate(model: Any, prompts: PromptSet) -> str:
+    """About how long it will take and how much memory, from one timed pass over a few rows."""
+    rows = min(prompts.n, 16, batch_size_for(model, prompts.length, with_logits=True))
+    forward(model, prompts.ids[:rows], prompts.attention_mask[:rows])
+    started = time.perf_counter()
+    forward(model, prompts.ids[:rows], prompts.attention_mask[:rows])
+    minutes = FORWARD_PASSES * (time.perf_counter() - started) * prompts.n / rows / 60
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()) / 2**30
+    told = f"{prompts.n} prompts of {prompts.length} tokens; about {max(1, round(minutes))} min, {weights + 1.5:.1f} GB"
+    if minutes > LONG_MINUTES:
+        told += "; fewer --samples, a smaller --dtype, a --device or the first --layers alone make it shorter"
+    return told

@@ -1,0 +1,128 @@
+"""The reproduction of a model: resumed where it was, not stopped by a claim that breaks off, controls in every entry."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from p0circuit.experiments import BosAblation, NormDirection, SinkMap, SinkMapConfig
+from p0circuit.experiments.base import Experiment, NotApplicable
+from p0circuit.experiments.claim import Claim, Clause
+from p0circuit.intervals import Interval
+from p0circuit.models import load_model
+from p0circuit.prompts import pooled, random_tokens
+from p0circuit.reproduction import failed, reproduce, run_or_read
+from p0circuit.results import Result
+
+CLAIM = Claim("C99", "Broken", "nowhere", "It breaks.", "By breaking.", (Clause("x", ">", 0),), "None.")
+
+
+@dataclass(frozen=True)
+class Times:
+    """How often it has been measured, on which model."""
+
+    seen: list[str]
+
+
+class Breaks(Experiment):
+    """An experiment whose arithmetic fails."""
+
+    id, title, claim = "breaks", "Breaks", CLAIM
+
+    def measure(self, model, prompts):
+        raise RuntimeError("a matrix is singular")
+
+
+class Counts(Experiment):
+    """An experiment that tells how often it ran, and that a decoy is nothing for it."""
+
+    id, title, claim = "counts", "Counts", CLAIM
+
+    def measure(self, model, prompts):
+        self.config.seen.append(model.cfg.model_name)
+        if "decoy" in model.cfg.model_name:
+            raise NotApplicable("a decoy")
+        return Result(self.id, self.title, {"x": Interval(1.0, 0.5, 1.5, prompts.n)}, {})
+
+
+@pytest.fixture(scope="module")
+def wired():
+    model = load_model("wired")
+    return model, random_tokens(model.cfg.d_vocab, n=12, length=16)
+
+
+def test_entries_controls_and_files(wired, tmp_path):
+    model, prompts = wired
+    entries = reproduce(model, prompts, tmp_path, [SinkMap(), NormDirection(), BosAblation()])
+    assert [entry["id"] for entry in entries] == ["C1", "C2"]
+    assert json.loads((tmp_path / "claims.json").read_text()) == entries
+    sink, bos = entries
+    assert sink["verdict"] == "reproduced" and sink["experiment"] == "sink-map" and sink["model"] == "wired"
+    # The circuit is gone with the weights, and with the neurons' places; the decoy never had a sink.
+    assert {control["control"]: control["verdict"] for control in sink["controls"]} == dict.fromkeys(
+        ("untrained", "shuffled neurons", "decoy"), "not reproduced"
+    )
+    assert bos["verdict"] == "not applicable" and "no BOS token" in bos["why"]
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["experiments"] == ["sink-map", "norm-direction"] and list(manifest["left_out"]) == ["bos-ablation"]
+    assert (tmp_path / "controls" / "untrained" / "sink-map.json").is_file()
+    assert failed(entries) == []
+
+
+def test_a_claim_that_breaks_off_loses_none_of_the_others(wired, tmp_path):
+    model, prompts = wired
+    entries = reproduce(model, prompts, tmp_path, [Breaks(None), SinkMap()])
+    assert entries[0]["verdict"] == "not applicable" and "a matrix is singular" in entries[0]["why"]
+    assert entries[0]["error"] == "RuntimeError: a matrix is singular"
+    assert entries[1]["verdict"] == "reproduced" and failed(entries) == ["C99"]
+    assert json.loads((tmp_path / "manifest.json").read_text())["broken"] == {
+        "breaks": "RuntimeError: a matrix is singular"
+    }
+
+
+def test_what_is_there_is_not_measured_again(wired, tmp_path):
+    model, prompts = wired
+    seen: list[str] = []
+    first = reproduce(model, prompts, tmp_path, [Counts(Times(seen))])
+    # The model, itself untrained, itself shuffled, the decoy.
+    assert len(seen) == 4
+    seen.clear()
+    assert reproduce(model, prompts, tmp_path, [Counts(Times([]))]) == first
+    assert seen == []
+
+
+def test_other_settings_prompts_weights_or_claims_are_measured_anew(wired, tmp_path, monkeypatch):
+    model, prompts = wired
+    kept = run_or_read(SinkMap(), model, prompts, tmp_path)
+    written = (tmp_path / "sink-map.json").stat().st_mtime_ns
+    assert run_or_read(SinkMap(), model, prompts, tmp_path).metrics == kept.metrics
+    assert (tmp_path / "sink-map.json").stat().st_mtime_ns == written
+    keys = {kept.provenance["key"]}
+    keys.add(run_or_read(SinkMap(SinkMapConfig(eps=0.4)), model, prompts, tmp_path).provenance["key"])
+    keys.add(run_or_read(SinkMap(), model, prompts.subset(slice(0, 6)), tmp_path).provenance["key"])
+    keys.add(run_or_read(SinkMap(), load_model("wired-learned"), prompts, tmp_path).provenance["key"])
+    monkeypatch.setattr(SinkMap, "claim", CLAIM)
+    with pytest.raises(KeyError):
+        run_or_read(SinkMap(), model, prompts, tmp_path)
+    assert len(keys) == 4
+
+
+def test_a_damaged_result_is_measured_anew(wired, tmp_path):
+    model, prompts = wired
+    run_or_read(SinkMap(), model, prompts, tmp_path)
+    path: Path = tmp_path / "sink-map.json"
+    path.write_text(path.read_text()[:100])
+    assert run_or_read(SinkMap(), model, prompts, tmp_path).claim["verdict"] == "reproduced"
+    assert json.loads(path.read_text())["experiment"] == "sink-map"
+
+
+def test_pooled_prompts():
+    parts = [random_tokens(40, n=4 + seed, length=12, seed=seed) for seed in range(3)]
+    whole = pooled(parts)
+    assert whole.n == 15 and whole.description["seeds"] == [0, 1, 2] and whole.description["n"] == 15
+    assert bool((whole.ids[4:9] == parts[1].ids).all())
+    with pytest.raises(ValueError, match=r"lengths \[12, 13\]"):
+        pooled([parts[0], random_tokens(40, n=2, length=13)])
