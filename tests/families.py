@@ -89,6 +89,7 @@ FAMILIES: dict[str, Family] = {
         {"vocab_size": VOCAB, "hidden_size": 32, "n_layer": LAYERS, "n_head": 4, "bos_token_id": 0, "eos_token_id": 0},
         hooked=False,
     ),
+    "smollm3-nope": Family("SmolLM3Config", _WIDE | _ROPE | _GROUPED | {"no_rope_layers": [0] * LAYERS}, hooked=False),
     "gemma2": Family(
         "Gemma2Config",
         _WIDE

@@ -1,4 +1,4 @@
-"""The reproduction of a model: resumed where it was, not stopped by a claim that breaks off, controls in every entry."""
+"""The reproduction of a model: resumed where it was, not stopped by what breaks off, controls in every entry."""
 
 from __future__ import annotations
 

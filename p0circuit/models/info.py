@@ -153,6 +153,9 @@ def _hooked_windows(cfg: Any) -> tuple[int | None, ...]:
 
 def _positions(model: Any, hf: Any) -> Positions:
     kind = _POSITIONS.get(model.cfg.positional_embedding_type, "none")
+    # One entry per layer, 1 where it rotates: SmolLM 3 can leave rotation out.
+    if (rotated := getattr(hf, "no_rope_layers", None)) and not any(rotated):
+        return "none"
     if hf is None or kind != "learned" or hasattr(model, "pos_embed"):
         return kind
     # The bridge says "standard" unless its adapter says otherwise, table or no table.

@@ -1,6 +1,7 @@
 """Edges into K at P0: the closed form against a plain loop of hooked forward passes, one edge after the other.
 
-All senders of blocks 0 and 1 (embedding, heads, MLPs) to all heads of the later blocks. The loop does what path
+All senders of blocks 0 and 1 (embedding, heads, MLPs) to all heads of the later blocks. Where that is fewer than a
+thousand edges, single neurons send as well, as the clean pass is paid once for all of them. The loop does what path
 patching is usually written as: send with everything between frozen, keep the receiver's key, run again with it; both
 passes stop at the receiver's layer. It is timed on edges drawn at random and multiplied up; on these the results are
 compared. The clean cache that the loop freezes from is made once and not counted against it.
@@ -16,11 +17,14 @@ import torch
 
 from p0circuit.interventions.closed_form import key_edges, key_hook
 from p0circuit.interventions.contrast import contrast, replacements
-from p0circuit.interventions.nodes import Node, components
+from p0circuit.interventions.nodes import Node, components, nodes_of
 from p0circuit.models import describe, forward
 from p0circuit.prompts import PromptSet, random_tokens
 from p0circuit.sink import sink_score
 from tests.benchmarks.bench_activation_patching import gpt2_small_shape, peak_mb
+
+
+FEW_EDGES = 1000
 
 
 @torch.no_grad()
@@ -30,6 +34,9 @@ def measure(model: Any = None, rows: int = 2, length: int = 64, edges: int = 12)
     info = describe(model)
     prompts = random_tokens(info.vocab_size, n=rows, length=length)
     senders = components(model, [0, 1], heads=True)
+    receiving = (info.layers - 2) * info.heads
+    if len(senders) * receiving < FEW_EDGES:
+        senders += nodes_of([f"neuron.{layer}.{n}" for layer in (0, 1) for n in range(info.d_mlp)], model)
     values = replacements(model, contrast(prompts, 8, info.vocab_size), senders)
     key_edges(model, prompts, senders[:1], values)  # warm both code and caches
 

@@ -29,6 +29,7 @@ EXPECTED: dict[str, dict[str, Any]] = {
     "qwen3-moe": {"architecture": "Qwen3MoeForCausalLM", "kv_heads": 2, "head_size": 12, "experts": 4, "d_mlp": 24},
     "olmoe": {"architecture": "OlmoeForCausalLM", "kv_heads": 2, "experts": 4},
     "bloom": {"architecture": "BloomForCausalLM", "positions": "alibi", "context": None, "d_mlp": 128},
+    "smollm3-nope": {"architecture": "SmolLM3ForCausalLM", "kv_heads": 2, "positions": "none", "context": None},
     "gemma2": {"architecture": "Gemma2ForCausalLM", "kv_heads": 2, "head_size": 12, "window": (5, None, 5)},
 }
 PLAIN = {
