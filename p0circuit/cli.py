@@ -45,6 +45,7 @@ class Backend(str, Enum):
     bridge = "bridge"
 
 
+QUICK_SAMPLES = 128
 MODEL_HELP = "A shipped model, a local Hugging Face directory, a hub id, or 'wired', whose weights are constructed."
 
 ModelArgument = Annotated[str, typer.Argument(help=MODEL_HELP)]
@@ -52,6 +53,7 @@ BackendOption = Annotated[Backend, typer.Option(help="Which TransformerLens clas
 CheckpointOption = Annotated[str | None, typer.Option(help="A step, revision or label of the training trace.")]
 DeviceOption = Annotated[str | None, typer.Option(help="As in torch: cpu, cuda, cuda:1, mps.")]
 DtypeOption = Annotated[str | None, typer.Option(help="float32, float16, bfloat16 or float64.")]
+LayersOption = Annotated[int | None, typer.Option(min=1, help="Load the first blocks alone, for what is too large.")]
 TextOption = Annotated[
     str,
     typer.Option(help="stdlib, english, code, or a text file or directory; random tokens if there is no tokenizer."),
@@ -68,34 +70,54 @@ def reproduce(
     models: Annotated[list[str] | None, typer.Argument(help=f"{MODEL_HELP} p0-nano if none is named.")] = None,
     out: OutOption = Path("out"),
     text: TextOption = "stdlib",
-    samples: SamplesOption = 128,
+    quick: Annotated[bool, typer.Option("--quick", help=f"{QUICK_SAMPLES} prompts instead of --samples.")] = False,
+    samples: SamplesOption = 1024,
     length: LengthOption = 64,
-    seed: SeedOption = 0,
+    seed: Annotated[int, typer.Option(help="First of the three seeds of the prompts.")] = 0,
+    checkpoint: CheckpointOption = None,
     backend: BackendOption = Backend.auto,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
+    layers: LayersOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Run every experiment on each model; leave tables, figures and a manifest in OUT/MODEL."""
+    """Test every claim on each model, with its controls; leave claims, figures and a report in OUT/MODEL."""
     from p0circuit.experiments import EXPERIMENTS
     from p0circuit.models import describe
+    from p0circuit.report.page import write_report
+    from p0circuit.reproduction import failed
+    from p0circuit.reproduction import reproduce as reproduce_model
 
     given = models or ["p0-nano"]
     names = [Path(name).absolute().name if Path(name).is_dir() else name for name in given]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"two of these models are called {twice[0]!r}: give each an --out, in a call of its own")
     summary: dict[str, Any] = {}
+    broken: list[str] = []
     for name in given:
-        model = _load(name, backend, None, device, dtype)
-        prompts = _prompts(model, text, samples, length, seed, First.text)
-        every = [make() for make in EXPERIMENTS.values()]
-        summary[describe(model).name] = _run_all(every, model, prompts, out)
+        model = _load(name, backend, checkpoint, device, dtype, layers)
+        prompts = _three_seeds(model, text, QUICK_SAMPLES if quick else samples, length, seed)
+        beginner = _beginner(name, backend, device, dtype, layers)
+        label = describe(model).name
+        directory = out / label.replace("/", "--")
+        claims = reproduce_model(model, prompts, directory, [make() for make in EXPERIMENTS.values()], beginner)
+        write_report(directory)
+        _show_claims(label, claims)
+        say(f"claims, tables, figures, manifest and report.html are in {directory}")
+        broken += [f"{label} {claim}" for claim in failed(claims)]
+        summary[label] = {"directory": str(directory), "claims": claims}
+    if len(given) > 1:
+        write_report(out)
+        say(f"an overview is in {out / 'report.html'}")
     _print_json(summary, as_json)
+    if broken:
+        say(f"error: broke off: {', '.join(broken)}; claims.json has the reasons")
+        raise typer.Exit(1)
 
 
 @app.command()
 def run(
-    experiment: Annotated[str, typer.Argument(help="The experiment's id, as in sink-map.")],
+    experiment: Annotated[str, typer.Argument(help="The experiment's id, as in sink-map, or its claim's, as in C1.")],
     model: Annotated[str, typer.Option(help=MODEL_HELP)] = "p0-nano",
     checkpoint: CheckpointOption = None,
     out: OutOption = Path("out"),
@@ -106,16 +128,19 @@ def run(
     backend: BackendOption = Backend.auto,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
+    layers: LayersOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Run one experiment on one model."""
     from p0circuit.experiments import EXPERIMENTS
 
-    if experiment not in EXPERIMENTS:
-        raise ValueError(f"no experiment {experiment!r}; there are: {', '.join(EXPERIMENTS)}")
-    loaded = _load(model, backend, checkpoint, device, dtype)
+    claims = {make.claim.id: name for name, make in EXPERIMENTS.items() if make.claim is not None}
+    name = claims.get(experiment.upper(), experiment)
+    if name not in EXPERIMENTS:
+        raise ValueError(f"no experiment {experiment!r}; there are: {', '.join(EXPERIMENTS)} and {', '.join(claims)}")
+    loaded = _load(model, backend, checkpoint, device, dtype, layers)
     prompts = _prompts(loaded, text, samples, length, seed, First.text)
-    _print_json(_run_all([EXPERIMENTS[experiment]()], loaded, prompts, out), as_json)
+    _print_json(_run_one(EXPERIMENTS[name](), loaded, prompts, out), as_json)
 
 
 @app.command()
@@ -295,7 +320,14 @@ def bench(
     Console().print(table)
 
 
-def _load(name: str, backend: Backend, checkpoint: str | None, device: str | None, dtype: str | None) -> Any:
+def _load(
+    name: str,
+    backend: Backend,
+    checkpoint: str | int | None,
+    device: str | None,
+    dtype: str | None,
+    layers: int | None = None,
+) -> Any:
     """`load_model`, with a checkpoint of digits read as a step and device and dtype given by name."""
     import torch
 
@@ -308,8 +340,21 @@ def _load(name: str, backend: Backend, checkpoint: str | None, device: str | Non
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from None
-    step = int(checkpoint) if checkpoint is not None and checkpoint.isdecimal() else checkpoint
-    return load_model(name, backend.value, step, device, kinds[dtype] if dtype else None)
+    step = int(checkpoint) if isinstance(checkpoint, str) and checkpoint.isdecimal() else checkpoint
+    return load_model(name, backend.value, step, device, kinds[dtype] if dtype else None, layers)
+
+
+def _beginner(name: str, backend: Backend, device: str | None, dtype: str | None, layers: int | None) -> Any:
+    """The model's own first checkpoint, untrained; None where none is kept."""
+    from p0circuit.models import ModelError, list_checkpoints
+
+    try:
+        if 0 in list_checkpoints(name):
+            return _load(name, backend, 0, device, dtype, layers)
+    except ModelError:
+        # Constructed models have no training, and a hub need not be reachable for one in the local cache.
+        pass
+    return None
 
 
 def _prompts(model: Any, text: str, samples: int, length: int, seed: int, first: First) -> PromptSet:
@@ -326,45 +371,38 @@ def _prompts(model: Any, text: str, samples: int, length: int, seed: int, first:
     return natural_text(model.tokenizer, text, n=samples, length=length, seed=seed, first_token=first.value)
 
 
-def _run_all(experiments: list[Experiment], model: Any, prompts: PromptSet, out: Path) -> dict[str, Any]:
-    """Run experiments on one model, save each result as soon as it is there, and print what was found.
+def _three_seeds(model: Any, text: str, samples: int, length: int, seed: int) -> PromptSet:
+    """The prompts of a reproduction: as many as asked for, drawn in equal parts by three seeds."""
+    from p0circuit.prompts import pooled
 
-    One of several experiments that does not apply to the model is named and left out; a single one is an error.
-    """
+    shares = [share for share in (samples - 2 * (samples // 3), samples // 3, samples // 3) if share]
+    return pooled([_prompts(model, text, n, length, seed + i, First.text) for i, n in enumerate(shares)])
+
+
+def _run_one(experiment: Experiment, model: Any, prompts: PromptSet, out: Path) -> dict[str, Any]:
+    """Run one experiment, save its result and a manifest, and print what was found."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
     from p0circuit.activations import weights_fingerprint
-    from p0circuit.experiments import NotApplicable
     from p0circuit.models import describe
     from p0circuit.results import write_manifest
 
     started = time.time()
     name = describe(model).name
     directory = out / name.replace("/", "--")
-    table = Table(title=name, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in ("experiment", "quantity", "value [95 % interval]"):
+    result = experiment.run(model, prompts)
+    # The manifest is written last: one that is there tells of a run that came to its end.
+    (directory / "manifest.json").unlink(missing_ok=True)
+    result.save(directory)
+    table = Table(title=f"{name}: {result.experiment}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in ("quantity", "value [95 % interval]"):
         table.add_column(column, overflow="fold")
-    summary: dict[str, Any] = {}
-    left_out: dict[str, str] = {}
-    for experiment in experiments:
-        try:
-            result = experiment.run(model, prompts)
-        except NotApplicable as reason:
-            if len(experiments) == 1:
-                raise
-            left_out[experiment.id] = str(reason)
-            say(f"{experiment.id}: left out: {reason}")
-            continue
-        # The manifest is written last: one that is there tells of a run that came to its end.
-        (directory / "manifest.json").unlink(missing_ok=True)
-        result.save(directory)
-        summary[result.experiment] = {key: value.to_json() for key, value in result.metrics.items()}
-        for key, value in result.metrics.items():
-            table.add_row(result.experiment, key, str(value))
-        for note in result.notes:
-            say(f"{result.experiment}: {note}")
+    for key, value in result.metrics.items():
+        table.add_row(key, str(value))
+    for note in result.notes:
+        say(f"{result.experiment}: {note}")
     write_manifest(
         directory,
         sys.argv[1:],
@@ -374,12 +412,26 @@ def _run_all(experiments: list[Experiment], model: Any, prompts: PromptSet, out:
         prompts=prompts.fingerprint(),
         seed=prompts.seed,
         device=str(next(model.parameters()).device),
-        experiments=list(summary),
-        left_out=left_out,
+        experiments=[result.experiment],
     )
     Console(stderr=True).print(table)
+    if result.claim is not None:
+        say(f"{result.claim['id']} {result.claim['verdict']}: {result.claim['why']}")
     say(f"tables, figures and manifest are in {directory}")
-    return summary
+    return {result.experiment: {key: value.to_json() for key, value in result.metrics.items()}}
+
+
+def _show_claims(name: str, claims: list[dict[str, Any]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=name, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in ("claim", "verdict", "why"):
+        table.add_column(column, overflow="fold")
+    for claim in claims:
+        table.add_row(f"{claim['id']} {claim['title']}", claim["verdict"], claim["why"])
+    Console(stderr=True).print(table)
 
 
 def _print_json(value: Any, wanted: bool) -> None:

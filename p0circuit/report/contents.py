@@ -1,0 +1,143 @@
+"""What runs left on disk, read for a report."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from p0circuit.report.attention_view import AttentionView, load_views
+from p0circuit.report.published import Comparison, beside_ours
+from p0circuit.results import Result
+
+CLAIMS = "claims.json"
+BROKE_OFF = "broke off"
+"""Shown as the verdict of a claim whose measurement ended in an error."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One model's run.
+
+    Attributes:
+        claims: the entries of claims.json, C1 first.
+        results: by experiment.
+        unreadable: experiments whose result could not be read, with the reason.
+        manifest: where it all came from; empty for a run that has not come to its end.
+        views: attention views by experiment.
+    """
+
+    directory: Path
+    model: str
+    claims: list[dict[str, Any]]
+    results: dict[str, Result]
+    unreadable: dict[str, str]
+    manifest: dict[str, Any]
+    views: dict[str, AttentionView]
+
+    @property
+    def controls(self) -> list[str]:
+        """The names of all controls, in the order of their first appearance."""
+        return list(dict.fromkeys(control["control"] for claim in self.claims for control in claim.get("controls", ())))
+
+    @property
+    def other_results(self) -> list[Result]:
+        """What was measured and tests no claim."""
+        claimed = {claim["experiment"] for claim in self.claims}
+        return [result for name, result in self.results.items() if name not in claimed]
+
+    @property
+    def beside(self) -> list[Comparison]:
+        """What was published about this model, beside ours."""
+        return beside_ours(self.model, self.results.values())
+
+
+def find_runs(directory: Path) -> list[Run]:
+    """The run in `directory`, or the runs in its sub-directories if it holds none itself.
+
+    Raises:
+        ValueError: there is none, or its claims.json is not a list of claims.
+    """
+    alone = (directory / CLAIMS).is_file()
+    places = [directory] if alone else sorted(path.parent for path in directory.glob(f"*/{CLAIMS}"))
+    if not places:
+        raise ValueError(
+            f"no {CLAIMS} in {str(directory)!r} or in a directory in it; name one `p0circuit reproduce` has written"
+        )
+    return [_read_run(place) for place in places]
+
+
+def _read_run(directory: Path) -> Run:
+    claims = json.loads((directory / CLAIMS).read_text(encoding="utf-8"))
+    keys = ("id", "title", "statement", "measure", "threshold", "measured", "verdict", "why", "experiment")
+    for entry in claims if isinstance(claims, list) else [claims]:
+        if not isinstance(entry, dict) or (missing := [key for key in keys if key not in entry]):
+            lacking = f"a claim without {', '.join(missing)}" if isinstance(entry, dict) else repr(entry)
+            raise ValueError(f"{directory / CLAIMS} holds {lacking}; run `p0circuit reproduce` again")
+    manifest_file = directory / "manifest.json"
+    manifest = json.loads(manifest_file.read_text(encoding="utf-8")) if manifest_file.is_file() else {}
+    results, unreadable = {}, {}
+    for path in sorted(directory.glob("*.json")):
+        if path.name in (CLAIMS, manifest_file.name):
+            continue
+        try:
+            results[path.stem] = Result.load(path)
+        except (ValueError, KeyError, TypeError, OSError) as reason:
+            # The rest of the report is worth having all the same.
+            unreadable[path.stem] = str(reason)
+    model = manifest.get("model") or next((claim["model"] for claim in claims if claim.get("model")), directory.name)
+    return Run(directory, model, sorted(claims, key=claim_number), results, unreadable, manifest, load_views(directory))
+
+
+def claim_number(claim: dict[str, Any]) -> tuple[int, str]:
+    """Sorts C2 before C10."""
+    digits = "".join(sign for sign in claim["id"] if sign.isdigit())
+    return int(digits or 0), claim["id"]
+
+
+def shown_verdict(entry: dict[str, Any]) -> str:
+    """The verdict of a claim or of its control as the report shows it."""
+    return BROKE_OFF if entry.get("error") else entry["verdict"]
+
+
+def verdict_of_control(claim: dict[str, Any], control: str) -> str:
+    """What a claim came to on a control; empty where it was not tried."""
+    return next((shown_verdict(entry) for entry in claim.get("controls", ()) if entry["control"] == control), "")
+
+
+def tally(claims: Iterable[dict[str, Any]]) -> str:
+    """How many claims have which verdict: "9 reproduced, 2 not reproduced"."""
+    counts = Counter(map(shown_verdict, claims))
+    order = ("reproduced", "not reproduced", "not applicable", BROKE_OFF)
+    return ", ".join(f"{counts[verdict]} {verdict}" for verdict in order if counts[verdict]) or "no claims"
+
+
+def command_for(experiment: str, model: str, result: Result | None) -> str:
+    """The command that runs one experiment alone, on the prompts it was run on."""
+    words = ["p0circuit", "run", experiment, "--model", model]
+    if result is not None:
+        prompts = result.provenance.get("prompts", {})
+        given = {"text": prompts.get("source"), "samples": result.provenance.get("samples")}
+        given |= {"length": result.provenance.get("length"), "seed": prompts.get("seed")}
+        words += [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
+    return shlex.join(words)
+
+
+def number(value: float) -> str:
+    """A measured value: three decimals, or three digits where those would say nothing."""
+    if value != value:
+        return "–"
+    return f"{value:.3f}" if value == 0 or 0.001 <= abs(value) < 10_000 else f"{value:.3g}"
+
+
+def plain(value: Any) -> str:
+    """A piece of provenance on one line."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {plain(one)}" for key, one in value.items()) or "none"
+    if isinstance(value, list):
+        return " ".join(map(plain, value)) or "none"
+    return "not known" if value is None else str(value)
