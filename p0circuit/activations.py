@@ -113,6 +113,10 @@ def _score(pattern: Tensor, batch: Batch, offset: int = 0) -> Tensor:
     return sink.mean_over_queries(attention.to(precise), position, batch.mask)
 
 
+def _pattern(pattern: Tensor, batch: Batch) -> Tensor:
+    return pattern
+
+
 def _norms(activation: Tensor, batch: Batch) -> Tensor:
     return activation.float().norm(dim=-1)
 
@@ -153,6 +157,8 @@ MLP_OUT_NORMS = Quantity("mlp_out_norms", ("hook_mlp_out",), _norms)
 """[sample, layer, pos]"""
 VALUE_NORM_RATIO = Quantity("value_norm_ratio", ("attn.hook_v",), _value_norm_ratio)
 """[sample, layer, kv_head]: norm of P0's value over the median of the others."""
+PATTERNS = Quantity("patterns", ("attn.hook_pattern",), _pattern)
+"""[sample, layer, head, query, key]: all of the attention; for a few prompts."""
 TOKEN_LOSSES = Quantity("token_losses", (), _token_losses, "logits")
 """[sample, pos - 1]: next-token loss in nats."""
 

@@ -1,7 +1,7 @@
 """What an experiment leaves behind: tables, measured values with intervals, figures, and where all of it came from.
 
 <run>/<experiment>.json   metrics, provenance and the names of the files below; written last, so it means "complete"
-<run>/tables/*.csv        <run>/figures/*.png and *.svg
+<run>/tables/*.csv        <run>/figures/*.png and *.svg        <run>/attention/<experiment>.json
 <run>/manifest.json       the command and the machine's part (`write_manifest`)
 """
 
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
+    from p0circuit.report.attention_view import AttentionView
+
 FIGURE_DPI = 200
 _LIBRARIES = ("p0circuit", "torch", "transformer-lens", "transformers", "numpy", "pandas", "matplotlib")
 
@@ -40,6 +42,7 @@ class Result:
         figures: matplotlib figures; after `load`, the paths of their PNG files.
         provenance: model, prompts, configuration, seconds, what came from the cache.
         notes: what a reader has to know, such as a condition that could not be measured and why.
+        view: attention patterns to click through, for the report and notebooks; None where there are none.
         claim: the claim that was tested, with its verdict, as it stands in claims.json; None where there is none.
     """
 
@@ -50,6 +53,7 @@ class Result:
     figures: Mapping[str, Figure | Path] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    view: AttentionView | None = None
     claim: dict[str, Any] | None = None
 
     def save(self, directory: Path) -> Path:
@@ -82,6 +86,10 @@ class Result:
         whole.unlink(missing_ok=True)
         for path, content in files.items():
             write_atomically(path, lambda temporary, content=content: temporary.write_bytes(content))
+        if self.view is not None:
+            from p0circuit.report.attention_view import save_view
+
+            save_view(directory, self.experiment, self.view)
         return write_json(whole, summary)
 
     @classmethod
@@ -92,6 +100,8 @@ class Result:
             ValueError: there is no such result, or one of its tables or figures is missing.
         """
         import pandas as pd
+
+        from p0circuit.report.attention_view import load_view
 
         if not path.is_file():
             found = sorted(other.stem for other in path.parent.glob("*.json") if other.stem != "manifest")
@@ -109,10 +119,12 @@ class Result:
             experiment=name,
             title=summary["title"],
             metrics={metric: Interval(**value) for metric, value in summary["metrics"].items()},
-            tables={table: pd.read_csv(file) for table, file in tables.items()},
+            # Tokens such as "null" and "NA" are text, not gaps.
+            tables={table: pd.read_csv(file, keep_default_na=False, na_values=[""]) for table, file in tables.items()},
             figures=figures,
             provenance=summary["provenance"],
             notes=summary["notes"],
+            view=load_view(directory, name),
             claim=summary["claim"],
         )
 

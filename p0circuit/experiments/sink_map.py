@@ -8,20 +8,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from p0circuit import sink
-from p0circuit.activations import SINK_SCORE, score_at
+from p0circuit.activations import PATTERNS, SINK_SCORE, record, score_at
 from p0circuit.experiments.base import Experiment, mean_over_samples
 from p0circuit.experiments.claim import Claim, Clause
-from p0circuit.experiments.conditions import WITH_BOS, WITHOUT_BOS, conditions
+from p0circuit.experiments.conditions import RANDOM_TOKENS, WITH_BOS, WITHOUT_BOS, conditions
 from p0circuit.experiments.heads import CONTROL
 from p0circuit.intervals import bootstrap
 from p0circuit.models import describe
 from p0circuit.prompts import PromptSet
 from p0circuit.results import Result
+
+if TYPE_CHECKING:
+    from p0circuit.report.attention_view import AttentionView
+
+
+VIEWED_HEADS, VIEWED_TOKENS = 8, 32
+"""What the attention view shows of one prompt: more is slow to draw in a browser."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +93,11 @@ class SinkMap(Experiment):
                 metrics["share_of_later_layers_with_a_sink_head"] = bootstrap(
                     scores[:, late:].double().numpy(), lambda some: float((some.mean(0).max(1) > eps).mean())
                 )
+            # Under the names by which published figures are looked up.
+            if name == WITH_BOS:
+                metrics["sink_rate_from_layer_2_with_bos"] = bootstrap(sink.sink_rate(scores, eps, late).numpy())
+            if name == RANDOM_TOKENS:
+                metrics["sink_rate_random_tokens"] = bootstrap(sink.sink_rate(scores, eps).numpy())
             if name in (WITHOUT_BOS, WITH_BOS):
                 layer, head = divmod(int(maps[name].argmax()), scores.shape[2])
                 key = "best_head" if name == WITHOUT_BOS else "best_head_with_bos"
@@ -102,4 +114,21 @@ class SinkMap(Experiment):
             {"scores": pd.DataFrame(rows, columns=columns), "rates": pd.DataFrame(rates, columns=rate_columns)},
             {"map": heat_maps(maps, f"{info.name}: attention to position zero, mean over queries", "sink score")},
             notes=notes,
+            view=_view(model, prompts, maps[WITHOUT_BOS]),
         )
+
+
+def _view(model: Any, prompts: PromptSet, scores: np.ndarray) -> AttentionView:
+    """The attention of the heads with the highest scores on the first prompt."""
+    from p0circuit.report.attention_view import attention_view
+
+    first = prompts.subset([0])
+    start, length = int(first.p0), min(VIEWED_TOKENS, prompts.length - int(first.p0))
+    shown = slice(start, start + length)
+    chosen = sorted(divmod(int(place), scores.shape[1]) for place in scores.ravel().argsort()[::-1][:VIEWED_HEADS])
+    layers, heads = map(list, zip(*chosen, strict=True))
+    patterns = record(model, first, PATTERNS, cache=None)[PATTERNS][0][layers, heads][:, shown, shown]
+    ids, tokenizer = first.ids[0, shown].tolist(), getattr(model, "tokenizer", None)
+    tokens = [str(token) if tokenizer is None else tokenizer.decode([token]) for token in ids]
+    title = f"{describe(model).name}: the heads with the highest sink scores, on one prompt"
+    return attention_view(tokens, patterns, [f"{layer}.{head}" for layer, head in chosen], title)

@@ -118,19 +118,19 @@ def save_view(directory: Path, experiment: str, view: AttentionView) -> Path:
     return write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def load_views(directory: Path) -> dict[str, AttentionView]:
-    """The views that `save_view` wrote, by experiment.
+def load_view(directory: Path, experiment: str) -> AttentionView | None:
+    """The view that `save_view` wrote for an experiment; None if there is none.
 
     Raises:
-        ValueError: a file is not such a view.
+        ValueError: the file is not such a view.
     """
-    views = {}
-    for path in sorted((directory / "attention").glob("*.json")):
-        try:
-            views[path.stem] = attention_view(**json.loads(path.read_text(encoding="utf-8")))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path} is no attention view: {error}; run {path.stem} again") from None
-    return views
+    path = directory / "attention" / f"{experiment}.json"
+    if not path.is_file():
+        return None
+    try:
+        return attention_view(**json.loads(path.read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} is no attention view: {error}; run {experiment} again") from None
 
 
 def visible(token: str) -> str:

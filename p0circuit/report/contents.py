@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from p0circuit.report.attention_view import AttentionView, load_views
 from p0circuit.report.published import Comparison, beside_ours
 from p0circuit.results import Result
 
@@ -28,7 +27,6 @@ class Run:
         results: by experiment.
         unreadable: experiments whose result could not be read, with the reason.
         manifest: where it all came from; empty for a run that has not come to its end.
-        views: attention views by experiment.
     """
 
     directory: Path
@@ -37,12 +35,16 @@ class Run:
     results: dict[str, Result]
     unreadable: dict[str, str]
     manifest: dict[str, Any]
-    views: dict[str, AttentionView]
 
     @property
     def controls(self) -> list[str]:
         """The names of all controls, in the order of their first appearance."""
         return list(dict.fromkeys(control["control"] for claim in self.claims for control in claim.get("controls", ())))
+
+    @property
+    def has_views(self) -> bool:
+        """Whether any result has attention patterns to click through."""
+        return any(result.view is not None for result in self.results.values())
 
     @property
     def other_results(self) -> list[Result]:
@@ -90,7 +92,7 @@ def _read_run(directory: Path) -> Run:
             # The rest of the report is worth having all the same.
             unreadable[path.stem] = str(reason)
     model = manifest.get("model") or next((claim["model"] for claim in claims if claim.get("model")), directory.name)
-    return Run(directory, model, sorted(claims, key=claim_number), results, unreadable, manifest, load_views(directory))
+    return Run(directory, model, sorted(claims, key=claim_number), results, unreadable, manifest)
 
 
 def claim_number(claim: dict[str, Any]) -> tuple[int, str]:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from p0circuit.report import attention_view as module
-from p0circuit.report.attention_view import attention_view, load_views, save_view, script, visible
+from p0circuit.report.attention_view import attention_view, load_view, save_view, script, visible
 from tests.report.made_up import HOSTILE, view
 
 
@@ -47,14 +47,14 @@ def test_refuses_what_does_not_fit(
 
 def test_saved_and_read_back_it_is_the_same(tmp_path: Path) -> None:
     save_view(tmp_path, "sink-map", view())
-    assert load_views(tmp_path) == {"sink-map": view()}
+    assert load_view(tmp_path, "sink-map") == view() and load_view(tmp_path, "other") is None
 
 
 def test_a_file_that_is_no_view_is_named(tmp_path: Path) -> None:
     path = save_view(tmp_path, "sink-map", view())
     path.write_text(json.dumps({"tokens": ["a"]}))
     with pytest.raises(ValueError, match=r"sink-map\.json is no attention view"):
-        load_views(tmp_path)
+        load_view(tmp_path, "sink-map")
 
 
 def test_hostile_tokens_end_no_script() -> None:
