@@ -245,6 +245,47 @@ def train(
 
 
 @app.command()
+def trace(
+    source: Annotated[str, typer.Argument(help="A shipped model, a directory of checkpoints, or a hub id.")],
+    checkpoints: Annotated[
+        str | None, typer.Option(help="Steps or revisions, separated by commas; all that are kept if not given.")
+    ] = None,
+    out: OutOption = Path("out"),
+    text: TextOption = "stdlib",
+    samples: SamplesOption = 128,
+    length: LengthOption = 64,
+    seed: SeedOption = 0,
+    backend: BackendOption = Backend.auto,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Follow the circuit through a training run, checkpoint by checkpoint; what was measured before is read."""
+    from p0circuit.report.figures import development
+    from p0circuit.results import Result
+    from p0circuit.training.trace import checkpoints_of
+    from p0circuit.training.trace import trace as trace_run
+
+    labels = [label.strip() for label in checkpoints.split(",")] if checkpoints else checkpoints_of(source)
+    found = trace_run(
+        source,
+        lambda model: _prompts(model, text, samples, length, seed, First.text),
+        labels,
+        out / "checkpoints",
+        lambda label: _load(source, backend, label, device, dtype),
+    )
+    tables = {"checkpoints": found.to_dataframe()}
+    figures = {"development": development({found.model: tables["checkpoints"]}, found.formation_step)}
+    notes = [f"{label}: left out: {reason}" for label, reason in found.missing.items()]
+    path = Result("trace", f"The training of {found.model}", {}, tables, figures, notes=notes).save(
+        out / found.model.replace("/", "--")
+    )
+    formed = f"formed at step {found.formation_step}" if found.formation_step is not None else "has no sink at its end"
+    say(f"{found.model} {formed}; {len(found.stages)} stages; table and figure are in {path.parent}")
+    _print_json(found.to_json(), as_json)
+
+
+@app.command()
 def cache(
     clear: Annotated[bool, typer.Option("--clear", help="Remove every file.")] = False,
     as_json: JsonOption = False,

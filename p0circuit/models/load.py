@@ -32,7 +32,7 @@ _WIRED = {
     "wired-decoy": ("decoy_model", "rotary"),
     "wired-decoy-learned": ("decoy_model", "learned"),
 }
-_STEP = re.compile(r"(?:step|checkpoint)-?0*(\d+)")
+STEP = re.compile(r"(?:step|checkpoint)-?0*(\d+)")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 _HUB_FILES = (
     "config.json",
@@ -190,20 +190,20 @@ def _local_folder(name: str | Path) -> Path | None:
 
 def _tokenizer_folders(folder: Path) -> tuple[Path, ...]:
     """Where to look for a tokenizer: a checkpoint's own folder, then that of the run it belongs to."""
-    if not _STEP.fullmatch(folder.name):
+    if not STEP.fullmatch(folder.name):
         return (folder,)
     return (folder, folder.parent.parent if folder.parent.name == "trace" else folder.parent)
 
 
 def _checkpoints(folder: Path) -> dict[int, Path]:
     found = [*folder.glob("trace/*/config.json"), *folder.glob("*/config.json")]
-    matches = [(_STEP.fullmatch(config.parent.name), config.parent) for config in found]
+    matches = [(STEP.fullmatch(config.parent.name), config.parent) for config in found]
     return {int(match.group(1)): path for match, path in matches if match}
 
 
 def _find_checkpoint(folder: Path, checkpoint: int | str) -> Path:
     steps = _checkpoints(folder)
-    match = _STEP.fullmatch(str(checkpoint))
+    match = STEP.fullmatch(str(checkpoint))
     step = int(match.group(1)) if match else int(checkpoint) if str(checkpoint).isdigit() else None
     if step in steps:
         return steps[step]
@@ -280,7 +280,7 @@ def _cached_revisions(hub_id: str) -> list[str]:
 
 
 def _steps(labels: list[str]) -> set[int]:
-    return {int(match.group(1)) for match in map(_STEP.fullmatch, labels) if match}
+    return {int(match.group(1)) for match in map(STEP.fullmatch, labels) if match}
 
 
 def _near(name: str) -> str:
@@ -330,11 +330,16 @@ def _check_memory(source: _Source, config: Any, device: Any, dtype: Any) -> None
     """Refuse what would not fit, before anything heavy: the weights, and a block's copy while they are rearranged."""
     import torch
 
+    from safetensors import SafetensorError
+
     free = free_memory(device)
     text = config.get_text_config()
-    share = text.num_hidden_layers / max(1, _layers_in_files(source.folder, text.num_hidden_layers))
-    # HookedTransformer has weights of its own, made beside those of `transformers`.
-    needed = 2 * _count_parameters(source.folder) * share * torch.finfo(dtype).bits / 8
+    try:
+        share = text.num_hidden_layers / max(1, _layers_in_files(source.folder, text.num_hidden_layers))
+        # HookedTransformer has weights of its own, made beside those of `transformers`.
+        needed = 2 * _count_parameters(source.folder) * share * torch.finfo(dtype).bits / 8
+    except SafetensorError as error:
+        raise ModelError(f"{source.name}: a weight file in {source.folder} is damaged: {error}; get it again") from None
     if free is not None and needed > free:
         raise ModelError(
             f"{source.name} needs about {needed / 2**30:.1f} GB on {device} and {free / 2**30:.1f} are free; load it "

@@ -45,7 +45,9 @@ from p0circuit.experiments.heads import CONTROL, TIMES_UNIFORM, sink_heads, unif
 from p0circuit.files import write_json
 from p0circuit.interventions.ablation import ablate
 from p0circuit.interventions.contrast import contrast, replacements
-from p0circuit.models import ModelError, describe, load_model
+from p0circuit.models import ModelError, describe, list_checkpoints, load_model
+from p0circuit.models.load import STEP
+from p0circuit.paths import data_dir
 from p0circuit.prompts import PromptSet, from_ids, random_tokens
 
 if TYPE_CHECKING:
@@ -137,8 +139,9 @@ def formation_index(excess: Float[np.ndarray, " checkpoint"], least: float) -> i
 def change_points(values: Float[np.ndarray, "checkpoint quantity"], most: int = 4) -> list[int]:
     """Where the mean of a multivariate series changes: the segmentation with the lowest information criterion.
 
-    Quantities count alike, each divided by its standard deviation. Every change point costs one place and a mean for
-    each quantity. No segment is shorter than two checkpoints.
+    Quantities count alike, each divided by its standard deviation. A change point costs one place and a mean for each
+    quantity, twice over: the place is the best of many, which the plain criterion does not count. No segment is
+    shorter than two checkpoints.
     """
     import ruptures
 
@@ -151,7 +154,7 @@ def change_points(values: Float[np.ndarray, "checkpoint quantity"], most: int = 
         bounds = [0, *inner, n]
         parts = [scaled[start:end] for start, end in itertools.pairwise(bounds)]
         residual = sum(float(((part - part.mean(0)) ** 2).sum()) for part in parts)
-        free = count * (quantities + 1)
+        free = 2 * count * (quantities + 1)
         # Rounding keeps a perfect fit from being infinitely good.
         criterion = n * quantities * math.log(max(residual / (n * quantities), 1e-6)) + free * math.log(n * quantities)
         found[criterion] = inner
@@ -258,7 +261,8 @@ def trace(
     rows: list[dict[str, Any]] = []
     missing: dict[str, str] = {}
     name, length = str(source), 0
-    tokens = tokens_by_step(Path(source)) if Path(source).is_dir() else {}
+    shipped = data_dir() / "models" / source
+    tokens = tokens_by_step(shipped if shipped.is_dir() else Path(source))
     for checkpoint in checkpoints:
         try:
             model = (load or (lambda step: load_model(source, checkpoint=step)))(checkpoint)
@@ -282,6 +286,23 @@ def trace(
     if not rows:
         raise ModelError(f"none of the checkpoints of {source} could be loaded: {missing}")
     return Trace(name, rows, missing, length)
+
+
+def checkpoints_of(source: str | Path) -> list[int | str]:
+    """The checkpoints of a run by step: those that can be loaded and, in a directory, those that look damaged too.
+
+    Raises:
+        ModelError: there are none.
+    """
+    steps = set(list_checkpoints(source))
+    folder = next((path for path in (data_dir() / "models" / source, Path(source)) if path.is_dir()), None)
+    # A directory named after a step without a config is a checkpoint that was not written to its end.
+    for place in [*folder.glob("trace/*"), *folder.glob("*")] if folder else []:
+        if place.is_dir() and (match := STEP.fullmatch(place.name)):
+            steps.add(int(match.group(1)))
+    if not steps:
+        raise ModelError(f"{source} keeps no checkpoints; expected trace/step-000123 or checkpoint-123 in it")
+    return sorted(steps)
 
 
 def tokens_by_step(folder: Path) -> dict[int, int]:
