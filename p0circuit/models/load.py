@@ -329,7 +329,6 @@ def _truncate(source: _Source, config: Any, layers: int) -> _Source:
 def _check_memory(source: _Source, config: Any, device: Any, dtype: Any) -> None:
     """Refuse what would not fit, before anything heavy: the weights, and a block's copy while they are rearranged."""
     import torch
-
     from safetensors import SafetensorError
 
     free = free_memory(device)

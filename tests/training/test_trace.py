@@ -1,4 +1,4 @@
-"""The trace of a run: formulas on made-up curves, the wired circuit's concentration, resuming, and damaged checkpoints."""
+"""The trace of a run: formulas on made-up curves, the wired circuit, resuming, and damaged checkpoints."""
 
 from __future__ import annotations
 

@@ -1,0 +1,169 @@
+"""What the experiments that operate on P0 share: the sink they look at, what is left of it, and what to put there.
+
+The paper has the sink decided in blocks 0 and 1. Where something is changed there, the sink is read off the sink heads
+of later blocks: those of blocks 0 and 1 stand beside the surgery or before it, and cannot show what it does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from p0circuit.activations import HooksByRow, record, residual_at, score_at
+from p0circuit.experiments.base import NotApplicable
+from p0circuit.experiments.heads import CONTROL, TIMES_UNIFORM, find_sink_heads, uniform_excess
+from p0circuit.intervals import Interval, bootstrap, ratio_interval
+from p0circuit.models import describe
+from p0circuit.models.forward import hook_points
+from p0circuit.prompts import PromptSet
+
+if TYPE_CHECKING:
+    from p0circuit.report.figures import Series
+
+LAST_BLOCK = 1
+"""The last of the blocks in which the paper has the sink decided."""
+Heads = Sequence[tuple[int, int]]
+ByHead = Float[Tensor, "sample layer head"]
+
+
+@dataclass(frozen=True)
+class Sink:
+    """The sink under study.
+
+    Attributes:
+        heads: sink heads above block 1.
+        prompts: the samples to measure on.
+        others: samples to estimate on, such as the P0 direction; the heads were chosen on them.
+        notes: for the result.
+    """
+
+    heads: tuple[tuple[int, int], ...]
+    prompts: PromptSet
+    others: PromptSet
+    notes: tuple[str, ...] = ()
+
+    def scanned(self, most: int) -> list[int]:
+        """The blocks below the last sink head, `most` of them: the first half in a row, the others spread evenly."""
+        blocks = max(layer for layer, _ in self.heads)
+        if blocks <= most:
+            return list(range(blocks))
+        near = most // 2
+        far = np.linspace(near, blocks - 1, most - near)
+        return [*range(near), *(round(block) for block in far.tolist())]
+
+
+def find_sink(model: Any, prompts: PromptSet, last: int = LAST_BLOCK) -> Sink:
+    """The sink heads above block `last`, chosen on one half of the prompts, to be measured on the other.
+
+    Raises:
+        NotApplicable: there is no sink, or none above that block.
+    """
+    found = find_sink_heads(model, prompts)
+    heads = heads_above(found.heads, last)
+    if not heads:
+        raise NotApplicable(
+            f"all sink heads ({', '.join(found.names)}) are in blocks 0 to {last}: none reads what surgery there "
+            "leaves behind"
+        )
+    notes = [found.note]
+    if len(heads) < len(found.heads):
+        excess = bootstrap(over_heads(excess_by_head(model, found.prompts)[0], heads))
+        needed = TIMES_UNIFORM * uniform_excess(prompts.length)
+        if not excess.low > needed:
+            raise NotApplicable(
+                f"there is no sink above block {last} to explain: the excess score of the heads there is "
+                f"{excess}, and its lower end not above {needed:.3f}"
+            )
+        left_out = ", ".join(name for name, head in zip(found.names, found.heads, strict=True) if head not in heads)
+        notes.append(f"{left_out}: not above the surgery and left out; the others have an excess score of {excess}")
+    # `find_sink_heads` draws the halves by the seed of the prompts: these are those that it chose on.
+    return Sink(heads, found.prompts, prompts.split()[0], tuple(notes))
+
+
+def require_attention(model: Any) -> None:
+    """Make sure that attention can be edited.
+
+    Raises:
+        NotApplicable: it can only be read, as in some architectures of TransformerBridge.
+    """
+    if "blocks.0.attn.hook_pattern" in hook_points(model).read_only:
+        info = describe(model)
+        raise NotApplicable(f"the attention of {info.name} ({info.architecture}) can be read, but not edited")
+
+
+def heads_above(heads: Heads, layer: int) -> tuple[tuple[int, int], ...]:
+    """Those of the heads that read what block `layer` leaves in the stream."""
+    return tuple(head for head in heads if head[0] > layer)
+
+
+def excess_by_head(
+    model: Any, prompts: PromptSet, interventions: Sequence[HooksByRow] = (), offsets: Sequence[int] = (0,)
+) -> dict[int, ByHead]:
+    """The excess score of every head at some positions, all from the same run: their score minus that of position 8."""
+    wanted = {offset: score_at(offset) for offset in {*offsets, CONTROL}}
+    recording = record(model, prompts, list(wanted.values()), interventions=interventions)
+    scores = {offset: recording[quantity].double() for offset, quantity in wanted.items()}
+    return {offset: scores[offset] - scores[CONTROL] for offset in offsets}
+
+
+def over_heads(values: ByHead, heads: Heads) -> Float[np.ndarray, " sample"]:
+    """The mean over some heads."""
+    layers, numbers = map(list, zip(*heads, strict=True))
+    return values[:, layers, numbers].mean(1).cpu().numpy()
+
+
+def left_of(changed: ByHead, clean: ByHead, heads: Heads) -> Interval:
+    """The share of the heads' excess score that a change leaves, the samples being paired."""
+    return ratio_interval(over_heads(changed, heads), over_heads(clean, heads))
+
+
+def lines(table: Any, by: str) -> Sequence[Series]:
+    """The lines of a figure, one for each entry of a column, from a table with columns value, low and high."""
+    from p0circuit.report.figures import Series
+
+    return [
+        Series(str(name), *(part[column].tolist() for column in ("value", "low", "high")))
+        for name, part in table.groupby(by, sort=False)
+    ]
+
+
+def ordinary_streams(
+    model: Any, prompts: PromptSet, offsets: Sequence[int]
+) -> Float[Tensor, "sample layers_and_one d_model"]:
+    """For every row the stream at an ordinary position of the next row, before each block and at the end.
+
+    The offsets take turns.
+    """
+    quantities = [residual_at(offset) for offset in offsets]
+    recording = record(model, prompts, quantities)
+    streams = torch.stack([recording[quantity] for quantity in quantities])
+    rows = torch.arange(prompts.n)
+    return streams[rows % len(offsets), (rows + 1) % prompts.n]
+
+
+def row_of_another_token(tokens: Int[Tensor, " sample"]) -> Int[Tensor, " sample"]:
+    """For every row the next one, counted in a ring, that has another token.
+
+    Raises:
+        NotApplicable: all rows have the same token.
+    """
+    n = len(tokens)
+    found = torch.full((n,), -1)
+    for step in range(1, n):
+        row = (torch.arange(n) + step) % n
+        found = torch.where((found < 0) & (tokens[row] != tokens), row, found)
+        if bool((found >= 0).all()):
+            return found
+    raise NotApplicable(f"all {n} rows have the token {int(tokens[0])} there: there is none to put in its place")
+
+
+def random_offsets(n: int, seed: int, start: int, stop: int, but: Sequence[int] = ()) -> Int[Tensor, " sample"]:
+    """A position of each of `n` rows, counted from P0: drawn from `start` to `stop` - 1, some excepted."""
+    drawable = torch.tensor([offset for offset in range(start, stop) if offset not in but])
+    return drawable[torch.randint(len(drawable), (n,), generator=torch.Generator().manual_seed(seed))]
