@@ -44,9 +44,11 @@ def bootstrap(samples: np.ndarray, statistic: Callable[[np.ndarray], float] = np
             f"the statistic of the {n} samples is {value}: check the samples for values that are not finite"
         )
     rng = np.random.default_rng(seed)
-    if statistic is np.mean and samples.ndim == 1:
+    if (statistic is np.mean and samples.ndim == 1) or statistic is ratio_of_means:
         # The mean of a resample is a weighted mean with multinomial weights: one product instead of a loop.
-        drawn = rng.multinomial(n, np.full(n, 1 / n), RESAMPLES) @ samples / n
+        means = rng.multinomial(n, np.full(n, 1 / n), RESAMPLES) @ samples / n
+        with np.errstate(divide="ignore", invalid="ignore"):
+            drawn = means if statistic is np.mean else means[:, 0] / means[:, 1]
     else:
         drawn = np.array([statistic(samples[rng.integers(0, n, n)]) for _ in range(RESAMPLES)])
     low, high = np.nanquantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])

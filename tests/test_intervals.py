@@ -23,6 +23,16 @@ def test_the_fast_mean_and_the_plain_loop_draw_the_same_distribution():
     assert fast.high == pytest.approx(slow.high, abs=0.02)
 
 
+def test_the_fast_ratio_and_the_plain_loop_draw_the_same_distribution():
+    pairs = np.random.default_rng(4).exponential(size=(200, 2)) + 0.5
+    fast, slow = (
+        ratio_interval(*pairs.T),
+        bootstrap(pairs, lambda values: float(values[:, 0].sum() / values[:, 1].sum())),
+    )
+    assert fast.value == pytest.approx(slow.value)
+    assert (fast.low, fast.high) == pytest.approx((slow.low, slow.high), abs=0.02)
+
+
 def test_95_percent_intervals_cover_the_truth_about_95_times_of_100():
     rng = np.random.default_rng(2)
     intervals = [bootstrap(rng.normal(0, 1, 100), seed=seed) for seed in range(200)]
