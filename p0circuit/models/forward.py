@@ -149,13 +149,15 @@ def hook_points(model: Any) -> HookPoints:
 
 
 def _watched(model: Any, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function itself, or for a name that can only be read one that refuses to edit."""
-    if name not in hook_points(model).read_only:
-        return function
+    """The function behind a plain name, and for a hook point that can only be read one that refuses to edit."""
+    read_only = name in hook_points(model).read_only
 
-    def watched(activation: Tensor, hook: Any) -> None:
-        if function(activation, hook=hook) is not None:
+    # TransformerLens takes a hook's repr for its name, and that of a partial prints every tensor bound to it.
+    def watched(activation: Tensor, hook: Any) -> Any:
+        edited = function(activation, hook=hook)
+        if read_only and edited is not None:
             raise ModelError(f"{name!r} can be read but not edited: {describe(model).architecture} hides its attention")
+        return edited
 
     return watched
 
