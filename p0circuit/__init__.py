@@ -36,7 +36,22 @@ _HOMES = {
     "SinkMap": "experiments",
     "NormDirection": "experiments",
     "BosAblation": "experiments",
+    "AnyToken": "experiments",
+    "Recognition": "experiments",
+    "Structure": "experiments",
+    "Amplification": "experiments",
+    "ThePath": "experiments",
+    "DirectionOrNorm": "experiments",
+    "Content": "experiments",
+    "KeySide": "experiments",
+    "Limits": "experiments",
+    "Function": "experiments",
     "Circuit": "experiments",
+    "EXPERIMENTS": "experiments",
+    "reproduce": "reproduction",
+    "write_report": "report.page",
+    "attention_view": "report.attention_view",
+    "P0Monitor": "training.monitor",
 }
 
 __all__ = ["__version__", *_HOMES]

@@ -1,28 +1,79 @@
-"""The experiments: one file each, named after what it shows."""
+"""The experiments: one file each, named after what it shows. Those that test a claim of the paper carry its number."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from p0circuit.experiments.amplification import Amplification, AmplificationConfig
+from p0circuit.experiments.any_token import AnyToken, AnyTokenConfig
 from p0circuit.experiments.base import Experiment, NotApplicable
 from p0circuit.experiments.bos_ablation import BosAblation, BosAblationConfig
 from p0circuit.experiments.circuit import Circuit, CircuitConfig
+from p0circuit.experiments.claim import Claim, Clause
+from p0circuit.experiments.content import Content, ContentConfig
+from p0circuit.experiments.direction_or_norm import DirectionOrNorm, DirectionOrNormConfig
+from p0circuit.experiments.function import Function, FunctionConfig
+from p0circuit.experiments.key_side import KeySide, KeySideConfig
+from p0circuit.experiments.limits import Limits, LimitsConfig
 from p0circuit.experiments.norm_direction import NormDirection, NormDirectionConfig
+from p0circuit.experiments.path import ThePath, ThePathConfig
+from p0circuit.experiments.recognition import Recognition, RecognitionConfig
 from p0circuit.experiments.sink_map import SinkMap, SinkMapConfig
+from p0circuit.experiments.structure import Structure, StructureConfig
 
-EXPERIMENTS: dict[str, type[Any]] = {kind.id: kind for kind in (SinkMap, NormDirection, BosAblation, Circuit)}
+EXPERIMENTS: dict[str, type[Any]] = {
+    kind.id: kind
+    for kind in (
+        SinkMap,
+        NormDirection,
+        BosAblation,
+        AnyToken,
+        Recognition,
+        Structure,
+        Amplification,
+        ThePath,
+        DirectionOrNorm,
+        Content,
+        KeySide,
+        Limits,
+        Function,
+        Circuit,
+    )
+}
 """What `p0circuit reproduce` runs, in this order."""
 
 __all__ = [
     "EXPERIMENTS",
+    "Amplification",
+    "AmplificationConfig",
+    "AnyToken",
+    "AnyTokenConfig",
     "BosAblation",
     "BosAblationConfig",
     "Circuit",
     "CircuitConfig",
+    "Claim",
+    "Clause",
+    "Content",
+    "ContentConfig",
+    "DirectionOrNorm",
+    "DirectionOrNormConfig",
     "Experiment",
+    "Function",
+    "FunctionConfig",
+    "KeySide",
+    "KeySideConfig",
+    "Limits",
+    "LimitsConfig",
     "NormDirection",
     "NormDirectionConfig",
     "NotApplicable",
+    "Recognition",
+    "RecognitionConfig",
     "SinkMap",
     "SinkMapConfig",
+    "Structure",
+    "StructureConfig",
+    "ThePath",
+    "ThePathConfig",
 ]

@@ -14,19 +14,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from p0circuit.activations import SINK_SCORE
 from p0circuit.experiments.base import Experiment, NotApplicable
 from p0circuit.experiments.conditions import drawable
+from p0circuit.experiments.edges import input_shares
 from p0circuit.experiments.heads import FALLBACK_HEADS, sink_heads
-from p0circuit.intervals import Interval, bootstrap, ratio_interval
+from p0circuit.intervals import bootstrap
 from p0circuit.interventions.circuit import circuit_graph
 from p0circuit.interventions.closed_form import KeyEdges
 from p0circuit.interventions.contrast import contrast, replacements
 from p0circuit.interventions.metrics import sink_score_of
 from p0circuit.interventions.nodes import components
-from p0circuit.interventions.path_patching import PathEffects, edges_into_keys, path_patch, receivers_of
+from p0circuit.interventions.path_patching import edges_into_keys, path_patch, receivers_of
 from p0circuit.models import describe
 from p0circuit.prompts import PromptSet
 from p0circuit.results import Result
@@ -98,24 +97,11 @@ class Circuit(Experiment):
             *(f"{s} -> {r}: {effect:+.3f}" for s, r, effect in sorted(found, key=lambda edge: -abs(edge[2]))),
         ]
         metrics = {"sink_score": clean}
-        if (share := _k_share(effects, names)) is not None:
-            metrics["share_of_k_among_edges_into_sink_heads"] = share
+        if (shares := input_shares(effects, names)) is not None:
+            metrics["share_of_k_among_edges_into_sink_heads"] = shares["k"]
         tables = {"edges": table, "into_keys": _key_table(keys, heads)}
         title = f"The circuit of the P0 sink in {info.name}"
         return Result(self.id, self.title, metrics, tables, {"graph": draw_circuit(graph, names, title)}, notes=notes)
-
-
-def _k_share(effects: PathEffects, names: Sequence[str]) -> Interval | None:
-    """The share of K in the summed sizes of all effects of edges into the sink heads; None where there is no effect."""
-    sizes = {part: torch.zeros_like(effects.clean) for part in "qkv"}
-    for (_, receiver), effect in zip(effects.edges, effects.effect, strict=True):
-        name, _, part = receiver.rpartition(".")
-        if name in names:
-            sizes[part] = sizes[part] + effect.abs()
-    total = sum(sizes.values(), torch.zeros_like(effects.clean))
-    if not bool((total > 0).any()):
-        return None
-    return ratio_interval(sizes["k"].double().cpu().numpy(), total.double().cpu().numpy())
 
 
 def _key_table(keys: KeyEdges, heads: Sequence[tuple[int, int]]) -> pd.DataFrame:

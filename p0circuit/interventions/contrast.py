@@ -9,7 +9,7 @@ is therefore what it would compute at P0 if P0 were not first. The alternatives 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from p0circuit.activations import batch_size_for
 from p0circuit.interventions.nodes import InterventionError, Node, nodes_of
 from p0circuit.models import forward
 from p0circuit.prompts import PromptSet, from_ids
@@ -64,20 +65,17 @@ def contrast(prompts: PromptSet, shift: int, vocab_size: int, seed: int = 0, spe
 def values_at(
     model: Any, prompts: PromptSet, nodes: Sequence[str | Node], position: Int[Tensor, " batch"] | None = None
 ) -> dict[Node, Float[Tensor, "batch *value"]]:
-    """What each node computes at one position of each row (at P0 if none is given), from one forward pass."""
+    """What each node computes at one position of each row (at P0 if none is given), in batches that fit in memory."""
     checked = nodes_of(nodes, model)
     place = prompts.p0 if position is None else position
     if int(place.min()) < 0 or int(place.max()) >= prompts.length:
         raise InterventionError(f"positions {place.tolist()} lie outside the {prompts.length} tokens of the prompts")
-    found: dict[Node, Tensor] = {}
 
-    def keep(activation: Tensor, hook: Any, node: Node) -> None:
-        found[node] = node.read(activation, place).clone()
+    def read(activation: Tensor, node: Node, rows: slice) -> Tensor:
+        # Only this position is kept, not the activation it would be a view of.
+        return node.read(activation, place[rows]).clone()
 
-    hooks = [(node.hook, functools.partial(keep, node=node)) for node in checked]
-    stop = max((node.layer for node in checked), default=-1) + 1
-    forward(model, prompts.ids, prompts.attention_mask, hooks=hooks, stop_at_layer=stop)
-    return found
+    return _read(model, prompts, checked, read)
 
 
 def replacements(
@@ -112,14 +110,28 @@ def replacements(
 @torch.no_grad()
 def _means_after_p0(model: Any, prompts: PromptSet, nodes: Sequence[Node]) -> dict[Node, Tensor]:
     after = prompts.attention_mask & (torch.arange(prompts.length) != prompts.p0[:, None])
-    found: dict[Node, Tensor] = {}
 
-    def keep(activation: Tensor, hook: Any, node: Node) -> None:
+    def mean(activation: Tensor, node: Node, rows: slice) -> Tensor:
         values = activation if node.index is None else activation[:, :, node.index]
-        weights = after.to(values).view(*after.shape, *[1] * (values.ndim - 2))
-        found[node] = (values * weights).sum(1) / weights.sum(1)
+        weights = after[rows].to(values).view(*values.shape[:2], *[1] * (values.ndim - 2))
+        return (values * weights).sum(1) / weights.sum(1)
 
-    hooks = [(node.hook, functools.partial(keep, node=node)) for node in nodes]
-    stop = max(node.layer for node in nodes) + 1
-    forward(model, prompts.ids, prompts.attention_mask, hooks=hooks, stop_at_layer=stop)
-    return found
+    return _read(model, prompts, nodes, mean)
+
+
+def _read(
+    model: Any, prompts: PromptSet, nodes: Sequence[Node], reduce: Callable[[Tensor, Node, slice], Tensor]
+) -> dict[Node, Float[Tensor, "batch *value"]]:
+    """What `reduce` makes of each node's activation, given the node and which rows of the prompts it holds."""
+    found: dict[Node, list[Tensor]] = {node: [] for node in nodes}
+
+    def keep(activation: Tensor, hook: Any, node: Node, rows: slice) -> None:
+        found[node].append(reduce(activation, node, rows))
+
+    stop = max((node.layer for node in nodes), default=-1) + 1
+    size = batch_size_for(model, prompts.length, with_logits=False)
+    for start in range(0, prompts.n, size):
+        rows = slice(start, start + size)
+        hooks = [(node.hook, functools.partial(keep, node=node, rows=rows)) for node in found]
+        forward(model, prompts.ids[rows], prompts.attention_mask[rows], hooks=hooks, stop_at_layer=stop)
+    return {node: torch.cat(parts) for node, parts in found.items()}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import textwrap
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
@@ -217,6 +218,30 @@ def trajectories(
 
 
 @_styled
+def sweeps(
+    panels: Mapping[str, tuple[Sequence[Series], Sequence[str]]], title: str, x_labels: Sequence[str], y_label: str
+) -> Figure:
+    """Lines with their intervals, each panel over the settings of its own sweep, all on a common scale.
+
+    A panel is its lines and the labels of the settings; a line has NaN where it has no value.
+    """
+    figure, axes = new_figure(2.7 * len(panels) + 0.3, 3.0, 1, len(panels), sharey=True)
+    for axis, (name, (lines, settings)), x_label in zip(axes[0], panels.items(), x_labels, strict=True):
+        x = np.arange(len(settings))
+        for line, colour in zip(lines, COLOURS, strict=False):
+            axis.plot(x, line.values, color=colour, marker="o", markersize=3, label=line.label)
+            if line.low is not None and line.high is not None:
+                axis.fill_between(x, line.low, line.high, color=colour, alpha=0.18, linewidth=0)
+        axis.set_xticks(x, settings)
+        axis.set(title=name, xlabel=x_label)
+        # Under the panel, where it can hide no line.
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2))
+    axes[0, 0].set_ylabel(y_label)
+    _add_title(figure, title)
+    return figure
+
+
+@_styled
 def bars(panels: dict[str, dict[str, Interval]], title: str, y_labels: Sequence[str]) -> Figure:
     """One panel per quantity, one bar with its 95 % interval per condition; the value stands above the bar."""
     figure, axes = new_figure(max(COLUMN, 2.0 * len(panels)), 2.6, 1, len(panels))
@@ -239,6 +264,48 @@ def bars(panels: dict[str, dict[str, Interval]], title: str, y_labels: Sequence[
         if not any(interval.high for interval in intervals.values()):
             axis.set_ylim(0, 1)
         axis.grid(axis="x", visible=False)
+    _add_title(figure, title)
+    return figure
+
+
+@_styled
+def intervals(
+    panels: dict[str, dict[str, Interval]],
+    title: str,
+    x_labels: Sequence[str],
+    controls: Collection[str] = (),
+    reference: float | None = None,
+) -> Figure:
+    """One panel per quantity, one line with a dot and its 95 % interval per condition; the value stands beside it.
+
+    Panels stand above each other on a common scale; controls are grey. For labels too long to stand under bars.
+    """
+    heights = [len(lines) for lines in panels.values()]
+    figure, axes = new_figure(
+        COLUMN + 1.2, 0.23 * sum(heights) + 0.75 * len(panels) + 0.3, len(panels), height_ratios=heights, sharex=True
+    )
+    for axis, (name, lines), x_label in zip(axes[:, 0], panels.items(), x_labels, strict=True):
+        if reference is not None:
+            axis.axvline(reference, color=GREY, linewidth=0.8, linestyle="--")
+        for place, (label, interval) in enumerate(lines.items()):
+            colour = GREY if label in controls else BLUE
+            axis.plot([interval.low, interval.high], [place, place], color=colour, linewidth=2.4, solid_capstyle="butt")
+            axis.plot(interval.value, place, color=colour, marker="o", markersize=5)
+            axis.annotate(
+                f"{interval.value:.3g}",
+                (1, place),
+                xycoords=("axes fraction", "data"),
+                xytext=(4, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=7,
+            )
+        axis.set_yticks(range(len(lines)), list(lines))
+        axis.set_ylim(len(lines) - 0.4, -0.6)
+        axis.set(title=name, xlabel=x_label)
+        axis.tick_params(labelbottom=True)
+        axis.margins(x=0.08)
+        axis.grid(axis="y", visible=False)
     _add_title(figure, title)
     return figure
 
@@ -324,3 +391,33 @@ def _place(name: str) -> tuple[int, int, int]:
         return -1, 0, 0
     layer, index = int(numbers[0]), int(numbers[1]) if len(numbers) > 1 else 0
     return layer, 0 if part == "attn" else 1, index
+
+
+@_styled
+def development(runs: dict[str, pd.DataFrame], formation_step: int | None = None) -> Figure:
+    """The development of runs along training: loss, sink, norm of P0 and concentration, over steps on a log axis."""
+    panels = {
+        "Loss": ("loss", "nats per token"),
+        "Sink heads": ("excess", "excess score"),
+        "Sink rate, layers ≥ 2": ("sink_rate_from_layer_2", "share of heads"),
+        "Norm ratio after block 1": ("norm_ratio", "P0 over median"),
+        "Concentration, causal": ("concentration_causal", "share of the sink rate"),
+        "Induction": ("induction_score", "best head"),
+    }
+    figure, axes = new_figure(2 * COLUMN, 4.2, 2, 3, sharex=True)
+    for axis, (title, (column, label)) in zip(axes.flat, panels.items(), strict=True):
+        for (name, table), colour in zip(runs.items(), itertools.cycle(COLOURS)):
+            # Step 0 has its place on a log axis too: half a step before the first.
+            steps = table["step"].where(table["step"] > 0, 0.5 * table["step"][table["step"] > 0].min())
+            axis.plot(steps, table[column].astype(float), color=colour, marker="o", markersize=2.5, label=name)
+        if formation_step is not None:
+            axis.axvline(formation_step, color=GREY, linewidth=0.8, linestyle="--")
+        axis.set_xscale("log")
+        axis.set(title=title, ylabel=label)
+    for axis in axes[-1]:
+        axis.set_xlabel("step")
+    if len(runs) > 1:
+        axes[0, 0].legend()
+    dashed = "" if formation_step is None else " (dashed: the sink has formed)"
+    _add_title(figure, f"{', '.join(runs)}: along training{dashed}")
+    return figure

@@ -1,0 +1,250 @@
+"""The path: recovered on the wired model with exact scores, joint patches against single rows, and its refusals."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from p0circuit.experiments import NotApplicable
+from p0circuit.experiments.edges import input_shares
+from p0circuit.experiments.heads import uniform_excess
+from p0circuit.experiments.path import BESIDE, JOINT, WHOLE, ThePath, ThePathConfig, at_p0, joint_changes
+from p0circuit.interventions.contrast import contrast
+from p0circuit.interventions.metrics import measure, sink_score_of
+from p0circuit.interventions.path_patching import PathEffects
+from p0circuit.models import describe, forward, load_model
+from p0circuit.models.bridge import to_bridge
+from p0circuit.models.hooked import available, to_hooked
+from p0circuit.models.wired import decoy_model, purity, residual_subspaces, wired_huggingface, wired_model, wired_truth
+from p0circuit.prompts import from_ids, natural_text, random_tokens
+from p0circuit.results import Result
+from tests.families import VOCAB
+
+SHIFTS, LENGTH = (4, 9), 24
+QUICK = ThePathConfig(shifts=SHIFTS, runs=600)
+
+
+def distinct(n: int, length: int, seed: int = 0) -> Any:
+    """Rows of different tokens, so that the wired model recognises nothing but P0."""
+    generator = torch.Generator().manual_seed(seed)
+    return from_ids(torch.stack([torch.randperm(64, generator=generator)[:length] for _ in range(n)]))
+
+
+def predicted_scores(ids: torch.Tensor, place: int, also: int | None = None) -> np.ndarray:
+    """What the wired sink heads give to a position of each row, by construction.
+
+    All positions of purity above 3/4 are taken for P0 and share the sink with each other and with `also`.
+    """
+    recognised = purity(ids) > 0.75
+    if also is not None:
+        recognised[:, also] = True
+    seen = torch.arange(1, ids.shape[1] + 1)
+    count = recognised.cumsum(1)
+    scores = []
+    for strength in wired_truth().sink_strengths:
+        weight = torch.where(recognised[:, place], math.exp(strength), 1.0)[:, None]
+        scores.append((weight / (count * math.exp(strength) + seen - count))[:, place:].mean(1))
+    return torch.stack(scores).mean(0).numpy()
+
+
+@pytest.fixture(scope="module", params=["rotary", "learned"])
+def wired(request: pytest.FixtureRequest) -> Result:
+    return ThePath(QUICK).run(wired_model(request.param), distinct(12, LENGTH))
+
+
+def test_the_wired_path_is_reproduced_and_the_control_shows_nothing(wired: Result) -> None:
+    assert wired.claim is not None and wired.claim["verdict"] == "reproduced"
+    for direction in ("noising", "denoising"):
+        # Blocks from 2 on write nothing that a sink head reads, so blocks 0-1 are all there is.
+        assert wired.metrics[f"share_of_blocks_0_1_in_{direction}"].value == pytest.approx(1, abs=1e-3)
+        assert wired.metrics[f"share_of_random_position_in_{direction}"].value == pytest.approx(0, abs=1e-3)
+    for kind in ("among_edges_into_sink_heads", "in_total_effect"):
+        assert wired.metrics[f"share_of_k_{kind}"].value == pytest.approx(1, abs=1e-3)
+        for part in "qv":
+            assert wired.metrics[f"share_of_{part}_{kind}"].value == pytest.approx(0, abs=1e-3)
+    assert wired.metrics["edges_at_random_position_over_those_at_p0"].value == pytest.approx(0, abs=1e-3)
+
+
+def test_the_total_effects_are_those_of_the_construction(wired: Result) -> None:
+    truth, table = wired_truth(), wired.tables["joint"]
+    lost = np.mean(truth.score_kept(LENGTH)) - truth.score_gone(LENGTH)
+    chosen = distinct(12, LENGTH).split()[1]
+    for number, shift in enumerate(SHIFTS):
+        whole = table[(table["shift"] == shift) & (table["patched"] == WHOLE)].set_index("direction")["change"]
+        assert whole["noising"] == pytest.approx(-lost, abs=2e-3)
+        # The prefix's own P0 and the patched position share the sink.
+        shifted = contrast(chosen, shift, 64, number).shifted.ids
+        won = predicted_scores(shifted, shift, also=shift) - predicted_scores(shifted, shift)
+        assert whole["denoising"] == pytest.approx(won.mean(), abs=2e-3)
+
+
+def test_each_necessary_component_is_found_and_no_other(wired: Result) -> None:
+    table = wired.tables["components"].set_index(["direction", "node"])["share"]
+    for node in ("attn.0", "mlp.0", "mlp.1", "resid_pre.2", "resid_mid.0", "resid_mid.1", "resid_pre.1"):
+        assert table["noising", node] == pytest.approx(1, abs=2e-3), node
+        assert table["denoising", node] == pytest.approx(1, abs=2e-2), node
+    for node in ("embed", "resid_pre.0", "attn.1", "attn.2", "mlp.2", "resid_mid.2"):
+        for direction in ("noising", "denoising"):
+            assert table[direction, node] == pytest.approx(0, abs=2e-3), node
+
+
+def test_the_edges_are_recognition_to_amplification_to_keys(wired: Result) -> None:
+    edges = wired.tables["edges"]
+    found = {(sender, receiver) for sender, receiver, effect in edges.iloc[:, :3].values if abs(effect) > 0.02}
+    keys = {("mlp.1", f"attn.{layer}.{head}.k") for layer, head in wired_truth().sink_heads}
+    assert found == {("attn.0", "mlp.0"), ("mlp.0", "mlp.1"), *keys}
+
+
+def test_both_figures_are_drawn_with_labels(wired: Result) -> None:
+    maps: Any = wired.figures["components"]
+    assert [axis.get_title() for axis in maps.axes[:2]] == ["Noising, at P0: lost", "Denoising, at m: won"]
+    shares: Any = wired.figures["shares"]
+    assert [label.get_text() for label in shares.axes[1].get_yticklabels()] == ["K", "Q", "V"]
+
+
+def test_a_sink_made_by_the_position_embedding_takes_another_path() -> None:
+    """Learned positions can carry the sink: then the embedding has it, blocks 0-1 none, and the claim is missed."""
+    result = ThePath(QUICK).run(embedded_sink(), distinct(12, LENGTH))
+    assert result.claim is not None and result.claim["verdict"] == "not reproduced"
+    for direction in ("noising", "denoising"):
+        assert result.metrics[f"share_of_blocks_0_1_in_{direction}"].value == pytest.approx(0, abs=1e-3)
+        table = result.tables["components"].set_index(["direction", "node"])["share"]
+        assert table[direction, "embed"] == pytest.approx(1, abs=1e-3)
+    assert result.metrics["share_of_k_among_edges_into_sink_heads"].value == pytest.approx(1, abs=1e-3)
+    assert any("embedding is no component of a block" in note for note in result.notes)
+
+
+def embedded_sink() -> Any:
+    """The wired model with its MLPs silenced and the P0 direction put into the embedding of position 0."""
+    module = wired_huggingface("learned")
+    with torch.no_grad():
+        module.transformer.wpe.weight[0] += 60 * residual_subspaces().p0.float()
+        for block in module.transformer.h:
+            block.mlp.c_proj.weight.zero_()
+    return to_hooked(module, "embedded") if available() else to_bridge(module, "embedded")
+
+
+@pytest.mark.parametrize("name, backend", [("llama-grouped", "hooked"), ("neox", "bridge"), ("qwen3-moe", "bridge")])
+def test_joint_patches_against_rows_patched_one_by_one(family_model: Any, name: str, backend: str) -> None:
+    model, heads = family_model(name, backend), [(1, 0), (2, 3)]
+    prompts = random_tokens(VOCAB, n=3, length=14)
+    pair = contrast(prompts, 5, VOCAB)
+    beside = torch.tensor([1, 13, 6])
+    blocks = [f"blocks.{layer}.hook_{part}_out" for layer in (0, 1) for part in ("attn", "mlp")]
+    stream = [f"blocks.{layer}.hook_resid_pre" for layer in range(describe(model).layers)]
+    found = joint_changes(model, pair, heads, beside)
+    for row in range(3):
+        clean, shifted = pair.clean.ids[row : row + 1], pair.shifted.ids[row : row + 1]
+        away = int(beside[row])
+        for direction, (base, place, source, from_place) in {
+            "noising": (clean, 0, shifted, 5),
+            "denoising": (shifted, 5, clean, 0),
+        }.items():
+            before = literal_score(model, base, place, heads)
+            for key, names, step in ((JOINT, blocks, 0), (WHOLE, stream, 0), (BESIDE, blocks, away)):
+                values = literal_values(model, source, names, from_place + step)
+                after = literal_score(model, base, place, heads, values, place + step)
+                assert found[direction, key][row] == pytest.approx(after - before, abs=2e-6), (direction, key)
+    assert all(abs(found[direction, JOINT]).max() > 1e-4 for direction in ("noising", "denoising"))
+
+
+def literal_values(model: Any, ids: torch.Tensor, names: list[str], position: int) -> dict[str, torch.Tensor]:
+    found = {}
+
+    def keep(activation, hook, name):
+        found[name] = activation[0, position].clone()
+
+    with torch.no_grad():
+        forward(model, ids, hooks=[(name, lambda a, hook, name=name: keep(a, hook, name)) for name in names])
+    return found
+
+
+def literal_score(
+    model: Any,
+    ids: torch.Tensor,
+    place: int,
+    heads: list[tuple[int, int]],
+    values: dict[str, torch.Tensor] | None = None,
+    position: int = 0,
+) -> float:
+    """The mean attention to `place` of all queries from it on, with values put in at `position`."""
+    patterns = {}
+
+    def put(activation, hook, value):
+        activation = activation.clone()
+        activation[0, position] = value
+        return activation
+
+    def keep(pattern, hook, layer):
+        patterns[layer] = pattern[0].clone()
+
+    hooks = [(name, lambda a, hook, value=value: put(a, hook, value)) for name, value in (values or {}).items()]
+    for layer in {layer for layer, _ in heads}:
+        hooks.append((f"blocks.{layer}.attn.hook_pattern", lambda a, hook, layer=layer: keep(a, hook, layer)))
+    with torch.no_grad():
+        forward(model, ids, hooks=hooks)
+    length = ids.shape[1]
+    return sum(
+        sum(float(patterns[layer][head, query, place]) for query in range(place, length)) / (length - place)
+        for layer, head in heads
+    ) / len(heads)
+
+
+def test_a_metric_at_p0_is_the_same_wherever_the_place_is(family_model: Any) -> None:
+    model = family_model("llama", "bridge")
+    prompts = random_tokens(VOCAB, n=4, length=10).left_padded([10, 6, 8, 7])
+    metric = sink_score_of([(0, 1), (2, 2)])
+    expected = measure(model, prompts, metric)
+    torch.testing.assert_close(measure(model, prompts, at_p0(metric), torch.full((4,), 9)), expected)
+    assert not torch.allclose(measure(model, prompts, metric, torch.full((4,), 9)), expected)
+
+
+def test_shares_of_inputs_are_summed_sizes_of_edges_into_these_heads() -> None:
+    edges = (("embed", "attn.1.0.k"), ("mlp.0", "attn.1.0.k"), ("mlp.0", "attn.1.0.q"), ("mlp.0", "attn.1.1.v"))
+    edges += (("embed", "attn.1.2.k"), ("attn.0", "mlp.0"))
+    effect = torch.tensor([[-0.3, 0.1], [0.1, 0.1], [0.05, -0.15], [0.2, 0.0], [9.0, 9.0], [9.0, 9.0]])
+    effects = PathEffects(edges, torch.zeros(2), effect, "score", "direct")
+    shares = input_shares(effects, ["attn.1.0", "attn.1.1"])
+    assert shares is not None
+    whole = 0.3 + 0.1 + 0.1 + 0.1 + 0.05 + 0.15 + 0.2
+    assert [shares[part].value for part in "kqv"] == pytest.approx([0.6 / whole, 0.2 / whole, 0.2 / whole])
+    assert input_shares(PathEffects(edges, torch.zeros(2), 0 * effect, "score", "direct"), ["attn.1.0"]) is None
+
+
+def test_rows_are_dealt_out_to_the_shifts_and_bounded_by_the_runs(wired: Result) -> None:
+    components, edges = wired.tables["components"], wired.tables["edges"]
+    # 6 rows are measured; 15 single patches both ways, and 5 senders to 9 inputs, would allow 20 and 6 of them.
+    assert set(components["n"]) == {6} and set(edges["n"]) == {6}
+    few = ThePath(ThePathConfig(shifts=SHIFTS, runs=100, samples=5)).run(wired_model(), distinct(12, LENGTH))
+    assert set(few.tables["joint"]["n"]) == {5}
+    assert set(few.tables["components"]["n"]) == {3} and set(few.tables["edges"]["n"]) == {2}
+
+
+def test_the_trained_model_runs_through_blocks_0_and_1() -> None:
+    model = load_model("p0-nano")
+    prompts = natural_text(model.tokenizer, "stdlib", n=24, length=32, first_token="random")
+    result = ThePath(ThePathConfig(shifts=(8,), runs=600)).run(model, prompts)
+    assert result.claim is not None and result.claim["verdict"] == "reproduced"
+    assert abs(result.metrics["share_of_random_position_in_noising"].value) < 0.05
+
+
+def test_nothing_to_explain_is_not_applicable() -> None:
+    model = load_model("p0-nano", checkpoint=0)
+    with pytest.raises(NotApplicable, match="no sink to explain"):
+        ThePath().run(model, natural_text(model.tokenizer, "stdlib", n=16, length=32))
+    with pytest.raises(NotApplicable, match="no sink to explain"):
+        ThePath().run(decoy_model(), distinct(12, LENGTH))
+
+
+def test_without_room_for_a_prefix_it_is_not_applicable_and_with_some_it_says_so() -> None:
+    model = wired_model()
+    with pytest.raises(NotApplicable, match=r"no room for a prefix of 4 tokens before prompts of 254"):
+        ThePath().run(model, random_tokens(64, n=4, length=254))
+    result = ThePath(ThePathConfig(shifts=(2, 250), runs=100)).run(model, distinct(8, 20))
+    assert "longer prefixes do not fit 256 positions" in result.notes
+    assert set(result.tables["joint"]["shift"]) == {2}
+    assert uniform_excess(20) < result.metrics["total_effect_of_denoising"].value
