@@ -139,7 +139,7 @@ def run(
     if name not in EXPERIMENTS:
         raise ValueError(f"no experiment {experiment!r}; there are: {', '.join(EXPERIMENTS)} and {', '.join(claims)}")
     loaded = _load(model, backend, checkpoint, device, dtype, layers)
-    prompts = _prompts(loaded, text, samples, length, seed, First.text)
+    prompts = _three_seeds(loaded, text, samples, length, seed)
     _print_json(_run_one(EXPERIMENTS[name](), loaded, prompts, out), as_json)
 
 

@@ -110,9 +110,10 @@ def files(directory: Path) -> set[str]:
 
 def expected_files(*experiments: str) -> set[str]:
     named = {name for experiment in experiments for name in FILES[experiment]}
+    views = {"attention/sink-map.json"} if "sink-map" in experiments else set()
     drawn = {f"{name}.{end}" for name in named if name.startswith("figures/") for end in ("png", "svg")}
     tables = {name for name in named if name.endswith(".csv")}
-    return tables | drawn | {f"{experiment}.json" for experiment in experiments} | {"manifest.json"}
+    return tables | drawn | views | {f"{experiment}.json" for experiment in experiments} | {"manifest.json"}
 
 
 # sink
@@ -121,7 +122,7 @@ def expected_files(*experiments: str) -> set[str]:
 def test_help_names_every_command(p0: Run) -> None:
     shown = p0("--help")
     assert shown.code == 0 and shown.err == ""
-    for command in ("reproduce", "run", "sink", "models", "train", "cache"):
+    for command in ("reproduce", "run", "sink", "models", "train", "trace", "cache"):
         assert command in shown.out
         assert p0(command, "--help").code == 0
 
@@ -208,7 +209,7 @@ def test_run_leaves_tables_figures_and_a_manifest(p0: Run, tiny_model_dir: Path,
     assert "best_head_with_bos" in ended.err and str(result.metrics["best_head"]) in ended.err
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["command"] == [str(argument) for argument in arguments]
-    assert manifest["model"] == "tiny" and manifest["experiments"] == ["sink-map"] and manifest["left_out"] == {}
+    assert manifest["model"] == "tiny" and manifest["experiments"] == ["sink-map"]
     assert manifest["weights"] == weights_fingerprint(load_model(tiny_model_dir))
     assert manifest["prompts"] == result.provenance["prompts"]["fingerprint"]
     assert (manifest["seed"], manifest["device"]) == (0, "cpu")
@@ -227,23 +228,61 @@ def test_a_second_run_reads_the_cache_and_leaves_the_same(p0: Run, tiny_model_di
         assert (first / name).read_bytes() == (second / name).read_bytes(), name
 
 
-def test_reproduce_runs_everything_on_every_model(p0: Run, tiny_model_dir: Path, tmp_path: Path) -> None:
-    ended = p0("reproduce", tiny_model_dir, "wired", "--out", tmp_path, "--json", *QUICK)
+def test_reproduce_tests_every_claim_on_every_model(p0: Run, tiny_model_dir: Path, tmp_path: Path) -> None:
+    arguments = ("reproduce", tiny_model_dir, "wired", "--out", tmp_path, "--json", "--text", "english")
+    ended = p0(*arguments, "--samples", 12, "--length", 20)
     assert ended.code == 0
     shown = json.loads(ended.out)
     assert list(shown) == ["tiny", "wired"]
-    assert list(shown["tiny"]) == list(EXPERIMENTS)
+    ids = [make.claim.id for make in EXPERIMENTS.values() if make.claim is not None]
+    for model, found in shown.items():
+        folder = Path(found["directory"])
+        assert [claim["id"] for claim in found["claims"]] == ids
+        assert json.loads((folder / "claims.json").read_text()) == found["claims"]
+        assert {"report.html", "report.md", "manifest.json"} <= files(folder)
+        for claim in found["claims"]:
+            controls = {control["control"]: control["verdict"] for control in claim["controls"]}
+            assert list(controls) == ["untrained", "shuffled neurons", "decoy"]
+            assert model == "wired" or "reproduced" not in {claim["verdict"], *controls.values()}, claim["id"]
+    verdicts = {claim["experiment"]: claim["verdict"] for claim in shown["wired"]["claims"]}
+    assert verdicts["sink-map"] == "reproduced"
     # What does not apply to a model is said, written down, and stops nothing.
-    assert list(shown["wired"]) == [name for name in EXPERIMENTS if name != "bos-ablation"]
-    assert "bos-ablation: left out: this model has no BOS token" in ended.err.replace("\n", " ")
+    assert verdicts["bos-ablation"] == "not applicable"
     left_out = json.loads((tmp_path / "wired" / "manifest.json").read_text())["left_out"]
-    assert list(left_out) == ["bos-ablation"] and "no BOS token" in left_out["bos-ablation"]
+    assert "no BOS token" in left_out["bos-ablation"]
     assert files(tmp_path / "tiny") >= expected_files(*FILES)
-    for model in shown:
-        for experiment in shown[model]:
-            assert Result.load(tmp_path / model / f"{experiment}.json").experiment == experiment
+    assert "wired" in (tmp_path / "report.html").read_text()
     scores = pd.read_csv(tmp_path / "wired" / "tables" / "sink-map-scores.csv")
     assert set(scores[scores["sink_score"] > 0.8]["layer"]) == {2}
+
+
+def test_a_claim_runs_by_its_number(p0: Run, tmp_path: Path) -> None:
+    ended = p0("run", "c1", "--model", "wired", "--out", tmp_path, "--samples", 6, "--length", 12)
+    assert ended.code == 0 and "C1 reproduced" in ended.err
+    assert Result.load(tmp_path / "wired" / "sink-map.json").claim["verdict"] == "reproduced"
+
+
+def test_the_first_layers_alone(p0: Run, tiny_model_dir: Path, tmp_path: Path) -> None:
+    quick = ("--out", tmp_path, "--layers", 2, *QUICK)
+    assert p0("run", "norm-direction", "--model", tiny_model_dir, *quick).code == 0
+    result = Result.load(tmp_path / "tiny[:2]" / "norm-direction.json")
+    assert result.provenance["model"]["layers"] == 2
+    ended = p0("run", "norm-direction", "--model", tiny_model_dir, "--out", tmp_path, "--layers", 9)
+    assert ended.code == 2 and "tiny has 3 layers; layers=9 is not among them" in ended.err
+
+
+def test_trace_prints_the_promised_keys(p0: Run, tmp_path: Path) -> None:
+    quick = ("--samples", 6, "--length", 20, "--out", tmp_path, "--json")
+    ended = p0("trace", "p0-nano", "--checkpoints", "0,7221,20000", *quick)
+    assert ended.code == 0
+    found = json.loads(ended.out)
+    assert found["model"] == "p0-nano" and [row["step"] for row in found["checkpoints"]] == [0, 7221, 20000]
+    keys = {"step", "tokens", "loss", "sink_rate", "sink_rate_from_layer_2", "norm_ratio", "concentration_observed"}
+    assert keys | {"concentration_causal"} <= set(found["checkpoints"][0])
+    assert "formation_step" in found and found["stages"]
+    assert (tmp_path / "p0-nano" / "figures" / "trace-development.png").is_file()
+    ended = p0("trace", "p0-nano", "--checkpoints", "5", *quick)
+    assert ended.code == 2 and "none of the checkpoints" in ended.err
 
 
 def test_two_models_of_one_name_do_not_overwrite_each_other(p0: Run, tiny_model_dir: Path, tmp_path: Path) -> None:

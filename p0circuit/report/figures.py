@@ -197,7 +197,10 @@ def trajectories(
 ) -> Figure:
     """Lines with their intervals over a common axis (usually the layers), one panel for each group."""
     logs = [log] * len(panels) if isinstance(log, bool) else list(log)
-    figure, axes = new_figure(COLUMN * len(panels), 2.7, 1, len(panels))
+    most = max(map(len, panels.values()))
+    # More names than two find no room that no line passes through: they go below.
+    below = most > 2
+    figure, axes = new_figure(COLUMN * len(panels), 2.7 + 0.17 * most * below, 1, len(panels))
     x = np.arange(len(positions))
     for axis, (name, lines), y_label, logarithmic in zip(axes[0], panels.items(), y_labels, logs, strict=True):
         for line, colour in zip(lines, COLOURS, strict=False):
@@ -211,7 +214,9 @@ def trajectories(
         step = max(1, len(positions) // 10)
         axis.set_xticks(x[::step], [str(p) for p in positions][::step])
         axis.set(title=name, xlabel=x_label, ylabel=y_label)
-        if len(lines) > 1:
+        if below:
+            axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2))
+        elif len(lines) > 1:
             axis.legend()
     _add_title(figure, title)
     return figure
