@@ -67,7 +67,9 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on standard
 
 @app.command()
 def reproduce(
-    models: Annotated[list[str] | None, typer.Argument(help=f"{MODEL_HELP} p0-nano if none is named.")] = None,
+    models: Annotated[
+        list[str] | None, typer.Argument(help=f"{MODEL_HELP} Every shipped model if none is named.")
+    ] = None,
     out: OutOption = Path("out"),
     text: TextOption = "stdlib",
     quick: Annotated[bool, typer.Option("--quick", help=f"{QUICK_SAMPLES} prompts instead of --samples.")] = False,
@@ -83,12 +85,12 @@ def reproduce(
 ) -> None:
     """Test every claim on each model, with its controls; leave claims, figures and a report in OUT/MODEL."""
     from p0circuit.experiments import EXPERIMENTS
-    from p0circuit.models import describe
+    from p0circuit.models import describe, list_models
     from p0circuit.report.page import write_report
     from p0circuit.reproduction import failed
     from p0circuit.reproduction import reproduce as reproduce_model
 
-    given = models or ["p0-nano"]
+    given = models or [shipped.name for shipped in list_models()]
     names = [Path(name).absolute().name if Path(name).is_dir() else name for name in given]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"two of these models are called {twice[0]!r}: give each an --out, in a call of its own")

@@ -40,7 +40,8 @@ class BosAblation(Experiment):
         title="No BOS needed",
         source="Peng et al., arXiv 2603.06591, section on BOS",
         statement="Whatever token stands at position zero becomes the sink: without BOS it re-forms.",
-        measure="The score that sink heads, chosen with BOS on other samples, give to P0 without BOS, over that with it.",
+        measure="The score that sink heads, chosen with BOS on other samples, give to P0 without BOS, over that "
+        "with BOS.",
         clauses=(
             Clause("score_without_over_with_bos", ">=", 0.7, if_measured=True),
             Clause("score_without_over_with_bos", ">=", 0.6, "low", if_measured=True),

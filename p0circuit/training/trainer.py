@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -269,8 +270,9 @@ def train(
 
 def read_config(path: Path) -> TrainConfig:
     """The configuration of a run; fields that its version did not know yet have their defaults."""
-    given = json.loads(path.read_text())
-    return TrainConfig(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+    given: dict[str, Any] = json.loads(path.read_text())
+    given["betas"] = tuple(given["betas"])
+    return TrainConfig(**given)
 
 
 def write_log(path: Path, log: list[dict[str, float]]) -> None:

@@ -174,16 +174,14 @@ def build_model(config: TrainConfig) -> PreTrainedModel:
     if config.architecture == "mistral":
         return MistralForCausalLM(MistralConfig(sliding_window=config.window, **shared))
     if config.architecture == "qwen3_moe":
-        return Qwen3MoeForCausalLM(
-            Qwen3MoeConfig(
-                num_experts=config.experts,
-                num_experts_per_tok=config.experts_per_token,
-                moe_intermediate_size=config.d_mlp,
-                head_dim=config.d_model // config.heads,
-                norm_topk_prob=True,
-                **shared,
-            )
-        )
+        shared |= {
+            "num_experts": config.experts,
+            "num_experts_per_tok": config.experts_per_token,
+            "moe_intermediate_size": config.d_mlp,
+            "head_dim": config.d_model // config.heads,
+            "norm_topk_prob": True,
+        }
+        return Qwen3MoeForCausalLM(Qwen3MoeConfig(**shared))
     model = LlamaForCausalLM(LlamaConfig(**shared))
     if config.gated_attention:
         new_gates(model)

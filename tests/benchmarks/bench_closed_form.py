@@ -23,7 +23,6 @@ from p0circuit.prompts import PromptSet, random_tokens
 from p0circuit.sink import sink_score
 from tests.benchmarks.bench_activation_patching import gpt2_small_shape, peak_mb
 
-
 FEW_EDGES = 1000
 
 

@@ -283,7 +283,7 @@ def test_lacking_weights_are_named(llama: Path) -> None:
 def test_a_damaged_file(llama: Path) -> None:
     whole = (llama / "model.safetensors").read_bytes()
     (llama / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ModelError, match="a weight file in .* is damaged"):
+    with pytest.raises(ModelError, match=r"a weight file in .* is damaged"):
         load_model(llama)
 
 
