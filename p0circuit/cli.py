@@ -86,6 +86,7 @@ def reproduce(
     """Test every claim on each model, with its controls; leave claims, figures and a report in OUT/MODEL."""
     from p0circuit.experiments import EXPERIMENTS
     from p0circuit.models import describe, list_models
+    from p0circuit.report.contents import find_runs
     from p0circuit.report.page import write_report
     from p0circuit.reproduction import failed
     from p0circuit.reproduction import reproduce as reproduce_model
@@ -105,6 +106,8 @@ def reproduce(
         claims = reproduce_model(model, prompts, directory, [make() for make in EXPERIMENTS.values()], beginner)
         write_report(directory)
         _show_claims(label, claims)
+        for published in find_runs(directory)[0].beside:
+            say(f"published: {published}")
         say(f"claims, tables, figures, manifest and report.html are in {directory}")
         broken += [f"{label} {claim}" for claim in failed(claims)]
         summary[label] = {"directory": str(directory), "claims": claims}

@@ -103,6 +103,10 @@ class SinkMap(Experiment):
                 key = "best_head" if name == WITHOUT_BOS else "best_head_with_bos"
                 metrics[key] = bootstrap(scores[:, layer, head].numpy())
         notes = [] if WITH_BOS in maps else ["There is no BOS token: the condition with BOS is left out."]
+        notes.append(
+            f"{info.layers * info.heads} heads are looked at and no interval of a single head is corrected for that; "
+            "the claim's rates are over all of them"
+        )
         if late < 2:
             notes.append(f"{info.name} has {info.layers} layers: 'from layer 2' is from its last one")
         columns = ["condition", "layer", "head", "sink_score", "standard_deviation", f"score_at_{place}"]
