@@ -1,0 +1,68 @@
+"""How time and memory of the fast forms grow with length, layers and patches.
+
+Run it with `python -m tests.benchmarks.bench_growth`. Random weights of GPT-2 small's width, two rows. Memory is the
+peak beyond the weights; one forward over the same rows stands beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from p0circuit.interventions.activation_patching import patch_components, patch_neurons
+from p0circuit.interventions.closed_form import key_edges
+from p0circuit.interventions.contrast import contrast, replacements
+from p0circuit.interventions.metrics import sink_score_of
+from p0circuit.interventions.nodes import components
+from p0circuit.models import describe, forward
+from p0circuit.prompts import random_tokens
+from tests.benchmarks.bench_activation_patching import SHIFT, gpt2_small_shape, peak_mb
+
+
+@torch.no_grad()
+def measure(layers: Sequence[int] = (6, 12), lengths: Sequence[int] = (64, 128)) -> list[dict[str, Any]]:
+    """One line for each way, number of layers and length: patches or edges, seconds and MB."""
+    lines = []
+    for count in layers:
+        model = gpt2_small_shape(count)
+        info = describe(model)
+        metric = sink_score_of([count // 2])
+        for length in lengths:
+            pair = contrast(random_tokens(info.vocab_size, n=2, length=length), SHIFT, info.vocab_size)
+            senders = components(model, [0, 1], heads=True)
+            values = replacements(model, pair, senders)
+
+            def neurons(number: int, model: Any = model, pair: Any = pair, metric: Any = metric) -> Any:
+                return lambda: patch_neurons(model, pair, metric, layers=[0], neurons=range(number))
+
+            ways: dict[str, tuple[int, Callable[[], Any]]] = {
+                "forward": (0, lambda model=model, pair=pair: forward(model, pair.clean.ids)),
+                "components": (
+                    5 * count,
+                    lambda model=model, pair=pair, metric=metric: patch_components(model, pair, metric),
+                ),
+                "64 neurons": (64, neurons(64)),
+                "256 neurons": (256, neurons(256)),
+                "closed form": (
+                    len(senders) * (count - 2) * info.heads,
+                    lambda model=model, pair=pair, some=senders, values=values: key_edges(
+                        model, pair.clean, some, values
+                    ),
+                ),
+            }
+            for way, (patches, run) in ways.items():
+                start = time.perf_counter()
+                run()
+                seconds = time.perf_counter() - start
+                line = {"way": way, "layers": count, "length": length, "patches": patches, "seconds": seconds}
+                lines.append(line | {"mb": peak_mb(run)})
+    return lines
+
+
+if __name__ == "__main__":
+    for line in measure():
+        print(json.dumps(line))
