@@ -46,6 +46,8 @@ class Backend(str, Enum):
 
 
 QUICK_SAMPLES = 128
+SMALL_MODEL = 5_000_000
+"""Parameters up to which one thread is quicker than several."""
 MODEL_HELP = "A shipped model, a local Hugging Face directory, a hub id, or 'wired', whose weights are constructed."
 
 ModelArgument = Annotated[str, typer.Argument(help=MODEL_HELP)]
@@ -387,7 +389,11 @@ def _load(
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from None
     step = int(checkpoint) if isinstance(checkpoint, str) and checkpoint.isdecimal() else checkpoint
-    return load_model(name, backend.value, step, device, kinds[dtype] if dtype else None, layers)
+    model = load_model(name, backend.value, step, device, kinds[dtype] if dtype else None, layers)
+    if "OMP_NUM_THREADS" not in os.environ and sum(p.numel() for p in model.parameters()) < SMALL_MODEL:
+        # The matrices of a small model are done before a second thread has woken up: one is twice as fast as two.
+        torch.set_num_threads(1)
+    return model
 
 
 def _beginner(name: str, backend: Backend, device: str | None, dtype: str | None, layers: int | None) -> Any:

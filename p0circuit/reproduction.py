@@ -112,7 +112,7 @@ def run_or_read(
     Raises:
         NotApplicable: there is nothing to measure on this model or these prompts.
     """
-    key = _key(experiment, model, prompts)
+    key = result_key(experiment, model, prompts)
     path = directory / f"{experiment.id}.json"
     with contextlib.suppress(ValueError, KeyError, TypeError):
         kept = Result.load(path)
@@ -182,7 +182,7 @@ def _controls(model: Any, prompts: PromptSet, beginner: Any) -> dict[str, Contro
     return {"untrained": on_untrained, "shuffled neurons": on_shuffled, "decoy": on_decoy}
 
 
-def _key(experiment: Experiment, model: Any, prompts: PromptSet) -> str:
+def result_key(experiment: Experiment, model: Any, prompts: PromptSet) -> str:
     """A hash of all that decides the result: weights, hooks under way, prompts, settings and the experiment's code."""
     parts = {
         "weights": weights_fingerprint(model),

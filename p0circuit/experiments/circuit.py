@@ -43,7 +43,7 @@ class CircuitConfig:
     """
 
     shift: int = 8
-    samples: int = 32
+    samples: int = 16
     share: float = 0.05
     eps: float = SINK_THRESHOLD
     fallback_heads: int = FALLBACK_HEADS
