@@ -139,15 +139,12 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Run one experiment on one model."""
-    from p0circuit.experiments import EXPERIMENTS
+    from p0circuit.experiments import find_experiment
 
-    claims = {make.claim.id: name for name, make in EXPERIMENTS.items() if make.claim is not None}
-    name = claims.get(experiment.upper(), experiment)
-    if name not in EXPERIMENTS:
-        raise ValueError(f"no experiment {experiment!r}; there are: {', '.join(EXPERIMENTS)} and {', '.join(claims)}")
+    chosen = find_experiment(experiment)
     loaded = _load(model, backend, checkpoint, device, dtype, layers)
     prompts = _three_seeds(loaded, text, samples, length, seed)
-    _print_json(_run_one(EXPERIMENTS[name](), loaded, prompts, out), as_json)
+    _print_json(_run_one(chosen, loaded, prompts, out), as_json)
 
 
 @app.command()
@@ -293,6 +290,70 @@ def trace(
 
 
 @app.command()
+def sweep(
+    models: Annotated[str, typer.Option(help=f"Separated by commas. {MODEL_HELP}")] = "p0-nano",
+    checkpoints: Annotated[
+        str | None,
+        typer.Option(help="Steps or revisions, separated by commas; a model that keeps none is run once, as it is."),
+    ] = None,
+    experiments: Annotated[str, typer.Option(help="Ids, or those of claims, separated by commas.")] = "sink-map",
+    out: Annotated[str, typer.Option(help="A directory, or any path of fsspec: s3://bucket/sweep.")] = "out/sweep",
+    address: Annotated[
+        str | None, typer.Option(help="Of a Ray cluster: auto, ray://host:10001. Without it Ray is started here.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Tasks at a time, if Ray is started here.")] = None,
+    cpus: Annotated[int, typer.Option(min=1, help="Cores of a task.")] = 1,
+    gpus: Annotated[float | None, typer.Option(min=0, help="GPUs of a task; 1 if torch sees one here.")] = None,
+    text: TextOption = "stdlib",
+    samples: SamplesOption = 128,
+    length: LengthOption = 64,
+    seed: SeedOption = 0,
+    backend: BackendOption = Backend.auto,
+    dtype: DtypeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Run experiments on checkpoints of models, side by side on Ray; what is in OUT already is not measured again."""
+    from functools import partial
+
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from p0circuit.prompts import SHIPPED_TEXTS
+    from p0circuit.sweep import sweep as sweep_models
+
+    def listed(given: str | None) -> list[str]:
+        return [item.strip() for item in (given or "").split(",") if item.strip()]
+
+    # Workers need not have this working directory.
+    text = text if text in ("stdlib", *SHIPPED_TEXTS) else str(Path(text).absolute())
+    found = sweep_models(
+        listed(models),
+        [int(label) if label.isdecimal() else label for label in listed(checkpoints)],
+        listed(experiments),
+        out,
+        partial(_three_seeds, text=text, samples=samples, length=length, seed=seed),
+        address,
+        workers=workers,
+        cpus=cpus,
+        gpus=gpus,
+        backend=backend.value,
+        dtype=_dtype(dtype),
+    )
+    table = Table(title=out, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in ("model", "checkpoint", "experiment", "status", "seconds"):
+        table.add_column(column, overflow="fold")
+    for task in found.tasks:
+        checkpoint = "" if task.checkpoint is None else str(task.checkpoint)
+        table.add_row(task.model, checkpoint, task.experiment, task.status, f"{task.seconds:.1f}")
+    Console(stderr=True).print(table)
+    _print_json(found.to_json(), as_json)
+    if found.failed:
+        say(f"error: {len(found.failed)} of {len(found.tasks)} tasks failed; run again, the others are kept")
+        raise typer.Exit(1)
+
+
+@app.command()
 def cache(
     clear: Annotated[bool, typer.Option("--clear", help="Remove every file.")] = False,
     as_json: JsonOption = False,
@@ -381,19 +442,26 @@ def _load(
 
     from p0circuit.models import load_model
 
-    kinds = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
-    if dtype is not None and dtype not in kinds:
-        raise ValueError(f"unknown dtype {dtype!r}; expected one of {', '.join(kinds)}")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from None
     step = int(checkpoint) if isinstance(checkpoint, str) and checkpoint.isdecimal() else checkpoint
-    model = load_model(name, backend.value, step, device, kinds[dtype] if dtype else None, layers)
+    model = load_model(name, backend.value, step, device, _dtype(dtype), layers)
     if "OMP_NUM_THREADS" not in os.environ and sum(p.numel() for p in model.parameters()) < SMALL_MODEL:
         # The matrices of a small model are done before a second thread has woken up: one is twice as fast as two.
         torch.set_num_threads(1)
     return model
+
+
+def _dtype(name: str | None) -> Any:
+    """The torch dtype of a name, None for None."""
+    import torch
+
+    kinds = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
+    if name is not None and name not in kinds:
+        raise ValueError(f"unknown dtype {name!r}; expected one of {', '.join(kinds)}")
+    return kinds[name] if name else None
 
 
 def _beginner(name: str, backend: Backend, device: str | None, dtype: str | None, layers: int | None) -> Any:

@@ -122,7 +122,7 @@ def expected_files(*experiments: str) -> set[str]:
 def test_help_names_every_command(p0: Run) -> None:
     shown = p0("--help")
     assert shown.code == 0 and shown.err == ""
-    for command in ("reproduce", "run", "sink", "models", "train", "trace", "cache"):
+    for command in ("reproduce", "run", "sink", "models", "train", "trace", "sweep", "cache"):
         assert command in shown.out
         assert p0(command, "--help").code == 0
 

@@ -42,6 +42,22 @@ EXPERIMENTS: dict[str, type[Any]] = {
 }
 """What `p0circuit reproduce` runs, in this order."""
 
+
+def find_experiment(name: str | Experiment) -> Experiment:
+    """The experiment of an id or of a claim's id, with its default settings; an experiment is given back.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if isinstance(name, Experiment):
+        return name
+    claims = {kind.claim.id: kind for kind in EXPERIMENTS.values() if kind.claim is not None}
+    kind = EXPERIMENTS.get(name) or claims.get(name.upper())
+    if kind is None:
+        raise ValueError(f"no experiment {name!r}; there are: {', '.join(EXPERIMENTS)} and {', '.join(claims)}")
+    return kind()
+
+
 __all__ = [
     "EXPERIMENTS",
     "Amplification",
@@ -76,4 +92,5 @@ __all__ = [
     "StructureConfig",
     "ThePath",
     "ThePathConfig",
+    "find_experiment",
 ]
