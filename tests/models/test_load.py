@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from p0circuit.models import ModelError, ShippedModel, describe, forward, list_checkpoints, list_models, load_model
+from p0circuit.models import load as load_module
 from p0circuit.models.hooked import available
 from tests.families import FAMILIES, Family, build, write
 
@@ -357,3 +358,23 @@ def test_a_hub_model_in_the_local_cache(tmp_path: Path, monkeypatch: pytest.Monk
     assert list_checkpoints("someone/small-llama") == [30, 200]
     with pytest.raises(ModelError, match=r"someone/small-llama at 'step9' is not in the local cache.*step200"):
         load_model("someone/small-llama", checkpoint=9)
+
+
+def test_what_would_not_fit_is_refused_before_it_is_read(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = sum(weight.numel() for weight in load_file(llama / "model.safetensors").values())
+    whole, reads = 2 * 4 * numbers, []
+    monkeypatch.setattr(load_module, "free_memory", lambda device: whole - 1)
+    monkeypatch.setattr(load_module, "_load_hf", lambda *given: reads.append(given))
+    with pytest.raises(ModelError, match=r"needs about .* GB on cpu and .* are free; load it with a smaller dtype"):
+        load_model(llama, device="cpu")
+    assert not reads
+    monkeypatch.undo()
+    # Half the bytes fit, and so do fewer layers.
+    monkeypatch.setattr(load_module, "free_memory", lambda device: whole - 1)
+    assert describe(load_model(llama, device="cpu", dtype=torch.bfloat16)).layers == 3
+    assert describe(load_model(llama, device="cpu", layers=2)).layers == 2
+
+
+def test_free_memory_is_what_the_system_has() -> None:
+    free = load_module.free_memory(torch.device("cpu"))
+    assert free is None or 2**20 < free < 2**50
