@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 
-from p0circuit import __version__
 from p0circuit.activations import batch_size_for, weights_fingerprint
 from p0circuit.console import say
 from p0circuit.experiments.base import Experiment, NotApplicable
@@ -34,6 +33,7 @@ from p0circuit.experiments.claim import Judgement
 from p0circuit.files import write_json
 from p0circuit.models import ModelError, describe, forward, load_model
 from p0circuit.models.controls import shuffled_neurons, untrained
+from p0circuit.paths import code_fingerprint
 from p0circuit.prompts import PromptSet, random_tokens
 from p0circuit.results import Result, write_manifest
 
@@ -183,15 +183,15 @@ def _controls(model: Any, prompts: PromptSet, beginner: Any) -> dict[str, Contro
 
 
 def result_key(experiment: Experiment, model: Any, prompts: PromptSet) -> str:
-    """A hash of all that decides the result: weights, hooks under way, prompts, settings and the experiment's code."""
+    """A hash of all that decides the result: weights, hooks under way, prompts, settings and code."""
     parts = {
         "weights": weights_fingerprint(model),
         "hooks": sorted(f"{name} {len(point.fwd_hooks)}" for name, point in model.hook_dict.items() if point.fwd_hooks),
         "prompts": prompts.fingerprint(),
         "config": repr(experiment.config),
-        "code": inspect.getsource(sys.modules[type(experiment).__module__]),
+        # That of the experiment too, which need not be one of the package's own.
+        "code": [code_fingerprint(), inspect.getsource(sys.modules[type(experiment).__module__])],
         "claim": repr(experiment.claim),
-        "p0circuit": __version__,
         "torch": torch.__version__,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -31,7 +31,16 @@ from p0circuit.experiments import find_experiment
 from p0circuit.experiments.base import Experiment, NotApplicable
 from p0circuit.files import write_atomically
 from p0circuit.models import ModelError, load_model
-from p0circuit.models.load import _WIRED, Backend, _checkpoints, _count_parameters, _hub_id, _local_folder, _resolve
+from p0circuit.models.load import (
+    _WIRED,
+    Backend,
+    _checkpoints,
+    _count_parameters,
+    _hub_id,
+    _local_folder,
+    _resolve,
+    bytes_while_loading,
+)
 from p0circuit.paths import data_dir
 from p0circuit.prompts import PromptSet
 from p0circuit.reproduction import result_key
@@ -210,9 +219,7 @@ def memory_of(model: str, checkpoint: int | str | None, dtype: torch.dtype | Non
     """
     import torch
 
-    bits = torch.finfo(dtype or torch.float32).bits
-    # HookedTransformer has weights of its own, made beside those of `transformers`.
-    return BESIDE_WEIGHTS + 2 * _parameters(model, checkpoint) * bits // 8
+    return BESIDE_WEIGHTS + bytes_while_loading(_parameters(model, checkpoint), dtype or torch.float32)
 
 
 def _parameters(model: str, checkpoint: int | str | None) -> int:

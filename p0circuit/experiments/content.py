@@ -26,10 +26,10 @@ from torch import Tensor
 from p0circuit.activations import record, residual_at
 from p0circuit.experiments.base import Experiment, NotApplicable
 from p0circuit.experiments.claim import Claim, Clause
+from p0circuit.experiments.heads import excess_by_head
 from p0circuit.experiments.surgery import (
     LAST_BLOCK,
     Sink,
-    excess_by_head,
     find_sink,
     heads_above,
     left_of,

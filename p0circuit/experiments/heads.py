@@ -27,6 +27,9 @@ FALLBACK_HEADS = 3
 TIMES_UNIFORM = 2
 """A sink exists where the excess is, beyond doubt, more than this many times that of uniform attention."""
 
+Heads = Sequence[tuple[int, int]]
+ByHead = Float[Tensor, "sample layer head"]
+
 
 @dataclass(frozen=True)
 class SinkHeads:
@@ -78,7 +81,7 @@ def find_sink_heads(model: Any, prompts: PromptSet) -> SinkHeads:
     first, second = prompts.split()
     heads, above = sink_heads(record(model, first, score_at(0))[score_at(0)])
     excess = bootstrap(excess_scores(model, second, heads))
-    needed = TIMES_UNIFORM * uniform_excess(prompts.length)
+    needed = least_excess(prompts.length)
     if not excess.low > needed:
         raise NotApplicable(
             f"there is no sink to explain: the excess score of the {len(heads)} highest heads is {excess}, and its "
@@ -90,32 +93,48 @@ def find_sink_heads(model: Any, prompts: PromptSet) -> SinkHeads:
 def scores_of(
     model: Any,
     prompts: PromptSet,
-    heads: Sequence[tuple[int, int]],
+    heads: Heads,
     offset: int = 0,
     interventions: Sequence[HooksByRow] = (),
 ) -> Float[np.ndarray, " sample"]:
     """The mean score that these heads give to the position `offset` places after P0."""
     quantity = score_at(offset)
-    scores = record(model, prompts, quantity, interventions=interventions)[quantity].double()
-    layers, numbers = zip(*heads, strict=True)
-    return scores[:, list(layers), list(numbers)].mean(1).numpy()
+    return over_heads(record(model, prompts, quantity, interventions=interventions)[quantity].double(), heads)
 
 
 def excess_scores(
     model: Any,
     prompts: PromptSet,
-    heads: Sequence[tuple[int, int]],
+    heads: Heads,
     offset: int = 0,
     interventions: Sequence[HooksByRow] = (),
 ) -> Float[np.ndarray, " sample"]:
-    """The excess score of P0, or of the position `offset` places after it: its score minus that of position 8."""
-    at, control = score_at(offset), score_at(CONTROL)
-    recording = record(model, prompts, [at, control], interventions=interventions)
+    """These heads' mean excess score of P0, or of the position `offset` places after it."""
+    return over_heads(excess_by_head(model, prompts, interventions, (offset,))[offset], heads)
+
+
+def excess_by_head(
+    model: Any, prompts: PromptSet, interventions: Sequence[HooksByRow] = (), offsets: Sequence[int] = (0,)
+) -> dict[int, ByHead]:
+    """The excess score of every head at some positions, all from the same run: their score minus that of position 8."""
+    wanted = {offset: score_at(offset) for offset in {*offsets, CONTROL}}
+    recording = record(model, prompts, list(wanted.values()), interventions=interventions)
+    scores = {offset: recording[quantity].double() for offset, quantity in wanted.items()}
+    return {offset: scores[offset] - scores[CONTROL] for offset in offsets}
+
+
+def over_heads(values: ByHead, heads: Heads) -> Float[np.ndarray, " sample"]:
+    """The mean over some heads."""
     layers, numbers = map(list, zip(*heads, strict=True))
-    return (recording[at].double() - recording[control].double())[:, layers, numbers].mean(1).numpy()
+    return values[:, layers, numbers].mean(1).cpu().numpy()
 
 
 def uniform_excess(length: int) -> float:
     """The excess score of heads that attend to all they see alike, on prompts of this length."""
     weights = 1 / np.arange(1, length + 1)
     return float(weights.mean() - weights[CONTROL:].mean())
+
+
+def least_excess(length: int) -> float:
+    """What an excess score has to be above, beyond doubt, for there to be a sink on prompts of this length."""
+    return TIMES_UNIFORM * uniform_excess(length)

@@ -24,17 +24,13 @@ import numpy as np
 
 from p0circuit.experiments.base import Experiment, NotApplicable
 from p0circuit.experiments.claim import Claim, Clause
-from p0circuit.experiments.heads import CONTROL
+from p0circuit.experiments.heads import CONTROL, ByHead, Heads, excess_by_head, over_heads
 from p0circuit.experiments.surgery import (
     LAST_BLOCK,
-    ByHead,
-    Heads,
     Sink,
-    excess_by_head,
     find_sink,
     heads_above,
     lines,
-    over_heads,
     random_offsets,
     require_attention,
 )

@@ -15,9 +15,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from p0circuit.activations import HooksByRow, record, residual_at, score_at
+from p0circuit.activations import record, residual_at
 from p0circuit.experiments.base import NotApplicable
-from p0circuit.experiments.heads import CONTROL, TIMES_UNIFORM, find_sink_heads, uniform_excess
+from p0circuit.experiments.heads import (
+    ByHead,
+    Heads,
+    excess_by_head,
+    find_sink_heads,
+    least_excess,
+    over_heads,
+)
 from p0circuit.intervals import Interval, bootstrap, ratio_interval
 from p0circuit.models import describe
 from p0circuit.models.forward import hook_points
@@ -28,8 +35,6 @@ if TYPE_CHECKING:
 
 LAST_BLOCK = 1
 """The last of the blocks in which the paper has the sink decided."""
-Heads = Sequence[tuple[int, int]]
-ByHead = Float[Tensor, "sample layer head"]
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,7 @@ def find_sink(model: Any, prompts: PromptSet, last: int = LAST_BLOCK) -> Sink:
     notes = [found.note]
     if len(heads) < len(found.heads):
         excess = bootstrap(over_heads(excess_by_head(model, found.prompts)[0], heads))
-        needed = TIMES_UNIFORM * uniform_excess(prompts.length)
+        needed = least_excess(prompts.length)
         if not excess.low > needed:
             raise NotApplicable(
                 f"there is no sink above block {last} to explain: the excess score of the heads there is "
@@ -100,22 +105,6 @@ def require_attention(model: Any) -> None:
 def heads_above(heads: Heads, layer: int) -> tuple[tuple[int, int], ...]:
     """Those of the heads that read what block `layer` leaves in the stream."""
     return tuple(head for head in heads if head[0] > layer)
-
-
-def excess_by_head(
-    model: Any, prompts: PromptSet, interventions: Sequence[HooksByRow] = (), offsets: Sequence[int] = (0,)
-) -> dict[int, ByHead]:
-    """The excess score of every head at some positions, all from the same run: their score minus that of position 8."""
-    wanted = {offset: score_at(offset) for offset in {*offsets, CONTROL}}
-    recording = record(model, prompts, list(wanted.values()), interventions=interventions)
-    scores = {offset: recording[quantity].double() for offset, quantity in wanted.items()}
-    return {offset: scores[offset] - scores[CONTROL] for offset in offsets}
-
-
-def over_heads(values: ByHead, heads: Heads) -> Float[np.ndarray, " sample"]:
-    """The mean over some heads."""
-    layers, numbers = map(list, zip(*heads, strict=True))
-    return values[:, layers, numbers].mean(1).cpu().numpy()
 
 
 def left_of(changed: ByHead, clean: ByHead, heads: Heads) -> Interval:

@@ -99,9 +99,11 @@ def load_model(
 
     source = _resolve(name, checkpoint)
     config = _check_folder(source)
+    share = 1.0
     if layers is not None:
+        share = layers / config.get_text_config().num_hidden_layers
         source = _truncate(source, config, layers)
-    _check_memory(source, config, _device(device), torch.float32 if dtype is None else dtype)
+    _check_memory(source, share, _device(device), torch.float32 if dtype is None else dtype)
     tokenizer = _load_tokenizer(source)
     hf = _load_hf(source, config, _device(device), torch.float32 if dtype is None else dtype)
     changes, gates = _changes(source, hf)
@@ -326,17 +328,13 @@ def _truncate(source: _Source, config: Any, layers: int) -> _Source:
     return replace(source, name=f"{source.name}[:{layers}]")
 
 
-def _check_memory(source: _Source, config: Any, device: Any, dtype: Any) -> None:
-    """Refuse what would not fit, before anything heavy: the weights, and a block's copy while they are rearranged."""
-    import torch
+def _check_memory(source: _Source, share: float, device: Any, dtype: Any) -> None:
+    """Refuse what would not fit, before anything heavy; `share` of the blocks will be loaded."""
     from safetensors import SafetensorError
 
     free = free_memory(device)
-    text = config.get_text_config()
     try:
-        share = text.num_hidden_layers / max(1, _layers_in_files(source.folder, text.num_hidden_layers))
-        # HookedTransformer has weights of its own, made beside those of `transformers`.
-        needed = 2 * _count_parameters(source.folder) * share * torch.finfo(dtype).bits / 8
+        needed = share * bytes_while_loading(_count_parameters(source.folder), dtype)
     except SafetensorError as error:
         raise ModelError(f"{source.name}: a weight file in {source.folder} is damaged: {error}; get it again") from None
     if free is not None and needed > free:
@@ -344,6 +342,13 @@ def _check_memory(source: _Source, config: Any, device: Any, dtype: Any) -> None
             f"{source.name} needs about {needed / 2**30:.1f} GB on {device} and {free / 2**30:.1f} are free; load it "
             "with a smaller dtype (bfloat16), fewer layers, or on another device"
         )
+
+
+def bytes_while_loading(parameters: int, dtype: Any) -> int:
+    """Bytes that weights take at most: HookedTransformer has its own, made beside those of `transformers`."""
+    import torch
+
+    return 2 * parameters * torch.finfo(dtype).bits // 8
 
 
 def free_memory(device: Any) -> int | None:
@@ -357,17 +362,6 @@ def free_memory(device: Any) -> int | None:
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
     return None
-
-
-def _layers_in_files(folder: Path, default: int) -> int:
-    """How many blocks the weight files hold, from their headers alone."""
-    from safetensors import safe_open
-
-    found = set()
-    for path in folder.glob("model*.safetensors"):
-        with safe_open(path, framework="np") as file:
-            found |= {int(number) for key in file.keys() for number in re.findall(r"\.(\d+)\.", key)[:1]}  # noqa: SIM118
-    return max(found) + 1 if found else default
 
 
 def _check_weight_files(source: _Source) -> None:

@@ -32,7 +32,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from p0circuit.experiments.heads import CONTROL, TIMES_UNIFORM, uniform_excess
+from p0circuit.experiments.heads import CONTROL, least_excess
 from p0circuit.files import write_atomically
 from p0circuit.interventions.contrast import contrast
 from p0circuit.models.info import ModelError
@@ -222,7 +222,7 @@ class P0Monitor:
         kept = [reading for reading in self.readings if reading.step < step]
         superseded = self.readings[len(kept) :]
         trace = [(reading.step, reading.excess) for reading in kept] + [(step, measured.excess)]
-        stage, since = formation(trace, TIMES_UNIFORM * uniform_excess(probe.length))
+        stage, since = formation(trace, least_excess(probe.length))
         made_with = probe.fingerprint()[:12]
         reading = Reading(**asdict(measured), step=step, formation=stage, formation_step=since, probe=made_with)
         self.readings = [*kept, reading]

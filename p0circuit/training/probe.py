@@ -418,10 +418,6 @@ def measure(model: nn.Module, ids: Int[Tensor, "batch pos"], prefix: Int[Tensor,
     after = min(2, len(decoder.layers))
     with undisturbed(decoder.model):
         clean = _observe(decoder, ids)
-        if not bool(clean.at_p0.isfinite().all()):
-            raise FloatingPointError(
-                "the residual stream at P0 is not finite: the weights, or what they compute, are not"
-            )
         later = clean.sink_rate(2)
         causal = None
         if later:

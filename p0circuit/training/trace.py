@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import inspect
 import itertools
 import json
 import math
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,25 +36,25 @@ from p0circuit.activations import (
     record,
     residual_at,
     score_at,
+    weights_fingerprint,
 )
 from p0circuit.console import say
 from p0circuit.experiments.conditions import drawable
-from p0circuit.experiments.heads import CONTROL, TIMES_UNIFORM, sink_heads, uniform_excess
+from p0circuit.experiments.heads import CONTROL, least_excess, sink_heads
 from p0circuit.files import write_json
 from p0circuit.interventions.ablation import ablate
 from p0circuit.interventions.contrast import contrast, replacements
 from p0circuit.models import ModelError, describe, list_checkpoints, load_model
 from p0circuit.models.load import STEP
-from p0circuit.paths import data_dir
+from p0circuit.paths import code_fingerprint, data_dir
 from p0circuit.prompts import PromptSet, from_ids, random_tokens
+from p0circuit.training.probe import SHIFT
 
 if TYPE_CHECKING:
     import pandas as pd
 
 EARLY_BLOCKS = 2
 """Recognition and amplification are said to be done by these many blocks."""
-SHIFT = 8
-"""Tokens of the random prefix in the shifted run."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,7 @@ class Trace:
     @property
     def formation(self) -> int | None:
         """The index of the checkpoint at which the sink has formed; None where there is no sink at the end."""
-        return formation_index(self.excess, TIMES_UNIFORM * uniform_excess(self.length))
+        return formation_index(self.excess, least_excess(self.length))
 
     @property
     def formation_step(self) -> int | None:
@@ -315,7 +313,5 @@ def tokens_by_step(folder: Path) -> dict[int, int]:
 
 
 def _key(model: Any, prompts: PromptSet) -> str:
-    from p0circuit.activations import weights_fingerprint
-
-    code = inspect.getsource(sys.modules[__name__])
-    return hashlib.sha256(f"{weights_fingerprint(model)} {prompts.fingerprint()} {code}".encode()).hexdigest()
+    parts = (weights_fingerprint(model), prompts.fingerprint(), code_fingerprint())
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()

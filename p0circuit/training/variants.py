@@ -124,15 +124,19 @@ def parse_options(options: Sequence[str]) -> dict[str, Any]:
 BASELINE = TrainConfig(batch=8, steps=9_000, bos_share=0.0, random_first=False, loss_at_p0=True)
 """Plain text, plain loss, 9 million tokens: nothing that encourages a sink."""
 
+BOS = replace(BASELINE, bos_share=1.0)
+"""Every row begins with BOS, as in the paper's own training: what the training methods are compared with."""
+
 VARIANTS = {
     "baseline": BASELINE,
-    "bos": replace(BASELINE, bos_share=1.0),
-    "tnlm": replace(BASELINE, loss_at_p0=False),
-    "force-sink": replace(BASELINE, force_sink=8),
-    "gated": replace(BASELINE, gated_attention=True),
-    "window": replace(BASELINE, architecture="mistral", window=32),
     "learned": replace(BASELINE, architecture="gpt2", d_mlp=512),
-    "moe": replace(BASELINE, architecture="qwen3_moe", experts=8, d_mlp=168),
+    "tnlm-plain": replace(BASELINE, loss_at_p0=False),
+    "bos": BOS,
+    "tnlm": replace(BOS, loss_at_p0=False),
+    "force-sink": replace(BOS, force_sink=8),
+    "gated": replace(BOS, gated_attention=True),
+    "window": replace(BOS, architecture="mistral", window=32),
+    "moe": replace(BOS, architecture="qwen3_moe", experts=8, d_mlp=168),
 }
 """The named configurations; `replace` one to change its seed or size."""
 

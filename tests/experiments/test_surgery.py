@@ -8,14 +8,13 @@ import pytest
 import torch
 
 from p0circuit.experiments.base import NotApplicable
+from p0circuit.experiments.heads import excess_by_head, over_heads
 from p0circuit.experiments.surgery import (
     Sink,
-    excess_by_head,
     find_sink,
     heads_above,
     left_of,
     ordinary_streams,
-    over_heads,
     random_offsets,
     row_of_another_token,
 )
