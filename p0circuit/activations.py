@@ -24,7 +24,8 @@ from torch import Tensor
 from p0circuit import __version__, sink
 from p0circuit.cache import Cache, checksum, key_of
 from p0circuit.console import track
-from p0circuit.models import describe, forward
+from p0circuit.models import describe, device_of, forward
+from p0circuit.models.device_map import placement_of, weights_of
 from p0circuit.models.forward import Hook, hook_points
 from p0circuit.prompts import PromptSet
 
@@ -139,9 +140,9 @@ def _key_query_cosine(queries: Tensor, keys: Tensor, batch: Batch, offset: int =
 
 def _token_losses(logits: Tensor, batch: Batch) -> Tensor:
     """Next-token loss in nats at [batch, pos - 1]; NaN where the prediction is made at padding."""
-    losses = torch.nn.functional.cross_entropy(
-        logits[:, :-1].float().transpose(1, 2), batch.ids[:, 1:], reduction="none"
-    )
+    # Row by row: in float32 the logits of a batch may be larger than all else.
+    rows = zip(logits[:, :-1], batch.ids[:, 1:], strict=True)
+    losses = torch.stack([torch.nn.functional.cross_entropy(row.float(), ids, reduction="none") for row, ids in rows])
     return losses.masked_fill(~batch.mask[:, :-1], torch.nan)
 
 
@@ -193,13 +194,25 @@ def key_query_cosine_at(model: Any, offset: int = 0) -> Quantity:
 
 
 def weights_fingerprint(model: Any) -> str:
-    """A hash of every weight and buffer and of the configuration: of all that decides what the model computes."""
+    """A hash of every weight and buffer and of the configuration: of all that decides what the model computes.
+
+    A model with a device map is hashed once: that it is large is why it has one, and nothing here changes its weights.
+    """
+    placement = placement_of(model)
+    if placement is None:
+        return _weights_fingerprint(model)
+    if not placement.fingerprints:
+        placement.fingerprints.append(_weights_fingerprint(model))
+    return placement.fingerprints[0]
+
+
+def _weights_fingerprint(model: Any) -> str:
     settings = {name: value for name, value in vars(model.cfg).items() if name not in _NAMES_AND_PLACES}
     digest = hashlib.sha256(repr((replace(describe(model), name=""), sorted(settings.items()))).encode())
-    # Past the model's own lists: a bridge's state_dict leaves out the experts of a mixture.
-    tensors = [*torch.nn.Module.named_parameters(model), *torch.nn.Module.named_buffers(model)]
-    for name, tensor in sorted(tensors, key=lambda named: named[0]):
-        digest.update(f"{name} {checksum(tensor)}".encode())
+    # One tensor at a time: a weight that waits on disk is read to be hashed.
+    sums = {name: checksum(tensor) for name, tensor in weights_of(model)}
+    for name in sorted(sums):
+        digest.update(f"{name} {sums[name]}".encode())
     return digest.hexdigest()
 
 
@@ -238,7 +251,13 @@ class _Place:
         self.waiting[name] = activation
         if len(self.waiting) == len(self.names):
             found = [self.waiting.pop(name) for name in self.names]
-            self.reduced.append(self.quantity.reduce(*found, self.batch).detach().cpu())
+            self.reduced.append(_reduced(self.quantity, found, self.batch))
+
+
+def _reduced(quantity: Quantity, activations: Sequence[Tensor], batch: Batch) -> Tensor:
+    # Where a model is spread over devices, not every layer is where its ids go in.
+    here = Batch(*(part.to(activations[0].device) for part in batch))
+    return quantity.reduce(*activations, here).detach().cpu()
 
 
 def _record_batch(
@@ -255,7 +274,7 @@ def _record_batch(
     values = {}
     for quantity in quantities:
         if quantity.scope == "logits":
-            values[quantity.name] = quantity.reduce(output, batch).detach().cpu()
+            values[quantity.name] = _reduced(quantity, [output], batch)
         elif quantity.scope == "model":
             values[quantity.name] = places[quantity.name][0].reduced[-1]
         else:
@@ -264,12 +283,23 @@ def _record_batch(
 
 
 def batch_size_for(model: Any, length: int, with_logits: bool) -> int:
-    """How many rows fit into half a gigabyte of attention and logits; at least one."""
-    info = describe(model)
-    row = 4 * ATTENTION_COPIES * info.heads * length**2
-    if with_logits:
-        row += 4 * 3 * length * info.vocab_size
-    return max(1, BATCH_BYTES // row)
+    """How many rows fit into half a gigabyte of attention and logits; at least one.
+
+    With a device map it is half of what the map keeps free: every batch brings all weights that wait.
+    """
+    info, placement = describe(model), placement_of(model)
+    room = BATCH_BYTES if placement is None else placement.plan.activations // 2
+    return rows_that_fit(room, info.heads, length, info.vocab_size if with_logits else 0, model.cfg.dtype.itemsize)
+
+
+def rows_that_fit(room: int, heads: int, length: int, vocab_size: int, itemsize: int) -> int:
+    """How many rows of attention, and of logits unless `vocab_size` is 0, fit into `room` bytes; at least one."""
+    return max(1, room // row_bytes(heads, length, vocab_size, itemsize))
+
+
+def row_bytes(heads: int, length: int, vocab_size: int, itemsize: int) -> int:
+    """What one row takes: attention, of which several copies exist while it is computed, and logits."""
+    return 4 * ATTENTION_COPIES * heads * length**2 + itemsize * length * vocab_size
 
 
 @dataclass(frozen=True)
@@ -325,7 +355,7 @@ def record(
     if missing:
         with_logits = any(quantity.scope == "logits" for quantity in missing)
         size = batch_size or batch_size_for(model, prompts.length, with_logits)
-        layers, device = describe(model).layers, next(model.parameters()).device
+        layers, device = describe(model).layers, device_of(model)
         parts: dict[str, list[Tensor]] = {quantity.name: [] for quantity in missing}
         for start in track(range(0, prompts.n, size), "recording"):
             rows = slice(start, start + size)

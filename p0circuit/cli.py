@@ -9,17 +9,20 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
+from p0circuit import notebooks
 from p0circuit.console import say
 
 if TYPE_CHECKING:
     from p0circuit.experiments import Experiment
     from p0circuit.prompts import PromptSet
+    from p0circuit.results import Result
 
 app = typer.Typer(
     help="The P0 sink circuit: how position zero comes to draw a language model's attention.",
@@ -27,6 +30,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(notebooks.app, name="notebooks")
 
 
 class First(str, Enum):
@@ -56,6 +60,17 @@ CheckpointOption = Annotated[str | None, typer.Option(help="A step, revision or 
 DeviceOption = Annotated[str | None, typer.Option(help="As in torch: cpu, cuda, cuda:1, mps.")]
 DtypeOption = Annotated[str | None, typer.Option(help="float32, float16, bfloat16 or float64.")]
 LayersOption = Annotated[int | None, typer.Option(min=1, help="Load the first blocks alone, for what is too large.")]
+DeviceMapOption = Annotated[
+    str | None,
+    typer.Option(
+        help="For what is larger than one device: auto (GPUs, then CPU memory, then disk); cpu or disk, where its "
+        "blocks wait; or JSON, or a file of it, with the place of each module."
+    ),
+]
+OffloadOption = Annotated[
+    Path | None,
+    typer.Option(file_okay=False, help="Where weights that wait on disk are written, if they must be; removed again."),
+]
 TextOption = Annotated[
     str,
     typer.Option(help="stdlib, english, code, or a text file or directory; random tokens if there is no tokenizer."),
@@ -70,8 +85,12 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on standard
 @app.command()
 def reproduce(
     models: Annotated[
-        list[str] | None, typer.Argument(help=f"{MODEL_HELP} Every shipped model if none is named.")
+        list[str] | None,
+        typer.Argument(
+            help=f"{MODEL_HELP} 'training': the claims about training. If none is named, p0-nano and those."
+        ),
     ] = None,
+    every: Annotated[bool, typer.Option("--all", help="Every shipped model, and the claims about training.")] = False,
     out: OutOption = Path("out"),
     text: TextOption = "stdlib",
     quick: Annotated[bool, typer.Option("--quick", help=f"{QUICK_SAMPLES} prompts instead of --samples.")] = False,
@@ -83,6 +102,8 @@ def reproduce(
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     layers: LayersOption = None,
+    device_map: DeviceMapOption = None,
+    offload_folder: OffloadOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Test every claim on each model, with its controls; leave claims, figures and a report in OUT/MODEL."""
@@ -90,22 +111,31 @@ def reproduce(
     from p0circuit.models import describe, list_models
     from p0circuit.report.contents import find_runs
     from p0circuit.report.page import write_report
-    from p0circuit.reproduction import failed
+    from p0circuit.reproduction import FORWARD_PASSES, TRAINING, failed, reproduce_training
     from p0circuit.reproduction import reproduce as reproduce_model
+    from p0circuit.training.runs import as_trained, shipped_runs
 
-    given = models or [shipped.name for shipped in list_models()]
+    shipped = [entry.name for entry in list_models()] if every else ["p0-nano"]
+    given = models or [*shipped, TRAINING]
     names = [Path(name).absolute().name if Path(name).is_dir() else name for name in given]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"two of these models are called {twice[0]!r}: give each an --out, in a call of its own")
     summary: dict[str, Any] = {}
     broken: list[str] = []
+    samples = QUICK_SAMPLES if quick else samples
     for name in given:
-        model = _load(name, backend, checkpoint, device, dtype, layers)
-        prompts = _three_seeds(model, text, QUICK_SAMPLES if quick else samples, length, seed)
-        beginner = _beginner(name, backend, device, dtype, layers)
-        label = describe(model).name
-        directory = out / label.replace("/", "--")
-        claims = reproduce_model(model, prompts, directory, [make() for make in EXPERIMENTS.values()], beginner)
+        if name == TRAINING:
+            label, directory = TRAINING, out / TRAINING
+            claims = reproduce_training(as_trained(shipped_runs()), directory)
+        else:
+            source = Source(name, backend, device, dtype, layers, device_map, offload_folder)
+            _forecast(source, [checkpoint], samples, length, FORWARD_PASSES)
+            model = _load(source, checkpoint)
+            prompts = _three_seeds(model, text, samples, length, seed)
+            beginner = _beginner(source)
+            label = describe(model).name
+            directory = out / label.replace("/", "--")
+            claims = reproduce_model(model, prompts, directory, [make() for make in EXPERIMENTS.values()], beginner)
         write_report(directory)
         _show_claims(label, claims)
         for published in find_runs(directory)[0].beside:
@@ -136,13 +166,27 @@ def run(
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     layers: LayersOption = None,
+    device_map: DeviceMapOption = None,
+    offload_folder: OffloadOption = None,
+    runs: Annotated[
+        Path | None,
+        typer.Option(help="For claims about training: a directory of traces, <variant>-<seed>.csv; else the shipped."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Run one experiment on one model."""
-    from p0circuit.experiments import find_experiment
+    """Run one experiment on one model, or on the traces of training runs."""
+    from p0circuit.experiments import find_experiment, over_runs
+    from p0circuit.reproduction import TRAINING
+    from p0circuit.training.runs import as_trained, shipped_runs
 
+    if about_training := over_runs(experiment):
+        found = about_training.run(as_trained(shipped_runs(runs)))
+        _print_json(_keep(found, out / TRAINING, TRAINING, runs=found.provenance["runs"]), as_json)
+        return
     chosen = find_experiment(experiment)
-    loaded = _load(model, backend, checkpoint, device, dtype, layers)
+    source = Source(model, backend, device, dtype, layers, device_map, offload_folder)
+    _forecast(source, [checkpoint], samples, length)
+    loaded = _load(source, checkpoint)
     prompts = _three_seeds(loaded, text, samples, length, seed)
     _print_json(_run_one(chosen, loaded, prompts, out), as_json)
 
@@ -161,12 +205,16 @@ def sink(
     backend: BackendOption = Backend.auto,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
+    device_map: DeviceMapOption = None,
+    offload_folder: OffloadOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure the sink of one model: sink scores, sink rate, norm ratio and direction consistency of P0."""
     from p0circuit.experiments.sink_summary import sink_summary
 
-    loaded = _load(model, backend, checkpoint, device, dtype)
+    given = Source(model, backend, device, dtype, None, device_map, offload_folder)
+    _forecast(given, [checkpoint], samples, length, passes=1)
+    loaded = _load(given, checkpoint)
     prompts = _prompts(loaded, text, samples, length, seed, first)
     source = prompts.description.get("source", "random tokens")
     summary = sink_summary(loaded, prompts, bos=first is First.bos) | {"first_token": first.value, "text": source}
@@ -254,6 +302,7 @@ def trace(
     checkpoints: Annotated[
         str | None, typer.Option(help="Steps or revisions, separated by commas; all that are kept if not given.")
     ] = None,
+    first: Annotated[First, typer.Option(help="What stands at position zero.")] = First.text,
     out: OutOption = Path("out"),
     text: TextOption = "stdlib",
     samples: SamplesOption = 128,
@@ -262,23 +311,27 @@ def trace(
     backend: BackendOption = Backend.auto,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
+    device_map: DeviceMapOption = None,
+    offload_folder: OffloadOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Follow the circuit through a training run, checkpoint by checkpoint; what was measured before is read."""
     from p0circuit.report.figures import development
     from p0circuit.results import Result
-    from p0circuit.training.trace import checkpoints_of
+    from p0circuit.training.trace import PASSES, checkpoints_of
     from p0circuit.training.trace import trace as trace_run
 
     labels = [label.strip() for label in checkpoints.split(",")] if checkpoints else checkpoints_of(source)
+    given = Source(source, backend, device, dtype, None, device_map, offload_folder)
+    _forecast(given, labels, samples, length, PASSES)
     found = trace_run(
         source,
-        lambda model: _prompts(model, text, samples, length, seed, First.text),
+        lambda model: _prompts(model, text, samples, length, seed, first),
         labels,
         out / "checkpoints",
-        lambda label: _load(source, backend, label, device, dtype),
+        lambda label: _load(given, label),
     )
-    tables = {"checkpoints": found.to_dataframe()}
+    tables = {"checkpoints": found.to_dataframe().assign(first=first.value)}
     figures = {"development": development({found.model: tables["checkpoints"]}, found.formation_step)}
     notes = [f"{label}: left out: {reason}" for label, reason in found.missing.items()]
     path = Result("trace", f"The training of {found.model}", {}, tables, figures, notes=notes).save(
@@ -407,8 +460,8 @@ def bench(
     sys.path.insert(0, str(root))
     names = ("closed_form", "activation_patching", "vocabulary")
     closed, grid, vocabulary = (importlib.import_module(f"tests.benchmarks.bench_{name}") for name in names)
-    loaded = _load(model, Backend.auto, None, None, None) if model else grid.gpt2_small_shape()
-    figures = {"device": str(next(loaded.parameters()).device), "threads": torch.get_num_threads()}
+    loaded = _load(Source(model)) if model else grid.gpt2_small_shape()
+    figures = {"device": str(loaded.cfg.device), "threads": torch.get_num_threads()}
     for name, measure in (
         ("edges into K at P0", lambda: closed.measure(loaded)),
         ("activation-patching grid", lambda: grid.measure(loaded)),
@@ -429,29 +482,76 @@ def bench(
     Console().print(table)
 
 
-def _load(
-    name: str,
-    backend: Backend,
-    checkpoint: str | int | None,
-    device: str | None,
-    dtype: str | None,
-    layers: int | None = None,
-) -> Any:
-    """`load_model`, with a checkpoint of digits read as a step and device and dtype given by name."""
+class Source(NamedTuple):
+    """A model and how it is to be loaded, as given on the command line."""
+
+    name: str
+    backend: Backend = Backend.auto
+    device: str | None = None
+    dtype: str | None = None
+    layers: int | None = None
+    device_map: str | None = None
+    offload_folder: Path | None = None
+
+
+def _load(source: Source, checkpoint: str | int | None = None) -> Any:
+    """`load_model`, with a checkpoint of digits read as a step and device, dtype and device map given as text."""
     import torch
 
     from p0circuit.models import load_model
 
     try:
-        torch.empty(0, device=device)
+        torch.empty(0, device=source.device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from None
-    step = int(checkpoint) if isinstance(checkpoint, str) and checkpoint.isdecimal() else checkpoint
-    model = load_model(name, backend.value, step, device, _dtype(dtype), layers)
+        raise ValueError(f"device {source.device!r} cannot be used here: {str(error).splitlines()[0]}") from None
+    model = load_model(
+        source.name,
+        source.backend.value,
+        _step(checkpoint),
+        source.device,
+        _dtype(source.dtype),
+        source.layers,
+        _device_map(source.device_map),
+        source.offload_folder,
+    )
     if "OMP_NUM_THREADS" not in os.environ and sum(p.numel() for p in model.parameters()) < SMALL_MODEL:
         # The matrices of a small model are done before a second thread has woken up: one is twice as fast as two.
         torch.set_num_threads(1)
     return model
+
+
+def _step(checkpoint: str | int | None) -> str | int | None:
+    return int(checkpoint) if isinstance(checkpoint, str) and checkpoint.isdecimal() else checkpoint
+
+
+def _device_map(text: str | None) -> Any:
+    from p0circuit.models.device_map import parse_device_map
+
+    return None if text is None else parse_device_map(text)
+
+
+def _forecast(
+    source: Source, checkpoints: Sequence[str | int | None], samples: int, length: int, passes: int | None = None
+) -> None:
+    """Say what a model with a device map will take, from the first checkpoint that is whole."""
+    if source.device_map is None:
+        return
+    from p0circuit.forecast import forecast, measure_rates
+    from p0circuit.models import ModelError, plan_model
+
+    device_map, dtype = _device_map(source.device_map), _dtype(source.dtype)
+    reasons = []
+    for checkpoint in checkpoints:
+        try:
+            plan = plan_model(
+                source.name, device_map, _step(checkpoint), source.device, dtype, source.layers, source.offload_folder
+            )
+        except ModelError as reason:
+            reasons.append(reason)
+            continue
+        say(forecast(plan, measure_rates(plan), samples, length, passes, len(checkpoints)))
+        return
+    raise reasons[0]
 
 
 def _dtype(name: str | None) -> Any:
@@ -464,13 +564,13 @@ def _dtype(name: str | None) -> Any:
     return kinds[name] if name else None
 
 
-def _beginner(name: str, backend: Backend, device: str | None, dtype: str | None, layers: int | None) -> Any:
+def _beginner(source: Source) -> Any:
     """The model's own first checkpoint, untrained; None where none is kept."""
     from p0circuit.models import ModelError, list_checkpoints
 
     try:
-        if 0 in list_checkpoints(name):
-            return _load(name, backend, 0, device, dtype, layers)
+        if 0 in list_checkpoints(source.name):
+            return _load(source, 0)
     except ModelError:
         # Constructed models have no training, and a hub need not be reachable for one in the local cache.
         pass
@@ -500,19 +600,31 @@ def _three_seeds(model: Any, text: str, samples: int, length: int, seed: int) ->
 
 
 def _run_one(experiment: Experiment, model: Any, prompts: PromptSet, out: Path) -> dict[str, Any]:
-    """Run one experiment, save its result and a manifest, and print what was found."""
+    """Run one experiment on a model, save its result and a manifest, and print what was found."""
+    from p0circuit.activations import weights_fingerprint
+    from p0circuit.models import describe
+
+    name = describe(model).name
+    result = experiment.run(model, prompts)
+    return _keep(
+        result,
+        out / name.replace("/", "--"),
+        name,
+        weights=weights_fingerprint(model),
+        prompts=prompts.fingerprint(),
+        seed=prompts.seed,
+        device=str(model.cfg.device),
+    )
+
+
+def _keep(result: Result, directory: Path, name: str, **details: Any) -> dict[str, Any]:
+    """Save a result and its manifest, and print what was found."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    from p0circuit.activations import weights_fingerprint
-    from p0circuit.models import describe
     from p0circuit.results import write_manifest
 
-    started = time.time()
-    name = describe(model).name
-    directory = out / name.replace("/", "--")
-    result = experiment.run(model, prompts)
     # The manifest is written last: one that is there tells of a run that came to its end.
     (directory / "manifest.json").unlink(missing_ok=True)
     result.save(directory)
@@ -523,17 +635,8 @@ def _run_one(experiment: Experiment, model: Any, prompts: PromptSet, out: Path) 
         table.add_row(key, str(value))
     for note in result.notes:
         say(f"{result.experiment}: {note}")
-    write_manifest(
-        directory,
-        sys.argv[1:],
-        started,
-        model=name,
-        weights=weights_fingerprint(model),
-        prompts=prompts.fingerprint(),
-        seed=prompts.seed,
-        device=str(next(model.parameters()).device),
-        experiments=[result.experiment],
-    )
+    started = time.time() - result.provenance["seconds"]
+    write_manifest(directory, sys.argv[1:], started, model=name, experiments=[result.experiment], **details)
     Console(stderr=True).print(table)
     if result.claim is not None:
         say(f"{result.claim['id']} {result.claim['verdict']}: {result.claim['why']}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -53,6 +53,21 @@ def bootstrap(samples: np.ndarray, statistic: Callable[[np.ndarray], float] = np
         drawn = np.array([statistic(samples[rng.integers(0, n, n)]) for _ in range(RESAMPLES)])
     low, high = np.nanquantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(value, float(low), float(high), n)
+
+
+def over_seeds(values: Sequence[float]) -> Interval:
+    """The mean over training runs with Student's interval: three runs are too few to resample.
+
+    Raises:
+        ValueError: there are fewer than two runs.
+    """
+    from scipy.stats import t
+
+    n = len(values)
+    if n < 2:
+        raise ValueError(f"an interval over seeds needs at least two runs, got {n}: {list(values)}")
+    mean, half = float(np.mean(values)), float(t.ppf((1 + LEVEL) / 2, n - 1) * np.std(values, ddof=1) / math.sqrt(n))
+    return Interval(mean, mean - half, mean + half, n)
 
 
 def ratio_of_means(samples: np.ndarray) -> float:

@@ -28,14 +28,17 @@ import torch
 
 from p0circuit.activations import batch_size_for, weights_fingerprint
 from p0circuit.console import say
+from p0circuit.experiments import RUN_EXPERIMENTS
 from p0circuit.experiments.base import Experiment, NotApplicable
 from p0circuit.experiments.claim import Judgement
 from p0circuit.files import write_json
-from p0circuit.models import ModelError, describe, forward, load_model
+from p0circuit.models import ModelError, describe, device_of, forward, load_model
 from p0circuit.models.controls import shuffled_neurons, untrained
+from p0circuit.models.device_map import placement_of
 from p0circuit.paths import code_fingerprint
 from p0circuit.prompts import PromptSet, random_tokens
 from p0circuit.results import Result, write_manifest
+from p0circuit.training.runs import Run
 
 CONTROL_SAMPLES = 128
 """Prompts of a control: enough to see that there is nothing, a fraction of the time."""
@@ -89,10 +92,57 @@ def reproduce(
         weights=weights_fingerprint(model),
         prompts=prompts.fingerprint(),
         seed=prompts.seed,
-        device=str(next(model.parameters()).device),
+        device=str(device_of(model)),
         experiments=[experiment.id for experiment in experiments if experiment.id not in left_out | broken],
         left_out=left_out,
         broken=broken,
+    )
+    return entries
+
+
+TRAINING = "training"
+"""The directory, and what stands for a model's name, of the claims about training."""
+PLAIN = "baseline"
+"""The variant whose runs are the control: plain text, and nothing that encourages a sink."""
+
+
+def reproduce_training(runs: Sequence[Run], directory: Path) -> list[dict[str, Any]]:
+    """Test the claims about training on the traces of runs, with their control; the counterpart of `reproduce`.
+
+    `runs` as `training.runs.as_trained` gives them.
+    """
+    started = time.time()
+    (directory / "manifest.json").unlink(missing_ok=True)
+    entries: list[dict[str, Any]] = []
+    left_out: dict[str, str] = {}
+    for experiment in (make() for make in RUN_EXPERIMENTS.values()):
+        claim = experiment.claim
+        entry = {"experiment": experiment.id, "model": TRAINING, "notes": [], "error": None}
+        try:
+            result = experiment.run(runs)
+            result.save(directory)
+            entry = (result.claim or {}) | entry | {"notes": result.notes}
+        except NotApplicable as reason:
+            (directory / f"{experiment.id}.json").unlink(missing_ok=True)
+            left_out[experiment.id] = str(reason)
+            entry = claim.record(Judgement("not applicable", str(reason)), {}) | entry
+        try:
+            found = experiment.run(runs, PLAIN).claim or {}
+            judgement = Judgement(found["verdict"], found["why"])
+        except NotApplicable as reason:
+            judgement = Judgement("not applicable", str(reason))
+        control = {"control": "plain text", "error": None, **asdict(judgement)}
+        say(f"{claim.id} {experiment.id}: {entry['verdict']}")
+        entries.append(entry | {"controls": [control]})
+        _write_claims(directory, entries)
+    write_manifest(
+        directory,
+        sys.argv[1:],
+        started,
+        model=TRAINING,
+        runs=[f"{run.name} ({run.first})" for run in runs],
+        experiments=[name for name in RUN_EXPERIMENTS if name not in left_out],
+        left_out=left_out,
     )
     return entries
 
@@ -200,7 +250,9 @@ def result_key(experiment: Experiment, model: Any, prompts: PromptSet) -> str:
 @torch.no_grad()
 def _estimate(model: Any, prompts: PromptSet) -> str:
     """About how long it will take and how much memory, from one timed pass over a few rows."""
-    rows = min(prompts.n, 16, batch_size_for(model, prompts.length, with_logits=True))
+    # Where weights are brought for every batch, it is a whole batch that tells.
+    most = 16 if placement_of(model) is None else prompts.n
+    rows = min(prompts.n, most, batch_size_for(model, prompts.length, with_logits=True))
     forward(model, prompts.ids[:rows], prompts.attention_mask[:rows])
     started = time.perf_counter()
     forward(model, prompts.ids[:rows], prompts.attention_mask[:rows])

@@ -436,3 +436,48 @@ def test_debugging_shows_where_it_happened(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(sys, "argv", ["p0circuit", "run", "sink-mab"])
     with pytest.raises(ValueError, match="no experiment"):
         main()
+
+
+# device maps
+
+
+def test_a_model_spread_by_a_device_map(p0: Run, tiny_model_dir: Path, tmp_path: Path) -> None:
+    """The numbers are those of the model in one place; what it needs stands on standard error."""
+    given = ("sink", tiny_model_dir, *QUICK, "--backend", "bridge", "--device", "cpu", "--json")
+    whole = p0(*given)
+    spread = p0(*given, "--device-map", "disk", "--offload-folder", tmp_path)
+    assert spread.code == whole.code == 0 and json.loads(spread.out) == json.loads(whole.out)
+    assert (
+        "tiny: 0.2 MB of weights in float32, 0.1 MB of them waiting on disk. Needs 0.3 MB in CPU memory" in spread.err
+    )
+    assert "to load it and a pass of 1 s over 4 prompts of 12 tokens." in spread.err
+    assert "of weights" not in whole.err
+    places = tmp_path / "places.json"
+    places.write_text(json.dumps({"model": "disk", "lm_head": "cpu"}))
+    other = p0(*given, "--device-map", places, "--dtype", "bfloat16")
+    assert other.code == 0 and "waiting on disk" in other.err and "in bfloat16" in other.err
+    for wrong in ("nowhere", '{"model": "disk"}', '{"lm_head": "tape"}'):
+        refused = p0(*given, "--device-map", wrong)
+        assert refused.code == 2 and refused.err.startswith("error: device map") and not refused.out
+
+
+def test_a_trace_of_checkpoints_spread_by_a_device_map(p0: Run, tiny_model_dir: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for step in (1, 3, 9):
+        shutil.copytree(tiny_model_dir, run / f"checkpoint-{step}")
+    (run / "checkpoint-1" / "config.json").unlink()
+    given = ("trace", run, *QUICK, "--backend", "bridge", "--device", "cpu", "--json", "--out", tmp_path / "out")
+    spread = p0(*given, "--device-map", "disk", "--offload-folder", tmp_path / "offload")
+    assert spread.code == 0 and "3 passes of 1 s over 4 prompts of 12 tokens, for each of 3 checkpoints." in spread.err
+    # The same weights, prompts and code: what was measured with a device map is read without one.
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "checkpoints").iterdir()}
+    assert json.loads(p0(*given).out) == json.loads(spread.out)
+    assert len(written) == 2 and written == {path: path.stat().st_mtime_ns for path in written}
+
+
+def test_an_experiment_on_a_model_spread_by_a_device_map(p0: Run, tiny_model_dir: Path, tmp_path: Path) -> None:
+    given = ("run", "norm-direction", "--model", tiny_model_dir, *QUICK, "--backend", "bridge", "--device", "cpu")
+    whole = p0(*given, "--out", tmp_path / "whole", "--json")
+    spread = p0(*given, "--out", tmp_path / "spread", "--json", "--device-map", "cpu")
+    assert spread.code == 0 and json.loads(spread.out) == json.loads(whole.out)
+    assert "for each pass over 4 prompts of 12 tokens." in spread.err

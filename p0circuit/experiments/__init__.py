@@ -10,15 +10,25 @@ from p0circuit.experiments.base import Experiment, NotApplicable
 from p0circuit.experiments.bos_ablation import BosAblation, BosAblationConfig
 from p0circuit.experiments.circuit import Circuit, CircuitConfig
 from p0circuit.experiments.claim import Claim, Clause
+from p0circuit.experiments.concentration import Concentration
 from p0circuit.experiments.content import Content, ContentConfig
+from p0circuit.experiments.convergence import Convergence
 from p0circuit.experiments.direction_or_norm import DirectionOrNorm, DirectionOrNormConfig
+from p0circuit.experiments.dormant_heads import DormantHeads, DormantHeadsConfig
+from p0circuit.experiments.early import Early
+from p0circuit.experiments.experts import Experts, ExpertsConfig
+from p0circuit.experiments.first_token import FirstToken, FirstTokenConfig
 from p0circuit.experiments.function import Function, FunctionConfig
 from p0circuit.experiments.key_side import KeySide, KeySideConfig
 from p0circuit.experiments.limits import Limits, LimitsConfig
+from p0circuit.experiments.methods import Methods
 from p0circuit.experiments.norm_direction import NormDirection, NormDirectionConfig
+from p0circuit.experiments.over_runs import RunsExperiment
 from p0circuit.experiments.path import ThePath, ThePathConfig
+from p0circuit.experiments.quantisation import Quantisation, QuantisationConfig
 from p0circuit.experiments.recognition import Recognition, RecognitionConfig
 from p0circuit.experiments.sink_map import SinkMap, SinkMapConfig
+from p0circuit.experiments.streaming import Streaming, StreamingConfig
 from p0circuit.experiments.structure import Structure, StructureConfig
 
 EXPERIMENTS: dict[str, type[Any]] = {
@@ -37,10 +47,20 @@ EXPERIMENTS: dict[str, type[Any]] = {
         KeySide,
         Limits,
         Function,
+        Streaming,
+        Quantisation,
+        DormantHeads,
+        FirstToken,
         Circuit,
+        Experts,
     )
 }
-"""What `p0circuit reproduce` runs, in this order."""
+"""What `p0circuit reproduce` runs on a model, in this order."""
+
+RUN_EXPERIMENTS: dict[str, type[RunsExperiment]] = {
+    kind.id: kind for kind in (Early, Concentration, Convergence, Methods)
+}
+"""What it runs on the traces of training runs."""
 
 
 def find_experiment(name: str | Experiment) -> Experiment:
@@ -51,15 +71,33 @@ def find_experiment(name: str | Experiment) -> Experiment:
     """
     if isinstance(name, Experiment):
         return name
-    claims = {kind.claim.id: kind for kind in EXPERIMENTS.values() if kind.claim is not None}
-    kind = EXPERIMENTS.get(name) or claims.get(name.upper())
+    kind = _by_name(EXPERIMENTS).get(name.lower())
     if kind is None:
-        raise ValueError(f"no experiment {name!r}; there are: {', '.join(EXPERIMENTS)} and {', '.join(claims)}")
+        if over_runs(name):
+            raise ValueError(f"{name!r} is about training runs, not about a model: `p0circuit run {name}` runs it")
+        raise ValueError(
+            f"no experiment {name!r}; there are: {_told(EXPERIMENTS)}, and of runs {_told(RUN_EXPERIMENTS)}"
+        )
     return kind()
+
+
+def over_runs(name: str) -> RunsExperiment | None:
+    """The experiment over training runs of an id or of a claim's id; None if there is none of this name."""
+    kind = _by_name(RUN_EXPERIMENTS).get(name.lower())
+    return kind() if kind else None
+
+
+def _by_name(kinds: dict[str, type[Any]]) -> dict[str, type[Any]]:
+    return kinds | {kind.claim.id.lower(): kind for kind in kinds.values() if kind.claim is not None}
+
+
+def _told(kinds: dict[str, type[Any]]) -> str:
+    return ", ".join(f"{kind.id} ({kind.claim.id})" if kind.claim else kind.id for kind in kinds.values())
 
 
 __all__ = [
     "EXPERIMENTS",
+    "RUN_EXPERIMENTS",
     "Amplification",
     "AmplificationConfig",
     "AnyToken",
@@ -70,27 +108,43 @@ __all__ = [
     "CircuitConfig",
     "Claim",
     "Clause",
+    "Concentration",
     "Content",
     "ContentConfig",
+    "Convergence",
     "DirectionOrNorm",
     "DirectionOrNormConfig",
+    "DormantHeads",
+    "DormantHeadsConfig",
+    "Early",
     "Experiment",
+    "Experts",
+    "ExpertsConfig",
+    "FirstToken",
+    "FirstTokenConfig",
     "Function",
     "FunctionConfig",
     "KeySide",
     "KeySideConfig",
     "Limits",
     "LimitsConfig",
+    "Methods",
     "NormDirection",
     "NormDirectionConfig",
     "NotApplicable",
+    "Quantisation",
+    "QuantisationConfig",
     "Recognition",
     "RecognitionConfig",
+    "RunsExperiment",
     "SinkMap",
     "SinkMapConfig",
+    "Streaming",
+    "StreamingConfig",
     "Structure",
     "StructureConfig",
     "ThePath",
     "ThePathConfig",
     "find_experiment",
+    "over_runs",
 ]

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from typing import Any
 
 from p0circuit.models import describe
-from p0circuit.prompts import PromptSet, random_tokens, repeated_token, special_ids
+from p0circuit.prompts import PromptSet, natural_text, random_tokens, repeated_token, special_ids
 
 WITHOUT_BOS, WITH_BOS, RANDOM_FIRST = "without BOS", "with BOS", "random first"
 RANDOM_TOKENS, REPEATED_TOKEN = "random tokens", "repeated token"
@@ -42,3 +42,19 @@ def conditions(model: Any, prompts: PromptSet) -> dict[str, PromptSet]:
     made[RANDOM_TOKENS] = drawn
     made[REPEATED_TOKEN] = repeated_token(size, prompts.n, prompts.length, seed, special=special)
     return made
+
+
+def text_like(model: Any, prompts: PromptSet, length: int, count: int) -> PromptSet:
+    """New text of another length from the source of the prompts, behind the same first token; else random tokens.
+
+    Raises:
+        ValueError: there is too little text of this length.
+    """
+    about = prompts.description
+    if about.get("builder") == "natural_text" and model.tokenizer is not None:
+        first = about.get("first_token", "text")
+        text = natural_text(model.tokenizer, about["source"], count, length, prompts.seed, first)
+    else:
+        size, special = drawable(model)
+        text = random_tokens(size, count, length, prompts.seed, special=special)
+    return text.behind(about["behind"]) if isinstance(about.get("behind"), int) else text

@@ -37,7 +37,7 @@ from p0circuit import sink
 from p0circuit.activations import ATTENTION_COPIES, Batch, Quantity, score_at
 from p0circuit.experiments.base import Experiment, NotApplicable
 from p0circuit.experiments.claim import Claim, Clause
-from p0circuit.experiments.conditions import drawable
+from p0circuit.experiments.conditions import drawable, text_like
 from p0circuit.experiments.heads import CONTROL, SinkHeads, find_sink_heads, uniform_excess
 from p0circuit.intervals import Interval, bootstrap, ratio_interval
 from p0circuit.interventions.contrast import contrast
@@ -349,12 +349,7 @@ def _of_length(model: Any, found: SinkHeads, prompts: PromptSet, length: int, co
         return _beginning(found.prompts.subset(slice(0, count)), length)
     if length <= prompts.length:
         return _beginning(prompts.split()[1].subset(slice(0, count)), length)
-    about = prompts.description
-    if about.get("builder") == "natural_text" and model.tokenizer is not None:
-        first = about.get("first_token", "text")
-        return natural_text(model.tokenizer, about["source"], count, length, prompts.seed, first)
-    size, special = drawable(model)
-    return random_tokens(size, count, length, prompts.seed, special=special)
+    return text_like(model, prompts, length, count)
 
 
 def _sweeps(repeated: pd.DataFrame, prefixes: pd.DataFrame, lengths: pd.DataFrame, info: ModelInfo) -> Figure:

@@ -7,13 +7,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from p0circuit import sink
-from p0circuit.activations import PATTERNS, SINK_SCORE, record, score_at
+from p0circuit.activations import PATTERNS, SINK_SCORE, HooksByRow, record, score_at
 from p0circuit.experiments.base import Experiment, mean_over_samples
 from p0circuit.experiments.claim import Claim, Clause
 from p0circuit.experiments.conditions import RANDOM_TOKENS, WITH_BOS, WITHOUT_BOS, conditions
@@ -124,15 +125,29 @@ class SinkMap(Experiment):
 
 def _view(model: Any, prompts: PromptSet, scores: np.ndarray) -> AttentionView:
     """The attention of the heads with the highest scores on the first prompt."""
+    chosen = sorted(divmod(int(place), scores.shape[1]) for place in scores.ravel().argsort()[::-1][:VIEWED_HEADS])
+    title = f"{describe(model).name}: the heads with the highest sink scores, on one prompt"
+    return view_heads(model, prompts.subset([0]), chosen, title)
+
+
+def view_heads(
+    model: Any,
+    prompt: PromptSet,
+    heads: Sequence[tuple[int, int]],
+    title: str = "",
+    interventions: Sequence[HooksByRow] = (),
+) -> AttentionView:
+    """The attention of some heads on the beginning of one prompt (the first row), to click through.
+
+    `interventions` are made for `prompt`.
+    """
     from p0circuit.report.attention_view import attention_view
 
-    first = prompts.subset([0])
-    start, length = int(first.p0), min(VIEWED_TOKENS, prompts.length - int(first.p0))
+    start, length = int(prompt.p0[0]), min(VIEWED_TOKENS, prompt.length - int(prompt.p0[0]))
     shown = slice(start, start + length)
-    chosen = sorted(divmod(int(place), scores.shape[1]) for place in scores.ravel().argsort()[::-1][:VIEWED_HEADS])
-    layers, heads = map(list, zip(*chosen, strict=True))
-    patterns = record(model, first, PATTERNS, cache=None)[PATTERNS][0][layers, heads][:, shown, shown]
-    ids, tokenizer = first.ids[0, shown].tolist(), getattr(model, "tokenizer", None)
+    layers, numbers = map(list, zip(*heads, strict=True))
+    recording = record(model, prompt, PATTERNS, cache=None, interventions=interventions)
+    patterns = recording[PATTERNS][0][layers, numbers][:, shown, shown]
+    ids, tokenizer = prompt.ids[0, shown].tolist(), getattr(model, "tokenizer", None)
     tokens = [str(token) if tokenizer is None else tokenizer.decode([token]) for token in ids]
-    title = f"{describe(model).name}: the heads with the highest sink scores, on one prompt"
-    return attention_view(tokens, patterns, [f"{layer}.{head}" for layer, head in chosen], title)
+    return attention_view(tokens, patterns, [f"{layer}.{head}" for layer, head in heads], title)

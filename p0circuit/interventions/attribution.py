@@ -48,7 +48,7 @@ from p0circuit.interventions.contrast import Contrast, Reference, replacements
 from p0circuit.interventions.metrics import Complete, Metric, Rows, read_logits, reading_hooks
 from p0circuit.interventions.nodes import InterventionError, Kind, Node, nodes_of
 from p0circuit.interventions.side_by_side import check_value
-from p0circuit.models import ModelInfo, describe, forward
+from p0circuit.models import ModelInfo, describe, device_of, forward
 from p0circuit.models.forward import Hook
 from p0circuit.prompts import PromptSet
 
@@ -247,7 +247,7 @@ def attribute(
     for node in nodes:
         check_value(node, values, prompts.n, info)
     sets = _sets(nodes)
-    device = next(model.parameters()).device
+    device = device_of(model)
     clean, estimates = [], []
     # Tensors made in inference mode cannot take part in a backward pass; what is stacked or indexed here can.
     with torch.inference_mode(False), torch.enable_grad():

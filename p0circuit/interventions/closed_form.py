@@ -27,7 +27,7 @@ from torch import Tensor
 
 from p0circuit.interventions.nodes import InterventionError, Node, nodes_of
 from p0circuit.interventions.side_by_side import Through, by_slot, repeated, sender_hooks
-from p0circuit.models import describe, forward
+from p0circuit.models import describe, device_of, forward
 from p0circuit.models.forward import Hook
 from p0circuit.prompts import PromptSet
 from p0circuit.sink import attention_to, mean_over_queries
@@ -198,7 +198,7 @@ def query_side(
         NotOfTheClosedForm: the model's attention is of another kind.
     """
     info = describe(model)
-    device = next(model.parameters()).device
+    device = device_of(model)
     p0, mask = prompts.p0.to(device), prompts.attention_mask.to(device)
     kept: dict[int, QueryScores] = {}
     seen: dict[str, Tensor] = {}
@@ -273,7 +273,7 @@ def key_edges(
         NotOfTheClosedForm: `path_patching.edges_into_keys` then falls back on hooks.
     """
     chosen = nodes_of(senders, model)
-    tokens = prompts.ids[torch.arange(prompts.n), prompts.p0].to(next(model.parameters()).device)
+    tokens = prompts.ids[torch.arange(prompts.n), prompts.p0].to(device_of(model))
     keys = p0_keys(model, tokens, chosen, values, through)
     scored: list[Tensor] = []
     errors: list[float] = []

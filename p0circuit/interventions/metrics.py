@@ -25,7 +25,7 @@ from torch.nn.functional import cross_entropy
 from p0circuit import sink
 from p0circuit.activations import batch_size_for
 from p0circuit.interventions.nodes import InterventionError
-from p0circuit.models import describe, forward, resume
+from p0circuit.models import describe, device_of, forward, resume
 from p0circuit.models.forward import Hook, hook_point
 from p0circuit.prompts import PromptSet
 
@@ -190,7 +190,7 @@ def measure(
 
 def batches(model: Any, prompts: PromptSet, place: Int[Tensor, " batch"]) -> list[Rows]:
     """Prompts and their places as the batches they are run in."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     rows = Rows(*(part.to(device) for part in (prompts.ids, prompts.attention_mask, place)))
     return rows.split(batch_size_for(model, prompts.length, with_logits=True))
 

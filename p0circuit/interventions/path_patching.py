@@ -34,7 +34,7 @@ from p0circuit.interventions.closed_form import KeyEdges, NotOfTheClosedForm, ke
 from p0circuit.interventions.metrics import Complete, Metric, Rows, read_logits, reading_hooks
 from p0circuit.interventions.nodes import InterventionError, Node, nodes_of
 from p0circuit.interventions.side_by_side import Through, by_slot, check_value, repeated, sender_hooks
-from p0circuit.models import ModelInfo, describe, forward, resume
+from p0circuit.models import ModelInfo, describe, device_of, forward, resume
 from p0circuit.models.forward import Hook
 from p0circuit.prompts import PromptSet
 from p0circuit.sink import sink_score
@@ -175,7 +175,7 @@ def path_patch(
     for sender in chosen:
         check_value(sender, values, prompts.n, info)
     metric.check(model)
-    device = next(model.parameters()).device
+    device = device_of(model)
     rows = Rows(
         prompts.ids.to(device),
         prompts.attention_mask.to(device),
@@ -202,7 +202,7 @@ def path_patch(
 
 def _rows(model: Any, prompts: PromptSet, place: Int[Tensor, " batch"]) -> Rows:
     """Prompts and a position in each row, where the model is."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     return Rows(*(part.to(device) for part in (prompts.ids, prompts.attention_mask, place)))
 
 

@@ -28,8 +28,8 @@ TransformerLens leaves to transformers' own code, `hook_pattern` can be read but
 from __future__ import annotations
 
 from p0circuit.models.forward import Hook, forward, hook_point, hooked, resume
-from p0circuit.models.info import ModelError, ModelInfo, describe
-from p0circuit.models.load import ShippedModel, list_checkpoints, list_models, load_model
+from p0circuit.models.info import ModelError, ModelInfo, describe, device_of
+from p0circuit.models.load import ShippedModel, list_checkpoints, list_models, load_model, plan_model
 
 __all__ = [
     "Hook",
@@ -37,11 +37,13 @@ __all__ = [
     "ModelInfo",
     "ShippedModel",
     "describe",
+    "device_of",
     "forward",
     "hook_point",
     "hooked",
     "list_checkpoints",
     "list_models",
     "load_model",
+    "plan_model",
     "resume",
 ]

@@ -26,8 +26,10 @@ _ATTENTION = "p0circuit"
 _LOGITS = "logits"
 
 
-def to_bridge(hf: Any, name: str, tokenizer: Any = None) -> Any:
+def to_bridge(hf: Any, name: str, tokenizer: Any = None, device: Any = None) -> Any:
     """Wrap a `transformers` model in a TransformerBridge; its weights are shared, not copied.
+
+    `device` is where ids go in, that of the first weight if not given.
 
     Raises:
         ModelError: for an architecture that TransformerLens has no bridge for, or that has no attention.
@@ -36,7 +38,9 @@ def to_bridge(hf: Any, name: str, tokenizer: Any = None) -> Any:
 
     architecture = type(hf).__name__
     try:
-        bridge = build_bridge_from_module(hf, architecture, hf_config=hf.config, tokenizer=tokenizer, model_name=name)
+        bridge = build_bridge_from_module(
+            hf, architecture, hf_config=hf.config, tokenizer=tokenizer, model_name=name, device=device
+        )
     except Exception as error:
         raise ModelError(f"TransformerLens cannot bridge {name} ({architecture}): {error!r}") from error
     if not any(hasattr(block, "attn") for block in getattr(bridge, "blocks", ())):

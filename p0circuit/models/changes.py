@@ -159,7 +159,7 @@ def change_hooked(model: Any, changes: Changes, gates: Sequence[Float[Tensor, "i
         return model
     model.cfg.p0circuit = changes
     if gates:
-        model.register_buffer(GATES, torch.stack(list(gates)).to(next(model.parameters())))
+        model.register_buffer(GATES, torch.stack(list(gates)).to(model.cfg.device, model.cfg.dtype))
     place = P0Place()
     model.__dict__["p0_place"] = place
     sites = _Sites(

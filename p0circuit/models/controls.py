@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from p0circuit.models.device_map import placement_of
 from p0circuit.models.forward import hook_points, hooked
 from p0circuit.models.info import ModelError, describe
 
@@ -20,7 +21,13 @@ INITIAL_DEVIATION = 0.02
 
 @contextlib.contextmanager
 def untrained(model: Any, seed: int = 0) -> Iterator[Any]:
-    """The model with the weights of a beginner inside a `with`: matrices normal, biases 0, gains 1."""
+    """The model with the weights of a beginner inside a `with`: matrices normal, biases 0, gains 1.
+
+    Raises:
+        ModelError: it was loaded with a device map, so that there need not be room for other weights beside its own.
+    """
+    if placement_of(model) is not None:
+        raise ModelError(f"{describe(model).name} was loaded with a device map: its weights stay as they are")
     generator = torch.Generator().manual_seed(seed)
     # Past the model's own lists: a bridge's leaves out the experts of a mixture.
     parameters = {name: parameter.data for name, parameter in torch.nn.Module.named_parameters(model)}

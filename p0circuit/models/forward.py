@@ -192,14 +192,18 @@ def _left_out(model: Any, start: int, residual: Tensor) -> Iterator[None]:
     """Make the blocks below `start` of a bridged model hand on `residual` instead of computing."""
     output = (residual,) if hook_points(model).blocks_return_tuples else residual
     blocks = list(model.blocks)[:start]
+    # A block whose weights are brought for every pass has one of its own (device_map.py).
+    own = [block.__dict__.get("forward") for block in blocks]
     try:
         for block in blocks:
             # Into the instance's dict: a bridge component passes attribute writes on to the module it wraps.
             block.__dict__["forward"] = lambda *args, **kwargs: output
         yield
     finally:
-        for block in blocks:
+        for block, forward in zip(blocks, own, strict=True):
             block.__dict__.pop("forward", None)
+            if forward is not None:
+                block.__dict__["forward"] = forward
 
 
 def _layer_of(name: str, layers: int) -> int:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import functools
 import inspect
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import torch
 
 Positions = Literal["rotary", "learned", "alibi", "none"]
 
@@ -95,6 +98,13 @@ def describe(model: Any) -> ModelInfo:
         experts=(cfg.num_experts or 0) if hf is None else experts(hf),
         parallel_blocks=bool(getattr(cfg, "parallel_attn_mlp", False)) if hf is None else _is_parallel(model),
     )
+
+
+def device_of(model: Any) -> torch.device:
+    """Where a hooked model takes token ids; of one with a device map, other parts may be elsewhere."""
+    import torch
+
+    return torch.device(model.cfg.device)
 
 
 def backend_of(model: Any) -> Literal["hooked", "bridge"]:

@@ -3,7 +3,8 @@
 1. Find the directory: a shipped model's, the caller's own, or the hub's snapshot (from the local cache when offline).
 2. Find the checkpoint in it, if one is asked for.
 3. Check it before anything heavy: config, weights as safetensors, a causal mask.
-4. Load it with `transformers` (eager attention), check the weights, and hand it to a TransformerLens class.
+4. Load it with `transformers` (eager attention), check the weights, and hand it to a TransformerLens class. With a
+   device map (device_map.py) the weights go to several places, and the class is TransformerBridge.
 """
 
 from __future__ import annotations
@@ -18,10 +19,13 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from p0circuit.models.info import ModelError
 from p0circuit.paths import data_dir
+
+if TYPE_CHECKING:
+    from p0circuit.models.device_map import DeviceMap, Plan
 
 Backend = Literal["auto", "hooked", "bridge"]
 
@@ -73,6 +77,8 @@ def load_model(
     device: Any = None,
     dtype: Any = None,
     layers: int | None = None,
+    device_map: DeviceMap | None = None,
+    offload_folder: str | Path | None = None,
 ) -> Any:
     """Load a shipped model by name, a local Hugging Face directory, or a hub id, as a raw hooked model in eval mode.
 
@@ -83,16 +89,17 @@ def load_model(
     there is one and the CPU otherwise, `dtype` to float32 whatever the file holds. `layers` loads the first blocks
     alone, for a model that is too large whole: what happens in them is the same, what the model predicts is not.
 
+    `device_map` spreads the weights: "auto" over all GPUs, then CPU memory, then the disk; "cpu" and "disk" let the
+    blocks wait there and bring one at a time to `device`; or the place of each module, as `accelerate` has it. What has
+    to be written on disk goes into `offload_folder` (the cache folder if not given) and is removed with the model.
+
     Raises:
         ModelError: for whatever cannot be loaded right; the message says what was found, what was expected, and how
             to mend it.
     """
     import torch
 
-    if backend not in ("auto", "hooked", "bridge"):
-        raise ModelError(f"backend must be 'auto', 'hooked' or 'bridge', got {backend!r}")
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ModelError(f"expected a floating-point dtype such as torch.bfloat16, got {dtype!r}")
+    _check_arguments(name, backend, dtype, device_map)
     if str(name) in _WIRED:
         return _wired(str(name), backend, checkpoint, device, dtype)
     from p0circuit.models.changes import change_hooked, changed
@@ -103,13 +110,16 @@ def load_model(
     if layers is not None:
         share = layers / config.get_text_config().num_hidden_layers
         source = _truncate(source, config, layers)
-    _check_memory(source, share, _device(device), torch.float32 if dtype is None else dtype)
+    dtype = torch.float32 if dtype is None else dtype
+    if device_map is not None:
+        return _load_placed(source, config, device_map, device, dtype, offload_folder)
+    _check_memory(source, share, _device(device), dtype)
     tokenizer = _load_tokenizer(source)
-    hf = _load_hf(source, config, _device(device), torch.float32 if dtype is None else dtype)
-    changes, gates = _changes(source, hf)
+    hf = _load_hf(source, config, dtype, _device(device))
+    changes, gates = _changes(source, hf, _device(device))
     # Before wrapping: a bridge puts itself into the model it wraps.
     with changed(hf, changes, gates):
-        logits = _causal_logits(source, hf)
+        logits = _causal_logits(source, hf, _device(device))
 
     from p0circuit.models.bridge import to_bridge
     from p0circuit.models.hooked import FAMILIES, available, to_hooked
@@ -124,6 +134,80 @@ def load_model(
                 raise
             logging.getLogger(__name__).info("%s; using TransformerBridge", error)
     return _checked(change_hooked(to_bridge(hf, source.name, tokenizer), changes, gates), logits)
+
+
+def plan_model(
+    name: str | Path,
+    device_map: DeviceMap,
+    checkpoint: int | str | None = None,
+    device: Any = None,
+    dtype: Any = None,
+    layers: int | None = None,
+    offload_folder: str | Path | None = None,
+) -> Plan:
+    """Where `load_model` would put the weights with a device map, and what that takes, before anything is loaded.
+
+    Raises:
+        ModelError: as `load_model` does.
+    """
+    import torch
+
+    _check_arguments(name, "auto", dtype, device_map)
+    source = _resolve(name, checkpoint)
+    config = _check_folder(source)
+    if layers is not None:
+        source = _truncate(source, config, layers)
+    return _plan(source, config, device_map, device, torch.float32 if dtype is None else dtype, offload_folder)
+
+
+def _check_arguments(name: str | Path, backend: Backend, dtype: Any, device_map: DeviceMap | None) -> None:
+    import torch
+
+    if backend not in ("auto", "hooked", "bridge"):
+        raise ModelError(f"backend must be 'auto', 'hooked' or 'bridge', got {backend!r}")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ModelError(f"expected a floating-point dtype such as torch.bfloat16, got {dtype!r}")
+    if device_map is not None and backend == "hooked":
+        raise ModelError("a HookedTransformer has its weights in one place; with a device map use backend='bridge'")
+    if device_map is not None and str(name) in _WIRED:
+        raise ModelError(f"{name} is constructed where it is used, and small: it takes no device map")
+
+
+def _plan(
+    source: _Source, config: Any, device_map: DeviceMap, device: Any, dtype: Any, folder: str | Path | None
+) -> Plan:
+    import torch
+    from safetensors import SafetensorError
+
+    from p0circuit.models.device_map import free_by_place, offload_parent, plan
+
+    chosen = _device(device)
+    # A device that was asked for is the only one to be used.
+    every = [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
+    gpus = [] if chosen.type != "cuda" else every if device is None else [torch.device("cuda", chosen.index or 0)]
+    free = free_by_place(gpus, offload_parent(folder))
+    try:
+        return plan(config, dtype, device_map, chosen, free, source.name, source.folder)
+    except SafetensorError as error:
+        raise _damaged(source, error) from None
+
+
+def _load_placed(
+    source: _Source, config: Any, device_map: DeviceMap, device: Any, dtype: Any, folder: str | Path | None
+) -> Any:
+    """The bridge of a model whose weights are spread by a device map."""
+    from p0circuit.models.changes import change_hooked, changed
+    from p0circuit.models.device_map import new_folder, offload_parent, to_placed_bridge
+
+    planned = _plan(source, config, device_map, device, dtype, folder)
+    tokenizer = _load_tokenizer(source)
+    to_disk = "disk" in planned.weights
+    with new_folder(offload_parent(folder)) if to_disk else contextlib.nullcontext() as place:
+        hf = _load_hf(source, config, dtype, planned.device, planned, place)
+        changes, gates = _changes(source, hf, planned.device)
+        with changed(hf, changes, gates):
+            logits = _causal_logits(source, hf, planned.device)
+        return _checked(change_hooked(to_placed_bridge(hf, tokenizer, planned, place), changes, gates), logits)
 
 
 def _wired(name: str, backend: Backend, checkpoint: int | str | None, device: Any, dtype: Any) -> Any:
@@ -336,12 +420,16 @@ def _check_memory(source: _Source, share: float, device: Any, dtype: Any) -> Non
     try:
         needed = share * bytes_while_loading(_count_parameters(source.folder), dtype)
     except SafetensorError as error:
-        raise ModelError(f"{source.name}: a weight file in {source.folder} is damaged: {error}; get it again") from None
+        raise _damaged(source, error) from None
     if free is not None and needed > free:
         raise ModelError(
             f"{source.name} needs about {needed / 2**30:.1f} GB on {device} and {free / 2**30:.1f} are free; load it "
             "with a smaller dtype (bfloat16), fewer layers, or on another device"
         )
+
+
+def _damaged(source: _Source, error: Exception) -> ModelError:
+    return ModelError(f"{source.name}: a weight file in {source.folder} is damaged: {error}; get it again")
 
 
 def bytes_while_loading(parameters: int, dtype: Any) -> int:
@@ -356,7 +444,9 @@ def free_memory(device: Any) -> int | None:
     import torch
 
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        # What torch holds without using it can be had too.
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
     with contextlib.suppress(OSError):
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
@@ -427,13 +517,20 @@ def _without_progress_bar() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _load_hf(source: _Source, config: Any, device: Any, dtype: Any) -> Any:
+def _load_hf(
+    source: _Source, config: Any, dtype: Any, device: Any, planned: Plan | None = None, folder: Path | None = None
+) -> Any:
     """Load the weights with `transformers`, and make sure that they are all there, finite, and causal."""
     import torch
     from transformers import AutoModelForCausalLM
 
+    from p0circuit.models.device_map import let_wait, weights_of, without_warning
+
+    placed: dict[str, Any] = {}
+    if planned is not None:
+        placed = {"device_map": planned.places, "offload_folder": folder and str(folder)}
     try:
-        with _without_progress_bar():
+        with _without_progress_bar(), without_warning():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source.folder,
                 config=config,
@@ -443,6 +540,7 @@ def _load_hf(source: _Source, config: Any, device: Any, dtype: Any) -> Any:
                 local_files_only=True,
                 trust_remote_code=False,
                 output_loading_info=True,
+                **placed,
             )
         hf, report = loaded
     except Exception as error:
@@ -450,13 +548,16 @@ def _load_hf(source: _Source, config: Any, device: Any, dtype: Any) -> Any:
     if report["missing_keys"]:
         absent = _listed(sorted(report["missing_keys"]), 6)
         raise ModelError(f"{source.name}: the weight files lack {absent}; they would be random")
-    broken = [name for name, weight in hf.named_parameters() if not bool(torch.isfinite(weight).all())]
+    if planned is not None:
+        let_wait(hf, planned)
+    parameters = {name for name, _ in hf.named_parameters()}
+    broken = [name for name, weight in weights_of(hf) if name in parameters and not bool(torch.isfinite(weight).all())]
     if broken:
         raise ModelError(f"{source.name}: NaN or infinite values in {_listed(broken, 6)}; this checkpoint is damaged")
-    return hf.to(device).eval()
+    return (hf if planned is not None else hf.to(device)).eval()
 
 
-def _changes(source: _Source, hf: Any) -> tuple[Any, list[Any]]:
+def _changes(source: _Source, hf: Any, device: Any) -> tuple[Any, list[Any]]:
     """What the model's `p0circuit` field changes in its forward pass, and the gates if it has any."""
     from p0circuit.models.changes import Changes, gate_name
 
@@ -465,7 +566,7 @@ def _changes(source: _Source, hf: Any) -> tuple[Any, list[Any]]:
         from safetensors import safe_open
 
         names = [gate_name(layer) for layer in range(hf.config.num_hidden_layers)]
-        with safe_open(source.folder / "model.safetensors", framework="pt", device=str(hf.device)) as file:
+        with safe_open(source.folder / "model.safetensors", framework="pt", device=str(device)) as file:
             if absent := sorted(set(names) - set(file.keys())):
                 raise ModelError(f"{source.name}: the weight file lacks the gates {_listed(absent, 6)}")
             gates = [file.get_tensor(name).to(hf.dtype) for name in names]
@@ -481,13 +582,13 @@ def _sample(vocab_size: int, device: Any) -> Any:
     return ids
 
 
-def _causal_logits(source: _Source, hf: Any) -> Any:
+def _causal_logits(source: _Source, hf: Any, device: Any) -> Any:
     """The model's logits on the sample, having seen that the last token changes nothing before it."""
     import torch
 
     try:
         with torch.no_grad():
-            logits = hf(_sample(hf.config.get_text_config().vocab_size, hf.device)).logits.float()
+            logits = hf(_sample(hf.config.get_text_config().vocab_size, device)).logits.float()
     except Exception as error:
         raise ModelError(f"{source.name}: transformers cannot run it, its config.json may be wrong: {error}") from error
     if not torch.allclose(logits[0, :-1], logits[1, :-1], rtol=0, atol=1e-3 * float(logits.abs().max())):
@@ -523,10 +624,15 @@ def _count_parameters(folder: Path) -> int:
     """The number of weights, from the headers of the files alone."""
     from math import prod
 
+    return sum(prod(shape) for shape in stored_shapes(folder).values())
+
+
+def stored_shapes(folder: Path) -> dict[str, list[int]]:
+    """The shape of every weight by its name in the files, from their headers alone."""
     from safetensors import safe_open
 
-    total = 0
+    shapes: dict[str, list[int]] = {}
     for path in folder.glob("model*.safetensors"):
         with safe_open(path, framework="np") as file:
-            total += sum(prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
-    return total
+            shapes |= {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+    return shapes

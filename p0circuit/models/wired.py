@@ -141,7 +141,7 @@ def wired_weights(positions: Positions = "rotary", *, seed: int = 0, sinks: bool
     if positions not in ("rotary", "learned"):
         raise ModelError(f"positions={positions!r}, but the wired model exists with 'rotary' and 'learned' only")
     space = residual_subspaces(seed)
-    weights = _silence()
+    weights = silent_weights()
     _embed(weights, space, positions)
     _recognise(weights, space, positions)
     _detect(weights, space, positions)
@@ -153,8 +153,11 @@ def wired_weights(positions: Positions = "rotary", *, seed: int = 0, sinks: bool
     return weights
 
 
-def _silence() -> Weights:
-    """Nothing but norms: blocks read unit vectors; the last norm keeps its usual size, so that logits are decided."""
+def silent_weights() -> Weights:
+    """Nothing but norms: blocks read unit vectors; the last norm keeps its usual size, so that logits are decided.
+
+    Embedding and unembedding are left for others to add.
+    """
 
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(*shape, dtype=torch.float64)
@@ -195,13 +198,13 @@ def _detect(weights: Weights, space: Subspaces, positions: Positions) -> None:
     """Step 2: the detector fires where the ruler looks short because the echo is long."""
     threshold = _ruler_cosine(PURITY_THRESHOLD, positions)
     gain = 1 / (threshold - _ruler_cosine(1.0, positions))
-    _set_neuron(weights, 0, DETECTOR, reads=-gain * space.ruler, bias=gain * threshold, writes=MARK * space.mark)
+    set_neuron(weights, 0, DETECTOR, reads=-gain * space.ruler, bias=gain * threshold, writes=MARK * space.mark)
 
 
 def _amplify(weights: Weights, space: Subspaces, positions: Positions) -> None:
     """Step 3: the sink neuron turns the mark into the P0 direction."""
     gain = 1 / (MARK / math.sqrt(_embedding_square(positions) + ECHO**2 + MARK**2) - MARK_THRESHOLD)
-    _set_neuron(
+    set_neuron(
         weights, 1, SINK_NEURON, reads=gain * space.mark, bias=-gain * MARK_THRESHOLD, writes=P0_NORM * space.p0
     )
 
@@ -243,14 +246,14 @@ def _add_decoy_heads(weights: Weights, space: Subspaces, positions: Positions) -
 def _add_decoy_neurons(weights: Weights, space: Subspaces) -> None:
     """Step 5: the herring reads what the detector reads; a neuron per token in each MLP; the others stay silent."""
     reads, bias = (weights[f"blocks.0.mlp.{name}"][..., DETECTOR].clone() for name in ("W_in", "b_in"))
-    _set_neuron(weights, 0, HERRING, reads=reads, bias=float(bias), writes=space.spare[0])
+    set_neuron(weights, 0, HERRING, reads=reads, bias=float(bias), writes=space.spare[0])
     for layer in range(LAYERS):
         for token, index in enumerate(_token_neurons(layer)):
             code = _codes()[token] @ space.token
-            _set_neuron(weights, layer, index, reads=code, bias=-0.1, writes=0.5 * space.spare[token % SPARE])
+            set_neuron(weights, layer, index, reads=code, bias=-0.1, writes=0.5 * space.spare[token % SPARE])
 
 
-def _set_neuron(
+def set_neuron(
     weights: Weights,
     layer: int,
     index: int,
@@ -259,6 +262,7 @@ def _set_neuron(
     bias: float,
     writes: Float[Tensor, " d_model"],
 ) -> None:
+    """Make a neuron fire with relu(`reads` · normed stream + `bias`), and write that many times `writes`."""
     weights[f"blocks.{layer}.mlp.W_in"][:, index] = reads
     weights[f"blocks.{layer}.mlp.b_in"][index] = bias
     weights[f"blocks.{layer}.mlp.W_out"][index] = writes
@@ -427,16 +431,34 @@ def _build(
     dtype: torch.dtype,
     device: str | torch.device,
 ) -> Any:
+    name = name if positions == "rotary" else f"{name}-{positions}"
+    weights = wired_weights(positions, seed=seed, sinks=sinks)
+    return model_from_weights(weights, name, positions, backend=backend, dtype=dtype, device=device)
+
+
+def model_from_weights(
+    weights: Weights,
+    name: str,
+    positions: Positions = "rotary",
+    *,
+    backend: str = "auto",
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> Any:
+    """Build a hooked model of the wired model's shape from weights such as `wired_weights` gives.
+
+    Raises:
+        ModelError: for a backend that cannot be had.
+    """
     if backend == "auto":
         backend = "hooked" if available() else "bridge"
     if backend != "bridge" and not (backend == "hooked" and available()):
         raise ModelError(
             f"backend={backend!r} cannot be had here: expected 'auto', 'bridge', or (with transformer-lens<4) 'hooked'"
         )
-    name = name if positions == "rotary" else f"{name}-{positions}"
     # New modules draw initial weights; the caller's random numbers are left as they were.
     with torch.random.fork_rng(devices=[]):
-        module = wired_huggingface(positions, seed=seed, sinks=sinks, dtype=dtype).to(device)
+        module = _huggingface(weights, positions, dtype).to(device)
         return to_hooked(module, name) if backend == "hooked" else to_bridge(module, name)
 
 
@@ -450,7 +472,10 @@ def wired_huggingface(
     Raises:
         ModelError: if `positions` is neither "rotary" nor "learned".
     """
-    weights = wired_weights(positions, seed=seed, sinks=sinks)
+    return _huggingface(wired_weights(positions, seed=seed, sinks=sinks), positions, dtype)
+
+
+def _huggingface(weights: Weights, positions: Positions, dtype: torch.dtype) -> Any:
     with torch.random.fork_rng(devices=[]):
         model, state = _gpt2(weights) if positions == "learned" else _neox(weights)
     model = model.to(dtype).eval()

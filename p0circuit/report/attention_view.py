@@ -14,12 +14,12 @@ import json
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
+from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 
@@ -46,31 +46,35 @@ class AttentionView:
     """
 
     tokens: tuple[str, ...]
-    attention: tuple[tuple[tuple[float, ...], ...], ...]
+    attention: tuple[tuple[tuple[float, ...], ...], ...] = field(repr=False)
     labels: tuple[str, ...]
     title: str = ""
 
     def html(self, identity: str) -> str:
-        """The view for a page that holds `script()`; `identity` is its element's id, unique on the page."""
+        """The view for a page that holds `script()`; views of one `identity` on a page have to be the same."""
         properties = {
             "tokens": [html.escape(visible(token)) for token in self.tokens],
             "attention": self.attention,
             "headLabels": self.labels,
         }
         title = f"<p><strong>{html.escape(self.title)}</strong></p>" if self.title else ""
-        place = f'<div id="{html.escape(identity)}">{_WAITING}</div>'
+        place = f'<div data-view="{html.escape(identity)}">{_WAITING}</div>'
         return (
             f'<div class="attention-view" style="{_BOX}">{title}{place}</div>\n'
-            "<script>(function show(id, properties) {\n"
-            "  if (!window.CircuitsVis) return void setTimeout(show, 200, id, properties);\n"
-            "  if (!document.getElementById(id)) return;\n"
-            "  CircuitsVis.render(id, CircuitsVis.AttentionPatterns, properties);\n"
+            "<script>(function show(view, properties) {\n"
+            "  if (!window.CircuitsVis) return void setTimeout(show, 200, view, properties);\n"
+            "  const place = document.querySelector(`[data-view=${JSON.stringify(view)}]:not([id])`);\n"
+            "  if (!place) return;\n"
+            "  place.id = `${view}-${Math.random().toString(36).slice(2)}`;\n"
+            "  CircuitsVis.render(place.id, CircuitsVis.AttentionPatterns, properties);\n"
             f"}})({_for_script(identity)}, {_for_script(properties)});</script>\n"
         )
 
     def _repr_html_(self) -> str:
         """For notebooks: offline, in exported ones too."""
-        return (script() if _this_output_carries_the_script() else "") + self.html(f"attention-{uuid4().hex[:12]}")
+        # Whenever the notebook is run, the same view is the same text: its script tells it from others on the page.
+        identity = sha256(repr((self.tokens, self.attention, self.labels, self.title)).encode()).hexdigest()[:12]
+        return (script() if _this_output_carries_the_script() else "") + self.html(f"attention-{identity}")
 
 
 def attention_view(

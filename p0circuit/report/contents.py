@@ -120,7 +120,10 @@ def tally(claims: Iterable[dict[str, Any]]) -> str:
 
 def command_for(experiment: str, model: str, result: Result | None) -> str:
     """The command that runs one experiment alone, on the prompts it was run on."""
-    words = ["p0circuit", "run", experiment, "--model", model]
+    words = ["p0circuit", "run", experiment]
+    if result is not None and "runs" in result.provenance:
+        return shlex.join(words)
+    words += ["--model", model]
     if result is not None:
         prompts = result.provenance.get("prompts", {})
         given = {"text": prompts.get("source"), "samples": result.provenance.get("samples")}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import textwrap
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
@@ -94,8 +94,8 @@ def _styled(draw: Callable[Parameters, Drawn]) -> Callable[Parameters, Drawn]:
 
 
 @_styled
-def heat_maps(panels: dict[str, np.ndarray], title: str, value_label: str) -> Figure:
-    """One layers-by-heads map per panel, on a common scale from 0 to 1; cells carry their value where there is room."""
+def heat_maps(panels: dict[str, np.ndarray], title: str, value_label: str, x_label: str = "head") -> Figure:
+    """One map of layers by heads (or `x_label`) per panel, from 0 to 1; cells carry their value where there is room."""
     count = len(panels)
     layers, heads = next(iter(panels.values())).shape
     # Five panels fill the page, fewer may be wider.
@@ -107,7 +107,7 @@ def heat_maps(panels: dict[str, np.ndarray], title: str, value_label: str) -> Fi
         image = axis.imshow(values, cmap="viridis", vmin=0, vmax=1, aspect="auto", origin="lower")
         axis.grid(False)
         axis.set_title(name)
-        axis.set_xlabel("head")
+        axis.set_xlabel(x_label)
         _whole_ticks(axis.xaxis, heads, width)
         _whole_ticks(axis.yaxis, layers, height)
         if annotated:
@@ -398,6 +398,16 @@ def _place(name: str) -> tuple[int, int, int]:
     return layer, 0 if part == "attn" else 1, index
 
 
+@dataclass(frozen=True)
+class Course:
+    """One training run in a figure: its table, the group whose colour it has, and the index where its sink formed."""
+
+    label: str
+    group: str
+    table: pd.DataFrame
+    formation: int | None = None
+
+
 @_styled
 def development(runs: dict[str, pd.DataFrame], formation_step: int | None = None) -> Figure:
     """The development of runs along training: loss, sink, norm of P0 and concentration, over steps on a log axis."""
@@ -410,19 +420,102 @@ def development(runs: dict[str, pd.DataFrame], formation_step: int | None = None
         "Induction": ("induction_score", "best head"),
     }
     figure, axes = new_figure(2 * COLUMN, 4.2, 2, 3, sharex=True)
-    for axis, (title, (column, label)) in zip(axes.flat, panels.items(), strict=True):
-        for (name, table), colour in zip(runs.items(), itertools.cycle(COLOURS)):
-            # Step 0 has its place on a log axis too: half a step before the first.
-            steps = table["step"].where(table["step"] > 0, 0.5 * table["step"][table["step"] > 0].min())
-            axis.plot(steps, table[column].astype(float), color=colour, marker="o", markersize=2.5, label=name)
+    lines = [Course(name, name, table) for name, table in runs.items()]
+    _draw_courses(axes.flat, panels, lines, "step")
+    for axis in axes.flat:
         if formation_step is not None:
             axis.axvline(formation_step, color=GREY, linewidth=0.8, linestyle="--")
-        axis.set_xscale("log")
-        axis.set(title=title, ylabel=label)
-    for axis in axes[-1]:
-        axis.set_xlabel("step")
+    for axis in axes[0]:
+        axis.set_xlabel("")
     if len(runs) > 1:
         axes[0, 0].legend()
     dashed = "" if formation_step is None else " (dashed: the sink has formed)"
     _add_title(figure, f"{', '.join(runs)}: along training{dashed}")
     return figure
+
+
+@_styled
+def courses(panels: dict[str, tuple[str, str]], runs: Sequence[Course], title: str) -> Figure:
+    """Columns of many runs over the tokens seen, one panel each; a panel is its title, its column and its label.
+
+    Runs of a group share a colour; a circle marks the checkpoint at which a run's sink has formed.
+    """
+    figure, axes = new_figure(2.3 * len(panels) + 0.4, 3.1, 1, len(panels))
+    _draw_courses(axes.flat, panels, runs, "tokens")
+    _legend_below(figure, axes[0, 0])
+    _add_title(figure, title)
+    return figure
+
+
+@_styled
+def methods_beside(runs: Sequence[Course], final: pd.DataFrame, title: str) -> Figure:
+    """Training methods: sink and loss along training, and the final sink against the final norm ratio, run by run."""
+    figure, axes = new_figure(2 * COLUMN + 0.6, 3.2, 1, 3)
+    panels = {"Sink heads": ("excess", "excess score"), "Held-out loss": ("loss", "nats per token")}
+    _draw_courses(axes[0, :2], panels, runs, "tokens")
+    colours = _colours_of(runs)
+    for group, table in final.groupby("variant", sort=False):
+        axes[0, 2].plot(
+            table["norm_ratio"], table["excess"], color=colours[str(group)], marker="o", linestyle="", markersize=5
+        )
+    axes[0, 2].set(title="Sink against outlier, at the end", xlabel="largest norm ratio of P0", ylabel="excess score")
+    _legend_below(figure, axes[0, 0])
+    _add_title(figure, title)
+    return figure
+
+
+@_styled
+def predictions(errors: pd.DataFrame, deviations: pd.DataFrame, title: str) -> Figure:
+    """Errors of two predictions, run by run, and what the second has learnt from.
+
+    `errors`: a line per run, a column per prediction; `deviations`: columns "circuit" and "loss".
+    """
+    figure, axes = new_figure(2 * COLUMN, 3.0, 1, 2)
+    left, right = axes[0]
+    for place, values in enumerate(errors.to_numpy()):
+        left.plot(values, [place] * len(values), color=GREY, linewidth=0.8)
+        for value, colour in zip(values, COLOURS, strict=False):
+            left.plot(value, place, color=colour, marker="o", linestyle="")
+    for name, colour in zip(errors.columns, COLOURS, strict=False):
+        left.plot([], [], color=colour, marker="o", linestyle="", label=str(name).replace("_", " "))
+    left.set_yticks(range(len(errors)), [str(name) for name in errors.index])
+    left.set(title="Held-out runs", xlabel="error of the remaining loss (nats)")
+    left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
+    right.plot(deviations["circuit"], deviations["loss"], color=BLUE, marker="o", linestyle="", markersize=3, alpha=0.6)
+    right.axhline(0, color=GREY, linewidth=0.8)
+    right.axvline(0, color=GREY, linewidth=0.8)
+    right.set(
+        title="Away from the mean of the seeds",
+        xlabel="excess score, deviation",
+        ylabel="remaining loss, deviation (nats)",
+    )
+    _add_title(figure, title)
+    return figure
+
+
+def _colours_of(runs: Sequence[Course]) -> dict[str, str]:
+    return dict(zip(dict.fromkeys(run.group for run in runs), itertools.cycle(COLOURS), strict=False))
+
+
+def _draw_courses(axes: Iterable[Axes], panels: dict[str, tuple[str, str]], runs: Sequence[Course], over: str) -> None:
+    """Columns of runs over steps or tokens on a log axis, one panel each."""
+    colours = _colours_of(runs)
+    for axis, (title, (column, label)) in zip(axes, panels.items(), strict=True):
+        told: set[str] = set()
+        for run in runs:
+            # Step 0 has its place on a log axis too: half a step before the first.
+            x = run.table[over].where(run.table[over] > 0, 0.5 * run.table[over][run.table[over] > 0].min())
+            y = run.table[column].astype(float)
+            name = None if run.group in told else run.group
+            told.add(run.group)
+            axis.plot(x, y, color=colours[run.group], marker="o", markersize=2.5, linewidth=1.2, label=name)
+            if run.formation is not None:
+                at = (x.iloc[run.formation], y.iloc[run.formation])
+                axis.plot(*at, color=colours[run.group], marker="o", markersize=7, fillstyle="none")
+        axis.set_xscale("log")
+        axis.set(title=title, ylabel=label, xlabel=over)
+
+
+def _legend_below(figure: Figure, axis: Axes) -> None:
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)))

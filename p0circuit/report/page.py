@@ -45,9 +45,9 @@ def write_report(directory: Path) -> list[Path]:
     runs = find_runs(directory)
     written = []
     for run in runs:
-        written += _write(run.directory, _render("model.html.j2", run=run, script=script), to_markdown([run]))
+        written += _write(run.directory, render("model.html.j2", run=run, script=script), to_markdown([run]))
     if [run.directory for run in runs] != [directory]:
-        written += _write(directory, _render("overview.html.j2", runs=runs), to_markdown(runs))
+        written += _write(directory, render("overview.html.j2", runs=runs), to_markdown(runs))
     return written
 
 
@@ -58,7 +58,8 @@ def _write(directory: Path, page: str, text: str) -> list[Path]:
     return list(files)
 
 
-def _render(template: str, **values: Any) -> str:
+def render(template: str, **values: Any) -> str:
+    """A page from one of the templates."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(

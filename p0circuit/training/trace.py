@@ -11,8 +11,8 @@ Paper: section on the training trace. Its words "early", "concentrated" and "sta
 from __future__ import annotations
 
 import csv
+import gc
 import hashlib
-import itertools
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -48,11 +48,14 @@ from p0circuit.models import ModelError, describe, list_checkpoints, load_model
 from p0circuit.models.load import STEP
 from p0circuit.paths import code_fingerprint, data_dir
 from p0circuit.prompts import PromptSet, from_ids, random_tokens
+from p0circuit.training.development import STAGE_COLUMNS, formation_index, stages
 from p0circuit.training.probe import SHIFT
 
 if TYPE_CHECKING:
     import pandas as pd
 
+PASSES = 3
+"""About how many passes over all prompts a row takes; for the forecast of time alone."""
 EARLY_BLOCKS = 2
 """Recognition and amplification are said to be done by these many blocks."""
 
@@ -96,18 +99,8 @@ class Trace:
     @property
     def stages(self) -> list[dict[str, Any]]:
         """The stages between change points, with the means of what they were found from."""
-        columns = ("sink_rate_from_layer_2", "norm_ratio", "concentration_observed")
-        values = np.array([[row[name] if row[name] is not None else 0.0 for name in columns] for row in self.rows])
-        followed = np.column_stack([self.excess, values])
-        bounds = [0, *change_points(followed), len(self.rows)]
-        return [
-            {
-                "from_step": self.rows[start]["step"],
-                "to_step": self.rows[end - 1]["step"],
-                **dict(zip(("excess", *columns), map(float, followed[start:end].mean(0)), strict=True)),
-            }
-            for start, end in itertools.pairwise(bounds)
-        ]
+        columns = {name: np.array([row[name] for row in self.rows], dtype=np.float64) for name in STAGE_COLUMNS}
+        return stages(np.array([row["step"] for row in self.rows]), {"excess": self.excess, **columns})
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -126,46 +119,14 @@ class Trace:
         return pd.DataFrame(plain).assign(excess=self.excess)
 
 
-def formation_index(excess: Float[np.ndarray, " checkpoint"], least: float) -> int | None:
-    """The first index from which `excess` stays above half its final value; None if that is not above `least`."""
-    if not len(excess) or not excess[-1] > least:
-        return None
-    below = np.flatnonzero(excess <= excess[-1] / 2)
-    return int(below[-1]) + 1 if len(below) else 0
-
-
-def change_points(values: Float[np.ndarray, "checkpoint quantity"], most: int = 4) -> list[int]:
-    """Where the mean of a multivariate series changes: the segmentation with the lowest information criterion.
-
-    Quantities count alike, each divided by its standard deviation. A change point costs one place and a mean for each
-    quantity, twice over: the place is the best of many, which the plain criterion does not count. No segment is
-    shorter than two checkpoints.
-    """
-    import ruptures
-
-    n, quantities = values.shape
-    spread = values.std(0)
-    scaled = (values - values.mean(0)) / np.where(spread > 0, spread, 1)
-    found: dict[float, list[int]] = {}
-    for count in range(min(most, n // 2 - 1) + 1):
-        inner = ruptures.Dynp(model="l2", min_size=2, jump=1).fit(scaled).predict(count)[:-1] if count else []
-        bounds = [0, *inner, n]
-        parts = [scaled[start:end] for start, end in itertools.pairwise(bounds)]
-        residual = sum(float(((part - part.mean(0)) ** 2).sum()) for part in parts)
-        free = 2 * count * (quantities + 1)
-        # Rounding keeps a perfect fit from being infinitely good.
-        criterion = n * quantities * math.log(max(residual / (n * quantities), 1e-6)) + free * math.log(n * quantities)
-        found[criterion] = inner
-    return found[min(found)]
-
-
 @torch.no_grad()
 def measure_checkpoint(model: Any, prompts: PromptSet) -> dict[str, Any]:
     """One row of a trace.
 
-    Keys: loss (nats per token), sink_rate, sink_rate_from_layer_2, norm_ratio and direction_consistency (after block
-    1), largest_norm_ratio, concentration_observed, concentration_causal, induction_score (best head), and by layer and
-    head scores_first_half and excess_second_half. Concentrations are None where there is nothing to share out.
+    Keys: loss (nats per token, the prediction made at P0 left out: the TNLM loss does not train it), sink_rate,
+    sink_rate_from_layer_2, norm_ratio and direction_consistency (after block 1), largest_norm_ratio,
+    concentration_observed, concentration_causal, induction_score (best head), and by layer and head
+    scores_first_half and excess_second_half. Concentrations are None where there is nothing to share out.
     """
     info = describe(model)
     if info.layers <= EARLY_BLOCKS:
@@ -178,7 +139,7 @@ def measure_checkpoint(model: Any, prompts: PromptSet) -> dict[str, Any]:
     consistency = sink.direction_cosines(recording[residual_at()]).double().mean(0)
     norms = recording[RESIDUAL_NORMS].double()[torch.arange(prompts.n), :, prompts.p0]
     return {
-        "loss": float(recording[TOKEN_LOSSES].double().nanmean()),
+        "loss": float(beyond_p0(recording[TOKEN_LOSSES], prompts).double().nanmean()),
         "sink_rate": float(sink.sink_rate(scores).mean()),
         "sink_rate_from_layer_2": float(sink.sink_rate(scores, from_layer=EARLY_BLOCKS).mean()),
         "norm_ratio": float(ratios[EARLY_BLOCKS]),
@@ -190,6 +151,12 @@ def measure_checkpoint(model: Any, prompts: PromptSet) -> dict[str, Any]:
         "scores_first_half": scores[:half].mean(0).tolist(),
         "excess_second_half": (scores - recording[beside].double())[half:].mean(0).tolist(),
     }
+
+
+def beyond_p0(losses: Float[Tensor, "sample pos"], prompts: PromptSet) -> Float[Tensor, "sample pos"]:
+    """Next-token losses with that of the prediction made at P0 made NaN."""
+    places = torch.arange(losses.shape[1], device=losses.device)
+    return losses.masked_fill(places == prompts.p0.to(losses.device)[:, None], math.nan)
 
 
 def observed_concentration(norms: Float[Tensor, "sample layer"]) -> float | None:
@@ -281,6 +248,9 @@ def trace(
                 write_json(kept, row)
         rows.append({field: value for field, value in row.items() if field != "key"})
         say(f"{name} {checkpoint}: loss {row['loss']:.3f}, sink rate from layer 2 {row['sink_rate_from_layer_2']:.3f}")
+        # A large model has to be gone before the next one comes.
+        del model
+        gc.collect()
     if not rows:
         raise ModelError(f"none of the checkpoints of {source} could be loaded: {missing}")
     return Trace(name, rows, missing, length)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from p0circuit.experiments import EXPERIMENTS
+from p0circuit.experiments import EXPERIMENTS, RUN_EXPERIMENTS
 from p0circuit.experiments.claim import Claim, Clause
 from p0circuit.intervals import Interval
 
@@ -60,7 +60,8 @@ def test_the_entry_of_claims_json():
 
 
 def test_claims_are_numbered_without_gaps_and_say_what_they_rest_on():
-    claims = [make.claim for make in EXPERIMENTS.values() if make.claim is not None]
+    made = (*EXPERIMENTS.values(), *RUN_EXPERIMENTS.values())
+    claims = [make.claim for make in made if make.claim is not None]
     assert [one.id for one in sorted(claims, key=lambda one: int(one.id[1:]))] == [
         f"C{number}" for number in range(1, len(claims) + 1)
     ]

@@ -84,8 +84,8 @@ def test_a_notebook_gets_the_script_once(monkeypatch: pytest.MonkeyPatch) -> Non
     first, second = view()._repr_html_(), view()._repr_html_()
     assert script() in first and script() not in second
     assert len(second) < 10_000
-    identities = [re.findall(r'id="([^"]+)"', shown) for shown in (first.replace(script(), ""), second)]
-    assert identities[0] != identities[1]
+    # The same view is the same text; on a page each of them finds its own place (tests/browser).
+    assert first == script() + second
 
 
 def test_the_report_needs_no_model_code() -> None:

@@ -1,0 +1,96 @@
+"""C13: is the circuit there early in training?
+
+1. The sink heads of a run's last checkpoint are followed back. Formation: the first checkpoint from which their excess
+   score stays above half its final value; a run without a sink at its end has formed none within its tokens.
+2. In shares of the run's tokens, beside two other things that form: the best induction head, by the same rule, and the
+   loss, whose fall is half done.
+3. Checkpoints are log-spaced: the true moment lies between the one found and the one before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from p0circuit.experiments.claim import Claim, Clause
+from p0circuit.experiments.over_runs import RunsExperiment, formed
+from p0circuit.intervals import Interval, over_seeds
+from p0circuit.report.figures import Course, courses
+from p0circuit.results import Result
+from p0circuit.training.development import formation_index
+from p0circuit.training.runs import Run, of_variant
+
+
+class Early(RunsExperiment):
+    """When the sink forms, in shares of a run's tokens."""
+
+    id = "early"
+    title = "The circuit appears early in training"
+    claim = Claim(
+        id="C13",
+        title="early",
+        source="arXiv 2603.06591, on the training trace",
+        statement="The P0 sink circuit appears early in training.",
+        measure="The share of the run's tokens at the first checkpoint from which the excess score of the final sink "
+        "heads stays above half its final value, by seed: the latest of them, and the mean over seeds.",
+        clauses=(Clause("latest_formation_share", "<=", 0.2),),
+        control="runs on plain text, in which nothing encourages a sink",
+    )
+
+    def measure(self, runs: Sequence[Run], reference: str) -> Result:
+        judged = of_variant(runs, reference)
+        formed(runs, reference)
+        shares = [run.formation_share for run in judged]
+        latest = max(shares)
+        table = pd.DataFrame([_line(run) for run in runs])
+        induction = [share for share in table.loc[table["variant"] == reference, "induction_share"]]
+        return Result(
+            self.id,
+            self.title,
+            {
+                "latest_formation_share": Interval(latest, latest, latest, len(judged)),
+                "formation_share": over_seeds(shares),
+                "induction_share": over_seeds(induction),
+            },
+            {"formation": table},
+            {"courses": _figure(runs)},
+            notes=[
+                f"{run.name}: formed by {run.formation_share:.2f} of its tokens"
+                if run.formation is not None
+                else f"{run.name}: no sink at its end"
+                for run in runs
+            ],
+        )
+
+
+def _line(run: Run) -> dict[str, object]:
+    loss = run["loss"]
+    fall = (loss[0] - loss) / (loss[0] - loss[-1])
+    induction = formation_index(run["induction_score"], 0.0)
+    return {
+        "run": run.name,
+        "variant": run.variant,
+        "seed": run.seed,
+        "first": run.first,
+        "formation_step": np.nan if run.formation is None else run["step"][run.formation],
+        "formation_share": run.formation_share,
+        "not_before_share": run.share[run.formation - 1] if run.formation else np.nan,
+        "induction_share": 1.0 if induction is None else run.share[induction],
+        "half_of_loss_share": run.share[int(np.argmax(fall >= 0.5))],
+        "final_excess": run["excess"][-1],
+    }
+
+
+def _figure(runs: Sequence[Run]):
+    lines = [Course(run.name, run.variant, run.table, run.formation) for run in runs]
+    return courses(
+        {
+            "Sink heads": ("excess", "excess score"),
+            "Best induction head": ("induction_score", "attention to the repeat"),
+            "Held-out loss": ("loss", "nats per token"),
+        },
+        lines,
+        "When the sink forms (circles: above half its final value from here on)",
+    )

@@ -1,0 +1,387 @@
+"""What P0's outlier costs in int8, and what keeping P0 in high precision gains (C18).
+
+1. *Text* in which the model has a sink: as it is or, if the sink hangs on BOS, behind BOS. Samples that its sink heads
+   were not chosen on.
+2. *Error of the inputs*: the inputs of the matrix products of each block (`interventions.int8`) are rounded to int8,
+   each in an otherwise exact pass, with one grid for all positions ("per tensor"). P0 is in; or it is left out of the
+   grid and clipped to it; or left out of it and kept in high precision. The error of an input is `|rounded - x| / |x|`
+   over the positions other than P0, for which only the grid differs; that of a model is the mean over its inputs.
+3. *Control*: another position, drawn for each row, is kept in high precision instead of P0. In no scheme does it count
+   for an error, so that all errors are about the same positions.
+4. *In use*: all inputs rounded at once, on the fly. The error of the logits (their mean over the vocabulary taken off,
+   which no softmax sees) and the loss added, at the positions of step 2. Beside it a grid per token, and int8 weights.
+5. *The stream* between the blocks is no input of a product and stays as it is; its error stands beside those of step 2.
+
+Rounding is simulated: floating-point numbers on the grid of int8, symmetric, as wide as the row's largest value.
+Sources: massive activations: Sun et al. 2024 (arXiv 2402.17762); what they do to int8, and first tokens kept exact:
+Yang et al. 2024 (arXiv 2405.14428), Liu et al. 2024 (arXiv 2403.01241).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from p0circuit.activations import TOKEN_LOSSES, Batch, batch_size_for
+from p0circuit.console import track
+from p0circuit.experiments.base import Experiment, NotApplicable
+from p0circuit.experiments.claim import Claim, Clause
+from p0circuit.experiments.practice import find_used_sink
+from p0circuit.experiments.surgery import random_offsets
+from p0circuit.intervals import Interval, bootstrap, ratio_interval
+from p0circuit.interventions.int8 import (
+    INPUTS,
+    Rounded,
+    Site,
+    Treatment,
+    input_sites,
+    magnitudes,
+    on_inputs,
+    quantised,
+    rounded_weights,
+    with_weights,
+)
+from p0circuit.models import describe, device_of, forward
+from p0circuit.models.device_map import placement_of
+from p0circuit.prompts import PromptSet
+from p0circuit.results import Result
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+STREAM = "stream"
+"""The kind of site that the stream before a block is."""
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A way to use int8: the grid of the inputs (None: they stay exact), a position apart, and the weights."""
+
+    grid: Literal["tensor", "token"] | None = "tensor"
+    treatment: Treatment = "in"
+    apart: Literal["P0", "another"] = "P0"
+    weights: bool = False
+
+
+P0_IN, P0_CLIPPED, P0_KEPT, ANOTHER_KEPT = "P0 in", "P0 clipped", "P0 kept", "another position kept"
+PER_TOKEN, WEIGHTS = "a grid per token", "int8 weights"
+SCHEMES: dict[str, Scheme] = {
+    P0_IN: Scheme(),
+    P0_CLIPPED: Scheme(treatment="clipped"),
+    P0_KEPT: Scheme(treatment="kept"),
+    ANOTHER_KEPT: Scheme(treatment="kept", apart="another"),
+    PER_TOKEN: Scheme(grid="token"),
+    WEIGHTS: Scheme(grid=None, weights=True),
+    f"{WEIGHTS}, {P0_IN}": Scheme(weights=True),
+    f"{WEIGHTS}, {P0_KEPT}": Scheme(treatment="kept", weights=True),
+    f"{WEIGHTS}, {PER_TOKEN}": Scheme(grid="token", weights=True),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Int8Effects:
+    """What int8 does to a model on some prompts, by scheme; everything at positions other than P0 (and the control's).
+
+    Attributes:
+        sites: the second axis of what follows; the inputs of matrix products, then the stream before each block.
+        inputs: `|rounded - x| / |x|` of single sites, each rounded in an otherwise exact pass.
+        peaks: P0's largest magnitude over that of all other positions: how much coarser P0 makes the grid, if above 1.
+        logits: relative error of the logits with the scheme in use everywhere.
+        loss: nats per token that this adds.
+    """
+
+    sites: tuple[Site, ...]
+    inputs: Mapping[str, Float[np.ndarray, "sample site"]]
+    peaks: Float[np.ndarray, "sample site"]
+    logits: Mapping[str, Float[np.ndarray, " sample"]]
+    loss: Mapping[str, Float[np.ndarray, " sample"]]
+
+    def error(self, scheme: str) -> Float[np.ndarray, " sample"]:
+        """The mean error of the inputs of matrix products."""
+        return self.inputs[scheme][:, [site.kind != STREAM for site in self.sites]].mean(1)
+
+    def error_left(self, scheme: str) -> Interval:
+        """The error of the inputs over that with P0 in."""
+        return ratio_interval(self.error(scheme), self.error(P0_IN))
+
+    def logit_error_left(self, scheme: str) -> Interval:
+        """The error of the logits over that with P0 in."""
+        return ratio_interval(self.logits[scheme], self.logits[P0_IN])
+
+
+@dataclass(frozen=True)
+class QuantisationConfig:
+    """`samples`: the most rows to measure on."""
+
+    samples: int = 256
+
+
+class Quantisation(Experiment):
+    """The error and the loss of int8 with P0 in, clipped, or kept in high precision."""
+
+    id = "quantisation"
+    title = "Int8 and P0's outlier"
+    claim = Claim(
+        id="C18",
+        title="Quantisation",
+        source="ours; Yang et al., arXiv 2405.14428, on activation spikes",
+        statement="P0's outlier spoils int8 for all other positions: with P0 kept in high precision their error at "
+        "least halves.",
+        measure="Relative error of the inputs of all matrix products at positions other than P0, rounded to int8 with "
+        "one grid per tensor, with P0 kept in high precision over with P0 in.",
+        clauses=(
+            Clause("error_left_with_p0_kept", "<=", 0.5, "high"),
+            Clause("error_left_with_another_position_kept", ">", 0.5, "low"),
+        ),
+        control="Another position kept in high precision instead of P0.",
+    )
+
+    def __init__(self, config: QuantisationConfig = QuantisationConfig()) -> None:
+        super().__init__(config)
+
+    def measure(self, model: Any, prompts: PromptSet) -> Result:
+        found, condition = find_used_sink(model, prompts)
+        chosen = found.prompts.subset(slice(0, self.config.samples))
+        effects = int8_effects(model, chosen)
+        metrics = {
+            "error_left_with_p0_kept": effects.error_left(P0_KEPT),
+            "error_left_with_another_position_kept": effects.error_left(ANOTHER_KEPT),
+            "error_left_with_a_grid_per_token": effects.error_left(PER_TOKEN),
+            "error_with_p0_in": bootstrap(effects.error(P0_IN)),
+            "logit_error_with_p0_in": bootstrap(effects.logits[P0_IN]),
+            **{f"logit_error_left_with_{_slug(name)}": effects.logit_error_left(name) for name in _LEFT},
+            **{f"loss_added_with_{_slug(name)}": bootstrap(values) for name, values in effects.loss.items()},
+        }
+        name = describe(model).name
+        notes = [
+            found.note,
+            f"measured on text {condition}, {chosen.n} rows",
+            _worst_input(effects),
+            f"in use, P0 kept leaves {metrics['logit_error_left_with_p0_kept']} of the error of the logits",
+        ]
+        if len(effects.logits) < len(SCHEMES):
+            notes.append("int8 weights are left out: the model was loaded with a device map")
+        if describe(model).experts:
+            notes.append("the hidden layers of the experts are not rounded: no hook reaches them")
+        tables = {"sites": _site_table(effects), "schemes": _scheme_table(effects)}
+        figures = {
+            "inputs": _draw_inputs(effects, name),
+            "logits": _draw_schemes(effects.logits, "Error of the logits", "relative error", name),
+            "loss": _draw_schemes(effects.loss, "Loss added", "nats per token", name),
+        }
+        return Result(self.id, self.title, metrics, tables, figures, notes=notes)
+
+
+def _worst_input(effects: Int8Effects) -> str:
+    """Where P0 coarsens the grid most, in words."""
+    means = np.where([site.kind == STREAM for site in effects.sites], 0, effects.peaks.mean(0))
+    number = int(means.argmax())
+    site = effects.sites[number]
+    if means[number] <= 1:
+        return f"P0 coarsens no grid: its largest value is at most {means[number]:.3g} times that of all others"
+    whole, kept = (bootstrap(effects.inputs[name][:, number]) for name in (P0_IN, P0_KEPT))
+    return (
+        f"P0 coarsens the grid most in block {site.block}, {INPUTS[site.kind]}: its largest value there is "
+        f"{means[number]:.3g} times that of all others, the error {whole} with P0 in and {kept} with P0 kept"
+    )
+
+
+_LEFT = (P0_CLIPPED, P0_KEPT, ANOTHER_KEPT, PER_TOKEN)
+_PEAK = "peak of P0 over that of others"
+
+
+@torch.no_grad()
+def int8_effects(model: Any, prompts: PromptSet, schemes: Mapping[str, Scheme] = SCHEMES) -> Int8Effects:
+    """Round what each scheme rounds, and compare with the exact pass.
+
+    A model with a device map need not have room for other weights beside its own: schemes that round them are left out.
+
+    Raises:
+        NotApplicable: a row is too short for a P0, a control, and a position to measure that predicts something.
+    """
+    shortest = int(prompts.attention_mask.sum(1).min())
+    if shortest < 4:
+        raise NotApplicable(f"needs rows of at least 4 tokens, got one of {shortest}")
+    another = prompts.p0 + random_offsets(prompts.n, prompts.seed + 1, 1, shortest)
+    if placement_of(model) is not None:
+        schemes = {name: scheme for name, scheme in schemes.items() if not scheme.weights}
+    weights = rounded_weights(model) if any(scheme.weights for scheme in schemes.values()) else []
+    # The exact logits are there beside those of a scheme.
+    size, device = max(1, batch_size_for(model, prompts.length, with_logits=True) // 2), device_of(model)
+    sites = (*input_sites(model), *(Site(block, STREAM) for block in range(describe(model).layers)))
+    parts = []
+    for start in track(range(0, prompts.n, size), "rounding to int8"):
+        rows = slice(start, start + size)
+        batch = _Rows(*(part[rows].to(device) for part in (prompts.ids, prompts.attention_mask, prompts.p0, another)))
+        parts.append(_effects_on(model, batch, sites, schemes, weights))
+    whole = {key: torch.cat([part[key] for part in parts]).double().numpy() for key in parts[0]}
+    local, logits, loss = ({name: whole[what, name] for what, name in whole if what == kind} for kind in _MEASURED)
+    return Int8Effects(sites, local, whole["peak", ""], logits, loss)
+
+
+_MEASURED = ("input", "logits", "loss")
+
+
+@dataclass(frozen=True)
+class _Rows:
+    ids: Int[Tensor, "batch pos"]
+    real: Bool[Tensor, "batch pos"]
+    p0: Int[Tensor, " batch"]
+    another: Int[Tensor, " batch"]
+
+    @property
+    def counted(self) -> Bool[Tensor, "batch pos"]:
+        """The positions that errors are about."""
+        length = self.ids.shape[1]
+        return self.real & ~one_hot(self.p0, length).bool() & ~one_hot(self.another, length).bool()
+
+    def rounded(self, x: Tensor, scheme: Scheme) -> Tensor:
+        place = self.p0 if scheme.apart == "P0" else self.another
+        return quantised(x, self.real, place, scheme.treatment, scheme.grid == "token")
+
+
+def _effects_on(
+    model: Any, rows: _Rows, sites: tuple[Site, ...], schemes: Mapping[str, Scheme], weights: list[Rounded]
+) -> dict[tuple[str, str], Tensor]:
+    """Everything measured on a batch, by kind and scheme, the first axis being the row."""
+    on_inputs_alone = {name: scheme for name, scheme in schemes.items() if scheme.grid and not scheme.weights}
+    seen: dict[Site, dict[tuple[str, str], Tensor]] = {}
+
+    def look(site: Site, x: Tensor) -> None:
+        if site in seen:
+            return
+        errors = {("input", name): _error(rows.rounded(x, each), x, rows) for name, each in on_inputs_alone.items()}
+        seen[site] = errors | {("peak", ""): _peak(x, rows)}
+
+    def at_hook(x: Tensor, hook: Any, site: Site) -> None:
+        look(site, x)
+
+    streams = [
+        (f"blocks.{site.block}.hook_resid_pre", functools.partial(at_hook, site=site))
+        for site in sites
+        if site.kind == STREAM
+    ]
+    with on_inputs(model, look):
+        exact = forward(model, rows.ids, rows.real, hooks=streams)
+    found = {key: torch.stack([seen[site][key] for site in sites], dim=1) for key in seen[sites[0]]}
+    exact_loss = _loss(exact, rows)
+    for name, scheme in schemes.items():
+        with contextlib.ExitStack() as stack:
+            if scheme.weights:
+                stack.enter_context(with_weights(weights))
+            if scheme.grid:
+                stack.enter_context(on_inputs(model, lambda site, x, scheme=scheme: rows.rounded(x, scheme)))
+            logits = forward(model, rows.ids, rows.real)
+        found["logits", name] = _logit_error(logits, exact, rows)
+        found["loss", name] = _loss(logits, rows) - exact_loss
+    return found
+
+
+def _error(new: Tensor, x: Tensor, rows: _Rows) -> Float[Tensor, " batch"]:
+    return _relative(new - x, x, rows.counted).cpu()
+
+
+def _relative(
+    change: Float[Tensor, "batch pos *value"], x: Float[Tensor, "batch pos *value"], counted: Bool[Tensor, "batch pos"]
+) -> Float[Tensor, " batch"]:
+    def size(values: Tensor) -> Tensor:
+        return (values.float().square().flatten(2).sum(2) * counted.to(x.device)).sum(1).sqrt()
+
+    whole = size(x)
+    # Nothing but zeros is rounded without error.
+    return torch.where(whole > 0, size(change) / whole, 0)
+
+
+def _peak(x: Tensor, rows: _Rows) -> Float[Tensor, " batch"]:
+    sizes = magnitudes(x).float().cpu()
+    others = sizes.masked_fill(~rows.counted.cpu(), 0).amax(1)
+    p0 = sizes.gather(1, rows.p0.cpu()[:, None])[:, 0]
+    return torch.where(others > 0, p0 / others, 1)
+
+
+def _logit_error(new: Tensor, exact: Tensor, rows: _Rows) -> Float[Tensor, " batch"]:
+    def centred(logits: Tensor) -> Tensor:
+        return logits.float() - logits.float().mean(-1, keepdim=True)
+
+    # Row by row: in float32 the logits of a batch may be larger than all else.
+    errors = []
+    for one, other, counted in zip(new.split(1), exact.split(1), rows.counted.split(1), strict=True):
+        errors.append(_relative(centred(one) - centred(other), centred(other), counted).cpu())
+    return torch.cat(errors)
+
+
+def _loss(logits: Tensor, rows: _Rows) -> Float[Tensor, " batch"]:
+    batch = Batch(*(part.to(logits.device) for part in (rows.ids, rows.real, rows.p0)))
+    losses = TOKEN_LOSSES.reduce(logits, batch).cpu()
+    counted = rows.counted[:, :-1].cpu()
+    return losses.masked_fill(~counted, 0).sum(1) / counted.sum(1)
+
+
+def _slug(name: str) -> str:
+    return name.lower().replace(", ", "_").replace(" ", "_")
+
+
+def _site_table(effects: Int8Effects) -> pd.DataFrame:
+    import pandas as pd
+
+    labels = INPUTS | {STREAM: "the stream itself"}
+    measured = {f"error, {name}": values for name, values in effects.inputs.items()} | {_PEAK: effects.peaks}
+    rows = [
+        {"input": labels[site.kind], "block": site.block, "measured": name, **bootstrap(values[:, number]).to_json()}
+        for number, site in enumerate(effects.sites)
+        for name, values in measured.items()
+    ]
+    return pd.DataFrame(rows)
+
+
+def _scheme_table(effects: Int8Effects) -> pd.DataFrame:
+    import pandas as pd
+
+    kinds = {"error of inputs": {name: effects.error(name) for name in effects.inputs}}
+    kinds |= {"error of logits": dict(effects.logits), "loss added": dict(effects.loss)}
+    return pd.DataFrame(
+        [
+            {"measured": kind, "scheme": name, **bootstrap(values).to_json()}
+            for kind, schemes in kinds.items()
+            for name, values in schemes.items()
+        ]
+    )
+
+
+def _draw_inputs(effects: Int8Effects, model: str) -> Figure:
+    from p0circuit.report.figures import Series, sweeps
+
+    kinds = dict.fromkeys(site.kind for site in effects.sites)
+    shown = {"All inputs of a block, mean": [kind for kind in kinds if kind != STREAM]}
+    shown |= {name: [kind] for kind, name in (("down", "Of these: MLP, out of hidden"), (STREAM, "The stream itself"))}
+    panels = {}
+    for title, wanted in shown.items():
+        blocks: dict[int, list[int]] = {}
+        for number, site in enumerate(effects.sites):
+            if site.kind in wanted:
+                blocks.setdefault(site.block, []).append(number)
+        drawn = []
+        for name in (P0_IN, P0_KEPT, PER_TOKEN):
+            points = [bootstrap(effects.inputs[name][:, numbers].mean(1)) for numbers in blocks.values()]
+            drawn.append(Series(name, *([getattr(point, end) for point in points] for end in ("value", "low", "high"))))
+        if blocks:
+            panels[title] = (drawn, [str(block) for block in blocks])
+    title = f"{model}: error of int8 at the positions other than P0"
+    return sweeps(panels, title, ["block"] * len(panels), "relative error")
+
+
+def _draw_schemes(values: Mapping[str, np.ndarray], name: str, unit: str, model: str) -> Figure:
+    from p0circuit.report.figures import intervals
+
+    panel = {scheme: bootstrap(each) for scheme, each in values.items()}
+    return intervals({name: panel}, f"{model}: int8 in use", [unit], controls=(ANOTHER_KEPT,), reference=0)

@@ -1,0 +1,120 @@
+"""Training runs as tables: what became of the circuit in each of the runs that come with the package.
+
+data/traces/<variant>-<seed>.csv holds one line per checkpoint and kind of first token: what `p0circuit trace` measured,
+with `first` as its `--first`. The checkpoints themselves need not be there.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Float
+
+from p0circuit.experiments.heads import least_excess
+from p0circuit.paths import data_dir
+from p0circuit.training.development import formation_index
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+LENGTH = 64
+"""Tokens of the prompts that the traces were measured on."""
+_NEEDED = ("first", "step", "tokens", "loss", "excess", "norm_ratio", "concentration_causal", "induction_score")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run, seen on one kind of prompts.
+
+    Attributes:
+        variant: what was trained, as in `training.variants`.
+        seed: of its weights and data.
+        first: what stands at P0 of the prompts: "text", "bos" or "random".
+        table: a line per checkpoint, by step.
+    """
+
+    variant: str
+    seed: int
+    first: str
+    table: pd.DataFrame
+
+    @property
+    def name(self) -> str:
+        return f"{self.variant}-{self.seed}"
+
+    def __getitem__(self, column: str) -> Float[np.ndarray, " checkpoint"]:
+        """A column of the table; NaN where there is no value."""
+        return self.table[column].to_numpy(dtype=np.float64)
+
+    @functools.cached_property
+    def share(self) -> Float[np.ndarray, " checkpoint"]:
+        """The share of the run's tokens that each checkpoint has seen."""
+        return self["tokens"] / self["tokens"][-1]
+
+    @functools.cached_property
+    def formation(self) -> int | None:
+        """The index of the checkpoint at which the sink has formed; None where there is no sink at the end."""
+        return formation_index(self["excess"], least_excess(LENGTH))
+
+    @property
+    def formation_share(self) -> float:
+        """The share of tokens by which the sink has formed; 1 where it has not, which is the least it can be."""
+        return 1.0 if self.formation is None else float(self.share[self.formation])
+
+
+def shipped_runs(folder: Path | None = None) -> list[Run]:
+    """All runs in `folder` (those that come with the package if not given), on every kind of prompts, by name.
+
+    Raises:
+        ValueError: there are none, or a table lacks a column.
+    """
+    import pandas as pd
+
+    folder = folder or data_dir() / "traces"
+    paths = sorted(folder.glob("*.csv"))
+    if not paths:
+        raise ValueError(f"no traces in {str(folder)!r}; expected <variant>-<seed>.csv as `p0circuit trace` makes them")
+    runs = []
+    for path in paths:
+        table = pd.read_csv(path)
+        variant, _, seed = path.stem.rpartition("-")
+        if (lacking := [name for name in _NEEDED if name not in table]) or not variant or not seed.isdecimal():
+            what = f"lacks {', '.join(lacking)}" if lacking else "is not named <variant>-<seed>.csv"
+            raise ValueError(f"{path} {what}; make it with `p0circuit trace`")
+        for first, lines in table.groupby("first", sort=True):
+            runs.append(Run(variant, int(seed), str(first), lines.sort_values("step").reset_index(drop=True)))
+    return runs
+
+
+def as_trained(runs: Iterable[Run]) -> list[Run]:
+    """Each run once, on prompts that begin as its training rows did: with BOS if all of them did, else with text.
+
+    A variant that is none of the package's own is taken with BOS where it was measured so.
+    """
+    from p0circuit.training.variants import VARIANTS
+
+    by_name: dict[str, dict[str, Run]] = {}
+    for run in runs:
+        by_name.setdefault(run.name, {})[run.first] = run
+    chosen = []
+    for kinds in by_name.values():
+        config = VARIANTS.get(next(iter(kinds.values())).variant)
+        order = ("bos", "text", "random") if config is None or config.bos_share == 1 else ("text", "bos", "random")
+        chosen.append(next(kinds[first] for first in order if first in kinds))
+    return chosen
+
+
+def of_variant(runs: Iterable[Run], variant: str) -> list[Run]:
+    """The runs of one variant, by seed."""
+    return sorted((run for run in runs if run.variant == variant), key=lambda run: run.seed)
+
+
+def seeds_in_common(*groups: Sequence[Run]) -> list[tuple[Run, ...]]:
+    """The runs of several variants side by side, for the seeds that all of them have."""
+    by_seed = [{run.seed: run for run in group} for group in groups]
+    return [tuple(runs[seed] for runs in by_seed) for seed in sorted(set.intersection(*map(set, by_seed)))]
