@@ -12,6 +12,10 @@ from torch import Tensor
 
 SINK_THRESHOLD = 0.3
 """eps of the sink rate (Gu et al. 2025, arXiv 2410.10781)."""
+CONTROL = 8
+"""The position, counted from P0, whose score stands beside P0's: the excess score is the difference."""
+TIMES_UNIFORM = 2
+"""A sink exists where the excess is, beyond doubt, more than this many times that of uniform attention."""
 
 
 def attention_to(
@@ -132,3 +136,14 @@ def key_query_cosine(
         after = after & mask
     weights = after[..., None].to(cosines.dtype)
     return (cosines * weights).sum(1) / weights.sum(1)
+
+
+def uniform_excess(length: int) -> float:
+    """The excess score of heads that attend to all they see alike, on prompts of this length."""
+    weights = 1 / torch.arange(1, length + 1, dtype=torch.float64)
+    return float(weights.mean() - weights[CONTROL:].mean())
+
+
+def least_excess(length: int) -> float:
+    """What an excess score has to be above, beyond doubt, for there to be a sink on prompts of this length."""
+    return TIMES_UNIFORM * uniform_excess(length)

@@ -262,6 +262,21 @@ def test_a_claim_runs_by_its_number(p0: Run, tmp_path: Path) -> None:
     assert Result.load(tmp_path / "wired" / "sink-map.json").claim["verdict"] == "reproduced"
 
 
+def test_claims_about_training_need_no_model(p0: Run, tmp_path: Path) -> None:
+    ended = p0("reproduce", "training", "--out", tmp_path, "--json")
+    assert ended.code == 0
+    found = json.loads(ended.out)["training"]
+    assert [claim["id"] for claim in found["claims"]] == ["C13", "C14", "C15", "C16"]
+    assert all([control["control"] for control in claim["controls"]] == ["plain text"] for claim in found["claims"])
+    assert "reproduced" not in {claim["controls"][0]["verdict"] for claim in found["claims"]}
+    assert {"report.html", "report.md", "manifest.json", "claims.json"} <= files(tmp_path / "training")
+    assert "<pre>p0circuit run early</pre>" in (tmp_path / "training" / "report.html").read_text()
+    ended = p0("run", "C13", "--out", tmp_path / "alone")
+    assert ended.code == 0 and f"C13 {found['claims'][0]['verdict']}" in ended.err
+    ended = p0("run", "C13", "--runs", tmp_path / "nowhere", "--out", tmp_path / "alone")
+    assert ended.code == 2 and "no traces in" in ended.err
+
+
 def test_the_first_layers_alone(p0: Run, tiny_model_dir: Path, tmp_path: Path) -> None:
     quick = ("--out", tmp_path, "--layers", 2, *QUICK)
     assert p0("run", "norm-direction", "--model", tiny_model_dir, *quick).code == 0

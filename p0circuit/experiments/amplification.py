@@ -38,7 +38,7 @@ from torch import Tensor
 from p0circuit.experiments.base import Experiment, NotApplicable
 from p0circuit.experiments.claim import Claim, Clause
 from p0circuit.experiments.conditions import drawable
-from p0circuit.experiments.heads import CONTROL, SinkHeads, excess_scores, find_sink_heads
+from p0circuit.experiments.heads import SinkHeads, excess_scores, find_sink_heads
 from p0circuit.intervals import Interval, bootstrap, ratio_interval
 from p0circuit.interventions.ablation import ablate, p0_direction
 from p0circuit.interventions.attribution import Attribution, attribute, replacements_at_p0
@@ -50,6 +50,7 @@ from p0circuit.models import ModelError, describe
 from p0circuit.models.forward import hook_point
 from p0circuit.prompts import PromptSet
 from p0circuit.results import Result
+from p0circuit.sink import CONTROL
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -40,13 +40,14 @@ from p0circuit.console import track
 from p0circuit.experiments.base import Experiment, NotApplicable
 from p0circuit.experiments.claim import Claim, Clause
 from p0circuit.experiments.conditions import drawable
-from p0circuit.experiments.heads import CONTROL, find_sink_heads
+from p0circuit.experiments.heads import find_sink_heads
 from p0circuit.intervals import Interval, bootstrap
 from p0circuit.interventions.closed_form import NotOfTheClosedForm, QueryScores, query_side
 from p0circuit.interventions.vocabulary import CHUNK, vocabulary_sweep
 from p0circuit.models import ModelError, describe
 from p0circuit.prompts import PromptSet, random_tokens
 from p0circuit.results import Result
+from p0circuit.sink import CONTROL
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -15,11 +15,12 @@ from p0circuit.activations import SINK_SCORE, TOKEN_LOSSES
 from p0circuit.experiments.base import Experiment, NotApplicable, mean_over_samples
 from p0circuit.experiments.claim import Claim, Clause
 from p0circuit.experiments.conditions import WITH_BOS, WITHOUT_BOS, bos_id
-from p0circuit.experiments.heads import CONTROL, find_sink_heads, scores_of
+from p0circuit.experiments.heads import find_sink_heads, scores_of
 from p0circuit.intervals import bootstrap, ratio_interval
 from p0circuit.models import describe
 from p0circuit.prompts import PromptSet
 from p0circuit.results import Result
+from p0circuit.sink import CONTROL
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -19,7 +20,7 @@ from jaxtyping import Float
 
 from p0circuit.experiments.base import NotApplicable
 from p0circuit.experiments.claim import Claim, Clause
-from p0circuit.experiments.over_runs import RunsExperiment, formed
+from p0circuit.experiments.over_runs import RunsExperiment, formed, lines_of
 from p0circuit.intervals import Interval, over_seeds
 from p0circuit.report.figures import Course, courses
 from p0circuit.results import Result
@@ -74,11 +75,11 @@ class Concentration(RunsExperiment):
             {
                 "courses": courses(
                     {
-                        "Causal": ("concentration_causal", "share of Sink[2:] lost"),
+                        "Causal (from formation on)": ("formed_causal", "share of Sink[2:] lost"),
                         "Observed": ("concentration_observed", "share of P0's log-norm gain"),
                         "Sink rate from layer 2 on": ("sink_rate_from_layer_2", "share of heads"),
                     },
-                    [Course(run.name, run.variant, run.table, run.formation) for run in runs],
+                    [replace(line, table=_from_formation(line)) for line in lines_of(runs)],
                     "What blocks 0-1 carry, along training (circles: the sink has formed)",
                 )
             },
@@ -90,6 +91,12 @@ def concentration_after_formation(run: Run) -> Float[np.ndarray, " checkpoint"]:
     """The causal concentration at the checkpoints from formation on, where it is defined."""
     values = run["concentration_causal"][run.formation :]
     return values[~np.isnan(values)]
+
+
+def _from_formation(line: Course) -> pd.DataFrame:
+    """With the causal share where there is a sink to lose: before, it is a ratio of two handfuls of heads."""
+    there = np.arange(len(line.table)) >= (len(line.table) if line.formation is None else line.formation)
+    return line.table.assign(formed_causal=line.table["concentration_causal"].where(there))
 
 
 def spearman(values: Float[np.ndarray, " checkpoint"]) -> float:

@@ -21,7 +21,7 @@ from torch import Tensor
 from p0circuit.activations import NORM_RATIO, record, residual_at
 from p0circuit.experiments.base import Experiment, NotApplicable
 from p0circuit.experiments.claim import Claim, Clause
-from p0circuit.experiments.heads import CONTROL, excess_by_head
+from p0circuit.experiments.heads import excess_by_head
 from p0circuit.experiments.surgery import (
     LAST_BLOCK,
     Sink,
@@ -37,6 +37,7 @@ from p0circuit.interventions.ablation import Offset, replace_direction, replace_
 from p0circuit.models import describe
 from p0circuit.prompts import PromptSet
 from p0circuit.results import Result
+from p0circuit.sink import CONTROL
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -15,9 +15,9 @@ import numpy as np
 import pandas as pd
 
 from p0circuit.experiments.claim import Claim, Clause
-from p0circuit.experiments.over_runs import RunsExperiment, formed
+from p0circuit.experiments.over_runs import RunsExperiment, formed, lines_of
 from p0circuit.intervals import Interval, over_seeds
-from p0circuit.report.figures import Course, courses
+from p0circuit.report.figures import courses
 from p0circuit.results import Result
 from p0circuit.training.development import formation_index
 from p0circuit.training.runs import Run, of_variant
@@ -55,7 +55,17 @@ class Early(RunsExperiment):
                 "induction_share": over_seeds(induction),
             },
             {"formation": table},
-            {"courses": _figure(runs)},
+            {
+                "courses": courses(
+                    {
+                        "Sink heads": ("excess", "excess score"),
+                        "Best induction head": ("induction_score", "attention to the repeat"),
+                        "Held-out loss": ("loss", "nats per token"),
+                    },
+                    lines_of(runs),
+                    "When the sink forms (circles: above half its final value from here on)",
+                )
+            },
             notes=[
                 f"{run.name}: formed by {run.formation_share:.2f} of its tokens"
                 if run.formation is not None
@@ -81,16 +91,3 @@ def _line(run: Run) -> dict[str, object]:
         "half_of_loss_share": run.share[int(np.argmax(fall >= 0.5))],
         "final_excess": run["excess"][-1],
     }
-
-
-def _figure(runs: Sequence[Run]):
-    lines = [Course(run.name, run.variant, run.table, run.formation) for run in runs]
-    return courses(
-        {
-            "Sink heads": ("excess", "excess score"),
-            "Best induction head": ("induction_score", "attention to the repeat"),
-            "Held-out loss": ("loss", "nats per token"),
-        },
-        lines,
-        "When the sink forms (circles: above half its final value from here on)",
-    )

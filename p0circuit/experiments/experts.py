@@ -33,13 +33,14 @@ from p0circuit import sink
 from p0circuit.activations import NORM_RATIO, SINK_SCORE, TOKEN_LOSSES, record, score_at
 from p0circuit.experiments.base import Experiment, NotApplicable
 from p0circuit.experiments.conditions import WITHOUT_BOS, bos_id
-from p0circuit.experiments.heads import CONTROL, SinkHeads, over_heads
+from p0circuit.experiments.heads import SinkHeads, over_heads
 from p0circuit.experiments.practice import find_used_sink
 from p0circuit.intervals import Interval, bootstrap, ratio_interval
 from p0circuit.interventions.experts import experts_at, mixture_layers, remove_experts, routing
 from p0circuit.models import describe
 from p0circuit.prompts import PromptSet
 from p0circuit.results import Result
+from p0circuit.sink import CONTROL
 
 if TYPE_CHECKING:
     import pandas as pd

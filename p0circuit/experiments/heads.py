@@ -19,13 +19,9 @@ from p0circuit.activations import HooksByRow, record, score_at
 from p0circuit.experiments.base import NotApplicable
 from p0circuit.intervals import Interval, bootstrap
 from p0circuit.prompts import PromptSet
-from p0circuit.sink import SINK_THRESHOLD
+from p0circuit.sink import CONTROL, SINK_THRESHOLD, TIMES_UNIFORM, least_excess
 
-CONTROL = 8
-"""The position, counted from P0, whose score stands beside P0's."""
 FALLBACK_HEADS = 3
-TIMES_UNIFORM = 2
-"""A sink exists where the excess is, beyond doubt, more than this many times that of uniform attention."""
 
 Heads = Sequence[tuple[int, int]]
 ByHead = Float[Tensor, "sample layer head"]
@@ -127,14 +123,3 @@ def over_heads(values: ByHead, heads: Heads) -> Float[np.ndarray, " sample"]:
     """The mean over some heads."""
     layers, numbers = map(list, zip(*heads, strict=True))
     return values[:, layers, numbers].mean(1).cpu().numpy()
-
-
-def uniform_excess(length: int) -> float:
-    """The excess score of heads that attend to all they see alike, on prompts of this length."""
-    weights = 1 / np.arange(1, length + 1)
-    return float(weights.mean() - weights[CONTROL:].mean())
-
-
-def least_excess(length: int) -> float:
-    """What an excess score has to be above, beyond doubt, for there to be a sink on prompts of this length."""
-    return TIMES_UNIFORM * uniform_excess(length)

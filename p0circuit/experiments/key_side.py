@@ -36,7 +36,7 @@ from p0circuit import sink
 from p0circuit.activations import VALUE_NORM_RATIO, Batch, Quantity, Recording
 from p0circuit.experiments.base import Experiment, NotApplicable
 from p0circuit.experiments.claim import Claim, Clause
-from p0circuit.experiments.heads import CONTROL, find_sink_heads
+from p0circuit.experiments.heads import find_sink_heads
 from p0circuit.intervals import Interval, bootstrap, ratio_interval
 from p0circuit.interventions.closed_form import (
     MASKED,
@@ -49,6 +49,7 @@ from p0circuit.interventions.closed_form import (
 from p0circuit.models import ModelError, describe
 from p0circuit.prompts import PromptSet
 from p0circuit.results import Result
+from p0circuit.sink import CONTROL
 
 PARTS = (
     "gap",

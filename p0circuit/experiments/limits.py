@@ -38,12 +38,13 @@ from p0circuit.activations import ATTENTION_COPIES, Batch, Quantity, score_at
 from p0circuit.experiments.base import Experiment, NotApplicable
 from p0circuit.experiments.claim import Claim, Clause
 from p0circuit.experiments.conditions import drawable, text_like
-from p0circuit.experiments.heads import CONTROL, SinkHeads, find_sink_heads, uniform_excess
+from p0circuit.experiments.heads import SinkHeads, find_sink_heads
 from p0circuit.intervals import Interval, bootstrap, ratio_interval
 from p0circuit.interventions.contrast import contrast
 from p0circuit.models import ModelInfo, describe
 from p0circuit.prompts import SHIPPED_TEXTS, PromptSet, natural_text, random_tokens
 from p0circuit.results import Result
+from p0circuit.sink import CONTROL, uniform_excess
 
 if TYPE_CHECKING:
     import pandas as pd

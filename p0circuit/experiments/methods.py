@@ -14,9 +14,9 @@ import pandas as pd
 
 from p0circuit.experiments.base import NotApplicable
 from p0circuit.experiments.claim import Claim, Clause
-from p0circuit.experiments.over_runs import RunsExperiment
+from p0circuit.experiments.over_runs import SHOWN, RunsExperiment, lines_of
 from p0circuit.intervals import Interval, over_seeds
-from p0circuit.report.figures import Course, methods_beside
+from p0circuit.report.figures import methods_beside
 from p0circuit.results import Result
 from p0circuit.training.runs import Run, of_variant, seeds_in_common
 
@@ -71,8 +71,8 @@ class Methods(RunsExperiment):
             {"runs": table},
             {
                 "methods": methods_beside(
-                    [Course(run.name, run.variant, run.table, run.formation) for run in runs],
-                    table,
+                    lines_of(runs),
+                    pd.DataFrame(table[table["variant"].isin(SHOWN)]),
                     "Training methods: when the sink forms, and whether it needs an outlier",
                 )
             },

@@ -10,11 +10,14 @@ from typing import ClassVar
 
 from p0circuit.experiments.base import NotApplicable
 from p0circuit.experiments.claim import Claim
+from p0circuit.report.figures import Course
 from p0circuit.results import Result
 from p0circuit.training.runs import Run, of_variant
 
 REFERENCE = "bos"
 """The variant that claims about training are judged on: every row begins with BOS, as in the paper's own training."""
+SHOWN = (REFERENCE, "tnlm", "force-sink", "moe", "baseline", "p0-nano")
+"""What figures show; tables have all runs."""
 
 
 class RunsExperiment(ABC):
@@ -65,3 +68,9 @@ def formed(runs: Sequence[Run], variant: str, least: int = 2) -> list[Run]:
             f"{len(found)} of {len(of_variant(runs, variant))} runs of {variant!r} end with a sink; this needs {least}"
         )
     return found
+
+
+def lines_of(runs: Sequence[Run]) -> list[Course]:
+    """The runs that figures show, as their lines."""
+    chosen = [run for variant in SHOWN for run in of_variant(runs, variant)]
+    return [Course(run.name, run.variant, run.table, run.formation) for run in chosen]

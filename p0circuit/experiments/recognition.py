@@ -44,12 +44,13 @@ from torch.nn.functional import normalize
 from p0circuit.activations import Batch, Quantity
 from p0circuit.experiments.base import Experiment, NotApplicable
 from p0circuit.experiments.claim import Claim, Clause
-from p0circuit.experiments.heads import CONTROL, find_sink_heads
+from p0circuit.experiments.heads import find_sink_heads
 from p0circuit.intervals import Interval, bootstrap, ratio_interval
 from p0circuit.models import ModelError, describe
 from p0circuit.models.forward import hook_point
 from p0circuit.prompts import PromptSet
 from p0circuit.results import Result
+from p0circuit.sink import CONTROL
 
 if TYPE_CHECKING:
     import pandas as pd

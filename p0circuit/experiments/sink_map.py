@@ -18,11 +18,11 @@ from p0circuit.activations import PATTERNS, SINK_SCORE, HooksByRow, record, scor
 from p0circuit.experiments.base import Experiment, mean_over_samples
 from p0circuit.experiments.claim import Claim, Clause
 from p0circuit.experiments.conditions import RANDOM_TOKENS, WITH_BOS, WITHOUT_BOS, conditions
-from p0circuit.experiments.heads import CONTROL
 from p0circuit.intervals import bootstrap
 from p0circuit.models import describe
 from p0circuit.prompts import PromptSet
 from p0circuit.results import Result
+from p0circuit.sink import CONTROL
 
 if TYPE_CHECKING:
     from p0circuit.report.attention_view import AttentionView

@@ -32,7 +32,6 @@ from p0circuit.activations import TOKEN_LOSSES, batch_size_for, record
 from p0circuit.experiments.base import Experiment, NotApplicable
 from p0circuit.experiments.claim import Claim, Clause
 from p0circuit.experiments.conditions import WITH_BOS, WITHOUT_BOS, bos_id, text_like
-from p0circuit.experiments.heads import CONTROL
 from p0circuit.experiments.practice import find_used_sink
 from p0circuit.intervals import Interval, bootstrap, ratio_interval
 from p0circuit.interventions.nodes import InterventionError
@@ -40,6 +39,7 @@ from p0circuit.interventions.streaming import streamed, why_not_streamed
 from p0circuit.models import describe
 from p0circuit.prompts import PromptSet
 from p0circuit.results import Result
+from p0circuit.sink import CONTROL
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

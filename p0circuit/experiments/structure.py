@@ -24,7 +24,7 @@ import numpy as np
 
 from p0circuit.experiments.base import Experiment, NotApplicable
 from p0circuit.experiments.claim import Claim, Clause
-from p0circuit.experiments.heads import CONTROL, ByHead, Heads, excess_by_head, over_heads
+from p0circuit.experiments.heads import ByHead, Heads, excess_by_head, over_heads
 from p0circuit.experiments.surgery import (
     LAST_BLOCK,
     Sink,
@@ -39,6 +39,7 @@ from p0circuit.interventions.ablation import Intervention, isolate, match_statis
 from p0circuit.models import describe
 from p0circuit.prompts import PromptSet
 from p0circuit.results import Result
+from p0circuit.sink import CONTROL
 
 if TYPE_CHECKING:
     import pandas as pd

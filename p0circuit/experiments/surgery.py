@@ -17,18 +17,12 @@ from torch import Tensor
 
 from p0circuit.activations import record, residual_at
 from p0circuit.experiments.base import NotApplicable
-from p0circuit.experiments.heads import (
-    ByHead,
-    Heads,
-    excess_by_head,
-    find_sink_heads,
-    least_excess,
-    over_heads,
-)
+from p0circuit.experiments.heads import ByHead, Heads, excess_by_head, find_sink_heads, over_heads
 from p0circuit.intervals import Interval, bootstrap, ratio_interval
 from p0circuit.models import describe
 from p0circuit.models.forward import hook_points
 from p0circuit.prompts import PromptSet
+from p0circuit.sink import least_excess
 
 if TYPE_CHECKING:
     from p0circuit.report.figures import Series

@@ -440,7 +440,7 @@ def courses(panels: dict[str, tuple[str, str]], runs: Sequence[Course], title: s
 
     Runs of a group share a colour; a circle marks the checkpoint at which a run's sink has formed.
     """
-    figure, axes = new_figure(2.3 * len(panels) + 0.4, 3.1, 1, len(panels))
+    figure, axes = new_figure(2.3 * len(panels) + 0.4, 3.1, 1, len(panels), sharex=True)
     _draw_courses(axes.flat, panels, runs, "tokens")
     _legend_below(figure, axes[0, 0])
     _add_title(figure, title)

@@ -32,11 +32,11 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from p0circuit.experiments.heads import CONTROL, least_excess
 from p0circuit.files import write_atomically
 from p0circuit.interventions.contrast import contrast
 from p0circuit.models.info import ModelError
 from p0circuit.prompts import PromptSet, from_ids, natural_text, random_tokens
+from p0circuit.sink import CONTROL, least_excess
 from p0circuit.training.probe import SHIFT, Measurement, measure, same_randomness, unwrap
 
 COLUMNS = ("step", *(field.name for field in fields(Measurement)), "formation", "formation_step", "probe")

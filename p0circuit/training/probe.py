@@ -29,8 +29,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from p0circuit import sink
-from p0circuit.experiments.heads import CONTROL, sink_heads
+from p0circuit.experiments.heads import sink_heads
 from p0circuit.models.info import ModelError
+from p0circuit.sink import CONTROL
 
 SHIFT = 8
 """How many random tokens stand before P0's token in the shifted run."""

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float
 
-from p0circuit.experiments.heads import least_excess
 from p0circuit.paths import data_dir
+from p0circuit.sink import least_excess
 from p0circuit.training.development import formation_index
 
 if TYPE_CHECKING:

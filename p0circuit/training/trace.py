@@ -40,7 +40,7 @@ from p0circuit.activations import (
 )
 from p0circuit.console import say
 from p0circuit.experiments.conditions import drawable
-from p0circuit.experiments.heads import CONTROL, least_excess, sink_heads
+from p0circuit.experiments.heads import sink_heads
 from p0circuit.files import write_json
 from p0circuit.interventions.ablation import ablate
 from p0circuit.interventions.contrast import contrast, replacements
@@ -48,6 +48,7 @@ from p0circuit.models import ModelError, describe, list_checkpoints, load_model
 from p0circuit.models.load import STEP
 from p0circuit.paths import code_fingerprint, data_dir
 from p0circuit.prompts import PromptSet, from_ids, random_tokens
+from p0circuit.sink import CONTROL, least_excess
 from p0circuit.training.development import STAGE_COLUMNS, formation_index, stages
 from p0circuit.training.probe import SHIFT
 

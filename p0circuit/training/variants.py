@@ -1,7 +1,8 @@
 """What is trained: one recipe, its variants by name, and the untrained model of each.
 
-All variants share corpus, tokenizer, tokens, optimizer and size, and differ in the one thing they are named after. None
-but the first recipe (`TrainConfig()` as it stands, that of p0-nano) encourages a sink by random first tokens.
+All variants share corpus, tokenizer, tokens, optimizer and size, and differ in the one thing they are named after: from
+plain text (`baseline`), or from text behind BOS (`bos`). No variant encourages a sink by random first tokens; the first
+recipe (`TrainConfig()` as it stands, that of p0-nano) does.
 """
 
 from __future__ import annotations
@@ -139,6 +140,22 @@ VARIANTS = {
     "moe": replace(BOS, architecture="qwen3_moe", experts=8, d_mlp=168),
 }
 """The named configurations; `replace` one to change its seed or size."""
+
+ABOUT = {
+    "baseline": "A Llama trained on plain text, with nothing that encourages a sink.",
+    "learned": "A GPT-2, with learned positions, trained on plain text: position zero is told apart by its embedding.",
+    "tnlm-plain": "A Llama trained on plain text with the TNLM loss: what position zero predicts is not trained.",
+    "bos": "A Llama trained on text that always begins with BOS.",
+    "tnlm": "A Llama trained on text that always begins with BOS, with the TNLM loss: the prediction made there is not "
+    "trained.",
+    "force-sink": "A Llama trained on text that always begins with BOS, with Force-sink: before every norm position "
+    "zero keeps 8 channels and all others the other 120.",
+    "gated": "A Llama trained on text that always begins with BOS, with a sigmoid gate on the output of every head.",
+    "window": "A Mistral trained on text that always begins with BOS; a query sees the last 32 keys, so that position "
+    "zero is out of sight of most.",
+    "moe": "A Qwen3-MoE of 8 experts, 2 of them active, trained on text that always begins with BOS.",
+}
+"""What each variant is, in a sentence for its card."""
 
 
 def build_model(config: TrainConfig) -> PreTrainedModel:

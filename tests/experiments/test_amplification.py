@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from p0circuit.experiments import NotApplicable, heads
+from p0circuit import sink
+from p0circuit.experiments import NotApplicable
 from p0circuit.experiments.amplification import (
     Amplification,
     AmplificationConfig,
@@ -18,7 +19,7 @@ from p0circuit.experiments.amplification import (
     _projections,
     _two_tokens,
 )
-from p0circuit.experiments.heads import excess_scores, find_sink_heads, uniform_excess
+from p0circuit.experiments.heads import excess_scores, find_sink_heads
 from p0circuit.interventions.contrast import contrast, replacements
 from p0circuit.interventions.experts import experts_at_p0
 from p0circuit.interventions.nodes import Node
@@ -26,6 +27,7 @@ from p0circuit.models import forward, load_model
 from p0circuit.models.wired import wired_model, wired_truth
 from p0circuit.prompts import random_tokens
 from p0circuit.results import Result
+from p0circuit.sink import uniform_excess
 from tests.literal import run_with_cache
 
 LENGTH = 32
@@ -163,7 +165,7 @@ def test_a_mixture_has_a_table_of_experts_and_no_neurons(
     family_model: Callable[[str, str], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Random weights have no sink; what is measured on them has to be right all the same.
-    monkeypatch.setattr(heads, "TIMES_UNIFORM", -1e9)
+    monkeypatch.setattr(sink, "TIMES_UNIFORM", -1e9)
     model, prompts = family_model("qwen3-moe", "bridge"), random_tokens(96, n=8, length=12)
     result = Amplification(QUICK).run(model, prompts)
     assert result.claim is not None and "neurons" not in result.claim["why"]

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from p0circuit.experiments import NotApplicable, heads
+from p0circuit import sink
+from p0circuit.experiments import NotApplicable
 from p0circuit.experiments.experts import Experts, ExpertsConfig, _in_use, _random_order
 from p0circuit.experiments.heads import excess_scores, find_sink_heads
 from p0circuit.models import load_model
@@ -100,14 +101,14 @@ def test_a_super_expert_that_was_built_in_is_found(folder: Path, backend: Any) -
 def random_result(family_model: Callable[[str, str], Any]) -> Result:
     # Random weights have no sink; what is measured on them has to be right all the same.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(heads, "TIMES_UNIFORM", -1e9)
+        patch.setattr(sink, "TIMES_UNIFORM", -1e9)
         return Experts(QUICK).run(family_model("qwen3-moe", "bridge"), random_tokens(96, n=24, length=12))
 
 
 def test_numbers_against_weights_set_to_zero(
     family_model: Callable[[str, str], Any], random_result: Result, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(heads, "TIMES_UNIFORM", -1e9)
+    monkeypatch.setattr(sink, "TIMES_UNIFORM", -1e9)
     model, prompts = family_model("qwen3-moe", "bridge"), random_tokens(96, n=24, length=12)
     found = find_sink_heads(model, prompts)
     clean = excess_scores(model, found.prompts, found.heads)

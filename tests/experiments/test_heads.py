@@ -8,11 +8,12 @@ import torch
 
 from p0circuit.activations import SINK_SCORE, record
 from p0circuit.experiments.base import NotApplicable
-from p0circuit.experiments.heads import excess_scores, find_sink_heads, scores_of, uniform_excess
+from p0circuit.experiments.heads import excess_scores, find_sink_heads, scores_of
 from p0circuit.interventions.ablation import mask_key
 from p0circuit.models import describe, forward
 from p0circuit.models.wired import decoy_model, wired_model, wired_truth
 from p0circuit.prompts import random_tokens
+from p0circuit.sink import uniform_excess
 
 
 @pytest.fixture(scope="module")

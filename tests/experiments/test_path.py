@@ -11,7 +11,6 @@ import torch
 
 from p0circuit.experiments import NotApplicable
 from p0circuit.experiments.edges import input_shares
-from p0circuit.experiments.heads import uniform_excess
 from p0circuit.experiments.path import BESIDE, JOINT, WHOLE, ThePath, ThePathConfig, at_p0, joint_changes
 from p0circuit.interventions.contrast import contrast
 from p0circuit.interventions.metrics import measure, sink_score_of
@@ -22,6 +21,7 @@ from p0circuit.models.hooked import available, to_hooked
 from p0circuit.models.wired import decoy_model, purity, residual_subspaces, wired_huggingface, wired_model, wired_truth
 from p0circuit.prompts import from_ids, natural_text, random_tokens
 from p0circuit.results import Result
+from p0circuit.sink import uniform_excess
 from tests.families import VOCAB
 
 SHIFTS, LENGTH = (4, 9), 24

@@ -39,12 +39,13 @@ from transformers import (
 
 from p0circuit import sink
 from p0circuit.activations import NORM_RATIO, SINK_SCORE, record, residual_at, score_at
-from p0circuit.experiments.heads import CONTROL, TIMES_UNIFORM, sink_heads, uniform_excess
+from p0circuit.experiments.heads import sink_heads
 from p0circuit.interventions.contrast import contrast, values_at
 from p0circuit.models import ModelError, forward, load_model
 from p0circuit.models.changes import change_hf, gates_of
 from p0circuit.paths import data_dir
 from p0circuit.prompts import from_ids, natural_text, random_tokens
+from p0circuit.sink import CONTROL, TIMES_UNIFORM, uniform_excess
 from p0circuit.training.monitor import COLUMNS, P0Monitor, P0TrainerCallback, formation, read_readings
 from p0circuit.training.probe import SHIFT, decoder_of, undisturbed
 from p0circuit.training.trainer import save_model

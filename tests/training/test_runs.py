@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from p0circuit.experiments.heads import least_excess
+from p0circuit.sink import least_excess
 from p0circuit.training.runs import LENGTH, Run, as_trained, of_variant, seeds_in_common, shipped_runs
 from p0circuit.training.variants import VARIANTS
 

@@ -15,13 +15,12 @@ from p0circuit.models import ModelError, describe, forward, load_model
 from p0circuit.paths import data_dir
 from p0circuit.prompts import natural_text, random_tokens
 from p0circuit.training import trace as module
+from p0circuit.training.development import change_points, formation_index
 from p0circuit.training.trace import (
     INDUCTION,
     Trace,
     causal_concentration,
-    change_points,
     checkpoints_of,
-    formation_index,
     measure_checkpoint,
     observed_concentration,
     trace,

@@ -1,0 +1,306 @@
+"""Pages show what they are given, and checkers know right answers from wrong ones, and say what is wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+
+from p0circuit import teaching
+from p0circuit.experiments.conditions import drawable
+from p0circuit.interventions.ablation import ablate
+from p0circuit.interventions.contrast import contrast, replacements
+from p0circuit.interventions.metrics import measure, sink_score_of
+from p0circuit.interventions.nodes import components
+from p0circuit.interventions.path_patching import edges_into_keys, path_patch
+from p0circuit.models import load_model
+from p0circuit.report.figures import heat_maps
+from p0circuit.teaching import Page, read_prompts
+from tests.report.made_up import view
+
+UNIFORM = sum(1 / (t + 1) for t in range(64)) / 64
+
+
+def row_alone(pattern: torch.Tensor, t: int) -> torch.Tensor:
+    changed = pattern.clone()
+    changed[:, :, t] = 0
+    changed[:, :, t, t] = 1
+    return changed
+
+
+def column_alone(pattern: torch.Tensor, t: int) -> torch.Tensor:
+    changed = pattern.clone()
+    changed[:, :, :, t] = 0
+    changed[:, :, t, t] = 1
+    return changed
+
+
+def not_emptied(pattern: torch.Tensor, t: int) -> torch.Tensor:
+    changed = pattern.clone()
+    changed[:, :, t, t] = 1
+    return changed
+
+
+def in_place(pattern: torch.Tensor, t: int) -> torch.Tensor:
+    pattern[:, :, t] = 0
+    pattern[:, :, t, t] = 1
+    return pattern
+
+
+def one_head(pattern: torch.Tensor, t: int) -> torch.Tensor:
+    changed = pattern.clone()
+    changed[:, 0] = row_alone(pattern, t)[:, 0]
+    return changed
+
+
+def to_p0(pattern: torch.Tensor, t: int) -> torch.Tensor:
+    changed = pattern.clone()
+    changed[:, :, t] = 0
+    changed[:, :, t, 0] = 1
+    return changed
+
+
+def scaled(stream: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    changed = stream.clone()
+    changed[:, 0] *= factor[:, None]
+    return changed
+
+
+def norm_cut(stream: torch.Tensor) -> torch.Tensor:
+    norms = stream.norm(dim=-1)
+    return scaled(stream, norms[:, 1:].median(1).values / norms[:, 0])
+
+
+def mean_cut(stream: torch.Tensor) -> torch.Tensor:
+    norms = stream.norm(dim=-1)
+    return scaled(stream, norms[:, 1:].mean(1) / norms[:, 0])
+
+
+def among_the_others(stream: torch.Tensor) -> torch.Tensor:
+    norms = stream.norm(dim=-1)
+    return scaled(stream, norms.median(1).values / norms[:, 0])
+
+
+def upside_down(stream: torch.Tensor) -> torch.Tensor:
+    norms = stream.norm(dim=-1)
+    return scaled(stream, norms[:, 0] / norms[:, 1:].median(1).values)
+
+
+def all_positions(stream: torch.Tensor) -> torch.Tensor:
+    return stream / stream.norm(dim=-1, keepdim=True)
+
+
+def turned(stream: torch.Tensor) -> torch.Tensor:
+    changed = stream.clone()
+    changed[:, 0] = stream[:, 1]
+    return changed
+
+
+def patch(activation: torch.Tensor, hook: Any, values: torch.Tensor) -> torch.Tensor:
+    activation[:, 0] = values
+    return activation
+
+
+def patch_everywhere(activation: torch.Tensor, hook: Any, values: torch.Tensor) -> torch.Tensor:
+    return activation * 0 + values[:, None]
+
+
+def patch_next(activation: torch.Tensor, hook: Any, values: torch.Tensor) -> torch.Tensor:
+    activation[:, 1] = values
+    return activation
+
+
+def patch_added(activation: torch.Tensor, hook: Any, values: torch.Tensor) -> torch.Tensor:
+    activation[:, 0] += values
+    return activation
+
+
+def patch_forgotten(activation: torch.Tensor, hook: Any, values: torch.Tensor) -> None:
+    activation[:, 0] = values
+
+
+def strength(s: float, length: int) -> float:
+    return sum(math.exp(s) / (math.exp(s) + t) for t in range(length)) / length
+
+
+def detector(threshold: float, at_p0: float) -> tuple[float, float]:
+    gain = -1 / (threshold - at_p0)
+    return gain, -gain * threshold
+
+
+CASES: list[tuple[str, Any, str]] = [
+    ("sink_score", lambda pattern: pattern[:, :, 0].mean(-1), "✓"),
+    ("sink_score", lambda pattern: pattern[:, :, 0].mean(-1).tolist(), "✓"),
+    ("sink_score", lambda pattern: pattern[:, 0].mean(-1), "about one key"),
+    ("sink_score", lambda pattern: pattern[:, :, 0].sum(-1), "sum over queries"),
+    ("sink_score", lambda pattern: pattern[:, 1:, 0].mean(-1), "left out"),
+    ("sink_score", lambda pattern: pattern[:, -1, 0], "last query alone"),
+    ("sink_score", lambda pattern: pattern.mean((1, 2)), "for any pattern"),
+    ("sink_score", lambda pattern: pattern[:, :, 0].mean(), r"expected shape \[3\], got \[\]"),
+    ("sink_score", lambda pattern: pattern[:, :, 0].square().mean(-1), "differ from head to head"),
+    ("sink_score", lambda pattern: pattern[:, :, 99], r"raised IndexError.*shapes: \[3, 6, 6\]"),
+    ("sink_score", lambda pattern: "no", "expected numbers"),
+    ("sink_score", 0.5, "expected a function, got float"),
+    ("sink_score", None, "○ 1.1"),
+    ("sink_score", lambda pattern: None, "○ 1.1"),
+    ("uniform_score", UNIFORM, "✓"),
+    ("uniform_score", round(UNIFORM, 4), "✓"),
+    ("uniform_score", 1 / 64, "which does the first one see"),
+    ("uniform_score", 64 * UNIFORM, "sum over queries"),
+    ("uniform_score", 0.5, "one by one"),
+    ("uniform_score", "0,07", "expected one number"),
+    ("uniform_score", ..., "○ 1.2"),
+    ("sink_rate", lambda scores, eps: (scores > eps).float().mean(), "✓"),
+    ("sink_rate", lambda scores, eps: (scores.mean(0) > eps).float().mean(), "before you average over samples"),
+    ("sink_rate", lambda scores, eps: (scores > eps).sum(), "a count"),
+    ("sink_rate", lambda scores, eps: (scores > 0.3).float().mean(), "whatever eps"),
+    ("sink_rate", lambda scores, eps: scores.mean(), "where is the threshold"),
+    ("sink_rate", lambda scores, eps: (scores > eps).float().mean((1, 2)), "expected one number"),
+    ("cone", lambda cosine, weights: cosine**2 + (1 - cosine**2) * weights.square().sum(-1), "✓"),
+    ("cone", lambda cosine, weights: cosine + (1 - cosine) * weights.square().sum(-1), "square of the other"),
+    ("cone", lambda cosine, weights: (cosine**2 + (1 - cosine**2) * weights.square().sum(-1)).sqrt(), "its square"),
+    ("cone", lambda cosine, weights: weights.square().sum(-1), "share nothing"),
+    ("cone", lambda cosine, weights: weights.sum(-1), "squares that tell"),
+    ("cone", lambda cosine, weights: cosine**2 * weights.square().sum(-1), "is one unit vector; yours has 0.160"),
+    ("cone", lambda cosine, weights: weights.max(-1).values, "fall from 1"),
+    ("alone", row_alone, "✓"),
+    ("alone", column_alone, "rows are queries"),
+    ("alone", not_emptied, "adds up to 1."),
+    ("alone", in_place, "work on a copy"),
+    ("alone", one_head, "in the other heads"),
+    ("alone", to_p0, "not itself"),
+    ("alone", lambda pattern, t: pattern, "nothing has changed"),
+    ("contribution", lambda fires, w_out, u: fires * (w_out @ (u / u.norm())), "✓"),
+    ("contribution", lambda fires, w_out, u: fires * (w_out @ u), "length of the direction"),
+    ("contribution", lambda fires, w_out, u: w_out @ u / u.norm(), "how much does it fire"),
+    ("contribution", lambda fires, w_out, u: (fires * (w_out @ u / u.norm())).abs(), "sign is lost"),
+    ("contribution", lambda fires, w_out, u: fires @ w_out, r"expected shape \[5\], got \[8\]"),
+    ("contribution", lambda fires, w_out, u: fires, "the first neuron"),
+    ("norm_cut", norm_cut, "✓"),
+    ("norm_cut", mean_cut, "mean of the others"),
+    ("norm_cut", among_the_others, "counted among the others"),
+    ("norm_cut", upside_down, "wrong way round"),
+    ("norm_cut", all_positions, "positions other than 0"),
+    ("norm_cut", turned, "points elsewhere"),
+    ("norm_cut", lambda stream: stream.clone(), "as it was"),
+    ("norm_cut", lambda stream: stream.norm(dim=-1), "expected shape"),
+    ("patch_hook", patch, "✓"),
+    ("patch_hook", patch_everywhere, "at every position"),
+    ("patch_hook", patch_next, r"positions \[1\] have changed"),
+    ("patch_hook", patch_added, "takes its place"),
+    ("patch_hook", patch_forgotten, "returns nothing"),
+    ("patch_hook", lambda activation, hook, values: activation, "nothing has changed"),
+    ("closed_form", lambda score, others: torch.sigmoid(score - others.logsumexp(-1)), "✓"),
+    ("closed_form", lambda score, others: torch.cat([score[:, None], others], 1).softmax(-1)[:, 0], "✓"),
+    ("closed_form", lambda score, others: torch.sigmoid(score), "competes with nobody"),
+    ("closed_form", lambda score, others: torch.sigmoid(score - others.max(-1).values), "best of the others"),
+    ("closed_form", lambda score, others: torch.sigmoid(others.logsumexp(-1) - score), "goes to the others"),
+    ("closed_form", lambda score, others: score.exp() / others.exp().sum(-1), "not finite"),
+    ("closed_form", lambda score, others: score.exp() / (score.exp() + others.exp().mean(-1)), "softmax gives P0"),
+    ("detector", detector, "✓"),
+    ("detector", lambda threshold, at_p0: tuple(-part for part in detector(threshold, at_p0)), "looks short"),
+    ("detector", lambda threshold, at_p0: (-1.0, 1.0), "at the threshold already"),
+    ("detector", lambda threshold, at_p0: (-1.0, at_p0), "does not fire at P0"),
+    ("detector", lambda threshold, at_p0: (-1.0, threshold), "expected 1"),
+    ("detector", lambda threshold, at_p0: (-1 / 0.035, 0.337 / 0.035), "with a threshold of 0.5"),
+    ("detector", lambda threshold, at_p0: -1.0, r"expected shape \[2\]"),
+    ("strength", strength, "✓"),
+    ("strength", lambda s, length: math.exp(s) / (math.exp(s) + length - 1), "last query"),
+    ("strength", lambda s, length: math.exp(s) / (math.exp(s) + length), "saw all tokens"),
+    ("strength", lambda s, length: strength(s, length) * length, "sum over queries"),
+    (
+        "strength",
+        lambda s, length: sum(math.exp(s) / (math.exp(s) + t + 1) for t in range(length)) / length,
+        "t others",
+    ),
+    ("strength", lambda s, length: s / length, "what does query t give"),
+]
+
+
+@pytest.mark.parametrize(("name", "answer", "told"), CASES, ids=[f"{name}-{told[:20]}" for name, _, told in CASES])
+def test_checkers(capsys: pytest.CaptureFixture[str], name: str, answer: Any, told: str) -> None:
+    getattr(teaching, f"check_{name}")(answer)
+    said = " ".join(capsys.readouterr().out.split())
+    assert re.search(told, said), said
+    assert said.startswith(told[0] if told[0] in "✓○" else "✗")
+
+
+def test_every_checker_is_tried_with_right_and_several_wrong_answers() -> None:
+    checkers = {name.removeprefix("check_") for name in dir(teaching) if name.startswith("check_")}
+    for name in checkers - {"edge"}:
+        told = [told for one, _, told in CASES if one == name]
+        assert "✓" in told and len([one for one in told if one[0] not in "✓○"]) >= 3, name
+
+
+def test_the_edge_checker_knows_the_neighbours_of_the_right_answer(capsys: pytest.CaptureFixture[str]) -> None:
+    model = load_model("wired")
+    prompts = read_prompts(model, 6, length=16)
+    vocabulary, special = drawable(model)
+    pair = contrast(prompts, 4, vocabulary, 0, tuple(special))
+    senders = components(model, range(2))
+    values = replacements(model, pair, senders)
+    head, sender = (2, 2), "mlp.1"
+    metric = sink_score_of([head])
+    by_path = path_patch(model, prompts, [sender], ["attn.2.2.k"], values, metric)
+    right = float(by_path.effect.mean())
+    assert right == pytest.approx(
+        float(
+            edges_into_keys(model, prompts, senders, values).effect[[*map(str, senders)].index(sender), :, 2, 2].mean()
+        ),
+        abs=1e-5,
+    )
+    assert right < -0.5
+    clean = float(by_path.clean.mean())
+    for answer, told in (
+        (right, "✓"),
+        (-right, "turned round"),
+        (clean + right, "patched score itself"),
+        (0.1, "is it this head's key"),
+        (None, "○ 4.2"),
+    ):
+        teaching.check_edge(answer, model, prompts, values, sender, head)
+        assert told in " ".join(capsys.readouterr().out.split())
+    # An earlier sender acts through MLP 1 alone: holding nothing gives all of it, and the direct edge nothing.
+    with ablate(model, prompts, ["mlp.0"], values):
+        followed = float(measure(model, prompts, metric).mean()) - clean
+    teaching.check_edge(followed, model, prompts, values, "mlp.0", head)
+    assert "free to follow" in " ".join(capsys.readouterr().out.split())
+
+
+# Pages
+
+
+def test_a_page_prints_tables_and_names_pictures_where_there_is_no_notebook(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    page = Page("00_test", tmp_path / "out")
+    page.show(pd.DataFrame({"head": ["3.1"], "score": [0.56789]}))
+    page.show(view())
+    page.show(heat_maps({"text": torch.eye(2).numpy()}, "made up", "share"), "Shares, made up")
+    page.key_figures(score=0.123456789, count=3)
+    shown = capsys.readouterr().out
+    assert "3.1  0.568" in shown and "[attention view: A <b>view</b>]" in shown and "[figure: Shares, made up]" in shown
+    assert json.loads(shown[shown.index("{") :]) == {"score": 0.123457, "count": 3.0}
+    assert json.loads((tmp_path / "out" / "key-figures.json").read_text()) == {"score": 0.123457, "count": 3.0}
+    assert (tmp_path / "out" / "figures" / "00_test-shares-made-up.png").is_file()
+
+
+def test_a_page_refuses_what_it_cannot_show() -> None:
+    page = Page("00_test")
+    with pytest.raises(ValueError, match="needs a title"):
+        page.show(heat_maps({"text": torch.eye(2).numpy()}, "made up", "share"))
+    with pytest.raises(ValueError, match="not str"):
+        page.show("text")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="score is nan"):
+        page.key_figures(score=math.nan)
+
+
+def test_a_model_without_tokenizer_reads_random_tokens() -> None:
+    assert read_prompts(load_model("wired"), 3, 1, 8).description["builder"] == "random_tokens"
+    assert read_prompts(load_model("p0-nano"), 3, 1, 8).description["source"] == "code"
