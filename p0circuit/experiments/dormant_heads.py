@@ -32,7 +32,7 @@ from p0circuit.activations import SINK_SCORE, TOKEN_LOSSES, batch_size_for, reco
 from p0circuit.experiments.base import Experiment
 from p0circuit.experiments.claim import Claim, Clause
 from p0circuit.experiments.conditions import RANDOM_TOKENS, WITH_BOS, WITHOUT_BOS, bos_id, drawable
-from p0circuit.experiments.practice import find_used_sink
+from p0circuit.experiments.practice import find_used_sink, small_batches
 from p0circuit.intervals import Interval, bootstrap, ratio_interval
 from p0circuit.interventions.ablation import remove_heads
 from p0circuit.models import describe, forward
@@ -223,8 +223,7 @@ def zeroed(
     With `until`, an order goes no further than the first loss that is by more than this share above that of the whole
     model.
     """
-    # An eighth of what memory allows stays in a processor's cache, which makes it up to twice as fast.
-    rows = max(1, batch_size_for(model, prompts.length, with_logits=True) // 8)
+    rows = small_batches(model, prompts)
     known: dict[frozenset[tuple[int, int]], np.ndarray] = {}
 
     def loss_without(heads: frozenset[tuple[int, int]]) -> np.ndarray:

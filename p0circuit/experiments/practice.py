@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from p0circuit.activations import batch_size_for
 from p0circuit.experiments.base import NotApplicable
 from p0circuit.experiments.conditions import WITH_BOS, WITHOUT_BOS, bos_id
 from p0circuit.experiments.heads import SinkHeads, find_sink_heads
@@ -28,3 +29,11 @@ def find_used_sink(model: Any, prompts: PromptSet) -> tuple[SinkHeads, str]:
             return find_sink_heads(model, prompts.behind(bos)), WITH_BOS
         except NotApplicable as other:
             raise NotApplicable(f"{reason}; behind BOS: {other}") from None
+
+
+def small_batches(model: Any, prompts: PromptSet) -> int:
+    """Rows in a batch where many passes are made: an eighth of what memory allows stays in a processor's cache.
+
+    On a CPU that is up to twice as fast.
+    """
+    return max(1, batch_size_for(model, prompts.length, with_logits=True) // 8)

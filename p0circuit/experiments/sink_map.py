@@ -149,5 +149,5 @@ def view_heads(
     recording = record(model, prompt, PATTERNS, cache=None, interventions=interventions)
     patterns = recording[PATTERNS][0][layers, numbers][:, shown, shown]
     ids, tokenizer = prompt.ids[0, shown].tolist(), getattr(model, "tokenizer", None)
-    tokens = [str(token) if tokenizer is None else tokenizer.decode([token]) for token in ids]
+    tokens = [f"{token} " if tokenizer is None else tokenizer.decode([token]) for token in ids]
     return attention_view(tokens, patterns, [f"{layer}.{head}" for layer, head in heads], title)

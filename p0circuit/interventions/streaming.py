@@ -68,7 +68,7 @@ class Rotation:
 
 
 @dataclass(frozen=True)
-class Cache:
+class KeyCache:
     """What each query of a row finds in its cache, and where.
 
     Attributes:
@@ -84,7 +84,7 @@ class Cache:
     fallen_out: Bool[Tensor, "query kept"]
 
 
-def cache_of(length: int, window: int, kept: Sequence[int]) -> Cache:
+def cache_of(length: int, window: int, kept: Sequence[int]) -> KeyCache:
     """The caches of a row of `length` tokens, of which `kept` stay when they fall out of the window.
 
     Raises:
@@ -100,7 +100,7 @@ def cache_of(length: int, window: int, kept: Sequence[int]) -> Cache:
     visible = distance < window
     visible[:, list(places)] = True
     fallen_out = distance[:, list(places)] >= window
-    return Cache(visible, fallen_out.sum(1) + queries.clamp(max=window - 1), places, fallen_out)
+    return KeyCache(visible, fallen_out.sum(1) + queries.clamp(max=window - 1), places, fallen_out)
 
 
 def streamed(model: Any, prompts: PromptSet, kept: Sequence[int], window: int) -> Intervention:

@@ -316,6 +316,42 @@ def intervals(
 
 
 @_styled
+def side_by_side(
+    panels: Mapping[str, Mapping[str, Interval]], title: str, x_labels: Sequence[str], base: str
+) -> Figure:
+    """The same conditions under each other, one column with its own scale per quantity; the value stands beside it.
+
+    The condition that the others are compared with is grey, with a dashed line through all of them. Where a quantity
+    was not measured there is no dot.
+    """
+    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    figure, axes = new_figure(1.65 * len(panels) + 1.9, 0.27 * len(names) + 1.1, 1, len(panels), sharey=True)
+    for axis, (quantity, lines), x_label in zip(axes[0], panels.items(), x_labels, strict=True):
+        if base in lines:
+            axis.axvline(lines[base].value, color=GREY, linewidth=0.8, linestyle="--")
+        for name, interval in lines.items():
+            place, colour = names.index(name), GREY if name == base else BLUE
+            axis.plot([interval.low, interval.high], [place, place], color=colour, linewidth=2.4, solid_capstyle="butt")
+            axis.plot(interval.value, place, color=colour, marker="o", markersize=5)
+            axis.annotate(
+                f"{interval.value:.2g}" if abs(interval.value) < 10 else f"{interval.value:.0f}",
+                (1, place),
+                xycoords=("axes fraction", "data"),
+                xytext=(2, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=7,
+            )
+        axis.set(title=quantity, xlabel=x_label)
+        axis.margins(x=0.12)
+        axis.grid(axis="y", visible=False)
+    axes[0, 0].set_yticks(range(len(names)), names)
+    axes[0, 0].set_ylim(len(names) - 0.4, -0.6)
+    _add_title(figure, title)
+    return figure
+
+
+@_styled
 def draw_circuit(graph: nx.DiGraph, ends: Collection[str], title: str) -> Figure:
     """A circuit of components, the embedding at the bottom and the sink heads on top.
 
