@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: help reproduce test test-tl4 lint bench clean
+.PHONY: help reproduce test test-tl4 lint bench notebooks clean
 
 RECENT := import sys; sys.exit(sys.version_info < (3, 10))
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python3.10; do \
@@ -23,12 +23,14 @@ help:
 	@echo "make reproduce   measure the P0 sink of the shipped models; tables, figures and a manifest in out/"
 	@echo "make test        lint, types and tests;  make test-tl4: models and backends on TransformerLens 4"
 	@echo "make lint        ruff and pyright alone; make bench: speed and memory;  make clean: remove what make made"
+	@echo "make notebooks   the shipped notebooks anew from their Python sources, with outputs"
 
 reproduce: .venv/.runtime
 	.venv/bin/p0circuit reproduce
 
+# One process per core, one thread in each: the models are small.
 test: lint
-	.venv/bin/python -m pytest
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n logical --dist loadfile
 
 test-tl4: .venv-tl4/.dev
 	.venv-tl4/bin/python -m pytest tests/backends tests/models
@@ -37,6 +39,9 @@ lint: .venv/.dev
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 .venv/bin/pyright --pythonpath .venv/bin/python
+
+notebooks: .venv/.dev
+	.venv/bin/p0circuit notebooks build --all
 
 bench: .venv/.dev
 	.venv/bin/python -m pytest tests/benchmarks

@@ -48,6 +48,7 @@ _HOMES = {
     "Function": "experiments",
     "Circuit": "experiments",
     "EXPERIMENTS": "experiments",
+    "advise": "advice",
     "reproduce": "reproduction",
     "write_report": "report.page",
     "attention_view": "report.attention_view",

@@ -20,6 +20,7 @@ from p0circuit import notebooks
 from p0circuit.console import say
 
 if TYPE_CHECKING:
+    from p0circuit.advice import Advice
     from p0circuit.experiments import Experiment
     from p0circuit.prompts import PromptSet
     from p0circuit.results import Result
@@ -234,6 +235,35 @@ def sink(
     console.print(
         f"sink rate {summary['sink_rate']:.3f}" + (f", from layer 2 {later:.3f}" if later is not None else "")
     )
+
+
+@app.command()
+def advise(
+    model: ModelArgument,
+    checkpoint: CheckpointOption = None,
+    out: OutOption = Path("out"),
+    text: TextOption = "stdlib",
+    samples: SamplesOption = 128,
+    length: LengthOption = 64,
+    seed: SeedOption = 0,
+    backend: BackendOption = Backend.auto,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what the first token does to a model on a text, and what to do about it; leave advice.html in OUT/MODEL."""
+    from p0circuit.advice import advise as advise_on
+    from p0circuit.advice import write_advice
+
+    loaded = _load(Source(model, backend, device, dtype), checkpoint)
+    found = advise_on(loaded, _prompts(loaded, text, samples, length, seed, First.text))
+    directory = out / found.model.replace("/", "--")
+    written = write_advice(found, directory)
+    if as_json:
+        _print_json(found.to_json(), True)
+    else:
+        _show_advice(found)
+    say(f"{' and '.join(path.name for path in written)} are in {directory}")
 
 
 @app.command()
@@ -655,6 +685,21 @@ def _show_claims(name: str, claims: list[dict[str, Any]]) -> None:
     for claim in claims:
         table.add_row(f"{claim['id']} {claim['title']}", claim["verdict"], claim["why"])
     Console(stderr=True).print(table)
+
+
+def _show_advice(advice: Advice) -> None:
+    from rich.console import Console
+    from rich.padding import Padding
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    # Names and text may hold what rich would take for markup.
+    console.print(Text(f"{advice.model}: what the first token does, and what to do about it", style="bold"))
+    for statement in advice.statements:
+        console.print(Text.assemble("\n", (statement.topic, "bold"), "  ", (statement.verdict, "reverse")))
+        console.print(Padding(Text(statement.text), (0, 0, 0, 2)))
+        if statement.advice:
+            console.print(Padding(Text(f"→ {statement.advice}"), (0, 0, 0, 2)))
 
 
 def _print_json(value: Any, wanted: bool) -> None:

@@ -70,7 +70,7 @@ class Result:
             if isinstance(figure, Path):
                 files |= {path.with_suffix(end): figure.with_suffix(end).read_bytes() for end in (".png", ".svg")}
             else:
-                files |= {path.with_suffix(end): _drawn(figure, end[1:]) for end in (".png", ".svg")}
+                files |= {path.with_suffix(end): drawn(figure, end[1:]) for end in (".png", ".svg")}
         summary = {
             "experiment": self.experiment,
             "title": self.title,
@@ -129,7 +129,7 @@ class Result:
         )
 
 
-def _drawn(figure: Figure, kind: str) -> bytes:
+def drawn(figure: Figure, kind: str) -> bytes:
     """The file of a figure; equal figures give equal files, and text in an SVG stays text."""
     import io
 

@@ -279,7 +279,7 @@ def test_the_edge_checker_knows_the_neighbours_of_the_right_answer(capsys: pytes
 def test_a_page_prints_tables_and_names_pictures_where_there_is_no_notebook(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    page = Page("00_test", tmp_path / "out")
+    page = Page(tmp_path / "out")
     page.show(pd.DataFrame({"head": ["3.1"], "score": [0.56789]}))
     page.show(view())
     page.show(heat_maps({"text": torch.eye(2).numpy()}, "made up", "share"), "Shares, made up")
@@ -288,11 +288,11 @@ def test_a_page_prints_tables_and_names_pictures_where_there_is_no_notebook(
     assert "3.1  0.568" in shown and "[attention view: A <b>view</b>]" in shown and "[figure: Shares, made up]" in shown
     assert json.loads(shown[shown.index("{") :]) == {"score": 0.123457, "count": 3.0}
     assert json.loads((tmp_path / "out" / "key-figures.json").read_text()) == {"score": 0.123457, "count": 3.0}
-    assert (tmp_path / "out" / "figures" / "00_test-shares-made-up.png").is_file()
+    assert (tmp_path / "out" / "figures" / "shares-made-up.png").is_file()
 
 
 def test_a_page_refuses_what_it_cannot_show() -> None:
-    page = Page("00_test")
+    page = Page()
     with pytest.raises(ValueError, match="needs a title"):
         page.show(heat_maps({"text": torch.eye(2).numpy()}, "made up", "share"))
     with pytest.raises(ValueError, match="not str"):

@@ -27,6 +27,7 @@ from p0circuit.experiments.over_runs import RunsExperiment
 from p0circuit.experiments.path import ThePath, ThePathConfig
 from p0circuit.experiments.quantisation import Quantisation, QuantisationConfig
 from p0circuit.experiments.recognition import Recognition, RecognitionConfig
+from p0circuit.experiments.remedies import Remedies, RemediesConfig
 from p0circuit.experiments.sink_map import SinkMap, SinkMapConfig
 from p0circuit.experiments.streaming import Streaming, StreamingConfig
 from p0circuit.experiments.structure import Structure, StructureConfig
@@ -51,6 +52,7 @@ EXPERIMENTS: dict[str, type[Any]] = {
         Quantisation,
         DormantHeads,
         FirstToken,
+        Remedies,
         Circuit,
         Experts,
     )
@@ -136,6 +138,8 @@ __all__ = [
     "QuantisationConfig",
     "Recognition",
     "RecognitionConfig",
+    "Remedies",
+    "RemediesConfig",
     "RunsExperiment",
     "SinkMap",
     "SinkMapConfig",

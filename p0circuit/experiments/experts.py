@@ -37,7 +37,7 @@ from p0circuit.experiments.heads import SinkHeads, over_heads
 from p0circuit.experiments.practice import find_used_sink
 from p0circuit.intervals import Interval, bootstrap, ratio_interval
 from p0circuit.interventions.experts import experts_at, mixture_layers, remove_experts, routing
-from p0circuit.models import describe
+from p0circuit.models import ModelInfo, describe
 from p0circuit.prompts import PromptSet
 from p0circuit.results import Result
 from p0circuit.sink import CONTROL
@@ -128,7 +128,7 @@ class Experts(Experiment):
             "experts by what they write at P0: " + "; ".join(_told(line) for line in alone.head(4).to_dict("records")),
         ]
         figures = {
-            "routing": _draw_routing(shares, norms[0], info.name),
+            "routing": _draw_routing(shares, norms[0], layers, info),
             "removed": _draw_removed(together, clean, reader, info.name),
         }
         return Result(self.id, self.title, metrics, tables, figures, notes=notes)
@@ -309,16 +309,23 @@ def _routing_table(
 
 
 def _draw_routing(
-    shares: Float[np.ndarray, "two layer expert"], norms: Float[np.ndarray, "layer expert"], name: str
+    shares: Float[np.ndarray, "two layer expert"],
+    norms: Float[np.ndarray, "layer expert"],
+    layers: Sequence[int],
+    info: ModelInfo,
 ) -> Figure:
     from p0circuit.report.figures import heat_maps
 
-    panels = {
+    found = {
         "P0 routed to it": shares[0],
         "Others routed to it": shares[1],
         "Norm written at P0": norms / max(norms.max(), 1e-30),
     }
-    return heat_maps(panels, f"{name}: the experts of P0", "share; of the largest norm", x_label="expert")
+    # Dense blocks have a line too, so that lines are layers.
+    panels = {name: np.zeros((info.layers, info.experts)) for name in found}
+    for name, values in found.items():
+        panels[name][list(layers)] = values
+    return heat_maps(panels, f"{info.name}: the experts of P0", "share (of the largest norm)", x_label="expert")
 
 
 def _draw_removed(together: pd.DataFrame, clean: Left, reader: int, name: str) -> Figure:

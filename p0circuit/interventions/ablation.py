@@ -1,7 +1,8 @@
 """Ablations and surgery: change what a component says at P0 (or elsewhere), and see what becomes of the sink.
 
 1. The mathematics is pure functions: of vectors (`with_norm`, `with_direction`, `with_statistics`, `with_component`),
-   and of attention (`attending_to_itself`, `attending_as`, `without_key`, `redirected`, `without_value`).
+   and of attention (`attending_to_itself`, `attending_as`, `without_key`, `redirected`, `without_value`,
+   `with_zero_logit`).
 2. An `Intervention` ties such a function to the nodes of a model, to prompts, and to a position in each of their rows.
    Whatever differs from row to row (positions, replacement values) is found when it is made.
 3. What depends on the run (the norm of other positions, the attention of a donor) is read in the pass itself, inside
@@ -199,6 +200,15 @@ def without_value(
     return torch.where(reached[..., None, None], mixed.to(z), z)
 
 
+def with_zero_logit(
+    pattern: Float[Tensor, "batch head query key"], scores: Float[Tensor, "batch head query key"]
+) -> Float[Tensor, "batch head query key"]:
+    """Attention `exp(s) / (1 + sum exp(s))`, from its softmax and the scores: what nobody needs may go nowhere."""
+    # 1 - 1 / (1 + S) is the sigmoid of log S, which no large score overflows.
+    wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    return pattern * wide.logsumexp(-1, keepdim=True).sigmoid().to(pattern)
+
+
 # Interventions on what nodes say
 
 
@@ -391,6 +401,32 @@ def zero_value(model: Any, prompts: PromptSet, heads: Sequence[str | Node], offs
             (attention + "hook_v", functools.partial(keep, name="values", seen=seen)),
             (attention + "hook_pattern", functools.partial(keep, name="pattern", seen=seen)),
             (attention + "hook_z", functools.partial(change, chosen=chosen, seen=seen)),
+        ]
+    return Intervention(model, prompts, tuple(changes))
+
+
+def zero_logit(model: Any, prompts: PromptSet, heads: Sequence[str | Node]) -> Intervention:
+    """Give heads one more logit, 0, whose value is nothing, at every query: a softmax that may attend nowhere.
+
+    The scores are those of a model that was trained without it, and a softmax does not tell their level: how much goes
+    nowhere depends on a level that training left open. Source: Miller 2023, "Attention is off by one"; as a key with a
+    zero value: Gu et al. 2025, arXiv 2410.10781.
+    """
+
+    def keep(scores: Tensor, rows: slice, seen: dict[str, Tensor]) -> None:
+        seen["scores"] = scores
+
+    def change(pattern: Tensor, rows: slice, chosen: list[int], seen: dict[str, Tensor]) -> Tensor:
+        changed, scores = pattern.clone(), seen.pop("scores")
+        changed[:, chosen] = with_zero_logit(pattern[:, chosen], scores[:, chosen])
+        return changed
+
+    changes: list[tuple[str, Change]] = []
+    for layer, chosen in _heads_by_layer(heads, model).items():
+        attention, seen = f"blocks.{layer}.attn.", {}
+        changes += [
+            (attention + "hook_attn_scores", functools.partial(keep, seen=seen)),
+            (attention + "hook_pattern", functools.partial(change, chosen=chosen, seen=seen)),
         ]
     return Intervention(model, prompts, tuple(changes))
 

@@ -204,9 +204,7 @@ def _detect(weights: Weights, space: Subspaces, positions: Positions) -> None:
 def _amplify(weights: Weights, space: Subspaces, positions: Positions) -> None:
     """Step 3: the sink neuron turns the mark into the P0 direction."""
     gain = 1 / (MARK / math.sqrt(_embedding_square(positions) + ECHO**2 + MARK**2) - MARK_THRESHOLD)
-    set_neuron(
-        weights, 1, SINK_NEURON, reads=gain * space.mark, bias=-gain * MARK_THRESHOLD, writes=P0_NORM * space.p0
-    )
+    set_neuron(weights, 1, SINK_NEURON, reads=gain * space.mark, bias=-gain * MARK_THRESHOLD, writes=P0_NORM * space.p0)
 
 
 def _read_out(weights: Weights, space: Subspaces) -> None:

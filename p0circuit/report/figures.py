@@ -325,7 +325,7 @@ def side_by_side(
     was not measured there is no dot.
     """
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
-    figure, axes = new_figure(1.65 * len(panels) + 1.9, 0.27 * len(names) + 1.1, 1, len(panels), sharey=True)
+    figure, axes = new_figure(1.7 * len(panels) + 1.8, 0.27 * len(names) + 1.1, 1, len(panels), sharey=True)
     for axis, (quantity, lines), x_label in zip(axes[0], panels.items(), x_labels, strict=True):
         if base in lines:
             axis.axvline(lines[base].value, color=GREY, linewidth=0.8, linestyle="--")
@@ -334,7 +334,7 @@ def side_by_side(
             axis.plot([interval.low, interval.high], [place, place], color=colour, linewidth=2.4, solid_capstyle="butt")
             axis.plot(interval.value, place, color=colour, marker="o", markersize=5)
             axis.annotate(
-                f"{interval.value:.2g}" if abs(interval.value) < 10 else f"{interval.value:.0f}",
+                f"{interval.value:.3f}" if abs(interval.value) < 1 else f"{interval.value:.3g}",
                 (1, place),
                 xycoords=("axes fraction", "data"),
                 xytext=(2, 0),

@@ -1,0 +1,310 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Meet the sink
+#
+# What an attention sink looks like, how it is measured, and what the BOS token has to do with it (not much, in this
+# model). By the end you will have computed the two numbers that everyone uses, the **sink score** of a head and the
+# **sink rate** of a model, by hand.
+#
+# *About 10 minutes; three exercises. Before: [00](00_tour.ipynb). After: [02](02_recognition.ipynb).*
+
+# %% tags=["parameters"]
+model = "p0-nano"  # a shipped model, a local Hugging Face directory, or a hub id
+samples = 128  # prompts of 64 tokens
+seed = 0  # of the prompts
+out = None  # a directory for the figures and key figures; None leaves nothing
+
+# %%
+# Where p0circuit is not installed: use the checkout around this notebook, or (on Colab)
+# install it.
+import importlib.util
+import pathlib
+import subprocess
+import sys
+
+if importlib.util.find_spec("p0circuit") is None:
+    here = pathlib.Path(globals().get("__file__", "notebook")).resolve()
+    checkout = [folder for folder in here.parents if (folder / "p0circuit/cli.py").is_file()]
+    if checkout:
+        sys.path.insert(0, str(checkout[0]))
+    else:
+        print("installing p0circuit: a minute or two")
+        subprocess.run([sys.executable, "-m", "pip", "install", "-q", "p0circuit"], check=True)
+
+# %%
+import torch
+
+from p0circuit.teaching import Page, metrics, open_model, read_prompts, verdict
+
+page = Page(out)
+lm = open_model(model)
+prompts = read_prompts(lm, samples, seed)
+layers, heads = lm.cfg.n_layers, lm.cfg.n_heads
+
+# %% [markdown]
+# ## 1. Look at it
+#
+# An attention pattern says, for every query position $t$ (a row) and key position $i \le t$ (a column), which share of
+# its attention the query gives to the key:
+#
+# $$A_{t,i} = \frac{e^{s_{t,i}}}{\sum_{j \le t} e^{s_{t,j}}}, \qquad s_{t,i} = \frac{q_t \cdot k_i}{\sqrt{d_\text{head}}}$$
+#
+# Every row adds up to 1: a head cannot attend to nothing. Below are all heads of the first and the last layer, on the
+# beginning of one prompt. **Click on a token** to see where it attends, on a head's picture to enlarge it. A sink is a
+# *column*: look for heads whose first column is dark from top to bottom.
+
+# %%
+from p0circuit.experiments.sink_map import view_heads
+
+shown = [(layer, head) for layer in (0, layers - 1) for head in range(min(heads, 4))]
+title = "Attention of the first and the last layer on one prompt"
+page.show(view_heads(lm, prompts.subset([0]), shown, title))
+
+# %% [markdown]
+# In the last layer of `p0-nano` two heads, 3.1 and 3.2, look back at the very first token from nearly everywhere. In
+# layer 0 nobody does.
+#
+# ## 2. Measure it: the sink score
+#
+# The sink score of a head (Gu et al., [arXiv 2410.10781](https://arxiv.org/abs/2410.10781)) is the mean attention that
+# the queries give to P0, that is key 0, their own included:
+#
+# $$\alpha_0 = \frac{1}{T} \sum_{t=0}^{T-1} A_{t,0}$$
+#
+# ### Exercise 1.1
+#
+# Write it. The pattern of a layer has the shape `[head, query, key]`; return one score per head.
+
+
+# %%
+from p0circuit.teaching import check_sink_score
+
+
+def my_sink_score(pattern):
+    """The sink scores [head] of patterns [head, query, key]."""
+    ...
+
+
+check_sink_score(my_sink_score)
+
+# %% [markdown]
+# <details>
+# <summary>Solution 1.1</summary>
+#
+# ```python
+# def my_sink_score(pattern):
+#     return pattern[:, :, 0].mean(-1)
+# ```
+#
+# All heads, all queries, key 0; then the mean over queries. The first query has only itself to attend to and always
+# gives 1, which is why even a head without any interest in P0 has a score above 0.
+#
+# </details>
+#
+# On the model: run the prompts once, keep every layer's pattern (TransformerLens calls it
+# `blocks.{layer}.attn.hook_pattern`), and average. The package's own `record` does the same in batches.
+
+# %%
+from p0circuit.activations import SINK_SCORE, record
+
+names = [f"blocks.{layer}.attn.hook_pattern" for layer in range(layers)]
+with torch.no_grad():
+    _, cache = lm.run_with_cache(prompts.ids, names_filter=names)
+by_hand = torch.stack([cache[name][..., 0].mean(-1) for name in names], dim=1)
+
+scores = record(lm, prompts, SINK_SCORE)[SINK_SCORE]
+print("scores of shape [prompt, layer, head]:", list(by_hand.shape))
+print(f"largest difference from the package: {float((by_hand - scores).abs().max()):.1e}")
+for layer, row in enumerate(by_hand.mean(0)):
+    print(f"layer {layer}:", " ".join(f"{score:.2f}" for score in row.tolist()))
+
+# %% [markdown]
+# ## 3. Compare it with nothing
+#
+# A score of 0.52 sounds like a lot. What would a head have that does not care? It gives the same to all it sees.
+#
+# ### Exercise 1.2
+#
+# What is the sink score of a head whose attention is uniform over the tokens it can see, on prompts of 64 tokens? Give
+# a number (three digits are enough).
+
+# %%
+from p0circuit.teaching import check_uniform_score
+
+my_uniform_score = None
+
+check_uniform_score(my_uniform_score, prompts.length)
+
+# %% [markdown]
+# <details>
+# <summary>Solution 1.2</summary>
+#
+# ```python
+# my_uniform_score = sum(1 / (t + 1) for t in range(64)) / 64
+# ```
+#
+# Query $t$ sees $t + 1$ tokens and gives each $1/(t+1)$. The mean over queries is $H_T / T$ with the harmonic number
+# $H_{64} = 4.74$: a score of 0.074. All heads of layers 0 and 1 are near that or below it.
+#
+# </details>
+#
+# The other comparison is another position. Position 8 is not special; here is its score beside P0's.
+
+# %%
+from p0circuit.activations import score_at
+
+control = record(lm, prompts, score_at(8))[score_at(8)]
+best = divmod(int(by_hand.mean(0).argmax()), heads)
+print(f"best head {best[0]}.{best[1]}")
+print(f"  to position zero: {float(by_hand[:, best[0], best[1]].mean()):.3f}")
+print(f"  to position 8:    {float(control[:, best[0], best[1]].mean()):.3f}")
+
+# %% [markdown]
+# ## 4. Measure a model: the sink rate
+#
+# The sink rate is the share of heads whose score is above a threshold $\epsilon$, counted in every sample and then
+# averaged over samples:
+#
+# $$\text{Sink}_0^\epsilon = \frac{1}{N} \sum_{n} \frac{1}{L H} \sum_{l,h} \mathbb{1}\left[\alpha_0^{(n,l,h)} > \epsilon\right], \qquad \epsilon = 0.3$$
+#
+# `Sink[2:]` counts layers from 2 on. (Published figures at $T = 64$: 99 % for Llama-3-8B, 18 % for a model of 60 million
+# parameters that Gu et al. trained.)
+#
+# ### Exercise 1.3
+#
+# Write it, for scores of shape `[sample, layer, head]` and a threshold `eps`.
+
+
+# %%
+from p0circuit.teaching import check_sink_rate
+
+
+def my_sink_rate(scores, eps):
+    """The sink rate, one number, of scores [sample, layer, head]."""
+    ...
+
+
+check_sink_rate(my_sink_rate)
+
+# %% [markdown]
+# <details>
+# <summary>Solution 1.3</summary>
+#
+# ```python
+# def my_sink_rate(scores, eps):
+#     return (scores > eps).float().mean()
+# ```
+#
+# All samples have equally many heads, so one mean over everything is the mean of the samples' shares. What may *not* be
+# exchanged are the threshold and the mean: `(scores.mean(0) > eps)` asks whether a head is a sink on average, and
+# forgets on how many prompts it is none.
+#
+# </details>
+
+# %%
+rate = float((by_hand[:, 2:] > 0.3).float().mean())
+rate_of_8 = float((control[:, 2:] > 0.3).float().mean())
+print(f"Sink[2:] of position zero: {rate:.3f}, of position 8: {rate_of_8:.3f}")
+
+# %% [markdown]
+# **Claim C1**, tested by [`SinkMap`](../p0circuit/experiments/sink_map.py): the sink exists without BOS, beyond doubt
+# and far beyond that of another position. The experiment runs five kinds of prompt; the first is ours.
+
+# %% tags=["cover"]
+from p0circuit.experiments import SinkMap
+
+sink_map = SinkMap().run(lm, prompts)
+page.show(sink_map.figures["map"], "sink scores of every head on five kinds of prompt")
+verdict(sink_map)
+
+# %% [markdown]
+# The last panel is the circuit's weak spot: if *all* tokens are the same, no position differs from P0 in anything, and
+# there is no sink (claim C11, [`Limits`](../p0circuit/experiments/limits.py)). Notebook [02](02_recognition.ipynb) says
+# why.
+#
+# ## 5. Is it BOS?
+#
+# Most models see a BOS token first in training, and one could think that the sink is something they have learned about
+# *that token*. The test is simple: the same text with and without it. Without BOS, whatever token the text begins with
+# stands at P0.
+
+# %%
+from p0circuit.experiments import BosAblation, NotApplicable
+
+try:
+    bos = BosAblation().run(lm, prompts)
+    page.show(bos.figures["bars"], "sink rate and loss with and without BOS")
+    chosen = [
+        "score_without_over_with_bos",
+        "score_of_position_8_without_bos",
+        "loss_difference",
+    ]
+    page.show(metrics(bos, chosen))
+    verdict(bos)
+except NotApplicable as reason:  # a model without a BOS token
+    bos = None
+    print(reason)
+
+# %% [markdown]
+# **Claim C2**, [`BosAblation`](../p0circuit/experiments/bos_ablation.py): without BOS the sink heads keep more than
+# four fifths of their score. (This model has seen both in training. The paper has a boundary case: the sink of
+# Mistral-7B falls from 87 % to 2 % without BOS, which its authors put down to pre-training with a sliding window.)
+#
+# And if *any* token will do (**claim C3**, [`AnyToken`](../p0circuit/experiments/any_token.py) tries all 1,024 of them),
+# we can choose one. Put the same token first in all prompts, and leave the rest as it is:
+
+# %%
+import pandas as pd
+
+chosen = torch.randperm(lm.cfg.d_vocab, generator=torch.Generator().manual_seed(seed))[:8]
+rows = []
+for token in chosen.tolist():
+    ids = prompts.ids.clone()
+    ids[:, 0] = token
+    with torch.no_grad():
+        _, cache = lm.run_with_cache(ids, names_filter=names[best[0]])
+    score = float(cache[names[best[0]]][:, best[1], :, 0].mean())
+    rows.append((repr(lm.tokenizer.decode([token])) if lm.tokenizer else token, score))
+columns = ["token at position zero", f"score of head {best[0]}.{best[1]}"]
+page.show(pd.DataFrame(rows, columns=columns))
+
+# %% [markdown]
+# ## 6. A place to put attention
+#
+# If half of a head's attention goes to one token, does that token's content flood everything? No: its *value* vector is
+# short. What a sink head reads at P0 is next to nothing, so attending there is a way of doing nothing (Guo et al.,
+# [arXiv 2410.13835](https://arxiv.org/abs/2410.13835), call it value-state drain).
+
+# %%
+from p0circuit.activations import VALUE_NORM_RATIO
+
+drain = record(lm, prompts, VALUE_NORM_RATIO)[VALUE_NORM_RATIO].mean(0)
+print("norm of P0's value over the median of the other positions':")
+for layer, row in enumerate(drain):
+    print(f"layer {layer}:", " ".join(f"{ratio:.2f}" for ratio in row.tolist()))
+
+# %% [markdown]
+# So P0 is a place where attention can rest. How does a head *know* which position is P0, when any token can stand there
+# and nothing says "first"? That is the next notebook.
+
+# %%
+page.key_figures(
+    best_head=float(by_hand[:, best[0], best[1]].mean()),
+    sink_rate_from_layer_2=rate,
+    sink_rate_of_position_8=rate_of_8,
+    sink_rate_random_tokens=sink_map.metrics["sink_rate_random_tokens"].value,
+    **(
+        {"score_without_over_with_bos": bos.metrics["score_without_over_with_bos"].value}
+        if bos
+        else {}
+    ),
+)

@@ -1,0 +1,363 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Recognition: how a model knows which position is first
+#
+# Nothing in a Llama says "this is position zero": rotary positions encode distances between tokens, not places. And yet
+# the sink is at P0, whatever token stands there. The paper's answer is a side effect of the **causal mask**: P0 is the
+# only position that can attend to nobody but itself, so its attention output is the only one that is never *mixed*.
+# Here you work out what mixing does to a vector (the **cone model**), hold it against the model, and then operate on
+# the mask itself.
+#
+# *About 15 minutes; two exercises. Before: [01](01_meet_the_sink.ipynb). After: [03](03_amplification.ipynb).*
+
+# %% tags=["parameters"]
+model = "p0-nano"  # a shipped model, a local Hugging Face directory, or a hub id
+samples = 128  # prompts of 64 tokens
+seed = 0  # of the prompts
+out = None  # a directory for the figures and key figures; None leaves nothing
+
+# %%
+# Where p0circuit is not installed: use the checkout around this notebook, or (on Colab)
+# install it.
+import importlib.util
+import pathlib
+import subprocess
+import sys
+
+if importlib.util.find_spec("p0circuit") is None:
+    here = pathlib.Path(globals().get("__file__", "notebook")).resolve()
+    checkout = [folder for folder in here.parents if (folder / "p0circuit/cli.py").is_file()]
+    if checkout:
+        sys.path.insert(0, str(checkout[0]))
+    else:
+        print("installing p0circuit: a minute or two")
+        subprocess.run([sys.executable, "-m", "pip", "install", "-q", "p0circuit"], check=True)
+
+# %%
+import numpy as np
+import pandas as pd
+import torch
+from torch.nn.functional import normalize
+
+from p0circuit.report.figures import Series, trajectories
+from p0circuit.teaching import Page, open_model, read_prompts, verdict
+
+page = Page(out)
+lm = open_model(model)
+prompts = read_prompts(lm, samples, seed)
+# Sink heads are chosen on one half of the prompts. What is measured is measured on the other.
+half = prompts.split()[1]
+length, heads = half.length, lm.cfg.n_heads
+
+# %% [markdown]
+# ## 1. What the mask does
+#
+# In layer 0 every head of `p0-nano` attends to what it likes; but the first query can only like itself:
+#
+# $$A_{0,0} = \frac{e^{s_{0,0}}}{e^{s_{0,0}}} = 1 \quad \text{exactly, in every head, for every token.}$$
+#
+# How mixed is what a query reads? A good number for that is the sum of its squared attention weights,
+# $\sum_i p_i^2$: 1 if all attention is on one token, $1/n$ if it is spread evenly over $n$.
+
+# %%
+wanted = [
+    f"blocks.{block}.{name}"
+    for block in (0, 1)
+    for name in ("attn.hook_v", "attn.hook_pattern", "attn.hook_z", "hook_attn_out")
+]
+with torch.no_grad():
+    _, cache = lm.run_with_cache(half.ids, names_filter=wanted)
+
+purity = [
+    cache[f"blocks.{block}.attn.hook_pattern"].square().sum(-1).mean((0, 1)) for block in (0, 1)
+]
+to_itself = cache["blocks.0.attn.hook_pattern"][:, :, 0, 0]
+print("attention of the first query to itself:", to_itself.unique().tolist())
+lines = [Series(f"block {block}", one.tolist()) for block, one in enumerate(purity)]
+lines.append(Series("uniform attention: 1 / (t + 1)", [1 / (t + 1) for t in range(length)]))
+places = [str(t) for t in range(length)]
+panel = {"How pure is what a position reads?": lines}
+figure = trajectories(panel, places, "Mean over heads", "position", ["sum of squared weights"])
+figure.set_size_inches(6.0, 3.3)
+page.show(figure, "sum of squared attention weights by position")
+
+# %% [markdown]
+# P0 stands out at 1. In block 0 the curve falls nearly as fast as if attention were uniform; the heads of block 1 pick,
+# and it falls to a half. Purity is a signal. But it is a property of the *weights*; the MLP behind the attention sees
+# only the *output*. What becomes of a vector that is mixed?
+#
+# ## 2. The cone model
+#
+# Suppose that the value vectors $v_i$ of a head all have norm 1, share a direction $u$ with cosine $a$, and are
+# otherwise as random as can be. That is a cone around $u$:
+#
+# $$v_i = a\,u + \sqrt{1 - a^2}\;w_i, \qquad w_i \perp u, \quad |w_i| = 1, \quad \mathbb{E}[w_i \cdot w_j] = 0 \;\; (i \ne j).$$
+#
+# A head puts out $z = \sum_i p_i v_i$ with $\sum_i p_i = 1$. The shared part survives any mixing in full,
+# $\sum_i p_i\, a u = a u$. The rest is averaged away:
+#
+# $$\mathbb{E}\,|z|^2 = a^2 + (1 - a^2) \sum_{i,j} p_i p_j\, \mathbb{E}[w_i \cdot w_j] = a^2 + (1 - a^2) \sum_i p_i^2 .$$
+#
+# So the norm of the output tells how mixed it is: 1 at P0, and the less, down to $a^2$, the more tokens take part. No
+# token and no position enters.
+#
+# ### Exercise 2.1
+#
+# Write the prediction, for a cosine and attention weights of shape `[query, key]`: one squared norm per query.
+
+
+# %%
+from p0circuit.teaching import check_cone
+
+
+def my_cone(cosine, weights):
+    """The predicted squared norms [query] of mixes of unit values by weights [query, key]."""
+    ...
+
+
+check_cone(my_cone)
+
+# %% [markdown]
+# <details>
+# <summary>Solution 2.1</summary>
+#
+# ```python
+# def my_cone(cosine, weights):
+#     return cosine**2 + (1 - cosine**2) * weights.square().sum(-1)
+# ```
+#
+# </details>
+#
+# ## 3. Does it hold?
+#
+# Nothing is fitted. For each head of a block take from its values the mean squared norm and the cosine (the squared
+# length of the mean of the unit vectors is $a^2$), and from its pattern the mean of $\sum_i p_i^2$ at each position;
+# predict; and compare with the mean squared norm of what the head really puts out (`hook_z`). How well that went is the
+# share of the variance over positions that the prediction explains:
+#
+# $$R^2 = 1 - \frac{\sum_t (z_t - \hat z_t)^2}{\sum_t (z_t - \bar z)^2}$$
+
+# %% tags=["cover"]
+panels, explained = {}, {}
+for block in (0, 1):
+    values = cache[f"blocks.{block}.attn.hook_v"]
+    # Where several heads share one value head, each of them has a copy.
+    values = values.repeat_interleave(heads // values.shape[2], dim=2)
+    pattern = cache[f"blocks.{block}.attn.hook_pattern"]
+    output = cache[f"blocks.{block}.attn.hook_z"]
+
+    size = values.norm(dim=-1).square().mean((0, 1))  # [head]
+    cosine_squared = normalize(values, dim=-1).mean((0, 1)).square().sum(-1)  # [head]
+    squared_weights = pattern.square().sum(-1).mean(0)  # [head, query]
+    mixed = cosine_squared[:, None] + (1 - cosine_squared[:, None]) * squared_weights
+    predicted = (size[:, None] * mixed).sum(0)  # heads add up
+    measured = output.norm(dim=-1).square().mean(0).sum(1)
+
+    unexplained = (measured - predicted).square().sum()
+    explained[block] = float(1 - unexplained / (measured - measured.mean()).square().sum())
+    whole = size.sum()
+    panels[f"Block {block}: R² = {explained[block]:.2f}"] = [
+        Series("measured", (measured / whole).tolist()),
+        Series("cone model", (predicted / whole).tolist()),
+    ]
+title = "What the heads put out, and what the cone model predicts"
+figure = trajectories(panels, places, title, "position", ["squared norm (values: 1)"] * 2)
+page.show(figure, "squared norm of the attention output by position, measured and predicted")
+
+# %% [markdown]
+# Block 0 is as the model says: P0 is more than twice as long (squared) as what comes later, and nearly all of the curve
+# is predicted by one cosine per head. Block 1 is not. There P0 is *not* longer than the others, and the prediction is
+# worse than no prediction at all ($R^2 < 0$).
+#
+# **Claim C4**, [`Recognition`](../p0circuit/experiments/recognition.py), asks for both blocks, because the paper speaks
+# of both, and the threshold was fixed before anyone had looked. So the verdict on this model is *not reproduced*:
+
+# %%
+from p0circuit.experiments import Recognition
+
+recognition = Recognition().run(lm, prompts)
+verdict(recognition)
+
+# %% [markdown]
+# **Why?** One assumption fails: that values have the same norm everywhere. Look at the values that block 1 reads.
+
+# %%
+rows = []
+for block in (0, 1):
+    norms = cache[f"blocks.{block}.attn.hook_v"].norm(dim=-1).mean((0, 2))  # [position]
+    measured_norms = recognition.metrics[
+        f"variance_explained_with_measured_norms_block_{block}"
+    ]
+    rows.append(
+        (block, float(norms[0] / norms[8:].mean()), explained[block], measured_norms.value)
+    )
+columns = [
+    "block",
+    "|value| at P0 / at others",
+    "R² of the cone",
+    "R² with the values' own norms",
+]
+page.show(pd.DataFrame(rows, columns=columns))
+
+# %% [markdown]
+# Block 0 has already done its work: when block 1 reads P0, its stream has changed, and its value is *shorter* than the
+# others'. A short vector that is not mixed is as long as longer ones that are. Put in the values' own norms and the
+# prediction is good again; what failed is not the idea of mixing but the assumption of equal norms, one block too late.
+# In this model **recognition happens in block 0**, and block 1 gets to work on its result.
+#
+# ## 4. Cause or coincidence? Surgery on the mask
+#
+# So far P0 is pure, and P0 is a sink. That the one makes the other takes an intervention. If being alone is what
+# matters, then *any* position that attends to itself alone, in blocks 0 and 1, should become a sink.
+#
+# ### Exercise 2.2
+#
+# Operate: given patterns of shape `[batch, head, query, key]`, return patterns in which query `t` attends to itself
+# alone, in all heads and samples, and everything else is as it was.
+
+
+# %%
+from p0circuit.teaching import check_alone
+
+
+def my_surgery(pattern, t):
+    """Patterns [batch, head, query, key] in which query t attends to itself alone."""
+    ...
+
+
+check_alone(my_surgery)
+
+# %% [markdown]
+# <details>
+# <summary>Solution 2.2</summary>
+#
+# ```python
+# def my_surgery(pattern, t):
+#     changed = pattern.clone()
+#     changed[:, :, t, :] = 0
+#     changed[:, :, t, t] = 1
+#     return changed
+# ```
+#
+# </details>
+#
+# In TransformerLens an intervention is a *hook*: a function that gets an activation, and returns what takes its place.
+# We hang the surgery on the patterns of blocks 0 and 1 and read those of later layers, all in one run.
+
+# %%
+from p0circuit.experiments.surgery import find_sink
+
+sink = find_sink(lm, prompts)  # sink heads above block 1; sink.prompts are the half from above
+t = 16
+
+
+def alone(pattern, hook):
+    pattern[:, :, t, :] = 0
+    pattern[:, :, t, t] = 1
+    return pattern
+
+
+def excess(position, hooks):
+    """What the sink heads give to a position beyond what they give to 8, per prompt."""
+    seen = {}
+
+    def read(pattern, hook):
+        seen[hook.name] = pattern
+
+    layers = {layer for layer, _ in sink.heads}
+    reads = [(f"blocks.{layer}.attn.hook_pattern", read) for layer in layers]
+    with torch.no_grad():
+        lm.run_with_hooks(sink.prompts.ids, fwd_hooks=hooks + reads)
+    found = []
+    for layer, head in sink.heads:
+        pattern = seen[f"blocks.{layer}.attn.hook_pattern"][:, head]
+        # Only the queries from a position on can see it.
+        found.append(pattern[:, position:, position].mean(-1) - pattern[:, 8:, 8].mean(-1))
+    return torch.stack(found).mean(0)
+
+
+surgery = [(f"blocks.{block}.attn.hook_pattern", alone) for block in (0, 1)]
+rows = [
+    (name, float(excess(0, hooks).mean()), float(excess(t, hooks).mean()))
+    for name, hooks in (("as it is", []), (f"{t} attends to itself alone", surgery))
+]
+columns = ["run", "excess score of P0", f"excess score of position {t}"]
+page.show(pd.DataFrame(rows, columns=columns))
+became = rows[1][2] / rows[1][1]
+print(f"position {t} has become {became:.2f} of the sink that P0 still is")
+
+# %% [markdown]
+# Position 16 holds a token like any other. It now gets most of what P0 gets, and P0 gets less than before: they compete.
+# Here is one prompt under surgery; look at the columns of both positions in the sink heads.
+
+# %%
+from p0circuit.experiments.sink_map import view_heads
+from p0circuit.interventions.ablation import isolate
+
+one = sink.prompts.subset([0])
+operated = isolate(
+    lm, one, ["attn.0", "attn.1"], offset=t
+)  # the same surgery, from the package
+title = f"Sink heads while position {t} attends to itself alone in blocks 0 and 1"
+page.show(view_heads(lm, one, sink.heads, title, [operated]))
+
+# %% [markdown]
+# **Claim C5**, [`Structure`](../p0circuit/experiments/structure.py), does this for several positions and the other way
+# round (P0 is given the mix that position $t$ reads, and stops being a sink), with controls.
+
+# %%
+from p0circuit.experiments import Structure
+
+structure = Structure().run(lm, prompts)
+page.show(structure.figures["surgery"], "mask surgery and statistics matching, with controls")
+verdict(structure)
+
+# %% [markdown]
+# Two lines of this figure deserve a second look: *statistics of P0* and *norm of P0*. There position $t$ keeps its own
+# attention output, mixed as it is, but scaled to the norm (or mean and variance) of P0's. If the MLP behind looked at
+# the norm alone, as the paper has it, that should do. It does not: hardly any sink appears. In the other direction P0
+# loses a third of its sink when its output is scaled down. So in `p0-nano` being unmixed is the cause, and the norm is
+# one of the ways it shows, but not the one that the next step reads most. (A circuit that reads the norm alone can be
+# built: notebook [05](05_build_a_sink.ipynb).)
+#
+# ## 5. When everyone is pure
+#
+# The signal has a weak spot. If all tokens are the same, all values are the same, and mixing them changes nothing:
+# every position puts out what P0 does. That is why one repeated token has no sink (claim C11,
+# [`Limits`](../p0circuit/experiments/limits.py)):
+
+# %%
+token = int(half.ids[0, 0])
+repeated = torch.full((1, length), token)
+with torch.no_grad():
+    _, same = lm.run_with_cache(repeated, names_filter="blocks.0.hook_attn_out")
+norms = same["blocks.0.hook_attn_out"][0].norm(dim=-1)
+print(f"norm of block 0's attention output, one token {length} times:")
+print(np.round(norms[[0, 1, 8, 63]].numpy(), 4), "at positions 0, 1, 8 and 63")
+
+# %% [markdown]
+# P0 is recognised. How the difference between "unmixed" and "mixed", a factor of two or so, becomes a vector that is
+# eight times as long as all others is [03](03_amplification.ipynb).
+
+# %%
+first_over_others = {}
+for block in (0, 1):
+    squared = cache[f"blocks.{block}.hook_attn_out"].norm(dim=-1).square()
+    first_over_others[block] = float(squared[:, 0].mean() / squared[:, 8:].mean())
+page.key_figures(
+    variance_explained_by_the_cone_block_0=explained[0],
+    variance_explained_by_the_cone_block_1=explained[1],
+    squared_norm_over_others_block_0=first_over_others[0],
+    squared_norm_over_others_block_1=first_over_others[1],
+    t_over_p0_when_alone=became,
+    p0_excess=rows[0][1],
+)

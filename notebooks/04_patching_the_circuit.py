@@ -1,0 +1,500 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Patching the circuit by hand
+#
+# Two instruments of mechanistic interpretability, used on the sink: **activation patching** (which components matter?)
+# and **path patching** (which connections between them?). You do both by hand in a few lines of TransformerLens hooks,
+# then with the package, and the numbers have to agree. At the end you derive a **closed form** that gives the same
+# result for the keys of P0 without running the model again.
+#
+# *About 15 minutes of reading, and an hour if you do the exercises properly; three exercises. Before:
+# [03](03_amplification.ipynb). After: [05](05_build_a_sink.ipynb).*
+
+# %% tags=["parameters"]
+model = "p0-nano"  # a shipped model, a local Hugging Face directory, or a hub id
+samples = 128  # prompts of 64 tokens
+seed = 0  # of the prompts
+out = None  # a directory for the figures and key figures; None leaves nothing
+
+# %%
+# Where p0circuit is not installed: use the checkout around this notebook, or (on Colab)
+# install it.
+import importlib.util
+import pathlib
+import subprocess
+import sys
+
+if importlib.util.find_spec("p0circuit") is None:
+    here = pathlib.Path(globals().get("__file__", "notebook")).resolve()
+    checkout = [folder for folder in here.parents if (folder / "p0circuit/cli.py").is_file()]
+    if checkout:
+        sys.path.insert(0, str(checkout[0]))
+    else:
+        print("installing p0circuit: a minute or two")
+        subprocess.run([sys.executable, "-m", "pip", "install", "-q", "p0circuit"], check=True)
+
+# %%
+import math
+
+import pandas as pd
+import torch
+
+from p0circuit.experiments.conditions import drawable
+from p0circuit.experiments.surgery import find_sink
+from p0circuit.interventions.contrast import contrast
+from p0circuit.teaching import Page, open_model, read_prompts, verdict
+
+page = Page(out)
+lm = open_model(model)
+prompts = read_prompts(lm, samples, seed)
+sink = find_sink(lm, prompts)
+layer, head = sink.heads[0]  # the sink head to look at
+print(f"sink heads: {sink.heads}; looking at head {head} of layer {layer}")
+
+# %% [markdown]
+# ## 1. Two runs that differ in one thing
+#
+# A patch takes an activation from one run and puts it into another. What it can tell you depends on what the two runs
+# differ in. We want to isolate *being first*, so:
+#
+# - **clean**: a prompt. Token $x$ is at P0.
+# - **shifted**: the same prompt behind $m = 8$ random tokens. The same token $x$, with the same continuation, is at
+#   position $m$, and no longer first.
+#
+# | | position 0 | 1 | … | $m$ | $m+1$ | … |
+# | --- | --- | --- | --- | --- | --- | --- |
+# | clean | **x** | y | … | | | |
+# | shifted | random | random | … | **x** | y | … |
+
+# %%
+m = 8
+clean_prompts = sink.prompts.subset(slice(0, 16))
+vocabulary, special = drawable(lm)
+pair = contrast(clean_prompts, m, vocabulary, seed, tuple(special))
+clean_ids, shifted_ids = pair.clean.ids, pair.shifted.ids
+assert torch.equal(clean_ids[:, 0], shifted_ids[:, m])
+
+
+def run(ids, hooks=()):
+    """The attention of our sink head, [prompt, query, key], with some hooks in place."""
+    seen = {}
+
+    def read(pattern, hook):
+        seen["pattern"] = pattern[:, head].clone()
+
+    pattern_of_layer = f"blocks.{layer}.attn.hook_pattern"
+    with torch.no_grad():
+        lm.run_with_hooks(ids, fwd_hooks=[*hooks, (pattern_of_layer, read)])
+    return seen["pattern"]
+
+
+def score(pattern, position=0):
+    """The sink score of a position: what the queries that can see it give it, per prompt."""
+    return pattern[:, position:, position].mean(-1)
+
+
+clean = score(run(clean_ids)).mean()
+shifted = score(run(shifted_ids), m).mean()
+print(f"of the head's attention, x gets {clean:.3f} at position 0, and {shifted:.3f} at {m}")
+
+# %% [markdown]
+# ## 2. Activation patching
+#
+# **Noising**: take what a component computes at $x$ in the shifted run, put it in at P0 of the clean run, and see whether
+# the sink goes. If it does, the component was *necessary*. (**Denoising** goes the other way: the clean value into the
+# shifted run at $m$. If a sink appears there, the component is *sufficient*.)
+#
+# The patch is a hook.
+#
+# ### Exercise 4.1
+#
+# Write it: `activation` has the shape `[batch, pos, d_model]`, `values` is `[batch, d_model]`. TransformerLens calls the
+# hook with the activation and the hook point, and takes what it returns.
+
+
+# %%
+from p0circuit.teaching import check_patch_hook
+
+
+def my_patch(activation, hook, values):
+    """The activation with the given values at P0."""
+    raise NotImplementedError
+
+
+check_patch_hook(my_patch)
+
+# %% [markdown]
+# <details>
+# <summary>Solution 4.1</summary>
+#
+# ```python
+# def my_patch(activation, hook, values):
+#     activation[:, 0] = values
+#     return activation
+# ```
+#
+# </details>
+#
+# Now every attention and MLP below the sink head, one at a time and both ways.
+
+# %%
+with torch.no_grad():
+    _, clean_cache = lm.run_with_cache(clean_ids)
+    _, shifted_cache = lm.run_with_cache(shifted_ids)
+
+
+def put(position, values):
+    """A hook that puts values at a position."""
+
+    def hook_function(activation, hook):
+        activation[:, position] = values
+        return activation
+
+    return hook_function
+
+
+components = [
+    f"blocks.{block}.hook_{kind}_out" for block in range(layer) for kind in ("attn", "mlp")
+]
+noising, denoising = {}, {}
+for name in components:
+    patch = (name, put(0, shifted_cache[name][:, m]))
+    noising[name] = float(score(run(clean_ids, [patch])).mean() - clean)
+    patch = (name, put(m, clean_cache[name][:, 0]))
+    denoising[name] = float(score(run(shifted_ids, [patch]), m).mean() - shifted)
+rows = [(name, noising[name], denoising[name]) for name in components]
+page.show(pd.DataFrame(rows, columns=["component", "noising: change", "denoising: change"]))
+
+# %% [markdown]
+# Read the columns apart. *Necessary*: without what attention 0, MLP 0 and MLP 1 say about being first, most of the sink
+# goes. Their numbers add up to far more than there is to lose, because each is needed by the next. *Sufficient*: MLP 1
+# alone makes nearly as much of a sink at position 8 as there can be (see below), and MLP 2 too. What comes earlier in
+# the chain makes less, since attention in the blocks after it is still mixed there.
+#
+# The package does the same for whole grids, in batches and with less work. First, do the numbers agree?
+
+# %% tags=["cover"]
+from p0circuit.interventions.activation_patching import patch_components
+from p0circuit.interventions.metrics import sink_score_of
+from p0circuit.report.figures import effect_maps
+
+metric = sink_score_of([(layer, head)])
+kinds = ("attn", "mlp")
+panels, largest = {}, 0.0
+for direction, by_hand in (("noising", noising), ("denoising", denoising)):
+    grid = patch_components(lm, pair, metric, kinds, range(layer), direction=direction)
+    effect = (grid.patched - grid.base).mean(1)
+    for node, value in zip(grid.nodes, effect.tolist(), strict=True):
+        largest = max(largest, abs(value - by_hand[node.hook]))
+    table = pd.DataFrame(
+        {"layer": [node.layer for node in grid.nodes], "kind": [n.kind for n in grid.nodes]}
+    )
+    table["effect"] = effect.numpy()
+    panels[direction] = table.pivot(index="layer", columns="kind", values="effect")
+print(f"largest difference between the package and our hooks: {largest:.1e}")
+page.show(
+    effect_maps(panels, "One component at a time", "change of the sink score"),
+    "effects of patching components",
+)
+
+# %% [markdown]
+# ### All of blocks 0 and 1 together
+#
+# **Claim C7**, [`ThePath`](../p0circuit/experiments/path.py), says: attention and MLPs of blocks 0 and 1, at P0, are
+# necessary and sufficient together. What could they lose at most? As much as if the *whole* stream at P0, before every
+# block, were that of the shifted run. So patch both, and divide.
+
+# %%
+blocks_0_and_1 = [name for name in components if name.startswith(("blocks.0.", "blocks.1."))]
+streams = [f"blocks.{block}.hook_resid_pre" for block in range(lm.cfg.n_layers)]
+change, shares = {}, {}
+for what, names in (("blocks 0 and 1", blocks_0_and_1), ("whole stream", streams)):
+    noise = [(name, put(0, shifted_cache[name][:, m])) for name in names]
+    denoise = [(name, put(m, clean_cache[name][:, 0])) for name in names]
+    change["noising", what] = float(score(run(clean_ids, noise)).mean() - clean)
+    change["denoising", what] = float(score(run(shifted_ids, denoise), m).mean() - shifted)
+for direction in ("noising", "denoising"):
+    shares[direction] = change[direction, "blocks 0 and 1"] / change[direction, "whole stream"]
+    total = change[direction, "whole stream"]
+    print(f"{direction}: {shares[direction]:.3f} of the total effect of {total:+.3f}")
+
+# %% [markdown]
+# Nothing is missing: what P0 *is* has been decided when block 1 is done. (MLP 2 writes most of the vector, as notebook
+# [03](03_amplification.ipynb) showed, but it only answers to what it is told.)
+#
+# ## 3. Path patching
+#
+# Activation patching lets everything follow: patch MLP 0, and MLP 1 hears of it, and MLP 2, and the head. Which of these
+# connections carry the news? An **edge** goes from a sender to one input of a receiver: Q, K or V of a head, or an MLP.
+# Path patching (Wang et al., [arXiv 2211.00593](https://arxiv.org/abs/2211.00593)) changes what goes along one edge and
+# nothing else:
+#
+# 1. **Send.** Run the clean prompt with the sender's new value, and hold everything computed after it (attention and
+#    MLP outputs) at its clean value. What changes at the receiver came straight from the sender.
+# 2. **Hear.** Keep the receiver's input as it is then: here the *key* of our head at P0.
+# 3. **Answer.** Run the clean prompt once more, with nothing changed but that key, and measure.
+#
+# Take the edge from the MLP of block 1 into the key of our sink head.
+
+# %%
+from p0circuit.interventions.closed_form import key_hook, query_hook
+
+sender = "blocks.1.hook_mlp_out"
+key = key_hook(lm, layer)  # keys as they enter the scores, after the rotation if there is one
+
+# 1. Send: the sender's new value; what comes later is held.
+hooks = [(sender, put(0, shifted_cache[sender][:, m]))]
+for name in components[components.index(sender) + 1 :]:
+    hooks.append((name, put(0, clean_cache[name][:, 0])))
+
+# 2. Hear: the key of our head at P0.
+heard = {}
+
+
+def hear(keys, hook):
+    heard["key"] = keys[:, 0, head].clone()
+
+
+run(clean_ids, [*hooks, (key, hear)])
+
+
+# 3. Answer: the clean run with this key and no other change.
+def answer(keys, hook):
+    keys[:, 0, head] = heard["key"]
+    return keys
+
+
+edge_by_hand = float(score(run(clean_ids, [(key, answer)])).mean() - clean)
+print(f"sink score of head {layer}.{head}: {clean:.4f}")
+print(f"effect of the edge: {edge_by_hand:+.4f}")
+print(f"effect of the whole component (section 2): {noising[sender]:+.4f}")
+
+# %% [markdown]
+# The direct edge is a small part of what MLP 1 does: most of its news goes through MLP 2. The package on the same edge,
+# and on all others into this head's Q, K and V:
+
+# %%
+from p0circuit.interventions.contrast import replacements
+from p0circuit.interventions.nodes import components as all_components
+from p0circuit.interventions.path_patching import path_patch
+
+senders = all_components(lm, range(layer))  # embed, attn.0, mlp.0, …
+values = replacements(lm, pair, senders)  # what each computes when the token is not first
+receivers = [f"attn.{layer}.{head}.{part}" for part in "qkv"]
+edges = path_patch(lm, pair.clean, senders, receivers, values, metric)
+table = edges.to_dataframe()
+package = table.set_index(["sender", "receiver"])["effect"]["mlp.1", f"attn.{layer}.{head}.k"]
+print(f"mlp.1 into K: by hand {edge_by_hand:+.6f}, package {package:+.6f}")
+page.show(table.head(8))
+
+# %% [markdown]
+# All that matters arrives in K. (An edge into Q at P0 cannot matter in any model, since P0's own query sees P0 alone,
+# and V changes what the head reads, not where it looks. So this is a weak result by itself; `ThePath` measures the
+# stronger form as well, with the whole stream into Q of all later queries.)
+#
+# ### Exercise 4.2
+#
+# Patch an edge yourself: from the last MLP below the sink heads into the key of the *other* sink head, both named by the
+# cell below. Give the mean change of that head's sink score. You can copy the three steps from above; think about what
+# has to be held, and note that `run` looks at `head`.
+
+# %%
+from p0circuit.teaching import check_edge
+
+other = sink.heads[-1]
+edge_sender = f"mlp.{other[0] - 1}"
+print(f"the edge from {edge_sender} into K of head {other[0]}.{other[1]}")
+
+my_effect = None
+
+check_edge(my_effect, lm, pair.clean, values, edge_sender, other)
+
+# %% [markdown]
+# <details>
+# <summary>Solution 4.2</summary>
+#
+# ```python
+# layer_2, head_2 = other
+# sender_2 = f"blocks.{layer_2 - 1}.hook_mlp_out"
+# key_2 = key_hook(lm, layer_2)
+# heard_2, scores_2 = {}, []
+#
+#
+# def hear_2(keys, hook):
+#     heard_2["key"] = keys[:, 0, head_2].clone()
+#
+#
+# def answer_2(keys, hook):
+#     keys[:, 0, head_2] = heard_2["key"]
+#     return keys
+#
+#
+# def read_2(pattern, hook):
+#     scores_2.append(float(pattern[:, head_2, :, 0].mean()))
+#
+#
+# pattern_2 = (f"blocks.{layer_2}.attn.hook_pattern", read_2)
+# send_2 = (sender_2, put(0, shifted_cache[sender_2][:, m]))
+# with torch.no_grad():
+#     lm.run_with_hooks(clean_ids, fwd_hooks=[send_2, (key_2, hear_2)])
+#     lm.run_with_hooks(clean_ids, fwd_hooks=[pattern_2])
+#     lm.run_with_hooks(clean_ids, fwd_hooks=[(key_2, answer_2), pattern_2])
+# my_effect = scores_2[1] - scores_2[0]
+# ```
+#
+# Nothing has to be held this time: the sender is the last thing computed before the head's block reads the stream.
+#
+# </details>
+#
+# ## 4. The closed form
+#
+# Each edge costs two runs of the model. For edges into K at P0 that can be done better, thanks to two facts.
+#
+# **P0's stream knows nothing of the other tokens.** P0 attends to itself alone, so whatever is patched in its stream, its
+# new key $k_0'$ is computed from one row of one token.
+#
+# **A new key of P0 changes one score per query.** Let $s_t = q_t \cdot k_0 / \sqrt{d}$ be what query $t$ scores P0 with,
+# and put all its other scores into one number, $Z_t = \log \sum_{0 < j \le t} e^{s_{t,j}}$. Then
+#
+# $$A_{t,0} = \frac{e^{s_t}}{e^{s_t} + \sum_{0 < j \le t} e^{s_{t,j}}} = \frac{e^{s_t}}{e^{s_t} + e^{Z_t}} = \frac{1}{1 + e^{-(s_t - Z_t)}} = \sigma(s_t - Z_t) .$$
+#
+# In the patched run neither the query nor the other keys change, hence $Z_t$ does not. Only the score of P0 is new:
+#
+# $$s_t' = s_t + \frac{q_t \cdot (k_0' - k_0)}{\sqrt{d}}, \qquad A_{t,0}' = \sigma(s_t' - Z_t) \quad \text{exactly.}$$
+#
+# One clean run gives all $q_t$, $s_t$ and $Z_t$; after that every edge is a product and a sigmoid.
+#
+# ### Exercise 4.3
+#
+# Attention to P0 from scores: `score` holds the scores of P0, `[query]`, and `others` those of all other keys,
+# `[query, key]`, with `-inf` where a query does not see a key.
+
+
+# %%
+from p0circuit.teaching import check_closed_form
+
+
+def my_closed_form(score, others):
+    """Attention to P0, [query], from its scores and those of other keys, [query, key]."""
+    ...
+
+
+check_closed_form(my_closed_form)
+
+# %% [markdown]
+# <details>
+# <summary>Solution 4.3</summary>
+#
+# ```python
+# def my_closed_form(score, others):
+#     return torch.sigmoid(score - others.logsumexp(-1))
+# ```
+#
+# The first query sees no other key: its `logsumexp` is $-\infty$, and the sigmoid of $+\infty$ is 1, as it should be.
+#
+# </details>
+#
+# On our edge: the key was heard above, the rest is in the clean cache.
+
+# %%
+# Scores are [prompt, query, key], and already divided by the root of d.
+scores_of_head = clean_cache[f"blocks.{layer}.attn.hook_attn_scores"][:, head]
+query = clean_cache[query_hook(lm, layer)][:, :, head]  # [prompt, query, d_head]
+old_key = clean_cache[key][:, 0, head]
+
+s = scores_of_head[:, :, 0]
+z = scores_of_head[:, :, 1:].logsumexp(-1)
+moved = torch.einsum("bqd,bd->bq", query, heard["key"] - old_key) / math.sqrt(lm.cfg.d_head)
+closed_clean = torch.sigmoid(s - z).mean(-1)
+closed_patched = torch.sigmoid(s + moved - z).mean(-1)
+edge_closed = float((closed_patched - closed_clean).mean())
+print(f"clean sink score: closed form {closed_clean.mean():.6f}, model {clean:.6f}")
+print(f"effect of the edge: closed form {edge_closed:+.6f}, hooks {edge_by_hand:+.6f}")
+
+# %% [markdown]
+# The package does this for all senders and all heads of all layers at once, and measures on the clean run whether the
+# model's attention has this form at all (`error`).
+
+# %%
+from p0circuit.interventions.path_patching import edges_into_keys
+from p0circuit.report.figures import new_figure
+
+with_heads = all_components(lm, range(layer), heads=True)
+new_values = replacements(lm, pair, with_heads)
+into_keys = edges_into_keys(lm, pair.clean, with_heads, new_values)
+effects = into_keys.effect.mean(1)  # [sender, layer, head]
+print(f"{effects.numel()} edges by {into_keys.method}; error {into_keys.error:.0e}")
+
+figure, axes = new_figure(5.6, 3.6)
+axis = axes[0, 0]
+image = axis.imshow(effects.flatten(1), cmap="RdBu_r", vmin=-0.3, vmax=0.3, aspect="auto")
+axis.grid(False)
+axis.set_yticks(range(len(with_heads)), [str(one) for one in with_heads])
+axis.set_xticks(
+    range(0, effects[0].numel(), lm.cfg.n_heads),
+    [f"layer {one}" for one in range(lm.cfg.n_layers)],
+    ha="left",
+)
+axis.set(
+    title="Edges into the keys of P0",
+    xlabel="receiver: heads of each layer",
+    ylabel="sender at P0",
+)
+bar = figure.colorbar(image)
+bar.set_label("change of the head's sink score", size=8)
+bar.ax.tick_params(labelsize=8)
+page.show(figure, "effects of all edges into the keys of P0")
+
+# %% [markdown]
+# ## 5. The circuit
+#
+# Do that for every input of every component (Q, K, V and MLPs), keep the edges that change the sink by 5 % or more, and of
+# those what leads to the sink heads: a circuit. [`Circuit`](../p0circuit/experiments/circuit.py) draws it, and `ThePath`
+# gives the verdict on C7, here on few prompts.
+
+# %%
+from p0circuit.experiments import Circuit, CircuitConfig, ThePath, ThePathConfig
+
+circuit = Circuit(CircuitConfig(samples=8)).run(lm, prompts)
+page.show(circuit.figures["graph"], "the circuit of the sink, recovered by path patching")
+
+path = ThePath(ThePathConfig(samples=24, runs=768)).run(lm, prompts)
+page.show(
+    path.figures["shares"], "shares of blocks 0 and 1, of Q, K and V in the effect on the sink"
+)
+verdict(path)
+
+# %% [markdown]
+# Why does a key draw *every* query? Because it need not match any: the sink heads' queries have a large part in common,
+# and P0's key lies along it. **Claim C10**, [`KeySide`](../p0circuit/experiments/key_side.py), replaces all queries of a
+# head by their mean, and nearly all of P0's lead in the scores remains.
+
+# %%
+from p0circuit.experiments import KeySide
+
+key_side = KeySide().run(lm, prompts)
+verdict(key_side)
+
+# %% [markdown]
+# You have patched a circuit by hand. If you know a circuit, you should be able to build it:
+# [05](05_build_a_sink.ipynb).
+
+# %%
+page.key_figures(
+    clean_score=float(clean),
+    effect_of_mlp_1=noising["blocks.1.hook_mlp_out"],
+    share_of_blocks_0_1_in_noising=shares["noising"],
+    share_of_blocks_0_1_in_denoising=shares["denoising"],
+    edge_by_hand=edge_by_hand,
+    edge_by_closed_form=edge_closed,
+    query_independent_share=key_side.metrics["query_independent_share"].value,
+)

@@ -1,0 +1,76 @@
+"""A notebook as one HTML page that opens offline and asks for nothing outside.
+
+1. Formulas become MathML, which browsers draw themselves; they are taken out before Markdown is read, so that nothing
+   in them is taken for markup, and put back after it.
+2. nbconvert makes the cells; of its page, which loads scripts from outside hosts, only these are taken.
+3. Links between notebooks lead to their pages; links to files of the repository, which is not there, become text.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+_MATH = re.compile(
+    r"(?P<code>^```.*?^```|`[^`\n]*`)|\$\$(?P<block>.+?)\$\$|\$(?P<inline>[^$]+?)\$", re.DOTALL | re.MULTILINE
+)
+_LINK = re.compile(r'<a href="(?P<to>(?!https?:|#)[^"]*)">(?P<text>.*?)</a>', re.DOTALL)
+
+
+def notebook_page(path: Path) -> str:
+    """The page of an executed notebook.
+
+    Raises:
+        ValueError: there is no notebook there, or a formula in it cannot be read.
+    """
+    import nbformat
+    from nbconvert import HTMLExporter
+    from pygments.formatters import HtmlFormatter
+
+    from p0circuit.report.page import render
+
+    if not path.is_file():
+        raise ValueError(f"there is no notebook at {str(path)!r}")
+    notebook = nbformat.read(path, as_version=4)
+    formulas: list[str] = []
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = _without_math(cell.source, formulas)
+    lines = (line for cell in notebook.cells if cell.cell_type == "markdown" for line in cell.source.splitlines())
+    heading = next((line[2:] for line in lines if line.startswith("# ")), path.stem)
+    exporter: Any = HTMLExporter(template_name="basic", exclude_anchor_links=True)
+    body, _ = exporter.from_notebook_node(notebook)
+    body = _LINK.sub(_link, body)
+    body = re.sub(r"FORMULA(\d+)FORMULA", lambda match: formulas[int(match.group(1))], body)
+    style = HtmlFormatter(style="default").get_style_defs(".highlight")
+    return render("notebook.html.j2", title=heading, body=body, highlighting=style)
+
+
+def _without_math(source: str, formulas: list[str]) -> str:
+    """Markdown with a mark in the place of each formula, which is added to `formulas` as MathML."""
+    from latex2mathml.converter import convert
+
+    def mark(match: re.Match[str]) -> str:
+        if match.group("code"):
+            return match.group()
+        display = "block" if match.group("block") else "inline"
+        latex = (match.group("block") or match.group("inline")).strip()
+        try:
+            formula = convert(latex, display=display)
+        except Exception as error:
+            raise ValueError(f"the formula {latex!r} cannot be read: {type(error).__name__} {error}") from error
+        # What it does not know it leaves as it stands.
+        if unknown := re.search(r"\\\w+", formula):
+            raise ValueError(f"the formula {latex!r} cannot be read: {unknown.group()} is not known")
+        formulas.append(formula)
+        return f"FORMULA{len(formulas) - 1}FORMULA"
+
+    return _MATH.sub(mark, source)
+
+
+def _link(match: re.Match[str]) -> str:
+    to, text = match.group("to", "text")
+    if to.endswith(".ipynb") and "/" not in to:
+        return f'<a href="{to.removesuffix(".ipynb")}.html">{text}</a>'
+    return f'<span title="{to}">{text}</span>'

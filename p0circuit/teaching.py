@@ -1,0 +1,657 @@
+"""What the notebooks share: how a page shows things, and the checkers of its exercises.
+
+1. A `Page` shows figures, tables and attention views where there is a notebook to show them in, leaves figures in a
+   directory if it is given one, and ends with its key figures as JSON, for people and for tests.
+2. A checker tries an answer on cases of its own and prints one line: right; not answered yet; or what is wrong. It says
+   what the answer does, by trying the likely mistakes on the same cases, and never what it should have done.
+
+Solutions stand folded in the notebooks, below the tasks.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import re
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize, one_hot
+
+from p0circuit.cli import SMALL_MODEL
+from p0circuit.console import in_notebook
+from p0circuit.files import write_atomically, write_json
+from p0circuit.interventions.nodes import Node
+from p0circuit.models import describe, load_model
+from p0circuit.prompts import PromptSet, natural_text, random_tokens
+from p0circuit.report.attention_view import AttentionView
+from p0circuit.results import Result, drawn
+from p0circuit.sink import SINK_THRESHOLD
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+TEXT = "code"
+"""The text notebooks read: it comes with the package, so that everyone gets the same figures."""
+_CSS_PIXELS = 105
+"""Of an inch of a figure, as it stands in a notebook."""
+_LONGEST_NAME = 60
+
+
+def open_model(name: str | Path) -> Any:
+    """`load_model`, on one thread where more would be slower; OMP_NUM_THREADS, if set, has the last word."""
+    model = load_model(name)
+    if "OMP_NUM_THREADS" not in os.environ and sum(p.numel() for p in model.parameters()) < SMALL_MODEL:
+        torch.set_num_threads(1)
+    return model
+
+
+def read_prompts(model: Any, samples: int, seed: int = 0, length: int = 64) -> PromptSet:
+    """Crops of the shipped code, without BOS; random tokens for a model that has no tokenizer to read text with."""
+    if model.tokenizer is None:
+        return random_tokens(describe(model).vocab_size, n=samples, length=length, seed=seed)
+    return natural_text(model.tokenizer, TEXT, n=samples, length=length, seed=seed)
+
+
+@dataclass(frozen=True)
+class Page:
+    """One notebook: what it shows, and where it leaves figures and key figures if `out` names a directory."""
+
+    out: str | Path | None = None
+
+    def show(self, thing: Figure | pd.DataFrame | AttentionView, title: str = "") -> None:
+        """Show a figure, a table or an attention view; a figure needs a title: what it shows, for those who cannot see.
+
+        A script has no place for pictures: it prints tables, and of the others that they are there.
+
+        Raises:
+            ValueError: it is none of these, or a figure has no title.
+        """
+        if hasattr(thing, "savefig"):
+            if not title:
+                raise ValueError("a figure needs a title, as in page.show(figure, 'sink scores of all heads')")
+            self._save(thing, title)
+            _display({"text/plain": f"[figure: {title}]"}, functools.partial(_picture, thing, title))
+        elif hasattr(thing, "to_html"):
+            _display({"text/plain": _plain(thing), "text/html": _table(thing)})
+        elif isinstance(thing, AttentionView):
+            _display({"text/plain": f"[attention view: {thing.title}]"}, lambda: {"text/html": thing._repr_html_()})
+        else:
+            raise ValueError(f"a page shows figures, tables and attention views, not {type(thing).__name__}; print it")
+
+    def key_figures(self, **values: float) -> None:
+        """Print the page's key figures as one JSON object: the last output of every notebook.
+
+        Raises:
+            ValueError: one of them is not a finite number.
+        """
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise ValueError(f"{name} is {value}; key figures are finite numbers")
+        rounded = {name: float(f"{float(value):.6g}") for name, value in values.items()}
+        if self.out is not None:
+            write_json(Path(self.out) / "key-figures.json", rounded)
+        print(json.dumps(rounded, indent=2))
+
+    def _save(self, figure: Any, title: str) -> None:
+        if self.out is not None:
+            name = re.sub(r"\W+", "-", title.lower()).strip("-")[:_LONGEST_NAME]
+            for kind in ("png", "svg"):
+                content, path = drawn(figure, kind), Path(self.out) / "figures" / f"{name}.{kind}"
+                write_atomically(path, lambda temporary, content=content: temporary.write_bytes(content))
+
+
+def verdict(result: Result) -> None:
+    """Print the claim that a result tests: what was required, what was measured, and how it ended.
+
+    Raises:
+        ValueError: the experiment tests no claim.
+    """
+    if result.claim is None:
+        raise ValueError(f"{result.experiment} tests no claim: print its metrics")
+    about = result.claim
+    print(f"{about['id']} {about['title']}: {about['verdict'].upper()}")
+    for name in ("statement", "threshold", "why"):
+        print(textwrap.fill(f"{name}: {about[name]}", 92, initial_indent="  ", subsequent_indent="    "))
+
+
+def metrics(result: Result, names: Sequence[str] = ()) -> pd.DataFrame:
+    """Some metrics of a result (all if none are named) as a table: value and 95 % interval."""
+    import pandas as pd
+
+    chosen = names or list(result.metrics)
+    rows = [(name.replace("_", " "), *result.metrics[name].to_json().values()) for name in chosen]
+    return pd.DataFrame(rows, columns=["quantity", "value", "low", "high", "n"])
+
+
+def _display(plain: dict[str, str], rich: Callable[[], dict[str, Any]] | None = None) -> None:
+    """Show something in a notebook; elsewhere print its plain text. What takes time is made in a notebook only."""
+    if not in_notebook():
+        print(plain["text/plain"])
+        return
+    from IPython.display import display
+
+    bundle = plain | (rich() if rich else {})
+    metadata = bundle.pop("metadata", {})
+    display(bundle, raw=True, metadata=metadata)
+
+
+def _picture(figure: Any, title: str) -> dict[str, Any]:
+    import base64
+
+    width = round(figure.get_figwidth() * _CSS_PIXELS)
+    image = base64.b64encode(drawn(figure, "png")).decode()
+    return {"image/png": image, "metadata": {"image/png": {"alt": title, "width": width}}}
+
+
+def _plain(table: Any) -> str:
+    return table.to_string(index=False, float_format=_number)
+
+
+def _table(table: Any) -> str:
+    return table.to_html(index=False, float_format=_number, border=0, justify="left")
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}"
+
+
+# Exercises
+
+
+class _Wrong(Exception):
+    """An answer that is not right, and why."""
+
+
+class _Unanswered(Exception):
+    """There is no answer yet."""
+
+
+def _exercise(title: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make a checker of a function that raises `_Wrong` for a wrong answer: it prints one line instead."""
+
+    def decorate(judge: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(judge)
+        def check(answer: Any, *arguments: Any, **options: Any) -> None:
+            try:
+                if answer is None or answer is ...:
+                    raise _Unanswered
+                judge(answer, *arguments, **options)
+            except _Unanswered:
+                print(f"○ {title}: no answer yet; write one and run this cell again.")
+            except _Wrong as wrong:
+                print(textwrap.fill(f"✗ {title}: {wrong}", 92, subsequent_indent="  "))
+            else:
+                print(f"✓ {title}: right.")
+
+        return check
+
+    return decorate
+
+
+def _ask(function: Any, *arguments: Any, may_edit: bool = False, nothing: str = "") -> Any:
+    """What the learner's function answers, given arguments of its own to spoil.
+
+    If it returns nothing there is no answer yet, unless `nothing` says what that means.
+    """
+    if not callable(function):
+        raise _Wrong(f"expected a function, got {_shown(function)}.")
+    given = [one.clone() if isinstance(one, Tensor) else one for one in arguments]
+    try:
+        answer = function(*given)
+    except NotImplementedError:
+        raise _Unanswered from None
+    except Exception as error:
+        shapes = ", ".join(str(list(one.shape)) for one in arguments if isinstance(one, Tensor))
+        raise _Wrong(
+            f"your function raised {type(error).__name__}: {error}" + (f" (shapes: {shapes})." if shapes else ".")
+        ) from error
+    if answer is None or answer is ...:
+        raise _Wrong(nothing) if nothing else _Unanswered
+    if not may_edit:
+        for before, after in zip(arguments, given, strict=True):
+            if isinstance(before, Tensor) and not torch.equal(before, after):
+                raise _Wrong("your function changes what it was given; work on a copy (`.clone()`).")
+    return answer
+
+
+def _tensor(answer: Any, shape: Sequence[int]) -> Tensor:
+    """The answer as a tensor of this shape."""
+    try:
+        found = torch.as_tensor(answer).detach().double()
+    except (TypeError, ValueError, RuntimeError):
+        raise _Wrong(f"expected numbers of shape {list(shape)}, got {_shown(answer)}.") from None
+    if list(found.shape) != list(shape):
+        raise _Wrong(f"expected shape {list(shape)}, got {list(found.shape)}.")
+    if not bool(torch.isfinite(found).all()):
+        raise _Wrong("the answer holds values that are not finite.")
+    return found
+
+
+def _numeral(answer: Any) -> float:
+    """The answer as one number."""
+    try:
+        return float(answer)
+    except (TypeError, ValueError, RuntimeError):
+        raise _Wrong(f"expected one number, got {_shown(answer)}.") from None
+
+
+def _compare(
+    found: Any, right: Any, mistakes: Sequence[tuple[Any, str]], otherwise: str, tolerance: float = 1e-4
+) -> None:
+    """Accept what is close to `right`; else say what is wrong: `mistakes` are wrong results and what they mean."""
+
+    def same(one: Any) -> bool:
+        one, other = torch.as_tensor(one).double(), torch.as_tensor(found).double()
+        return one.shape == other.shape and torch.allclose(one, other, rtol=tolerance, atol=tolerance)
+
+    if same(right):
+        return
+    raise _Wrong(next((told for wrong, told in mistakes if same(wrong)), otherwise))
+
+
+def _shown(value: Any) -> str:
+    return textwrap.shorten(f"{type(value).__name__} {value!r}", 60)
+
+
+def _generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _pattern(*shape: int, seed: int = 0) -> Tensor:
+    """Causal attention patterns [*shape, query, key] drawn at random, in float64; the last of `shape` is the length."""
+    length = shape[-1]
+    scores = 2 * torch.randn(*shape, length, generator=_generator(seed), dtype=torch.float64)
+    hidden = torch.ones(length, length).triu(1).bool()
+    return scores.masked_fill(hidden, -torch.inf).softmax(-1)
+
+
+@_exercise("1.1 sink score")
+def check_sink_score(answer: Any) -> None:
+    """`answer(pattern)`: the sink scores [head] of attention patterns [head, query, key]."""
+    pattern = _pattern(3, 6)
+    to_p0 = pattern[:, :, 0]
+    found = _tensor(_ask(answer, pattern), (3,))
+    _compare(
+        found,
+        to_p0.mean(-1),
+        [
+            (to_p0.sum(-1), "that is the sum over queries, which grows with the length of the prompt."),
+            (to_p0[:, 1:].mean(-1), "the query at position zero is a query too, and was left out."),
+            (to_p0[:, -1], "that is what the last query alone gives to position zero."),
+            (to_p0.max(-1).values, "that is the most that any query gives to position zero, not the mean."),
+            (
+                pattern.mean((1, 2)),
+                "that is a mean over keys, and 1/T for any pattern, because every row adds up to 1; the sink score is "
+                "about one key, and all queries that see it.",
+            ),
+            (pattern[:, :, 1].mean(-1), "that is the score of position 1."),
+        ],
+        f"on a random pattern of 3 heads the scores should lie between 0 and 1 and differ from head to head; yours are "
+        f"{[round(value, 3) for value in found.tolist()]}.",
+    )
+
+
+@_exercise("1.2 attention everywhere alike")
+def check_uniform_score(answer: Any, length: int = 64) -> None:
+    """`answer`: the sink score of a head that attends to all it sees alike, on `length` tokens."""
+    _compare(
+        _numeral(answer),
+        sum(1 / (t + 1) for t in range(length)) / length,
+        [
+            (
+                1 / length,
+                f"1/{length} would be right if every query saw all {length} tokens; which does the first one see?",
+            ),
+            (sum(1 / (t + 1) for t in range(length)), "that is the sum over queries; the sink score is their mean."),
+            (
+                sum(1 / t for t in range(1, length)) / length,
+                "a query sees its own position too: query t sees t + 1 tokens.",
+            ),
+            (2 / (length + 1), "that is the median query's, not the mean over queries."),
+        ],
+        "take the queries one by one: how many keys does each see, and what does it give to the first of them?",
+        1e-3,
+    )
+
+
+@_exercise("1.3 sink rate")
+def check_sink_rate(answer: Any) -> None:
+    """`answer(scores, eps)`: the sink rate, one number, of sink scores [sample, layer, head]."""
+    scores = torch.rand(5, 3, 4, generator=_generator(), dtype=torch.float64)
+    eps = 0.45
+    found = _numeral(_ask(answer, scores, eps))
+    if abs(found - float((scores > SINK_THRESHOLD).double().mean())) < 1e-6:
+        raise _Wrong(f"your function counts scores above {SINK_THRESHOLD} whatever eps it is given.")
+    _compare(
+        found,
+        float((scores > eps).double().mean()),
+        [
+            (
+                float((scores.mean(0) > eps).double().mean()),
+                "averaging over samples comes first there; count a sample's heads before you average over samples.",
+            ),
+            (float((scores > eps).sum()), "that is a count, not a share."),
+            (float(scores.mean()), "that is the mean score; where is the threshold?"),
+            (float((scores <= eps).double().mean()), "those are the heads that are no sinks."),
+            (
+                float((scores > eps).any(2).any(1).double().mean()),
+                "that is the share of samples that have a sink head at all.",
+            ),
+        ],
+        f"of 60 (sample, head) pairs your function finds a share of {found:.3f} above {eps}; count a few by hand.",
+    )
+
+
+@_exercise("2.1 the cone model")
+def check_cone(answer: Any) -> None:
+    """`answer(cosine, weights)`: the predicted squared norm [query] of mixes of unit values by weights [query, key]."""
+    weights, cosine = _pattern(6), 0.4
+    purity = weights.square().sum(-1)
+    found = _tensor(_ask(answer, cosine, weights), (6,))
+    if abs(float(found[0]) - 1) > 1e-6:
+        told = (
+            f"the first query attends to itself alone, so its mix is one unit vector; yours has {float(found[0]):.3f}."
+        )
+        raise _Wrong(told)
+    right = cosine**2 + (1 - cosine**2) * purity
+    _compare(
+        found,
+        right,
+        [
+            (
+                cosine + (1 - cosine) * purity,
+                "the cosine of two values is not the cosine of each with the common direction: one of them is the "
+                "square of the other.",
+            ),
+            (right.sqrt(), "that is the norm; the model is about its square."),
+            (purity, "that is what is left where values share nothing (cosine 0)."),
+            (torch.ones(6), "the weights add up to 1; it is their squares that tell how mixed the output is."),
+            (
+                purity * cosine**2 + (1 - cosine**2),
+                "the shared direction survives any mixing in full; it is the rest that is averaged away.",
+            ),
+        ],
+        "your prediction should fall from 1 towards the square of the cosine the more evenly a query attends; at the "
+        f"last query (sum of squared weights {float(purity[-1]):.3f}) it is {float(found[-1]):.3f}.",
+    )
+
+
+@_exercise("2.2 mask surgery")
+def check_alone(answer: Any) -> None:
+    """`answer(pattern, t)`: patterns [batch, head, query, key] in which query t attends to itself alone."""
+    pattern, t = _pattern(2, 3, 7), 4
+    found = _tensor(_ask(answer, pattern, t), pattern.shape)
+    right = pattern.clone()
+    right[:, :, t] = one_hot(torch.tensor(t), 7).double()
+    others = [query for query in range(7) if query != t]
+    if torch.allclose(found, pattern):
+        raise _Wrong("nothing has changed.")
+    if not torch.allclose(found[:, :, others], right[:, :, others], atol=1e-6):
+        changed = [query for query in others if not torch.allclose(found[:, :, query], right[:, :, query], atol=1e-6)]
+        raise _Wrong(f"only query {t} should attend otherwise, but so do queries {changed}: rows are queries.")
+    if not torch.allclose(found[:, :, t].sum(-1), torch.ones(2, 3, dtype=torch.float64), atol=1e-6):
+        total = float(found[0, 0, t].sum())
+        raise _Wrong(f"the attention of query {t} adds up to {total:.3f}; what becomes of its other keys?")
+    _compare(
+        found,
+        right,
+        [
+            (_with_row(pattern, t, 0), f"query {t} attends to position zero alone; that is not itself."),
+            (_in_one_head(pattern, right, t), "in the other heads, or the other samples, nothing has changed."),
+        ],
+        f"query {t} should give all of its attention to key {t}; in the first head it gives it "
+        f"{float(found[0, 0, t, t]):.3f}.",
+    )
+
+
+def _with_row(pattern: Tensor, query: int, key: int) -> Tensor:
+    changed = pattern.clone()
+    changed[:, :, query] = one_hot(torch.tensor(key), pattern.shape[-1]).to(pattern)
+    return changed
+
+
+def _in_one_head(pattern: Tensor, right: Tensor, query: int) -> Tensor:
+    changed = pattern.clone()
+    changed[:, 0, query] = right[:, 0, query]
+    return changed
+
+
+@_exercise("3.2 cut the norm")
+def check_norm_cut(answer: Any) -> None:
+    """`answer(stream)`: streams [batch, pos, d] in which position 0 has the median norm of the others."""
+    stream = torch.randn(3, 6, 8, generator=_generator(), dtype=torch.float64)
+    stream *= torch.rand(3, 6, 1, generator=_generator(1), dtype=torch.float64) + 0.5
+    stream[:, 0] *= torch.tensor([12, 9, 0.01])[:, None]
+    found = _tensor(_ask(answer, stream), stream.shape)
+    if not torch.allclose(found[:, 1:], stream[:, 1:], atol=1e-6):
+        raise _Wrong("positions other than 0 have changed.")
+    if torch.allclose(found[:, 0], stream[:, 0]):
+        raise _Wrong("position 0 is as it was.")
+    cosine = (normalize(found[:, 0], dim=-1) * normalize(stream[:, 0], dim=-1)).sum(-1)
+    if float(cosine.min()) < 1 - 1e-5:
+        raise _Wrong(f"position 0 points elsewhere now: its cosine with what it was is {float(cosine.min()):.3f}.")
+    norms = stream.norm(dim=-1)
+    others = norms[:, 1:]
+    _compare(
+        found[:, 0].norm(dim=-1),
+        others.median(-1).values,
+        [
+            (torch.ones(3), "the norm is 1 now; what is asked for is the norm of the others."),
+            (others.mean(-1), "that is the mean of the others' norms; one large one among them would move it."),
+            (norms.median(-1).values, "position 0 itself was counted among the others."),
+            (others.median().expand(3), "all samples got the same norm; each has its own others."),
+            (
+                norms[:, 0].square() / others.median(-1).values,
+                "the factor is the wrong way round.",
+            ),
+            (
+                others.median(-1).values / norms[:, 0],
+                "that is the factor as a norm: the vector is to be multiplied with it.",
+            ),
+        ],
+        f"in the first sample the norm is {float(found[0, 0].norm()):.3f}, and the others' are "
+        f"{[round(norm, 3) for norm in others[0].tolist()]}.",
+    )
+
+
+@_exercise("3.1 what a neuron writes")
+def check_contribution(answer: Any) -> None:
+    """`answer(activation, w_out, direction)`: what each neuron writes along a direction, [neuron]."""
+    activation, w_out = (torch.randn(*shape, generator=_generator(), dtype=torch.float64) for shape in ((5,), (5, 8)))
+    direction = 3 * torch.randn(8, generator=_generator(2), dtype=torch.float64)
+    unit = normalize(direction, dim=-1)
+    found = _tensor(_ask(answer, activation, w_out, direction), (5,))
+    right = activation * (w_out @ unit)
+    _compare(
+        found,
+        right,
+        [
+            (
+                activation * (w_out @ direction),
+                "the answer grows with the length of the direction, which is not 1 here.",
+            ),
+            (w_out @ unit, "that is what each neuron would write if all fired alike; how much does it fire?"),
+            (right.abs(), "the sign is lost: neurons can also write against the direction."),
+            (
+                normalize(w_out, dim=-1) @ unit,
+                "those are cosines: a neuron that writes little counts as much as one that writes a lot.",
+            ),
+            (
+                activation.abs() * w_out.norm(dim=-1),
+                "that is the length of what each neuron writes, in whatever direction.",
+            ),
+            (right / right.sum(), "those are shares; asked for is the projection, in the units of the stream."),
+        ],
+        f"the first neuron fires with {float(activation[0]):.3f}; along the direction it writes something else than "
+        f"{float(found[0]):.3f}.",
+    )
+
+
+@_exercise("4.1 a hook that patches")
+def check_patch_hook(answer: Any) -> None:
+    """`answer(activation, hook, values)`: activations [batch, pos, d] with values [batch, d] at P0."""
+    activation = torch.randn(3, 5, 4, generator=_generator(), dtype=torch.float64)
+    values = torch.randn(3, 4, generator=_generator(1), dtype=torch.float64)
+    raw = _ask(answer, activation, None, values, may_edit=True, nothing="the hook returns nothing.")
+    found = _tensor(raw, activation.shape)
+    right = activation.clone()
+    right[:, 0] = values
+    everywhere = values[:, None].expand(-1, 5, -1)
+    added = activation.clone()
+    added[:, 0] += values
+    first = activation.clone()
+    first[0] = right[0]
+    _compare(
+        found,
+        right,
+        [
+            (activation, "nothing has changed."),
+            (everywhere, "the value stands at every position; a patch is about one of them."),
+            (added, "the value was added to what was there; a patch takes its place."),
+            (first, "only the first sample is patched."),
+            (_with_first(activation, values), "every sample got the first one's value."),
+        ],
+        f"positions {sorted({int(p) for _, p, _ in (found != activation).nonzero().tolist()})} have changed; axis 1 is "
+        "the position, and at P0 there should be the given values.",
+    )
+
+
+def _with_first(activation: Tensor, values: Tensor) -> Tensor:
+    changed = activation.clone()
+    changed[:, 0] = values[0]
+    return changed
+
+
+@_exercise("4.3 the closed form")
+def check_closed_form(answer: Any) -> None:
+    """`answer(score, others)`: attention to P0 [query] from its scores [query] and those of other keys [query, key].
+
+    Keys that a query does not see have the score -inf; the first query sees no other key at all.
+    """
+    scores = 2 * torch.randn(6, 6, generator=_generator(), dtype=torch.float64)
+    scores = scores.masked_fill(torch.ones(6, 6).triu(1).bool(), -torch.inf)
+    score, others = scores[:, 0].clone(), scores[:, 1:].clone()
+    raw = _ask(answer, score, others)
+    if isinstance(raw, Tensor) and raw.shape == (6,) and not bool(torch.isfinite(raw).all()):
+        raise _Wrong("there are values that are not finite: a query that sees P0 alone has no other score but -inf.")
+    found = _tensor(raw, (6,))
+    visible = others.masked_fill(others.isinf(), 0)
+    _compare(
+        found,
+        scores.softmax(-1)[:, 0],
+        [
+            (score.sigmoid(), "P0 competes with nobody there: its score alone decides."),
+            ((score - scores.logsumexp(-1)).sigmoid(), "P0's own score is among its rivals."),
+            (score.exp(), "that is what P0 gets before it is divided by what all get."),
+            (
+                (score - visible.sum(-1)).sigmoid(),
+                "the rivals' scores are added up as they are; the softmax adds up something else.",
+            ),
+            ((score - others.max(-1).values).sigmoid(), "P0 competes with the best of the others alone."),
+            (1 - scores.softmax(-1)[:, 0], "that is what goes to the others."),
+        ],
+        f"softmax gives P0 {float(scores.softmax(-1)[-1, 0]):.4f} of the last query, you {float(found[-1]):.4f}.",
+        1e-6,
+    )
+
+
+@_exercise("4.2 an edge by hand")
+def check_edge(
+    answer: Any, model: Any, prompts: PromptSet, values: Mapping[Node, Tensor], sender: str, head: tuple[int, int]
+) -> None:
+    """`answer`: the mean change of a head's sink score when the edge from a sender at P0 into its key is patched."""
+    from p0circuit.interventions.ablation import ablate
+    from p0circuit.interventions.metrics import measure, sink_score_of
+    from p0circuit.interventions.path_patching import path_patch
+
+    layer, number = head
+    node, metric, receiver = Node.parse(sender), sink_score_of([head]), f"attn.{layer}.{number}"
+    effects = {
+        part: float(path_patch(model, prompts, [node], [f"{receiver}.{part}"], values, metric).effect.mean())
+        for part in "kqv"
+    }
+    through = path_patch(model, prompts, [node], [f"{receiver}.k"], values, metric, through="mlps")
+    clean = float(measure(model, prompts, metric).mean())
+    with ablate(model, prompts, [node], values):
+        whole = float(measure(model, prompts, metric).mean()) - clean
+    found, right = _numeral(answer), effects["k"]
+    _compare(
+        found,
+        right,
+        [
+            (-right, "the sign is turned round: the effect is the patched score minus the clean one."),
+            (clean + right, "that is the patched score itself; the effect is its change."),
+            (
+                whole,
+                "that is the effect along all paths: what lies between sender and receiver was free to follow.",
+            ),
+            (
+                float(through.effect.mean()),
+                "MLPs between sender and receiver were free to follow; hold them at their clean values.",
+            ),
+            (clean, "that is what a patch of the whole score has to say, with the sender's edge nowhere in it."),
+        ],
+        f"the head's clean sink score is {clean:.4f}, so the change lies between {-clean:.4f} and {1 - clean:.4f}; "
+        f"yours is {found:+.4f}. Is anything left out between sender and key, and is it this head's key?",
+        1e-3 * abs(right),
+    )
+
+
+@_exercise("5.1 the detector")
+def check_detector(answer: Any) -> None:
+    """`answer(threshold, at_p0)`: gain and bias with relu(gain * cosine + bias) 0 from `threshold` on, 1 at P0's."""
+    for threshold, at_p0 in ((0.337, 0.302), (0.5, 0.2)):
+        gain, bias = _tensor(_ask(answer, threshold, at_p0), (2,)).tolist()
+
+        def fires(cosine: float, gain: float = gain, bias: float = bias) -> float:
+            return max(0.0, gain * cosine + bias)
+
+        where = f"with a threshold of {threshold} and {at_p0} at P0"
+        if gain > 0:
+            raise _Wrong(f"{where} the neuron fires the more, the longer the ruler looks; P0 is where it looks short.")
+        if fires(threshold + 0.1) > 1e-6 or fires(threshold) > 1e-3:
+            raise _Wrong(f"{where} it fires with {fires(threshold):.3f} at the threshold already; expected 0.")
+        if fires(at_p0) < 1e-6:
+            raise _Wrong(f"{where} it does not fire at P0.")
+        if abs(fires(at_p0) - 1) > 1e-3:
+            raise _Wrong(f"{where} it fires with {fires(at_p0):.3f} at P0; expected 1.")
+        if fires((threshold + at_p0) / 2) < 1e-6:
+            raise _Wrong(f"{where} it is silent already between the two.")
+
+
+@_exercise("5.2 how strong a sink")
+def check_strength(answer: Any) -> None:
+    """`answer(strength, length)`: the sink score of a head that scores P0 with `strength` and all others with 0."""
+    for strength, length in ((3.0, 10), (8.0, 64), (0.0, 5)):
+        found = _numeral(_ask(answer, strength, length))
+        size = math.exp(strength)
+        queries = range(length)
+        _compare(
+            found,
+            sum(size / (size + t) for t in queries) / length,
+            [
+                (size / (size + length - 1), "that is what the last query gives to P0, not the mean over queries."),
+                (size / (size + length), "every query is treated as if it saw all tokens."),
+                (
+                    sum(size / (size + t + 1) for t in queries) / length,
+                    "query t sees P0 and t others, P0 being the first of t + 1.",
+                ),
+                (sum(size / (size + t) for t in queries), "that is the sum over queries."),
+                (
+                    sum(strength / (strength + t) if strength + t else 0 for t in queries) / length,
+                    "P0's score goes through the exponential function before it competes.",
+                ),
+            ],
+            f"with strength {strength:g} on {length} tokens your score is {found:.4f}; what does query t give to P0, "
+            "beside t others that score 0?",
+            1e-4,
+        )
