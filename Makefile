@@ -47,7 +47,7 @@ bench: .venv/.dev
 	.venv/bin/python -m pytest tests/benchmarks
 
 clean:
-	rm -rf .venv .venv-tl4 out dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-tl4 out dist .pytest_cache .ruff_cache notebooks/.ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # `reproduce` waits for no test tool; the first of each pair holds what the second adds to.

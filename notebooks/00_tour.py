@@ -103,7 +103,7 @@ page.show(norm_direction.figures["layers"], "norm and direction of the stream at
 # a sink too. Give P0 the mix of tokens that position 16 sees, and it stops being one.
 # ([`Structure`](../p0circuit/experiments/structure.py) tests claim C5.)
 
-# %%
+# %% tags=["cover"]
 from p0circuit.experiments.heads import excess_scores
 from p0circuit.experiments.surgery import find_sink
 from p0circuit.intervals import bootstrap
@@ -141,7 +141,7 @@ page.show(figure, "excess scores of position zero and position 16 under mask sur
 # read it with their keys. Four prompts are patched here, to save time; notebook 04 patches edges by hand.
 # ([`Circuit`](../p0circuit/experiments/circuit.py) draws it.)
 
-# %% tags=["cover"]
+# %%
 from p0circuit.experiments import Circuit, CircuitConfig
 
 circuit = Circuit(CircuitConfig(samples=4)).run(lm, prompts)

@@ -100,12 +100,12 @@ page.show(figure, "sum of squared attention weights by position")
 # Suppose that the value vectors $v_i$ of a head all have norm 1, share a direction $u$ with cosine $a$, and are
 # otherwise as random as can be. That is a cone around $u$:
 #
-# $$v_i = a\,u + \sqrt{1 - a^2}\;w_i, \qquad w_i \perp u, \quad |w_i| = 1, \quad \mathbb{E}[w_i \cdot w_j] = 0 \;\; (i \ne j).$$
+# $$v_i = a\,u + \sqrt{1 - a^2}\;w_i, \qquad w_i \perp u, \quad \left|w_i\right| = 1, \quad \mathbb{E}[w_i \cdot w_j] = 0 \;\; (i \ne j).$$
 #
 # A head puts out $z = \sum_i p_i v_i$ with $\sum_i p_i = 1$. The shared part survives any mixing in full,
 # $\sum_i p_i\, a u = a u$. The rest is averaged away:
 #
-# $$\mathbb{E}\,|z|^2 = a^2 + (1 - a^2) \sum_{i,j} p_i p_j\, \mathbb{E}[w_i \cdot w_j] = a^2 + (1 - a^2) \sum_i p_i^2 .$$
+# $$\mathbb{E}\left|z\right|^2 = a^2 + (1 - a^2) \sum_{i,j} p_i p_j\, \mathbb{E}[w_i \cdot w_j] = a^2 + (1 - a^2) \sum_i p_i^2 .$$
 #
 # So the norm of the output tells how mixed it is: 1 at P0, and the less, down to $a^2$, the more tokens take part. No
 # token and no position enters.

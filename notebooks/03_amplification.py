@@ -71,7 +71,7 @@ page.show(norm_direction.figures["layers"], "norm and direction of the stream at
 # ## 2. What later blocks see of it
 #
 # Every block reads the stream through a norm first. `p0-nano` has RMSNorm (LayerNorm subtracts the mean as well, which
-# changes nothing here): with $\hat x = x / |x|$ and learned weights $g$,
+# changes nothing here): with $\hat x = x / \left|x\right|$ and learned weights $g$,
 #
 # $$\mathrm{Norm}(x) = \sqrt{d}\; g \odot \hat x .$$
 #
@@ -79,7 +79,7 @@ page.show(norm_direction.figures["layers"], "norm and direction of the stream at
 # does one thing: it protects the direction. Add something small, $\delta$, and split it into a part along $x$ and the rest,
 # $\delta = \delta_\parallel + \delta_\perp$. Along $x$ only the length changes, so to first order
 #
-# $$\widehat{x + \delta} - \hat x \;\approx\; \frac{\delta_\perp}{|x|} .$$
+# $$\widehat{x + \delta} - \hat x \;\approx\; \frac{\delta_\perp}{\left|x\right|} .$$
 #
 # The longer the vector, the less anything that is added later can turn it. Try it: add the same random $\delta$ to P0's
 # stream and to that of position 8, before the last block.

@@ -309,11 +309,8 @@ page.show(pd.DataFrame(rows, columns=["head", "strength", "predicted", "measured
 # %%
 from p0circuit.experiments.sink_map import view_heads
 
-page.show(
-    view_heads(
-        lm, prompts.subset([0]), [(2, head) for head in range(5)], "A sink, built by hand"
-    )
-)
+last = [(2, head) for head in range(5)]
+page.show(view_heads(lm, prompts.subset([0]), last, "A sink, built by hand"))
 
 # %% [markdown]
 # Is it the package's `wired` model? All that we have written is in its weights, to the last digit; what it has beyond that

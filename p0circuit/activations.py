@@ -33,6 +33,8 @@ from p0circuit.prompts import PromptSet
 _NAMES_AND_PLACES = {"model_name", "tokenizer_name", "device", "n_devices"}
 # One layer's scores, mask and pattern exist side by side while it is computed.
 ATTENTION_COPIES = 6
+# Logits in float32, and what a loss makes of them.
+LOGIT_COPIES = 3
 BATCH_BYTES = 512 * 2**20
 
 
@@ -282,24 +284,26 @@ def _record_batch(
     return values
 
 
-def batch_size_for(model: Any, length: int, with_logits: bool) -> int:
+def batch_size_for(model: Any, length: int, with_logits: bool, row_by_row: bool = False) -> int:
     """How many rows fit into half a gigabyte of attention and logits; at least one.
 
-    With a device map it is half of what the map keeps free: every batch brings all weights that wait.
+    Logits are counted with their copies, unless whoever reads them does so `row_by_row`. With a device map it is half
+    of what the map keeps free: every batch brings all weights that wait.
     """
     info, placement = describe(model), placement_of(model)
     room = BATCH_BYTES if placement is None else placement.plan.activations // 2
-    return rows_that_fit(room, info.heads, length, info.vocab_size if with_logits else 0, model.cfg.dtype.itemsize)
+    logit_bytes = model.cfg.dtype.itemsize if row_by_row else 4 * LOGIT_COPIES
+    return rows_that_fit(room, info.heads, length, info.vocab_size if with_logits else 0, logit_bytes)
 
 
-def rows_that_fit(room: int, heads: int, length: int, vocab_size: int, itemsize: int) -> int:
+def rows_that_fit(room: int, heads: int, length: int, vocab_size: int, logit_bytes: int) -> int:
     """How many rows of attention, and of logits unless `vocab_size` is 0, fit into `room` bytes; at least one."""
-    return max(1, room // row_bytes(heads, length, vocab_size, itemsize))
+    return max(1, room // row_bytes(heads, length, vocab_size, logit_bytes))
 
 
-def row_bytes(heads: int, length: int, vocab_size: int, itemsize: int) -> int:
+def row_bytes(heads: int, length: int, vocab_size: int, logit_bytes: int) -> int:
     """What one row takes: attention, of which several copies exist while it is computed, and logits."""
-    return 4 * ATTENTION_COPIES * heads * length**2 + itemsize * length * vocab_size
+    return 4 * ATTENTION_COPIES * heads * length**2 + logit_bytes * length * vocab_size
 
 
 @dataclass(frozen=True)
@@ -353,8 +357,9 @@ def record(
     cached = frozenset(values)
     missing = [quantity for quantity in quantities if quantity.name not in values]
     if missing:
-        with_logits = any(quantity.scope == "logits" for quantity in missing)
-        size = batch_size or batch_size_for(model, prompts.length, with_logits)
+        reading = [quantity for quantity in missing if quantity.scope == "logits"]
+        row_by_row = all(quantity is TOKEN_LOSSES for quantity in reading)
+        size = batch_size or batch_size_for(model, prompts.length, bool(reading), row_by_row)
         layers, device = describe(model).layers, device_of(model)
         parts: dict[str, list[Tensor]] = {quantity.name: [] for quantity in missing}
         for start in track(range(0, prompts.n, size), "recording"):

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import re
@@ -26,7 +27,7 @@ from p0circuit.console import say
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 COVER = "cover"
 """The tag of the cell whose figure is the notebook's picture."""
-_COVER_WIDTH, _COVER_COLOURS = 720, 64
+_COVER_WIDTH, _COVER_COLOURS = 720, 256
 
 
 class NotebookFailed(RuntimeError):
@@ -168,8 +169,8 @@ def _execute(source: Path, target: Path, parameters: Mapping[str, Any]) -> Path:
                 kernel_name=KERNEL["name"],
                 cwd=str(folder()),
                 progress_bar=_progress(source.stem),
-                # That it talks to this process over TCP, it would say every time.
-                extra_arguments=["--IPKernelApp.log_level=ERROR"],
+                # It would say every time that it talks over TCP, and now and then that it was told to end.
+                extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
             )
     except PapermillExecutionError as error:
         raise NotebookFailed(
@@ -296,6 +297,7 @@ def run_notebooks(
     out: Annotated[Path, typer.Option(file_okay=False, help="Where executed notebooks go.")] = Path("out/notebooks"),
 ) -> None:
     """Execute notebooks by papermill; exits with 1 and names the cell if one fails."""
+    _require("papermill", "ipykernel")
     chosen = _chosen(name, every)
     given = dict(_parameter(pair) for pair in parameter or [])
     failed = 0
@@ -313,6 +315,7 @@ def run_notebooks(
 @app.command("build")
 def build_notebooks(name: NamesArgument = None, every: AllOption = False) -> None:
     """Make the shipped notebooks anew from their Python sources, with outputs (for those who edit them)."""
+    _require("papermill", "ipykernel", "jupytext")
     for one in _chosen(name, every):
         say(f"building {one}")
         try:
@@ -329,6 +332,7 @@ def export_notebooks(
     out: Annotated[Path, typer.Option(file_okay=False, help="Where the pages go.")] = Path("out/notebooks"),
 ) -> None:
     """Make HTML pages of the shipped notebooks that open offline, formulas and attention views included."""
+    _require("nbconvert", "latex2mathml")
     from p0circuit.files import write_atomically
     from p0circuit.report.notebook_page import notebook_page
 
@@ -336,6 +340,16 @@ def export_notebooks(
         page = notebook_page(folder() / f"{one}.ipynb")
         path = write_atomically(out / f"{one}.html", lambda file, page=page: file.write_text(page, encoding="utf-8"))
         say(f"{one}: {path}")
+
+
+def _require(*modules: str) -> None:
+    """Make sure that what notebooks need beside the package is there.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if missing := [module for module in modules if importlib.util.find_spec(module) is None]:
+        raise ValueError(f"{', '.join(missing)} missing: pip install 'p0circuit[notebooks]'")
 
 
 def _chosen(given: Sequence[str] | None, every: bool) -> list[str]:

@@ -413,7 +413,7 @@ def test_a_trained_model_can_be_measured_and_its_trace_too(p0: Run, tmp_path: Pa
         (["sink", "wired", "--dtype", "int8"], "unknown dtype 'int8'; expected one of float32"),
         (["sink", "wired", "--device", "tpu9"], "device 'tpu9' cannot be used here"),
         (["sink", "wired", "--length", "100000"], "100000"),
-        (["run", "sink-mab"], "no experiment 'sink-mab'; there are: sink-map, norm-direction, bos-ablation"),
+        (["run", "sink-mab"], "no experiment 'sink-mab'; there are: sink-map (C1), norm-direction, bos-ablation (C2)"),
         (["run"], "Missing argument"),
         (["reproduce", "wired", "--samples", "0"], "--samples"),
         (["reproduce", "wired", "--length", "1"], "--length"),

@@ -38,7 +38,7 @@ def change_points(values: Float[np.ndarray, "checkpoint quantity"], most: int = 
     spread = values.std(0)
     scaled = (values - values.mean(0)) / np.where(spread > 0, spread, 1)
     found: dict[float, list[int]] = {}
-    for count in range(min(most, n // 2 - 1) + 1):
+    for count in range(max(0, min(most, n // 2 - 1)) + 1):
         inner = ruptures.Dynp(model="l2", min_size=2, jump=1).fit(scaled).predict(count)[:-1] if count else []
         bounds = [0, *inner, n]
         parts = [scaled[start:end] for start, end in itertools.pairwise(bounds)]

@@ -183,6 +183,11 @@ def test_wrong_use_is_refused(
     assert told in " ".join(capsys.readouterr().err.split())
 
 
+def test_what_is_not_installed_is_named() -> None:
+    with pytest.raises(ValueError, match=r"no_such_module missing: pip install 'p0circuit\[notebooks\]'"):
+        notebooks._require("papermill", "no_such_module")
+
+
 def test_a_failing_cell_is_named(tmp_path: Path) -> None:
     done = p0circuit("run", "tour", "-p", "samples", "0", "--out", "here", cwd=tmp_path)
     assert done.returncode == 1

@@ -54,6 +54,7 @@ def test_change_points_are_found_where_they_were_made():
     assert change_points(means + 0.05 * rng.standard_normal(means.shape)) == [6, 11]
     assert change_points(rng.standard_normal((16, 3))) == []
     assert change_points(np.zeros((3, 2))) == []
+    assert change_points(np.zeros((1, 2))) == [], "a single checkpoint is one stage"
 
 
 def test_the_observed_share_of_the_norm_gain():
