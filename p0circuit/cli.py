@@ -51,8 +51,6 @@ class Backend(str, Enum):
 
 
 QUICK_SAMPLES = 128
-SMALL_MODEL = 5_000_000
-"""Parameters up to which one thread is quicker than several."""
 MODEL_HELP = "A shipped model, a local Hugging Face directory, a hub id, or 'wired', whose weights are constructed."
 
 ModelArgument = Annotated[str, typer.Argument(help=MODEL_HELP)]
@@ -528,7 +526,7 @@ def _load(source: Source, checkpoint: str | int | None = None) -> Any:
     """`load_model`, with a checkpoint of digits read as a step and device, dtype and device map given as text."""
     import torch
 
-    from p0circuit.models import load_model
+    from p0circuit.models import load_model, one_thread_if_small
 
     try:
         torch.empty(0, device=source.device)
@@ -544,9 +542,7 @@ def _load(source: Source, checkpoint: str | int | None = None) -> Any:
         _device_map(source.device_map),
         source.offload_folder,
     )
-    if "OMP_NUM_THREADS" not in os.environ and sum(p.numel() for p in model.parameters()) < SMALL_MODEL:
-        # The matrices of a small model are done before a second thread has woken up: one is twice as fast as two.
-        torch.set_num_threads(1)
+    one_thread_if_small(model)
     return model
 
 
@@ -609,16 +605,15 @@ def _beginner(source: Source) -> Any:
 
 def _prompts(model: Any, text: str, samples: int, length: int, seed: int, first: First) -> PromptSet:
     """Crops of the text, or random tokens for a model that has no tokenizer to read text with."""
+    from p0circuit.experiments.conditions import readable
     from p0circuit.models import describe
-    from p0circuit.prompts import natural_text, random_tokens
 
     if model.tokenizer is None:
         name = describe(model).name
         if first is First.bos:
             raise ValueError(f"{name} has no tokenizer, and so no BOS token that is known: use --first random")
         say(f"{name} has no tokenizer: its prompts are random tokens")
-        return random_tokens(describe(model).vocab_size, n=samples, length=length, seed=seed)
-    return natural_text(model.tokenizer, text, n=samples, length=length, seed=seed, first_token=first.value)
+    return readable(model, text, samples, length, seed, first.value)
 
 
 def _three_seeds(model: Any, text: str, samples: int, length: int, seed: int) -> PromptSet:

@@ -142,6 +142,11 @@ def drawn(figure: Figure, kind: str) -> bytes:
     return buffer.getvalue()
 
 
+def metric_name(label: str) -> str:
+    """What is shown to people as "P0 in, clipped", as a part of a metric's name: p0_in_clipped."""
+    return label.lower().replace("'", "").replace(",", "").replace(" ", "_")
+
+
 def library_versions() -> dict[str, str]:
     """The versions that a reproduction would have to match."""
     found = {"python": platform.python_version()}

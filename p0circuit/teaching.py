@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-import os
 import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -25,12 +24,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
-from p0circuit.cli import SMALL_MODEL
 from p0circuit.console import in_notebook
+from p0circuit.experiments.conditions import readable
 from p0circuit.files import write_atomically, write_json
 from p0circuit.interventions.nodes import Node
-from p0circuit.models import describe, load_model
-from p0circuit.prompts import PromptSet, natural_text, random_tokens
+from p0circuit.models import load_model, one_thread_if_small
+from p0circuit.prompts import PromptSet
 from p0circuit.report.attention_view import AttentionView
 from p0circuit.results import Result, drawn
 from p0circuit.sink import SINK_THRESHOLD
@@ -49,16 +48,13 @@ _LONGEST_NAME = 60
 def open_model(name: str | Path) -> Any:
     """`load_model`, on one thread where more would be slower; OMP_NUM_THREADS, if set, has the last word."""
     model = load_model(name)
-    if "OMP_NUM_THREADS" not in os.environ and sum(p.numel() for p in model.parameters()) < SMALL_MODEL:
-        torch.set_num_threads(1)
+    one_thread_if_small(model)
     return model
 
 
 def read_prompts(model: Any, samples: int, seed: int = 0, length: int = 64) -> PromptSet:
     """Crops of the shipped code, without BOS; random tokens for a model that has no tokenizer to read text with."""
-    if model.tokenizer is None:
-        return random_tokens(describe(model).vocab_size, n=samples, length=length, seed=seed)
-    return natural_text(model.tokenizer, TEXT, n=samples, length=length, seed=seed)
+    return readable(model, TEXT, samples, length, seed)
 
 
 @dataclass(frozen=True)

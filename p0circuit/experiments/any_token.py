@@ -46,7 +46,7 @@ from p0circuit.interventions.closed_form import NotOfTheClosedForm, QueryScores,
 from p0circuit.interventions.vocabulary import CHUNK, vocabulary_sweep
 from p0circuit.models import ModelError, describe
 from p0circuit.prompts import PromptSet, random_tokens
-from p0circuit.results import Result
+from p0circuit.results import Result, metric_name
 from p0circuit.sink import CONTROL
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ class AnyToken(Experiment):
         notes += [why_not] if why_not else []
         for place in ("P0", f"position {config.control}"):
             last = probe[probe["place"] == place].iloc[min(2, info.layers)]
-            metrics[f"token_share_of_the_stream_after_block_1_at_{place.lower().replace(' ', '_')}"] = Interval(
+            metrics[f"token_share_of_the_stream_after_block_1_at_{metric_name(place)}"] = Interval(
                 last["token_share"], last["token_share_low"], last["token_share_high"], int(last["n"])
             )
         lines = {f"P0 (all {len(tokens)} tokens)": by_token, "P0, full runs": full, "position 8, full runs": beside}

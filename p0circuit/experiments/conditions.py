@@ -44,6 +44,13 @@ def conditions(model: Any, prompts: PromptSet) -> dict[str, PromptSet]:
     return made
 
 
+def readable(model: Any, text: str, n: int, length: int, seed: int = 0, first_token: str | int = "text") -> PromptSet:
+    """Crops of a text (as `natural_text` names it), or random tokens for a model without a tokenizer."""
+    if model.tokenizer is None:
+        return random_tokens(describe(model).vocab_size, n=n, length=length, seed=seed)
+    return natural_text(model.tokenizer, text, n=n, length=length, seed=seed, first_token=first_token)
+
+
 def text_like(model: Any, prompts: PromptSet, length: int, count: int) -> PromptSet:
     """New text of another length from the source of the prompts, behind the same first token; else random tokens.
 

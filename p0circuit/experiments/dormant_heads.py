@@ -32,12 +32,12 @@ from p0circuit.activations import SINK_SCORE, TOKEN_LOSSES, batch_size_for, reco
 from p0circuit.experiments.base import Experiment
 from p0circuit.experiments.claim import Claim, Clause
 from p0circuit.experiments.conditions import RANDOM_TOKENS, WITH_BOS, WITHOUT_BOS, bos_id, drawable
-from p0circuit.experiments.practice import find_used_sink, small_batches
+from p0circuit.experiments.practice import find_used_sink, small_batches, under
 from p0circuit.intervals import Interval, bootstrap, ratio_interval
 from p0circuit.interventions.ablation import remove_heads
 from p0circuit.models import describe, forward
 from p0circuit.prompts import SHIPPED_TEXTS, PromptSet, natural_text, random_tokens
-from p0circuit.results import Result
+from p0circuit.results import Result, metric_name
 from p0circuit.sink import SINK_THRESHOLD
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ class DormantHeads(Experiment):
 
         config, info = self.config, describe(model)
         found, condition = find_used_sink(model, prompts)
-        given = prompts if condition == WITHOUT_BOS else prompts.behind(_bos(model))
+        given = under(model, prompts, condition)
         # Those that the sink heads were chosen on, and the others.
         made_on, measured_on = (half.subset(slice(0, config.samples)) for half in given.split())
         orders = _orders(model, made_on, config.orders)
@@ -159,11 +159,11 @@ class DormantHeads(Experiment):
         }
         figures = {"curves": _draw_curves(runs, info.name), "domains": _draw_domains(counts, info.name)}
         metrics = metrics | {
-            f"heads_beyond_{_key(kind)}_over_samples": _over_samples(runs, kind) for kind in (RANDOM, NORM)
+            f"heads_beyond_{metric_name(kind)}_over_samples": _over_samples(runs, kind) for kind in (RANDOM, NORM)
         }
         metrics |= _growth_at_a_quarter(runs)
         metrics |= {
-            f"heads_in_sink_order_on_{_key(domain)}": measured["heads_in_sink_order"]
+            f"heads_in_sink_order_on_{metric_name(domain)}": measured["heads_in_sink_order"]
             for domain, measured in counts.items()
             if domain != GIVEN
         }
@@ -304,17 +304,9 @@ def _growth_at_a_quarter(runs: Mapping[str, Zeroing]) -> dict[str, Interval]:
     place = int(np.searchsorted(counts, counts[-1] / 4))
     growth = {SINK: runs[SINK].growth(place), NORM: runs[NORM].growth(place)}
     growth[RANDOM] = bootstrap(np.array([run.growth(place).value for run in _at_random(runs)]))
-    return {f"loss_growth_at_{counts[place]}_heads_in_{_key(kind)}": interval for kind, interval in growth.items()}
-
-
-def _key(name: str) -> str:
-    return name.lower().replace(" ", "_")
-
-
-def _bos(model: Any) -> int:
-    bos = bos_id(model)
-    assert bos is not None, "a sink was found behind BOS"
-    return bos
+    return {
+        f"loss_growth_at_{counts[place]}_heads_in_{metric_name(kind)}": interval for kind, interval in growth.items()
+    }
 
 
 def _other_texts(model: Any, prompts: PromptSet, condition: str, count: int, notes: list[str]) -> dict[str, PromptSet]:
@@ -334,7 +326,7 @@ def _other_texts(model: Any, prompts: PromptSet, condition: str, count: int, not
     texts[RANDOM_TOKENS] = random_tokens(size, count, prompts.length, prompts.seed + 1, special=special)
     some = prompts.subset(slice(0, count))
     if condition == WITH_BOS:
-        return {WITHOUT_BOS: some} | {name: text.behind(_bos(model)) for name, text in texts.items()}
+        return {WITHOUT_BOS: some} | {name: under(model, text, condition) for name, text in texts.items()}
     if (bos := bos_id(model)) is not None and bool(prompts.attention_mask.all()):
         return {WITH_BOS: some.behind(bos)} | texts
     return texts

@@ -45,7 +45,7 @@ class Early(RunsExperiment):
         shares = [run.formation_share for run in judged]
         latest = max(shares)
         table = pd.DataFrame([_line(run) for run in runs])
-        induction = [share for share in table.loc[table["variant"] == reference, "induction_share"]]
+        induction = table.loc[table["variant"] == reference, "induction_share"].tolist()
         return Result(
             self.id,
             self.title,

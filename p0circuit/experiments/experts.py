@@ -32,9 +32,8 @@ from torch import Tensor
 from p0circuit import sink
 from p0circuit.activations import NORM_RATIO, SINK_SCORE, TOKEN_LOSSES, record, score_at
 from p0circuit.experiments.base import Experiment, NotApplicable
-from p0circuit.experiments.conditions import WITHOUT_BOS, bos_id
 from p0circuit.experiments.heads import SinkHeads, over_heads
-from p0circuit.experiments.practice import find_used_sink
+from p0circuit.experiments.practice import find_used_sink, under
 from p0circuit.intervals import Interval, bootstrap, ratio_interval
 from p0circuit.interventions.experts import experts_at, mixture_layers, remove_experts, routing
 from p0circuit.models import ModelInfo, describe
@@ -94,7 +93,7 @@ class Experts(Experiment):
         if not layers:
             raise NotApplicable(f"{info.name} is no mixture of experts that can be taken apart")
         found, condition = find_used_sink(model, prompts)
-        text = prompts if condition == WITHOUT_BOS else prompts.behind(bos_id(model) or 0)
+        text = under(model, prompts, condition)
         routed = routing(model, found.prompts)
         norms = _norms(model, text.split()[0].subset(slice(0, self.config.samples)), layers)
         heard = [layer for layer in layers if layer < max(layer for layer, _ in found.heads)]

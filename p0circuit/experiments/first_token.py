@@ -41,7 +41,7 @@ from p0circuit.interventions.ablation import ablate
 from p0circuit.models import describe, forward
 from p0circuit.models.device_map import placement_of
 from p0circuit.prompts import PromptSet, from_ids
-from p0circuit.results import Result
+from p0circuit.results import Result, metric_name
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -119,20 +119,22 @@ class FirstToken(Experiment):
         metrics = {"spread_without_prefix": bootstrap(far[NONE])}
         for name in (*prefixes, SECOND):
             if name != NONE:
-                metrics[f"spread_left_with_{_slug(name)}"] = ratio_interval(far[name], far[NONE])
-                metrics[f"spread_left_with_{_slug(name)}_all_predictions"] = ratio_interval(near[name], near[NONE])
+                metrics[f"spread_left_with_{metric_name(name)}"] = ratio_interval(far[name], far[NONE])
+                metrics[f"spread_left_with_{metric_name(name)}_all_predictions"] = ratio_interval(
+                    near[name], near[NONE]
+                )
         metrics["spread_of_first_over_middle_token"] = ratio_interval(pair[NONE], pair[MIDDLE])
         level = {name: losses[:, :, FAR:].mean((1, 2)) for name, losses in sensitivity.items() if name in prefixes}
         metrics["loss_without_prefix"] = bootstrap(level[NONE])
         metrics |= {
-            f"loss_added_by_{_slug(name)}": bootstrap(values - level[NONE])
+            f"loss_added_by_{metric_name(name)}": bootstrap(values - level[NONE])
             for name, values in level.items()
             if name != NONE
         }
         for name, gains in recalled.items():
             first, middle = gains[0], gains[list(gains)[len(gains) // 2]]
-            metrics[f"recall_of_the_start_with_{_slug(name)}"] = bootstrap(first)
-            metrics[f"recall_of_middle_beyond_start_with_{_slug(name)}"] = bootstrap(middle - first)
+            metrics[f"recall_of_the_start_with_{metric_name(name)}"] = bootstrap(first)
+            metrics[f"recall_of_middle_beyond_start_with_{metric_name(name)}"] = bootstrap(middle - first)
         tables = {
             "spread": _spread_table(far, near, pair),
             "reach": _reach_table(sensitivity),
@@ -323,10 +325,6 @@ def _losses(model: Any, ids: Int[Tensor, "sample token pos"], prefix: Prefix = N
 
 
 # Tables and figures
-
-
-def _slug(name: str) -> str:
-    return name.lower().replace(" ", "_")
 
 
 def _spread_table(*spreads: Mapping[str, np.ndarray]) -> pd.DataFrame:

@@ -31,6 +31,15 @@ def find_used_sink(model: Any, prompts: PromptSet) -> tuple[SinkHeads, str]:
             raise NotApplicable(f"{reason}; behind BOS: {other}") from None
 
 
+def under(model: Any, prompts: PromptSet, condition: str) -> PromptSet:
+    """The prompts in the condition that `find_used_sink` names: as they are, or behind BOS."""
+    if condition == WITHOUT_BOS:
+        return prompts
+    bos = bos_id(model)
+    assert bos is not None, "a sink was found behind BOS"
+    return prompts.behind(bos)
+
+
 def small_batches(model: Any, prompts: PromptSet) -> int:
     """Rows in a batch where many passes are made: an eighth of what memory allows stays in a processor's cache.
 

@@ -53,7 +53,7 @@ from p0circuit.interventions.int8 import (
 from p0circuit.models import describe, device_of, forward
 from p0circuit.models.device_map import placement_of
 from p0circuit.prompts import PromptSet
-from p0circuit.results import Result
+from p0circuit.results import Result, metric_name
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -159,8 +159,8 @@ class Quantisation(Experiment):
             "error_left_with_a_grid_per_token": effects.error_left(PER_TOKEN),
             "error_with_p0_in": bootstrap(effects.error(P0_IN)),
             "logit_error_with_p0_in": bootstrap(effects.logits[P0_IN]),
-            **{f"logit_error_left_with_{_slug(name)}": effects.logit_error_left(name) for name in _LEFT},
-            **{f"loss_added_with_{_slug(name)}": bootstrap(values) for name, values in effects.loss.items()},
+            **{f"logit_error_left_with_{metric_name(name)}": effects.logit_error_left(name) for name in _LEFT},
+            **{f"loss_added_with_{metric_name(name)}": bootstrap(values) for name, values in effects.loss.items()},
         }
         name = describe(model).name
         notes = [
@@ -325,10 +325,6 @@ def _loss(logits: Tensor, rows: _Rows) -> Float[Tensor, " batch"]:
     losses = TOKEN_LOSSES.reduce(logits, batch).cpu()
     counted = rows.counted[:, :-1].cpu()
     return losses.masked_fill(~counted, 0).sum(1) / counted.sum(1)
-
-
-def _slug(name: str) -> str:
-    return name.lower().replace(", ", "_").replace(" ", "_")
 
 
 def _site_table(effects: Int8Effects) -> pd.DataFrame:

@@ -54,7 +54,7 @@ from p0circuit.interventions.int8 import Site, on_inputs, quantised
 from p0circuit.interventions.streaming import streamed, why_not_streamed
 from p0circuit.models import describe, forward
 from p0circuit.prompts import PromptSet, from_ids
-from p0circuit.results import Result
+from p0circuit.results import Result, metric_name
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -135,12 +135,12 @@ class Remedies(Experiment):
             notes.append("the prompts are random tokens: their losses tell little about text")
         measured = {each: measured_with(model, rows, remedy, found.heads, config) for each, remedy in remedies.items()}
         metrics = {
-            f"{quantity}_with_{_slug(each)}": bootstrap(values)
+            f"{quantity}_with_{metric_name(each)}": bootstrap(values)
             for each, of in measured.items()
             for quantity, values in of.items()
         }
         added = {each: bootstrap(of["loss"] - measured[base]["loss"]) for each, of in measured.items()}
-        metrics |= {f"loss_added_by_{_slug(each)}": interval for each, interval in added.items() if each != base}
+        metrics |= {f"loss_added_by_{metric_name(each)}": interval for each, interval in added.items() if each != base}
         table = _table(measured, added)
         figures = {"side-by-side": _draw(measured, added, base, name)}
         notes.append(f"losses added are against {base!r}, where the sink is")
@@ -239,10 +239,6 @@ def _spread(model: Any, prompts: PromptSet, remedy: Remedy, tokens: int) -> Floa
     text[:, :, 0] = drawn
     losses = text_losses(model, text.flatten(0, 1), remedy)
     return spread(losses.reshape(prompts.n, tokens, -1))
-
-
-def _slug(name: str) -> str:
-    return name.lower().replace("'", "").replace(",", "").replace(" ", "_")
 
 
 def _table(measured: Mapping[str, Mapping[str, np.ndarray]], added: Mapping[str, Interval]) -> pd.DataFrame:

@@ -39,7 +39,7 @@ from p0circuit.interventions.nodes import InterventionError
 from p0circuit.interventions.streaming import streamed, why_not_streamed
 from p0circuit.models import describe
 from p0circuit.prompts import PromptSet
-from p0circuit.results import Result
+from p0circuit.results import Result, metric_name
 from p0circuit.sink import CONTROL
 
 if TYPE_CHECKING:
@@ -141,7 +141,9 @@ class Streaming(Experiment):
         losses = decoded(model, given, window, [None, *SINKS, OTHER, *DROPPED])
         costs = costs_of(losses, window)
         added = {_name(kept): bootstrap(_late(losses, kept, start, None)) for kept in (*SINKS, OTHER)}
-        metrics = _metrics(costs) | {f"loss_added_with_{_key(name)}": interval for name, interval in added.items()}
+        metrics = _metrics(costs) | {
+            f"loss_added_with_{metric_name(name)}": interval for name, interval in added.items()
+        }
         notes = [
             note,
             f"a window of {window} tokens over rows of {prompts.length}; losses of the predictions made at positions "
@@ -159,7 +161,7 @@ class Streaming(Experiment):
             notes.append("the prompts are random tokens: their losses say nothing about a use of the first token")
         for condition, rows in other.items():
             there = costs_of(decoded(model, rows, window, [ALL, *DROPPED]), window)
-            metrics |= {f"{name}_{_key(condition)}": interval for name, interval in _metrics(there).items()}
+            metrics |= {f"{name}_{metric_name(condition)}": interval for name, interval in _metrics(there).items()}
             notes.append(f"{condition}: dropping P0 costs {there.p0}, dropping another early position {there.another}")
         tables = {
             "kept": pd.DataFrame([{"kept": name, **interval.to_json()} for name, interval in added.items()]),
@@ -174,7 +176,7 @@ class Streaming(Experiment):
             length = long[None].shape[1] + 1
             panels[f"Rows of {length}, window {prompts.length}"] = tables["long_positions"]
             metrics |= {
-                f"long_stream_loss_with_{_key(_name(kept))}_beyond_{_key(_name(ALL))}": bootstrap(
+                f"long_stream_loss_with_{metric_name(_name(kept))}_beyond_{metric_name(_name(ALL))}": bootstrap(
                     _late(long, kept, length // 2, ALL)
                 )
                 for kept in ((), (0,), None)
@@ -271,10 +273,6 @@ def _metrics(costs: Costs) -> dict[str, Interval]:
     if costs.ratio is not None:
         metrics["dropping_p0_over_dropping_another"] = costs.ratio
     return metrics
-
-
-def _key(name: str) -> str:
-    return name.lower().replace(" ", "_")
 
 
 def _name(kept: Kept) -> str:

@@ -27,7 +27,7 @@ TransformerLens leaves to transformers' own code, `hook_pattern` can be read but
 
 from __future__ import annotations
 
-from p0circuit.models.forward import Hook, forward, hook_point, hooked, resume
+from p0circuit.models.forward import Hook, forward, hook_point, hooked, one_thread_if_small, resume
 from p0circuit.models.info import ModelError, ModelInfo, describe, device_of
 from p0circuit.models.load import ShippedModel, list_checkpoints, list_models, load_model, plan_model
 
@@ -44,6 +44,7 @@ __all__ = [
     "list_checkpoints",
     "list_models",
     "load_model",
+    "one_thread_if_small",
     "plan_model",
     "resume",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import os
 import re
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -282,3 +283,16 @@ def _check_layer(name: str, layer: int | None, low: int, high: int) -> int | Non
     if layer is not None and not low <= layer <= high:
         raise ModelError(f"{name} must lie in {low}..{high}, got {layer}")
     return layer
+
+
+SMALL_MODEL = 5_000_000
+"""Parameters up to which one thread is quicker than several."""
+
+
+def one_thread_if_small(model: Any) -> None:
+    """Let a small model run on one thread; OMP_NUM_THREADS, if set, has the last word.
+
+    Its matrices are done before a second thread has woken up: one is twice as fast as two.
+    """
+    if "OMP_NUM_THREADS" not in os.environ and sum(p.numel() for p in model.parameters()) < SMALL_MODEL:
+        torch.set_num_threads(1)

@@ -273,6 +273,21 @@ def bars(panels: dict[str, dict[str, Interval]], title: str, y_labels: Sequence[
     return figure
 
 
+def _draw_interval(axis: Axes, place: int, interval: Interval, colour: str, told: str, gap: float) -> None:
+    """A lying line with a dot, and its value `gap` points beside the panel."""
+    axis.plot([interval.low, interval.high], [place, place], color=colour, linewidth=2.4, solid_capstyle="butt")
+    axis.plot(interval.value, place, color=colour, marker="o", markersize=5)
+    axis.annotate(
+        told,
+        (1, place),
+        xycoords=("axes fraction", "data"),
+        xytext=(gap, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize=7,
+    )
+
+
 @_styled
 def intervals(
     panels: dict[str, dict[str, Interval]],
@@ -294,17 +309,7 @@ def intervals(
             axis.axvline(reference, color=GREY, linewidth=0.8, linestyle="--")
         for place, (label, interval) in enumerate(lines.items()):
             colour = GREY if label in controls else BLUE
-            axis.plot([interval.low, interval.high], [place, place], color=colour, linewidth=2.4, solid_capstyle="butt")
-            axis.plot(interval.value, place, color=colour, marker="o", markersize=5)
-            axis.annotate(
-                f"{interval.value:.3g}",
-                (1, place),
-                xycoords=("axes fraction", "data"),
-                xytext=(4, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=7,
-            )
+            _draw_interval(axis, place, interval, colour, f"{interval.value:.3g}", gap=4)
         axis.set_yticks(range(len(lines)), list(lines))
         axis.set_ylim(len(lines) - 0.4, -0.6)
         axis.set(title=name, xlabel=x_label)
@@ -331,17 +336,8 @@ def side_by_side(
             axis.axvline(lines[base].value, color=GREY, linewidth=0.8, linestyle="--")
         for name, interval in lines.items():
             place, colour = names.index(name), GREY if name == base else BLUE
-            axis.plot([interval.low, interval.high], [place, place], color=colour, linewidth=2.4, solid_capstyle="butt")
-            axis.plot(interval.value, place, color=colour, marker="o", markersize=5)
-            axis.annotate(
-                f"{interval.value:.3f}" if abs(interval.value) < 1 else f"{interval.value:.3g}",
-                (1, place),
-                xycoords=("axes fraction", "data"),
-                xytext=(2, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=7,
-            )
+            told = f"{interval.value:.3f}" if abs(interval.value) < 1 else f"{interval.value:.3g}"
+            _draw_interval(axis, place, interval, colour, told, gap=2)
         axis.set(title=quantity, xlabel=x_label)
         axis.margins(x=0.12)
         axis.grid(axis="y", visible=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from p0circuit.files import write_atomically
@@ -49,12 +49,17 @@ _FIRST = {"bos": "behind BOS", "text": "beginning with their own first token", "
 
 
 def card(name: str, variant: str, config: TrainConfig, parameters: int, runs: Sequence[Run] = ()) -> str:
-    """The card as Markdown; `runs` are the traces of this one run, on each kind of prompts."""
+    """The card as Markdown; `runs` are the traces of this one run, on each kind of prompts.
+
+    Raises:
+        ValueError: the configuration is another than that of the variant.
+    """
     text = _HEAD.format(name=name, about=ABOUT[variant], size=_size(parameters), **asdict(config))
     if config.changes:
         text += _CHANGED
     command = f"--variant {variant}" + (f" --seed {config.seed}" if config.seed else "")
-    assert VARIANTS[variant].steps == config.steps, "the card tells a command that makes another model"
+    if replace(VARIANTS[variant], seed=config.seed) != config:
+        raise ValueError(f"{name} was not trained as variant {variant!r} is: no command of that name makes it")
     text += _RECIPE.format(command=command, tokens=config.steps * config.batch * config.length, **asdict(config))
     for run in runs:
         formed = "No sink at the end."

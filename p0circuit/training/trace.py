@@ -227,8 +227,7 @@ def trace(
     rows: list[dict[str, Any]] = []
     missing: dict[str, str] = {}
     name, length = str(source), 0
-    shipped = data_dir() / "models" / source
-    tokens = tokens_by_step(shipped if shipped.is_dir() else Path(source))
+    tokens = tokens_by_step(_folder(source) or Path(source))
     for checkpoint in checkpoints:
         try:
             model = (load or (lambda step: load_model(source, checkpoint=step)))(checkpoint)
@@ -264,7 +263,7 @@ def checkpoints_of(source: str | Path) -> list[int | str]:
         ModelError: there are none.
     """
     steps = set(list_checkpoints(source))
-    folder = next((path for path in (data_dir() / "models" / source, Path(source)) if path.is_dir()), None)
+    folder = _folder(source)
     # A directory named after a step without a config is a checkpoint that was not written to its end.
     for place in [*folder.glob("trace/*"), *folder.glob("*")] if folder else []:
         if place.is_dir() and (match := STEP.fullmatch(place.name)):
@@ -272,6 +271,11 @@ def checkpoints_of(source: str | Path) -> list[int | str]:
     if not steps:
         raise ModelError(f"{source} keeps no checkpoints; expected trace/step-000123 or checkpoint-123 in it")
     return sorted(steps)
+
+
+def _folder(source: str | Path) -> Path | None:
+    """The directory of a shipped model or of the caller's own; None for a hub id."""
+    return next((path for path in (data_dir() / "models" / source, Path(source)) if path.is_dir()), None)
 
 
 def tokens_by_step(folder: Path) -> dict[int, int]:
