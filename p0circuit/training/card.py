@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,8 +18,11 @@ tags: [attention-sink, interpretability]
 ---
 # {name}
 
-{about} {size}; {layers} layers of {heads} heads, width {d_model}, a byte-level BPE vocabulary of {vocab_size}.
-It writes Python-like text and nothing else, and is made for experiments on the attention sink. Weights are float16.
+{about}
+
+{millions:.1f} million parameters; {layers} layers of {heads} heads, width {d_model}, a byte-level BPE vocabulary of
+{vocab_size}. Made for experiments on the attention sink: it writes text like its corpus and nothing else.
+Weights are float16.
 """
 _CHANGED = """
 **It runs right only through `p0circuit`.** Its forward pass has a change that no library knows (the field `p0circuit`
@@ -28,59 +32,72 @@ were not used.
 _RECIPE = """
 ## Recipe
 
-`p0circuit train OUT {command}`: AdamW, learning rate {learning_rate:g} with {warmup} steps of warm-up and a cosine to
-{final_learning_rate:g} of it, weight decay {weight_decay:g}, {steps:,} steps of {batch} rows of {length} tokens
-({tokens:,} tokens), seed {seed}, float32, one CPU core. `train_config.json` has every setting. Data: the Python source
-of the standard library (3.11) and of the packages in `p0circuit.training.corpus`, as pinned in `constraints.txt`; one
-file in 32, chosen by a hash of its name, was held out.
+`{command}`: AdamW, learning rate {learning_rate:g} with {warmup} steps of warm-up
+and a cosine to {final_learning_rate:g} of it, weight decay {weight_decay:g}, {steps:,} steps of {batch} rows of
+{length} tokens ({tokens:,} tokens), seed {seed}, float32, on CPU. `train_config.json` has every setting. Data: {data}.
 """
+_PYTHON = """the Python
+source of the standard library (3.11) and of the packages in `p0circuit.training.corpus`, as pinned in
+`constraints.txt`; one file in 32, chosen by a hash of its name, was held out"""
 _MEASURED = """
-## Along training
+## Along training, {first}
 
-128 crops of 64 tokens of held-out modules of the standard library, {first}. `excess` is the mean excess score of
-the heads that are sinks at the end (attention to position zero beyond that to position 8), the sink rate counts heads
-above 0.3, the norm ratio is the largest along the layers; the loss is in nats per token, without the prediction made
-at position zero. {formed}
+128 crops of 64 tokens of held-out modules of the standard library. `excess` is the mean excess score of the heads
+that are sinks at the end (attention to position zero beyond that to position 8), the sink rate counts heads above 0.3,
+the norm ratio is the largest along the layers; the loss is in nats per token, without the prediction made at position
+zero. {formed}
 
 | step | tokens | loss | excess | sink rate | from layer 2 | norm ratio | induction |
 | --- | --- | --- | --- | --- | --- | --- | --- |
 """
-_FIRST = {"bos": "behind BOS", "text": "beginning with their own first token", "random": "behind a random token"}
+_FIRST = {"bos": "behind BOS", "text": "text as it is", "random": "behind a random token"}
+_COLUMNS = ("loss", "excess", "sink_rate", "sink_rate_from_layer_2", "largest_norm_ratio", "induction_score")
 
 
-def card(name: str, variant: str, config: TrainConfig, parameters: int, runs: Sequence[Run] = ()) -> str:
-    """The card as Markdown; `runs` are the traces of this one run, on each kind of prompts.
+def variant_of(config: TrainConfig) -> str | None:
+    """The named configuration that this is, but for the seed; None if it is none of them."""
+    return next((name for name, named in VARIANTS.items() if replace(named, seed=config.seed) == config), None)
 
-    Raises:
-        ValueError: the configuration is another than that of the variant.
-    """
-    text = _HEAD.format(name=name, about=ABOUT[variant], size=_size(parameters), **asdict(config))
+
+def command_of(config: TrainConfig) -> str:
+    """The command that trains this configuration into a directory OUT."""
+    variant = variant_of(config)
+    if variant is not None:
+        return f"p0circuit train OUT --variant {variant}" + (f" --seed {config.seed}" if config.seed else "")
+    plain = asdict(TrainConfig())
+    options = {name: value for name, value in asdict(config).items() if value != plain[name]}
+    told = {name: value if isinstance(value, str) else json.dumps(value) for name, value in options.items()}
+    return "p0circuit train OUT" + "".join(f" --set '{name}={value}'" for name, value in told.items())
+
+
+def card(name: str, config: TrainConfig, parameters: int, runs: Sequence[Run] = ()) -> str:
+    """The card as Markdown; `runs` are the traces of this one run, on each kind of prompts."""
+    variant, settings = variant_of(config), asdict(config)
+    about = ABOUT[variant] if variant else f"A language model of the architecture {config.architecture}."
+    text = _HEAD.format(name=name, about=about, millions=parameters / 1e6, **settings)
     if config.changes:
         text += _CHANGED
-    command = f"--variant {variant}" + (f" --seed {config.seed}" if config.seed else "")
-    if replace(VARIANTS[variant], seed=config.seed) != config:
-        raise ValueError(f"{name} was not trained as variant {variant!r} is: no command of that name makes it")
-    text += _RECIPE.format(command=command, tokens=config.steps * config.batch * config.length, **asdict(config))
+    text += _RECIPE.format(
+        command=command_of(config),
+        tokens=config.steps * config.batch * config.length,
+        data=_PYTHON if config.corpus == "python" else f"`{config.corpus}`",
+        **settings,
+    )
     for run in runs:
         formed = "No sink at the end."
         if run.formation is not None:
             step, share = int(run["step"][run.formation]), run.formation_share
             formed = f"The sink has formed by step {step:,} ({share:.0%} of the tokens)."
         text += _MEASURED.format(first=_FIRST[run.first], formed=formed)
-        columns = ("loss", "excess", "sink_rate", "sink_rate_from_layer_2", "largest_norm_ratio", "induction_score")
         for at in range(len(run.table)):
-            values = " | ".join(f"{run[column][at]:.2f}" for column in columns)
+            values = " | ".join(f"{run[column][at]:.2f}" for column in _COLUMNS)
             text += f"| {run['step'][at]:,.0f} | {run['tokens'][at]:,.0f} | {values} |\n"
     return text
 
 
-def write_card(folder: Path, variant: str, config: TrainConfig, parameters: int, runs: Sequence[Run] = ()) -> Path:
+def write_card(folder: Path, config: TrainConfig, parameters: int, runs: Sequence[Run] = ()) -> Path:
     """Write the card of the model in `folder`; returns its path."""
-    text = card(folder.name, variant, config, parameters, runs)
+    text = card(folder.name, config, parameters, runs)
     path = folder / "README.md"
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     return path
-
-
-def _size(parameters: int) -> str:
-    return f"{parameters / 1e6:.1f} million parameters"

@@ -6,6 +6,7 @@
    training methods), which frees that position to become a register.
 4. Log-spaced checkpoints are kept as Hugging Face directories under `trace/`: the training trace.
 5. Every `save_every` steps the whole state goes to disk; an interrupted run goes on from there with the same result.
+6. At the end: the model, its losses as a table, and its card, with the command that makes it again.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from p0circuit.files import write_atomically, write_json
 from p0circuit.models.changes import change_hf, gates_of
 from p0circuit.training import corpus as corpora
+from p0circuit.training.card import write_card
 from p0circuit.training.variants import TrainConfig, build_model
 
 
@@ -263,8 +265,9 @@ def train(
             report(state.step, loss)
         if state.step % save_every == 0 and state.step not in keep:
             save_state(saved, state)
-    save_model(out, model, tokenizer)
     write_log(out / "trace.csv", state.log)
+    write_card(out, config, sum(parameter.numel() for parameter in model.parameters()))
+    save_model(out, model, tokenizer)
     return out
 
 

@@ -49,10 +49,15 @@ def stop_at(step: int) -> Callable[[int, float], None]:
 
 
 def contents(folder: Path) -> dict[str, object]:
-    """Every file below a folder; of safetensors the header is parsed, since its entries come in any order."""
+    """Every file below a folder; of safetensors the header is parsed, since its entries come in any order.
+
+    The card, which begins with the folder's own name, is taken without it.
+    """
 
     def content(path: Path) -> object:
         data = path.read_bytes()
+        if path.name == "README.md":
+            return data.replace(f"# {folder.name}\n".encode(), b"# \n")
         if path.suffix != ".safetensors":
             return data
         header = int.from_bytes(data[:8], "little")
@@ -228,6 +233,11 @@ def test_an_interruption_leaves_nothing_half_written(
     monkeypatch.undo()
     train(TINY, tmp_path, save_every=save_every)
     assert contents(tmp_path) == contents(uninterrupted)
+
+
+def test_the_card_tells_how_it_was_made(uninterrupted: Path) -> None:
+    text = (uninterrupted / "README.md").read_text()
+    assert "steps=30" in text and f"`{TINY.corpus}`" in text and f"vocabulary of\n{TINY.vocab_size}." in text
 
 
 def test_the_trace_holds_the_checkpoints_and_the_log_their_losses(uninterrupted: Path) -> None:
