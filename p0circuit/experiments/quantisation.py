@@ -2,26 +2,29 @@
 
 1. *Text* in which the model has a sink: as it is or, if the sink hangs on BOS, behind BOS. Samples that its sink heads
    were not chosen on.
-2. *Error of the inputs*: the inputs of the matrix products of each block (`interventions.int8`) are rounded to int8,
-   each in an otherwise exact pass, with one grid for all positions ("per tensor"). P0 is in; or it is left out of the
-   grid and clipped to it; or left out of it and kept in high precision. The error of an input is `|rounded - x| / |x|`
-   over the positions other than P0, for which only the grid differs; that of a model is the mean over its inputs.
-3. *Control*: another position, drawn for each row, is kept in high precision instead of P0. In no scheme does it count
+2. *Grids*: one for each input of the matrix products of a block (`interventions.int8`), the same for all rows and
+   positions ("per tensor"), calibrated: it ends at the largest value in an exact pass over all rows. P0 is in; or it is
+   left out and clipped to the end; or left out and kept in high precision.
+3. *Error of the inputs*: each is rounded to int8 in an otherwise exact pass. The error is `|rounded - x| / |x|` over
+   the positions other than P0, for which only the grid differs; that of a model is the mean over its inputs.
+4. *Control*: another position, drawn for each row, is kept in high precision instead of P0. In no scheme does it count
    for an error, so that all errors are about the same positions.
-4. *In use*: all inputs rounded at once, on the fly. The error of the logits (their mean over the vocabulary taken off,
-   which no softmax sees) and the loss added, at the positions of step 2. Beside it a grid per token, and int8 weights.
-5. *The stream* between the blocks is no input of a product and stays as it is; its error stands beside those of step 2.
+5. *In use*: all inputs rounded at once, on the grids of step 2. The error of the logits (their mean over the vocabulary
+   taken off, which no softmax sees) and the loss added, at the positions of step 3. Beside it a grid per row, as for
+   texts that are read one at a time and whose values are known by then, a grid per token, and int8 weights.
+6. *The stream* between the blocks is no input of a product and stays as it is; its error stands beside those of step 3.
 
-Rounding is simulated: floating-point numbers on the grid of int8, symmetric, as wide as the row's largest value.
-Sources: massive activations: Sun et al. 2024 (arXiv 2402.17762); what they do to int8, and first tokens kept exact:
-Yang et al. 2024 (arXiv 2405.14428), Liu et al. 2024 (arXiv 2403.01241).
+Rounding is simulated: floating-point numbers on the grid of int8, which is symmetric. Intervals are over rows, with the
+grids as they are. Sources: massive activations: Sun et al. 2024 (arXiv 2402.17762); what they do to int8, and first
+tokens kept exact: Yang et al. 2024 (arXiv 2405.14428), Liu et al. 2024 (arXiv 2403.01241); calibrated and other grids:
+Xiao et al. 2022 (arXiv 2211.10438).
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -62,25 +65,33 @@ if TYPE_CHECKING:
 STREAM = "stream"
 """The kind of site that the stream before a block is."""
 
+Apart = Literal["P0", "another"]
+
 
 @dataclass(frozen=True)
 class Scheme:
     """A way to use int8: the grid of the inputs (None: they stay exact), a position apart, and the weights."""
 
-    grid: Literal["tensor", "token"] | None = "tensor"
+    grid: Literal["tensor", "row", "token"] | None = "tensor"
     treatment: Treatment = "in"
-    apart: Literal["P0", "another"] = "P0"
+    apart: Apart = "P0"
     weights: bool = False
 
 
 P0_IN, P0_CLIPPED, P0_KEPT, ANOTHER_KEPT = "P0 in", "P0 clipped", "P0 kept", "another position kept"
-PER_TOKEN, WEIGHTS = "a grid per token", "int8 weights"
+PER_ROW, PER_TOKEN, WEIGHTS = "a grid per row", "a grid per token", "int8 weights"
+ROW_P0_KEPT = f"{PER_ROW}, {P0_KEPT}"
+TOKEN_P0_CLIPPED, TOKEN_P0_KEPT = f"{PER_TOKEN}, {P0_CLIPPED}", f"{PER_TOKEN}, {P0_KEPT}"
 SCHEMES: dict[str, Scheme] = {
     P0_IN: Scheme(),
     P0_CLIPPED: Scheme(treatment="clipped"),
     P0_KEPT: Scheme(treatment="kept"),
     ANOTHER_KEPT: Scheme(treatment="kept", apart="another"),
+    PER_ROW: Scheme(grid="row"),
+    ROW_P0_KEPT: Scheme(grid="row", treatment="kept"),
     PER_TOKEN: Scheme(grid="token"),
+    TOKEN_P0_CLIPPED: Scheme(grid="token", treatment="clipped"),
+    TOKEN_P0_KEPT: Scheme(grid="token", treatment="kept"),
     WEIGHTS: Scheme(grid=None, weights=True),
     f"{WEIGHTS}, {P0_IN}": Scheme(weights=True),
     f"{WEIGHTS}, {P0_KEPT}": Scheme(treatment="kept", weights=True),
@@ -95,7 +106,7 @@ class Int8Effects:
     Attributes:
         sites: the second axis of what follows; the inputs of matrix products, then the stream before each block.
         inputs: `|rounded - x| / |x|` of single sites, each rounded in an otherwise exact pass.
-        peaks: P0's largest magnitude over that of all other positions: how much coarser P0 makes the grid, if above 1.
+        peaks: P0's largest magnitude over that of all other positions of its row.
         logits: relative error of the logits with the scheme in use everywhere.
         loss: nats per token that this adds.
     """
@@ -110,13 +121,13 @@ class Int8Effects:
         """The mean error of the inputs of matrix products."""
         return self.inputs[scheme][:, [site.kind != STREAM for site in self.sites]].mean(1)
 
-    def error_left(self, scheme: str) -> Interval:
-        """The error of the inputs over that with P0 in."""
-        return ratio_interval(self.error(scheme), self.error(P0_IN))
+    def error_left(self, scheme: str, whole: str = P0_IN) -> Interval:
+        """The error of the inputs over that of another scheme: P0 in, if not given."""
+        return ratio_interval(self.error(scheme), self.error(whole))
 
-    def logit_error_left(self, scheme: str) -> Interval:
-        """The error of the logits over that with P0 in."""
-        return ratio_interval(self.logits[scheme], self.logits[P0_IN])
+    def logit_error_left(self, scheme: str, whole: str = P0_IN) -> Interval:
+        """The error of the logits over that of another scheme: P0 in, if not given."""
+        return ratio_interval(self.logits[scheme], self.logits[whole])
 
 
 @dataclass(frozen=True)
@@ -138,11 +149,9 @@ class Quantisation(Experiment):
         statement="P0's outlier spoils int8 for all other positions: with P0 kept in high precision their error at "
         "least halves.",
         measure="Relative error of the inputs of all matrix products at positions other than P0, rounded to int8 with "
-        "one grid per tensor, with P0 kept in high precision over with P0 in.",
-        clauses=(
-            Clause("error_left_with_p0_kept", "<=", 0.5, "high"),
-            Clause("error_left_with_another_position_kept", ">", 0.5, "low"),
-        ),
+        "one grid per tensor (the same for all rows, as wide as their largest value), with P0 kept in high precision "
+        "over with P0 in.",
+        clauses=(Clause("error_left_with_p0_kept", "<=", 0.5, "high"),),
         control="Another position kept in high precision instead of P0.",
     )
 
@@ -154,12 +163,13 @@ class Quantisation(Experiment):
         chosen = found.prompts.subset(slice(0, self.config.samples))
         effects = int8_effects(model, chosen)
         metrics = {
-            "error_left_with_p0_kept": effects.error_left(P0_KEPT),
-            "error_left_with_another_position_kept": effects.error_left(ANOTHER_KEPT),
-            "error_left_with_a_grid_per_token": effects.error_left(PER_TOKEN),
+            # What a scheme does to P0 itself, such as clipping, does not show at the others.
+            **{f"error_left_with_{metric_name(name)}": effects.error_left(name) for name in _LEFT[:3]},
+            "error_left_with_p0_kept_of_a_grid_per_row": effects.error_left(ROW_P0_KEPT, PER_ROW),
             "error_with_p0_in": bootstrap(effects.error(P0_IN)),
             "logit_error_with_p0_in": bootstrap(effects.logits[P0_IN]),
             **{f"logit_error_left_with_{metric_name(name)}": effects.logit_error_left(name) for name in _LEFT},
+            "logit_error_left_with_p0_kept_of_a_grid_per_row": effects.logit_error_left(ROW_P0_KEPT, PER_ROW),
             **{f"loss_added_with_{metric_name(name)}": bootstrap(values) for name, values in effects.loss.items()},
         }
         name = describe(model).name
@@ -168,6 +178,8 @@ class Quantisation(Experiment):
             f"measured on text {condition}, {chosen.n} rows",
             _worst_input(effects),
             f"in use, P0 kept leaves {metrics['logit_error_left_with_p0_kept']} of the error of the logits",
+            f"of the error of the inputs another position kept leaves {effects.error_left(ANOTHER_KEPT)}, and P0 kept, "
+            f"with a grid per row, {effects.error_left(ROW_P0_KEPT, PER_ROW)}",
         ]
         if len(effects.logits) < len(SCHEMES):
             notes.append("int8 weights are left out: the model was loaded with a device map")
@@ -183,20 +195,20 @@ class Quantisation(Experiment):
 
 
 def _worst_input(effects: Int8Effects) -> str:
-    """Where P0 coarsens the grid most, in words."""
+    """Where P0 stands out most, in words."""
     means = np.where([site.kind == STREAM for site in effects.sites], 0, effects.peaks.mean(0))
     number = int(means.argmax())
     site = effects.sites[number]
     if means[number] <= 1:
-        return f"P0 coarsens no grid: its largest value is at most {means[number]:.3g} times that of all others"
+        return f"P0 stands out nowhere: its largest value is at most {means[number]:.3g} times that of all others"
     whole, kept = (bootstrap(effects.inputs[name][:, number]) for name in (P0_IN, P0_KEPT))
     return (
-        f"P0 coarsens the grid most in block {site.block}, {INPUTS[site.kind]}: its largest value there is "
+        f"P0 stands out most in block {site.block}, {INPUTS[site.kind]}: its largest value there is "
         f"{means[number]:.3g} times that of all others, the error {whole} with P0 in and {kept} with P0 kept"
     )
 
 
-_LEFT = (P0_CLIPPED, P0_KEPT, ANOTHER_KEPT, PER_TOKEN)
+_LEFT = (P0_KEPT, ANOTHER_KEPT, PER_TOKEN, P0_CLIPPED, TOKEN_P0_CLIPPED, TOKEN_P0_KEPT)
 _PEAK = "peak of P0 over that of others"
 
 
@@ -219,11 +231,10 @@ def int8_effects(model: Any, prompts: PromptSet, schemes: Mapping[str, Scheme] =
     # The exact logits are there beside those of a scheme.
     size, device = max(1, batch_size_for(model, prompts.length, with_logits=True) // 2), device_of(model)
     sites = (*input_sites(model), *(Site(block, STREAM) for block in range(describe(model).layers)))
-    parts = []
-    for start in track(range(0, prompts.n, size), "rounding to int8"):
-        rows = slice(start, start + size)
-        batch = _Rows(*(part[rows].to(device) for part in (prompts.ids, prompts.attention_mask, prompts.p0, another)))
-        parts.append(_effects_on(model, batch, sites, schemes, weights))
+    whole = (part.to(device) for part in (prompts.ids, prompts.attention_mask, prompts.p0, another))
+    batches = [_Rows(*parts) for parts in zip(*(part.split(size) for part in whole), strict=True)]
+    grids = _grids(model, batches, sites)
+    parts = [_effects_on(model, rows, grids, schemes, weights) for rows in track(batches, "rounding to int8")]
     whole = {key: torch.cat([part[key] for part in parts]).double().numpy() for key in parts[0]}
     local, logits, loss = ({name: whole[what, name] for what, name in whole if what == kind} for kind in _MEASURED)
     return Int8Effects(sites, local, whole["peak", ""], logits, loss)
@@ -239,29 +250,35 @@ class _Rows:
     p0: Int[Tensor, " batch"]
     another: Int[Tensor, " batch"]
 
+    def place(self, apart: Apart) -> Int[Tensor, " batch"]:
+        return self.p0 if apart == "P0" else self.another
+
+    def without(self, apart: Apart) -> Bool[Tensor, "batch pos"]:
+        """The real positions but for one."""
+        return self.real & ~one_hot(self.place(apart), self.ids.shape[1]).bool()
+
     @property
     def counted(self) -> Bool[Tensor, "batch pos"]:
         """The positions that errors are about."""
-        length = self.ids.shape[1]
-        return self.real & ~one_hot(self.p0, length).bool() & ~one_hot(self.another, length).bool()
+        return self.without("P0") & self.without("another")
 
-    def rounded(self, x: Tensor, scheme: Scheme) -> Tensor:
-        place = self.p0 if scheme.apart == "P0" else self.another
-        return quantised(x, self.real, place, scheme.treatment, scheme.grid == "token")
+    def sizes(self, x: Tensor, left_out: Apart | None) -> Float[Tensor, "batch pos"]:
+        """The largest magnitude at every position; 0 at padding and at what is left out."""
+        counted = self.without(left_out) if left_out else self.real
+        return magnitudes(x).masked_fill(~counted.to(x.device), 0)
+
+    def rounded(self, site: Site, x: Tensor, scheme: Scheme, grids: Grids) -> Tensor:
+        left_out = None if scheme.treatment == "in" else scheme.apart
+        largest = self.sizes(x, left_out).amax(1, keepdim=True) if scheme.grid == "row" else grids[site][left_out]
+        return quantised(x, largest, self.place(scheme.apart), scheme.treatment, scheme.grid == "token")
 
 
-def _effects_on(
-    model: Any, rows: _Rows, sites: tuple[Site, ...], schemes: Mapping[str, Scheme], weights: list[Rounded]
-) -> dict[tuple[str, str], Tensor]:
-    """Everything measured on a batch, by kind and scheme, the first axis being the row."""
-    on_inputs_alone = {name: scheme for name, scheme in schemes.items() if scheme.grid and not scheme.weights}
-    seen: dict[Site, dict[tuple[str, str], Tensor]] = {}
+Grids = Mapping[Site, Mapping[Apart | None, float]]
+"""The largest magnitude of every input, with one position of each row left out or (None) none."""
 
-    def look(site: Site, x: Tensor) -> None:
-        if site in seen:
-            return
-        errors = {("input", name): _error(rows.rounded(x, each), x, rows) for name, each in on_inputs_alone.items()}
-        seen[site] = errors | {("peak", ""): _peak(x, rows)}
+
+def _exact(model: Any, rows: _Rows, sites: Sequence[Site], look: Callable[[Site, Tensor], None]) -> Tensor:
+    """The logits of a pass in which every input of a matrix product is looked at, and the stream before each block."""
 
     def at_hook(x: Tensor, hook: Any, site: Site) -> None:
         look(site, x)
@@ -272,15 +289,47 @@ def _effects_on(
         if site.kind == STREAM
     ]
     with on_inputs(model, look):
-        exact = forward(model, rows.ids, rows.real, hooks=streams)
-    found = {key: torch.stack([seen[site][key] for site in sites], dim=1) for key in seen[sites[0]]}
+        return forward(model, rows.ids, rows.real, hooks=streams)
+
+
+def _grids(model: Any, batches: Sequence[_Rows], sites: Sequence[Site]) -> Grids:
+    """Where the grids of all rows end, from an exact pass over them."""
+    found: dict[Site, dict[Apart | None, float]] = {site: dict.fromkeys((None, "P0", "another"), 0.0) for site in sites}
+    for rows in batches:
+
+        def look(site: Site, x: Tensor, rows: _Rows = rows) -> None:
+            for left_out, largest in found[site].items():
+                found[site][left_out] = max(largest, float(rows.sizes(x, left_out).max()))
+
+        _exact(model, rows, sites, look)
+    return found
+
+
+def _effects_on(
+    model: Any, rows: _Rows, grids: Grids, schemes: Mapping[str, Scheme], weights: list[Rounded]
+) -> dict[tuple[str, str], Tensor]:
+    """Everything measured on a batch, by kind and scheme, the first axis being the row."""
+    on_inputs_alone = {name: scheme for name, scheme in schemes.items() if scheme.grid and not scheme.weights}
+    seen: dict[Site, dict[tuple[str, str], Tensor]] = {}
+
+    def look(site: Site, x: Tensor) -> None:
+        if site in seen:
+            return
+        errors = {
+            ("input", name): _error(rows.rounded(site, x, each, grids), x, rows)
+            for name, each in on_inputs_alone.items()
+        }
+        seen[site] = errors | {("peak", ""): _peak(x, rows)}
+
+    exact = _exact(model, rows, list(grids), look)
+    found = {key: torch.stack([seen[site][key] for site in grids], dim=1) for key in next(iter(seen.values()))}
     exact_loss = _loss(exact, rows)
     for name, scheme in schemes.items():
         with contextlib.ExitStack() as stack:
             if scheme.weights:
                 stack.enter_context(with_weights(weights))
             if scheme.grid:
-                stack.enter_context(on_inputs(model, lambda site, x, scheme=scheme: rows.rounded(x, scheme)))
+                stack.enter_context(on_inputs(model, functools.partial(rows.rounded, scheme=scheme, grids=grids)))
             logits = forward(model, rows.ids, rows.real)
         found["logits", name] = _logit_error(logits, exact, rows)
         found["loss", name] = _loss(logits, rows) - exact_loss
@@ -380,4 +429,5 @@ def _draw_schemes(values: Mapping[str, np.ndarray], name: str, unit: str, model:
     from p0circuit.report.figures import intervals
 
     panel = {scheme: bootstrap(each) for scheme, each in values.items()}
-    return intervals({name: panel}, f"{model}: int8 in use", [unit], controls=(ANOTHER_KEPT,), reference=0)
+    title = f"{model}: int8 in use (a grid per tensor where none is named)"
+    return intervals({name: panel}, title, [unit], controls=(ANOTHER_KEPT,), reference=0)

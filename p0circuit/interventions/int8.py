@@ -1,14 +1,16 @@
 """Int8, simulated: the inputs of a model's matrix products, and its weights, rounded to 8 bits.
 
 1. *The grid* is symmetric: a value becomes the nearest multiple of `largest / 127`, up to 127 of them on either side.
-   `largest` is the largest magnitude at any position of the row ("per tensor", the row being a batch of its own), or
-   at the position itself ("per token"). All else stays in floating point, as in simulated quantisation everywhere.
+   `largest` is one number for all rows and positions ("per tensor"), which has to be known before (calibration), the
+   largest magnitude in the row, or that at the position itself ("per token"). All else stays in floating point, as in
+   simulated quantisation everywhere.
 2. *What is rounded*: the inputs of the four kinds of matrix products of a block, `INPUTS`. Norms, scores, softmax and
    the stream are not, nor is the unembedding; the hidden layers of the experts of a mixture are out of reach.
-3. *One position apart*: it does not count for `largest`, and is then either clipped to it or kept as it was.
-4. *Weights*: every matrix of the blocks, a grid for each of its outputs, by torch's own operator. What comes out is bit
-   for bit what `torchao` makes of them (`Int8WeightOnlyConfig`), which once installed is loaded with every model.
-   Biases, norms, routers and embeddings stay.
+3. *One position apart*: it does not count for `largest`, and is then either clipped to it or kept as it was. (With a
+   grid per token it has its own anyway; clipped, that grid ends where those of the others do at the latest.)
+4. *Weights*: every matrix of the blocks, a grid for each of its outputs, by torch's own operator. (`torchao` has the
+   same grid; installed, it is imported and heard with every model that is loaded, so nothing here needs it.) Biases,
+   norms, routers and embeddings stay.
 
 Where the outliers of the first token meet int8: Yang et al. 2024 (arXiv 2405.14428), Liu et al. 2024 (arXiv
 2403.01241); a grid per token: Yao et al. 2022 (arXiv 2206.01861).
@@ -23,7 +25,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
@@ -41,7 +43,7 @@ INPUTS = {
 """The kinds of inputs, by name: what the matrices that read them make."""
 
 Treatment = Literal["in", "clipped", "kept"]
-"""Of one position: like all others; left out of `largest` and clipped to it; left out of it and not rounded."""
+"""Of one position: like all others; clipped to a `largest` that it was left out of; not rounded at all."""
 
 
 class Site(NamedTuple):
@@ -57,12 +59,16 @@ Change = Callable[[Site, Tensor], Tensor | None]
 
 # The grid
 
+Ends = float | Float[Tensor, "batch #pos"]
+"""Where grids end: for all rows and positions, or for each of them."""
 
-def rounded(x: Float[Tensor, "batch pos *value"], largest: Float[Tensor, "batch #pos"]) -> Float[Tensor, "..."]:
+
+def rounded(x: Float[Tensor, "batch pos *value"], largest: Ends) -> Float[Tensor, "batch pos *value"]:
     """The nearest values of the grid that ends at `largest`; what lies beyond it becomes its end."""
     wide = torch.promote_types(x.dtype, torch.float32)
+    ends = torch.as_tensor(largest, dtype=wide, device=x.device)
     # A grid of zeros has no step; anything over the smallest number is clipped to nothing there.
-    step = (largest.to(wide) / LEVELS).clamp(min=torch.finfo(wide).tiny).view(*largest.shape, *[1] * (x.ndim - 2))
+    step = (ends / LEVELS).clamp(min=torch.finfo(wide).tiny).view(*ends.shape, *[1] * (x.ndim - ends.ndim))
     return ((x.to(wide) / step).round().clamp(-LEVELS, LEVELS) * step).to(x)
 
 
@@ -73,18 +79,22 @@ def magnitudes(x: Float[Tensor, "batch pos *value"]) -> Float[Tensor, "batch pos
 
 def quantised(
     x: Float[Tensor, "batch pos *value"],
-    real: Bool[Tensor, "batch pos"],
+    largest: Ends,
     position: Int[Tensor, " batch"],
     treatment: Treatment = "in",
     per_token: bool = False,
 ) -> Float[Tensor, "batch pos *value"]:
-    """An input in int8, one position of each row treated as told; padding does not count for the grid."""
+    """An input in int8, on a grid that ends at `largest` or (per token) at each position's own largest value.
+
+    One position of each row is treated as told. `largest` is to count it only where it is "in"; per token it is what
+    the position is clipped to.
+    """
     apart = one_hot(position, x.shape[1]).bool().to(x.device)
-    sizes = magnitudes(x)
     if not per_token:
-        counted = real.to(x.device) if treatment == "in" else real.to(x.device) & ~apart
-        sizes = sizes.masked_fill(~counted, 0).amax(1, keepdim=True)
-    new = rounded(x, sizes)
+        new = rounded(x, largest)
+    else:
+        own = magnitudes(x)
+        new = rounded(x, torch.where(apart, own.clamp(max=largest), own) if treatment == "clipped" else own)
     return torch.where(apart.view(*apart.shape, *[1] * (x.ndim - 2)), x, new) if treatment == "kept" else new
 
 
@@ -223,7 +233,7 @@ def _layout(module: nn.Module, name: str, weight: Tensor) -> str | None:
 
 def _int8(matrix: Float[Tensor, "outputs inputs"]) -> Float[Tensor, "outputs inputs"]:
     wide = matrix.float()
-    # 255 steps for the whole range, as in torchao: 128 below zero and 127 above.
+    # 255 steps for the whole range: 128 below zero and 127 above.
     step = (wide.abs().amax(1) / 127.5).clamp(min=torch.finfo(torch.float32).eps)
     zero = torch.zeros(len(wide), dtype=torch.int32, device=wide.device)
     return torch.fake_quantize_per_channel_affine(wide, step, zero, 0, -128, 127).to(matrix)

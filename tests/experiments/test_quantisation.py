@@ -17,9 +17,12 @@ from p0circuit.experiments.quantisation import (
     P0_CLIPPED,
     P0_IN,
     P0_KEPT,
+    PER_ROW,
     PER_TOKEN,
+    ROW_P0_KEPT,
     SCHEMES,
     STREAM,
+    TOKEN_P0_CLIPPED,
     WEIGHTS,
     Int8Effects,
     Quantisation,
@@ -38,27 +41,39 @@ N, T = 3, 11
 PROMPTS = random_tokens(VOCAB, N, T, seed=5)
 PLACES = [int(place) for place in random_offsets(N, 6, 1, T)]
 OTHERS = [[t for t in range(1, T) if t != place] for place in PLACES]
-Rounding = Callable[[Tensor], Tensor]
+Ends = dict[str | None, float]
+Change = Callable[[str, Tensor], Tensor]
 
 
 def grid(x: Tensor, largest: float) -> Tensor:
     return torch.fake_quantize_per_tensor_affine(x, max(largest, 1e-30) / 127, 0, -127, 127)
 
 
-def rounding(scheme: str, row: int) -> Rounding:
+def largest(x: Tensor, gone: int | None) -> float:
+    return float(x[[t for t in range(T) if t != gone]].abs().max())
+
+
+def ends_of(rows: list[Tensor]) -> Ends:
+    """Where the grids of an input [pos, ...] of all rows end: nothing left out, P0, the control."""
+    left_out = {None: [None] * N, "P0": [0] * N, "another": PLACES}
+    return {name: max(map(largest, rows, gone)) for name, gone in left_out.items()}
+
+
+def rounding(scheme: str, row: int, x: Tensor, ends: Ends) -> Tensor:
     """What a scheme does to an input [pos, ...] of a row."""
-    apart = {P0_KEPT: 0, P0_CLIPPED: 0, ANOTHER_KEPT: PLACES[row]}
-
-    def change(x: Tensor) -> Tensor:
-        if scheme == PER_TOKEN:
-            return torch.stack([grid(token, float(token.abs().max())) for token in x])
-        counted = [t for t in range(T) if t != apart.get(scheme)]
-        new = grid(x, float(x[counted].abs().max()))
-        if "kept" in scheme:
-            new[apart[scheme]] = x[apart[scheme]]
-        return new
-
-    return change
+    place = PLACES[row] if scheme == ANOTHER_KEPT else 0
+    if scheme.startswith(PER_TOKEN):
+        new = torch.stack([grid(token, float(token.abs().max())) for token in x])
+        if scheme == TOKEN_P0_CLIPPED:
+            new[0] = grid(x[0], min(float(x[0].abs().max()), ends["P0"]))
+    elif scheme.startswith(PER_ROW):
+        new = grid(x, largest(x, place if "kept" in scheme else None))
+    else:
+        name = {P0_KEPT: "P0", P0_CLIPPED: "P0", ANOTHER_KEPT: "another"}.get(scheme)
+        new = grid(x, ends[name])
+    if "kept" in scheme:
+        new[place] = x[place]
+    return new
 
 
 def size(x: Tensor) -> float:
@@ -80,14 +95,21 @@ def effects(family_model: Any) -> Int8Effects:
 ENDINGS = {"q_proj": "qkv", "o_proj": "out", "up_proj": "up", "down_proj": "down"}
 
 
+@pytest.fixture(scope="module")
+def ends(hf: Any) -> dict[str, Ends]:
+    """By the name of the matrix that reads the input."""
+    rows = [run(hf, ids)[1] for ids in PROMPTS.ids]
+    return {name: ends_of([read[name] for read in rows]) for name in rows[0]}
+
+
 @torch.no_grad()
-def run(hf: Any, ids: Tensor, change: Rounding | None = None, int8_weights: bool = False) -> tuple[Tensor, dict]:
+def run(hf: Any, ids: Tensor, change: Change | None = None, int8_weights: bool = False) -> tuple[Tensor, dict]:
     """Logits of a row, and the inputs that its matrices read, every one of them changed."""
     read, handles, kept = {}, [], []
 
     def enter(module: nn.Module, args: tuple[Tensor], name: str) -> tuple[Tensor] | None:
         read[name] = args[0][0]
-        return None if change is None else (change(args[0][0])[None],)
+        return None if change is None else (change(name, args[0][0])[None],)
 
     for name, module in hf.model.layers.named_modules():
         if isinstance(module, nn.Linear):
@@ -107,7 +129,7 @@ def run(hf: Any, ids: Tensor, change: Rounding | None = None, int8_weights: bool
     return logits, read
 
 
-def test_the_error_of_every_input(hf: Any, effects: Int8Effects) -> None:
+def test_the_error_of_every_input(hf: Any, ends: dict[str, Ends], effects: Int8Effects) -> None:
     for row, ids in enumerate(PROMPTS.ids):
         for name, x in run(hf, ids)[1].items():
             block, _, ending = name.partition(".")
@@ -117,7 +139,7 @@ def test_the_error_of_every_input(hf: Any, effects: Int8Effects) -> None:
             number = effects.sites.index(Site(int(block), kind))
             others = OTHERS[row]
             for scheme in effects.inputs:
-                expected = size((rounding(scheme, row)(x) - x)[others]) / size(x[others])
+                expected = size((rounding(scheme, row, x, ends[name]) - x)[others]) / size(x[others])
                 assert effects.inputs[scheme][row, number] == pytest.approx(expected, rel=2e-3)
             peak = float(x[0].abs().max() / x[others].abs().max())
             assert effects.peaks[row, number] == pytest.approx(peak, rel=1e-4)
@@ -125,21 +147,25 @@ def test_the_error_of_every_input(hf: Any, effects: Int8Effects) -> None:
 
 @torch.no_grad()
 def test_the_error_of_the_stream(hf: Any, effects: Int8Effects) -> None:
-    for row, ids in enumerate(PROMPTS.ids):
-        streams = hf(ids[None], output_hidden_states=True).hidden_states
-        for block in range(LAYERS):
-            x = streams[block][0]
-            expected = size((rounding(P0_IN, row)(x) - x)[OTHERS[row]]) / size(x[OTHERS[row]])
-            number = effects.sites.index(Site(block, STREAM))
+    streams = hf(PROMPTS.ids, output_hidden_states=True).hidden_states
+    for block in range(LAYERS):
+        number, ends = effects.sites.index(Site(block, STREAM)), ends_of(list(streams[block]))
+        for row, x in enumerate(streams[block]):
+            expected = size((rounding(P0_IN, row, x, ends) - x)[OTHERS[row]]) / size(x[OTHERS[row]])
             assert effects.inputs[P0_IN][row, number] == pytest.approx(expected, rel=2e-3)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_logits_and_loss_with_a_scheme_in_use(scheme: str, hf: Any, effects: Int8Effects) -> None:
+def test_logits_and_loss_with_a_scheme_in_use(
+    scheme: str, hf: Any, ends: dict[str, Ends], effects: Int8Effects
+) -> None:
     for row, ids in enumerate(PROMPTS.ids):
+
+        def change(name: str, x: Tensor, row: int = row) -> Tensor:
+            return rounding(scheme.removeprefix(f"{WEIGHTS}, "), row, x, ends[name])
+
         exact = run(hf, ids)[0]
-        name = scheme.removeprefix(f"{WEIGHTS}, ")
-        new = run(hf, ids, None if scheme == WEIGHTS else rounding(name, row), scheme.startswith(WEIGHTS))[0]
+        new = run(hf, ids, None if scheme == WEIGHTS else change, scheme.startswith(WEIGHTS))[0]
         a, b = (logits[OTHERS[row]] - logits[OTHERS[row]].mean(-1, keepdim=True) for logits in (new, exact))
         # Where a value lies between two steps, rounding differs with the last bit of what comes before.
         assert effects.logits[scheme][row] == pytest.approx(size(a - b) / size(b), rel=0.1)
@@ -155,6 +181,18 @@ def test_what_sums_it_up(effects: Int8Effects) -> None:
     assert effects.error_left(P0_KEPT).value == pytest.approx(kept.mean() / whole.mean())
     left = effects.logits[PER_TOKEN].mean() / effects.logits[P0_IN].mean()
     assert effects.logit_error_left(PER_TOKEN).value == pytest.approx(left)
+    left = effects.logits[ROW_P0_KEPT].mean() / effects.logits[PER_ROW].mean()
+    assert effects.logit_error_left(ROW_P0_KEPT, PER_ROW).value == pytest.approx(left)
+
+
+def test_batches_share_their_grids(family_model: Any, effects: Int8Effects, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("p0circuit.experiments.quantisation.batch_size_for", lambda *_, **__: 2)
+    schemes = (P0_IN, P0_KEPT, ANOTHER_KEPT)
+    one_by_one = int8_effects(
+        family_model("llama-grouped", "bridge"), PROMPTS, {name: SCHEMES[name] for name in schemes}
+    )
+    for scheme in schemes:
+        np.testing.assert_allclose(one_by_one.inputs[scheme], effects.inputs[scheme], rtol=1e-4)
 
 
 @pytest.mark.parametrize(("family", "backend"), [("gpt2", "hooked"), ("opt", "bridge"), ("olmoe", "bridge")])
