@@ -55,7 +55,7 @@ def bootstrap(samples: np.ndarray, statistic: Callable[[np.ndarray], float] = np
     return Interval(value, float(low), float(high), n)
 
 
-def over_seeds(values: Sequence[float]) -> Interval:
+def over_seeds(values: Sequence[float] | np.ndarray) -> Interval:
     """The mean over training runs with Student's interval: three runs are too few to resample.
 
     Raises:

@@ -6,6 +6,7 @@ that apply to the model must hold. A claim that misses its threshold is `not rep
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -38,8 +39,12 @@ class Clause:
     end: Literal["value", "low", "high"] = "value"
     if_measured: bool = False
 
+    def compared(self, measured: Mapping[str, Interval]) -> float:
+        """What is compared with the bound."""
+        return getattr(measured[self.metric], self.end)
+
     def holds(self, measured: Mapping[str, Interval]) -> bool:
-        return _COMPARE[self.sense](getattr(measured[self.metric], self.end), self.bound)
+        return _COMPARE[self.sense](self.compared(measured), self.bound)
 
     def __str__(self) -> str:
         return f"{self.metric}{_ENDS[self.end]} {self.sense} {self.bound:g}"
@@ -80,7 +85,7 @@ class Claim:
         return "; ".join(str(clause) + (" (where it applies)" if clause.if_measured else "") for clause in self.clauses)
 
     def judge(self, measured: Mapping[str, Interval]) -> Judgement:
-        """The verdict on measured values.
+        """The verdict on measured values; there is none on a value that is not a finite number.
 
         Raises:
             KeyError: a metric is missing that some clause cannot do without.
@@ -88,6 +93,9 @@ class Claim:
         applying = [clause for clause in self.clauses if clause.metric in measured or not clause.if_measured]
         if not applying:
             return Judgement("not applicable", "nothing that its threshold is about exists in this model")
+        if no_number := [clause for clause in applying if not math.isfinite(clause.compared(measured))]:
+            told = "; ".join(f"{name} is {measured[name]}" for name in dict.fromkeys(c.metric for c in no_number))
+            return Judgement("not applicable", f"{told}: not a number that a threshold can be held against")
         missed = [clause for clause in applying if not clause.holds(measured)]
         # Two clauses may be about one value and its interval.
         names = dict.fromkeys(clause.metric for clause in missed or applying)

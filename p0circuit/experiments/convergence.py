@@ -3,10 +3,13 @@
 1. Remaining loss: the held-out loss at a checkpoint minus that at the end of the run.
 2. Step alone: the mean remaining loss of the other seeds of the same variant at the same checkpoint. Nothing that is a
    function of the step, in this recipe, can do better on average.
-3. Step and circuit: what is added is linear in how far the circuit (excess score, log of the norm ratio) is from its
-   mean over those other seeds; the two slopes are fitted on the other seeds of all variants. The held-out seed is
-   predicted; every seed is held out once.
-4. A run's error is its mean absolute error over checkpoints. The interval of the difference is over held-out runs.
+3. Step and circuit: what is added is linear in how far the circuit (sink rate from layer 2 on, log of the norm ratio)
+   is from its mean over those other seeds; the two slopes are fitted on the other seeds of all variants. The held-out
+   seed is predicted; every seed is held out once. Both quantities are known when one would predict: the excess score
+   is not, since it is of the heads that are sinks at the end of the run.
+4. A run's error is its mean absolute error over checkpoints. Runs of one seed see the same batches, whatever their
+   variant: what is judged is Student's interval of the difference over seeds, each the mean of its runs. The bootstrap
+   interval over runs, which takes them for independent, stands beside it.
 5. Beside it: the correlation of the deviations, and whether the circuit's come before those of the loss or after.
 """
 
@@ -18,9 +21,10 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
+from p0circuit.experiments.base import NotApplicable
 from p0circuit.experiments.claim import Claim, Clause
 from p0circuit.experiments.over_runs import RunsExperiment, formed
-from p0circuit.intervals import bootstrap
+from p0circuit.intervals import bootstrap, over_seeds
 from p0circuit.report.figures import predictions
 from p0circuit.results import Result
 from p0circuit.training.runs import Run, of_variant
@@ -42,7 +46,7 @@ class Convergence(RunsExperiment):
         source="arXiv 2603.06591, on the training trace",
         statement="The state of the circuit tells how far a training run is from convergence.",
         measure="The mean absolute error, in nats, of the remaining loss predicted for a held-out seed from step and "
-        "circuit, minus that from the step alone; mean over held-out runs.",
+        "circuit, minus that from the step alone; mean over held-out runs, with Student's interval over seeds.",
         clauses=(Clause("error_difference", "<", 0, end="high"),),
         control="the circuit of another checkpoint, drawn at random, in place of the run's own",
     )
@@ -51,17 +55,20 @@ class Convergence(RunsExperiment):
         formed(runs, reference, SEEDS)
         variants = [name for name in dict.fromkeys(run.variant for run in runs) if _can_be_held_out(runs, name)]
         judged = [run for run in runs if run.variant in variants]
+        _check_steps(judged)
         table = held_out_errors(judged)
         by_run = pd.DataFrame(table.groupby("run")[list(PREDICTIONS)].mean())
+        by_seed = pd.DataFrame(table.groupby("seed")[list(PREDICTIONS)].mean())
         circuit, loss = deviations(judged)
         return Result(
             self.id,
             self.title,
             {
-                "error_difference": bootstrap((by_run["step_and_circuit"] - by_run["step_alone"]).to_numpy()),
-                "error_difference_shuffled": bootstrap((by_run["shuffled_circuit"] - by_run["step_alone"]).to_numpy()),
-                "error_step_alone": bootstrap(by_run["step_alone"].to_numpy()),
-                "error_step_and_circuit": bootstrap(by_run["step_and_circuit"].to_numpy()),
+                "error_difference": over_seeds(_difference(by_seed, "step_and_circuit")),
+                "error_difference_over_runs": bootstrap(_difference(by_run, "step_and_circuit")),
+                "error_difference_shuffled": over_seeds(_difference(by_seed, "shuffled_circuit")),
+                "error_step_alone": over_seeds(by_seed["step_alone"].to_numpy()),
+                "error_step_and_circuit": over_seeds(by_seed["step_and_circuit"].to_numpy()),
                 "partial_correlation": bootstrap(np.stack([circuit[:, :, 0], loss], axis=2), _correlation),
             },
             {"held-out": table, "lags": lead_and_lag(circuit[:, :, 0], loss)},
@@ -94,7 +101,8 @@ def held_out_errors(runs: Sequence[Run], seed: int = 0) -> pd.DataFrame:
             }
             for i, value in enumerate(remaining(run)):
                 told = {name: abs(float(predicted[i] - value)) for name, predicted in errors.items()}
-                lines.append({"run": run.name, "step": run["step"][i], "remaining": value, **told})
+                about = {"run": run.name, "seed": run.seed, "step": run["step"][i]}
+                lines.append({**about, "remaining": value, **told})
     return pd.DataFrame(lines)
 
 
@@ -104,8 +112,8 @@ def remaining(run: Run) -> Float[np.ndarray, " checkpoint"]:
 
 
 def features(run: Run) -> Float[np.ndarray, "checkpoint 2"]:
-    """The circuit at the same checkpoints: excess score and log of the norm ratio."""
-    return np.column_stack([run["excess"], np.log(run["norm_ratio"])])[:-1]
+    """The circuit at the same checkpoints: sink rate from layer 2 on and log of the norm ratio."""
+    return np.column_stack([run["sink_rate_from_layer_2"], np.log(run["norm_ratio"])])[:-1]
 
 
 def deviations(
@@ -133,10 +141,28 @@ def lead_and_lag(
 
 
 def _can_be_held_out(runs: Sequence[Run], variant: str) -> bool:
-    """Whether a variant has enough seeds, all with a sink, measured at the same checkpoints."""
+    """Whether a variant has enough seeds, all with a sink."""
     found = of_variant(runs, variant)
-    steps = {tuple(run["step"]) for run in found}
-    return len(found) >= SEEDS and len(steps) == 1 and all(run.formation is not None for run in found)
+    return len(found) >= SEEDS and all(run.formation is not None for run in found)
+
+
+def _check_steps(runs: Sequence[Run]) -> None:
+    """Make sure that the runs were measured at the same steps.
+
+    Raises:
+        NotApplicable: they were not.
+    """
+    measured: dict[str, list[str]] = {}
+    for run in runs:
+        measured.setdefault(", ".join(f"{step:g}" for step in run["step"]), []).append(run.name)
+    if len(measured) > 1:
+        told = "; ".join(f"{', '.join(names)}: {steps}" for steps, names in measured.items())
+        raise NotApplicable(f"remaining losses compare at equal steps, and these runs have different ones: {told}")
+
+
+def _difference(errors: pd.DataFrame, prediction: str) -> Float[np.ndarray, " line"]:
+    """By how much the error of a prediction is larger than that of the step alone."""
+    return (errors[prediction] - errors["step_alone"]).to_numpy()
 
 
 def _slopes(

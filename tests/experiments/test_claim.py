@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from p0circuit.experiments import EXPERIMENTS, RUN_EXPERIMENTS
@@ -40,6 +42,16 @@ def test_every_clause_must_hold_and_the_reason_shows_those_that_do_not():
     judged = both.judge({"rate": TENTH, "loss": Interval(2.0, 1.9, 2.1, 20)})
     assert judged.verdict == "not reproduced"
     assert judged.why == "loss is 2.000 [1.900, 2.100]; needed loss < 1"
+
+
+def test_there_is_no_verdict_on_what_is_no_number():
+    one = claim(Clause("share", "<=", 0.2), Clause("rate", ">", 0.2, "low"))
+    nothing = Interval(math.nan, math.nan, math.nan, 3)
+    judged = one.judge({"share": nothing, "rate": TENTH})
+    assert judged.verdict == "not applicable" and judged.why.startswith("share is nan [nan, nan]: not a number")
+    # Only what is compared counts.
+    assert one.judge({"share": TENTH, "rate": Interval(0.5, 0.4, math.inf, 3)}).verdict == "reproduced"
+    assert one.judge({"share": TENTH, "rate": Interval(0.5, -math.inf, 0.6, 3)}).verdict == "not applicable"
 
 
 def test_a_clause_about_other_models_does_not_count():

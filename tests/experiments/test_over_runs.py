@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -116,6 +117,40 @@ def test_the_circuit_tells_more_than_the_step_only_where_it_does():
     assert silent.claim["verdict"] == "not reproduced"
     with pytest.raises(NotApplicable, match="this needs 3"):
         Convergence().run([made_up("bos", seed, 0.05) for seed in range(2)])
+
+
+def test_it_is_judged_over_seeds_and_on_what_is_known_at_the_time():
+    rng = np.random.default_rng(3)
+    runs = []
+    for seed in range(3):
+        moved = rng.normal(0, 0.2, len(STEPS)) * (STEPS < 9000)
+        for variant in ("bos", "tnlm"):
+            noise = rng.normal(0, 0.05, len(STEPS))
+            runs.append(made_up(variant, seed, 0.05, ratio=moved, loss=moved + noise))
+    result = Convergence().run(runs)
+    table = result.tables["held-out"]
+    by_run = (table["step_and_circuit"] - table["step_alone"]).groupby(table["run"]).mean()
+    expected = over_seeds(by_run.groupby(by_run.index.str[-1]).mean().to_numpy())
+    found = result.metrics["error_difference"]
+    assert (found.low, found.high, found.n) == pytest.approx((expected.low, expected.high, 3))
+    assert result.metrics["error_difference_over_runs"].n == 6
+    # The excess score is that of the heads that are sinks at the end, which nobody knows before.
+    late = np.where(STEPS > 100, 0.5, 0.02)
+    others = [replace(run, table=run.table.assign(excess=late)) for run in runs]
+    assert Convergence().run(others).metrics == result.metrics
+
+
+def test_runs_measured_at_other_steps_are_named():
+    runs = [made_up(variant, seed, 0.05) for variant in ("bos", "tnlm") for seed in range(3)]
+    runs[-1] = replace(runs[-1], table=runs[-1].table[1:].reset_index(drop=True))
+    with pytest.raises(NotApplicable, match=r"bos-0, bos-1, bos-2, tnlm-0, tnlm-1: 0, 16, .*; tnlm-2: 16, "):
+        Convergence().run(runs)
+
+
+def test_a_run_without_tokens_is_judged_by_its_steps():
+    runs = [made_up("bos", seed, at) for seed, at in enumerate((0.02, 0.05, 0.15))]
+    without = [replace(run, table=run.table.assign(tokens=np.nan)) for run in runs]
+    assert Early().run(without).metrics == Early().run(runs).metrics
 
 
 def test_a_held_out_seed_is_predicted_from_the_others_alone():
