@@ -6,6 +6,7 @@ Exit codes: 0 when the job was done, 2 for wrong use, 1 for anything else.
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -110,7 +111,7 @@ def reproduce(
     from p0circuit.models import describe, list_models
     from p0circuit.report.contents import find_runs
     from p0circuit.report.page import write_report
-    from p0circuit.reproduction import FORWARD_PASSES, TRAINING, failed, reproduce_training
+    from p0circuit.reproduction import FORWARD_PASSES, TRAINING, beginner_of, failed, reproduce_training
     from p0circuit.reproduction import reproduce as reproduce_model
     from p0circuit.training.runs import as_trained, shipped_runs
 
@@ -131,7 +132,7 @@ def reproduce(
             _forecast(source, [checkpoint], samples, length, FORWARD_PASSES)
             model = _load(source, checkpoint)
             prompts = _three_seeds(model, text, samples, length, seed)
-            beginner = _beginner(source)
+            beginner = beginner_of(source.name, lambda step, source=source: _load(source, step))
             label = describe(model).name
             directory = out / label.replace("/", "--")
             claims = reproduce_model(model, prompts, directory, [make() for make in EXPERIMENTS.values()], beginner)
@@ -331,6 +332,14 @@ def trace(
         str | None, typer.Option(help="Steps or revisions, separated by commas; all that are kept if not given.")
     ] = None,
     first: Annotated[First, typer.Option(help="What stands at position zero.")] = First.text,
+    table: Annotated[
+        Path | None,
+        typer.Option(
+            dir_okay=False,
+            help="A file <variant>-<seed>.csv to put the checkpoints into as well, beside those with another --first: "
+            "what the claims about training read (run C13 --runs DIRECTORY).",
+        ),
+    ] = None,
     out: OutOption = Path("out"),
     text: TextOption = "stdlib",
     samples: SamplesOption = 128,
@@ -343,28 +352,65 @@ def trace(
     offload_folder: OffloadOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Follow the circuit through a training run, checkpoint by checkpoint; what was measured before is read."""
-    from p0circuit.report.figures import development
+    """Follow the circuit through a training run, checkpoint by checkpoint; what was measured before is read.
+
+    A run whose checkpoints are not kept, but whose trace comes with the package, is shown from that trace.
+
+    --json prints an object with the keys model, checkpoints, formation_step,
+    stages and missing. A checkpoint has step, tokens, loss, sink_rate,
+    sink_rate_from_layer_2, norm_ratio, largest_norm_ratio,
+    direction_consistency, concentration_observed, concentration_causal,
+    induction_score and excess, and if it was measured now scores_first_half and
+    excess_second_half by layer and head; null is what is not defined or not
+    known. A stage has from_step, to_step, and the means of excess,
+    sink_rate_from_layer_2, norm_ratio and concentration_observed over the
+    checkpoints at which they are defined. missing has the reason for every
+    checkpoint that could not be measured.
+    """
+    from p0circuit.models import ModelError
     from p0circuit.results import Result
-    from p0circuit.training.trace import PASSES, checkpoints_of
+    from p0circuit.training.runs import LENGTH, as_trained, keep_run, shipped_kinds, variant_and_seed
+    from p0circuit.training.trace import PASSES, Trace, checkpoints_of
     from p0circuit.training.trace import trace as trace_run
 
-    labels = [label.strip() for label in checkpoints.split(",")] if checkpoints else checkpoints_of(source)
+    if table is not None:
+        # Told now and not when all is measured.
+        variant_and_seed(table)
+        if length != LENGTH:
+            raise ValueError(f"traces in tables are of {LENGTH} tokens, so that they compare, and --length is {length}")
     given = Source(source, backend, device, dtype, None, device_map, offload_folder)
-    _forecast(given, labels, samples, length, PASSES)
-    found = trace_run(
-        source,
-        lambda model: _prompts(model, text, samples, length, seed, first),
-        labels,
-        out / "checkpoints",
-        lambda label: _load(given, label),
-    )
-    tables = {"checkpoints": found.to_dataframe().assign(first=first.value)}
-    figures = {"development": development({found.model: tables["checkpoints"]}, found.formation_step)}
+    begins = first.value
+    try:
+        labels = [label.strip() for label in checkpoints.split(",")] if checkpoints else checkpoints_of(source)
+    except ModelError:
+        if not (kinds := shipped_kinds(source)):
+            raise
+        (run,) = as_trained([kinds[begins]] if begins in kinds else kinds.values())
+        begins, found = run.first, Trace.of(run)
+        told = f"this is the trace that comes with it, with {begins} at position zero (kept: {', '.join(kinds)})"
+        say(f"{source} keeps no checkpoints: {told}")
+    else:
+        _forecast(given, labels, samples, length, PASSES, LARGE)
+        found = trace_run(
+            source,
+            lambda stored: _prompts(stored, text, samples, length, seed, first),
+            labels,
+            out / "checkpoints",
+            lambda label: _load(given, label),
+            settings=f"{backend.value} {dtype or 'float32'}",
+        )
+    lines = found.to_dataframe().assign(first=begins)
     notes = [f"{label}: left out: {reason}" for label, reason in found.missing.items()]
-    path = Result("trace", f"The training of {found.model}", {}, tables, figures, notes=notes).save(
-        out / found.model.replace("/", "--")
-    )
+    path = Result(
+        "trace",
+        f"The training of {found.model}",
+        {},
+        {"checkpoints": lines},
+        {"development": found.figure()},
+        notes=notes,
+    ).save(out / found.model.replace("/", "--"))
+    if table is not None:
+        say(f"its lines are in {keep_run(table, lines)}")
     formed = f"formed at step {found.formation_step}" if found.formation_step is not None else "has no sink at its end"
     say(f"{found.model} {formed}; {len(found.stages)} stages; table and figure are in {path.parent}")
     _print_json(found.to_json(), as_json)
@@ -523,7 +569,7 @@ class Source(NamedTuple):
 
 
 def _load(source: Source, checkpoint: str | int | None = None) -> Any:
-    """`load_model`, with a checkpoint of digits read as a step and device, dtype and device map given as text."""
+    """`load_model`, with device, dtype and device map given as text."""
     import torch
 
     from p0circuit.models import load_model, one_thread_if_small
@@ -535,7 +581,7 @@ def _load(source: Source, checkpoint: str | int | None = None) -> Any:
     model = load_model(
         source.name,
         source.backend.value,
-        _step(checkpoint),
+        checkpoint,
         source.device,
         _dtype(source.dtype),
         source.layers,
@@ -546,21 +592,26 @@ def _load(source: Source, checkpoint: str | int | None = None) -> Any:
     return model
 
 
-def _step(checkpoint: str | int | None) -> str | int | None:
-    return int(checkpoint) if isinstance(checkpoint, str) and checkpoint.isdecimal() else checkpoint
-
-
 def _device_map(text: str | None) -> Any:
     from p0circuit.models.device_map import parse_device_map
 
     return None if text is None else parse_device_map(text)
 
 
+LARGE = 2**30
+"""Bytes of weights from which on it is said what a trace will take, wherever they are put."""
+
+
 def _forecast(
-    source: Source, checkpoints: Sequence[str | int | None], samples: int, length: int, passes: int | None = None
+    source: Source,
+    checkpoints: Sequence[str | int | None],
+    samples: int,
+    length: int,
+    passes: int | None = None,
+    large: float = math.inf,
 ) -> None:
-    """Say what a model with a device map will take, from the first checkpoint that is whole."""
-    if source.device_map is None:
+    """Say what a model will take, from the first checkpoint that is whole: with a device map, or if it is `large`."""
+    if source.device_map is None and large == math.inf:
         return
     from p0circuit.forecast import forecast, measure_rates
     from p0circuit.models import ModelError, plan_model
@@ -570,14 +621,16 @@ def _forecast(
     for checkpoint in checkpoints:
         try:
             plan = plan_model(
-                source.name, device_map, _step(checkpoint), source.device, dtype, source.layers, source.offload_folder
+                source.name, device_map, checkpoint, source.device, dtype, source.layers, source.offload_folder
             )
         except ModelError as reason:
             reasons.append(reason)
             continue
-        say(forecast(plan, measure_rates(plan), samples, length, passes, len(checkpoints)))
+        if device_map is not None or sum(plan.weights.values()) > large:
+            say(forecast(plan, measure_rates(plan), samples, length, passes, len(checkpoints)))
         return
-    raise reasons[0]
+    if device_map is not None:
+        raise reasons[0]
 
 
 def _dtype(name: str | None) -> Any:
@@ -590,38 +643,34 @@ def _dtype(name: str | None) -> Any:
     return kinds[name] if name else None
 
 
-def _beginner(source: Source) -> Any:
-    """The model's own first checkpoint, untrained; None where none is kept."""
-    from p0circuit.models import ModelError, list_checkpoints
-
-    try:
-        if 0 in list_checkpoints(source.name):
-            return _load(source, 0)
-    except ModelError:
-        # Constructed models have no training, and a hub need not be reachable for one in the local cache.
-        pass
-    return None
-
-
 def _prompts(model: Any, text: str, samples: int, length: int, seed: int, first: First) -> PromptSet:
     """Crops of the text, or random tokens for a model that has no tokenizer to read text with."""
     from p0circuit.experiments.conditions import readable
-    from p0circuit.models import describe
 
-    if model.tokenizer is None:
-        name = describe(model).name
-        if first is First.bos:
-            raise ValueError(f"{name} has no tokenizer, and so no BOS token that is known: use --first random")
-        say(f"{name} has no tokenizer: its prompts are random tokens")
+    if model.tokenizer is None and first is First.bos:
+        raise ValueError(f"{_name(model)} has no tokenizer, and so no BOS token that is known: use --first random")
+    _say_if_random(model)
     return readable(model, text, samples, length, seed, first.value)
 
 
 def _three_seeds(model: Any, text: str, samples: int, length: int, seed: int) -> PromptSet:
     """The prompts of a reproduction: as many as asked for, drawn in equal parts by three seeds."""
-    from p0circuit.prompts import pooled
+    from p0circuit.experiments.conditions import readable_by_seeds
 
-    shares = [share for share in (samples - 2 * (samples // 3), samples // 3, samples // 3) if share]
-    return pooled([_prompts(model, text, n, length, seed + i, First.text) for i, n in enumerate(shares)])
+    _say_if_random(model)
+    return readable_by_seeds(model, text, samples, length, seed)
+
+
+def _say_if_random(model: Any) -> None:
+    if model.tokenizer is None:
+        say(f"{_name(model)} has no tokenizer: its prompts are random tokens")
+
+
+def _name(model: Any) -> str:
+    """Of a loaded model, or of one as it is stored."""
+    from p0circuit.models import StoredModel, describe
+
+    return model.name if isinstance(model, StoredModel) else describe(model).name
 
 
 def _run_one(experiment: Experiment, model: Any, prompts: PromptSet, out: Path) -> dict[str, Any]:

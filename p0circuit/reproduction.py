@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,9 @@ from p0circuit.console import say
 from p0circuit.experiments import RUN_EXPERIMENTS
 from p0circuit.experiments.base import Experiment, NotApplicable
 from p0circuit.experiments.claim import Judgement
+from p0circuit.experiments.over_runs import RunsExperiment
 from p0circuit.files import write_json
-from p0circuit.models import ModelError, describe, device_of, forward, load_model
+from p0circuit.models import ModelError, describe, device_of, forward, list_checkpoints, load_model
 from p0circuit.models.controls import shuffled_neurons, untrained
 from p0circuit.models.device_map import placement_of
 from p0circuit.paths import code_fingerprint
@@ -49,12 +51,18 @@ LONG_MINUTES = 20.0
 
 
 def reproduce(
-    model: Any, prompts: PromptSet, directory: Path, experiments: Sequence[Experiment], beginner: Any = None
+    model: Any,
+    prompts: PromptSet,
+    directory: Path,
+    experiments: Sequence[Experiment],
+    beginner: Any = None,
+    controls: bool = True,
 ) -> list[dict[str, Any]]:
     """Run the experiments and their controls on one model, leave everything in `directory`, return the claims.
 
-    `beginner` is the model's own first checkpoint, as `load_model` gives it; without one its architecture is given
-    new weights. An experiment that breaks off is told of in its claim's entry; `failed` finds those.
+    `beginner` is the model's own first checkpoint, as `beginner_of` gives it; without one its architecture is given
+    new weights. An experiment that breaks off is told of in its claim's entry; `failed` finds those. Without `controls`
+    the claims are not tried where they must fail.
     """
     started = time.time()
     (directory / "manifest.json").unlink(missing_ok=True)
@@ -63,7 +71,8 @@ def reproduce(
     left_out: dict[str, str] = {}
     broken: dict[str, str] = {}
     for number, experiment in enumerate(experiments, 1):
-        entry = _entry(experiment, model, prompts, directory, f"{number}/{len(experiments)} ")
+        measured = partial(run_or_read, experiment, model, prompts, directory)
+        entry = _entry(experiment, describe(model).name, measured, f"{number}/{len(experiments)} ")
         if experiment.claim is not None:
             entries.append(entry | {"controls": []})
         if entry["error"]:
@@ -72,15 +81,14 @@ def reproduce(
             left_out[experiment.id] = entry["why"]
         _write_claims(directory, entries)
     tested = [experiment for experiment in experiments if experiment.claim is not None]
-    for name, opened in _controls(model, prompts, beginner).items():
+    for name, opened in _controls(model, prompts, beginner).items() if controls else ():
         try:
             with opened() as (control, its_prompts):
                 for experiment, entry in zip(tested, entries, strict=True):
                     place = directory / "controls" / name.replace(" ", "-")
-                    found = _entry(experiment, control, its_prompts, place, f"control, {name}: ", figures=False)
-                    entry["controls"].append(
-                        {"control": name, "verdict": found["verdict"], "why": found["why"], "error": found["error"]}
-                    )
+                    measured = partial(run_or_read, experiment, control, its_prompts, place, figures=False)
+                    found = _entry(experiment, describe(control).name, measured, f"control, {name}: ")
+                    entry["controls"].append(_as_control(name, found))
         except ModelError as reason:
             say(f"control, {name}: left out: {reason}")
         _write_claims(directory, entries)
@@ -100,6 +108,15 @@ def reproduce(
     return entries
 
 
+def beginner_of(source: str | Path, load: Callable[[int], Any]) -> Any:
+    """The model's own first checkpoint, untrained, as `load` loads it by its step; None where none is kept."""
+    try:
+        return load(0) if 0 in list_checkpoints(source) else None
+    except ModelError:
+        # Constructed models have no training, and a hub need not be reachable for one in the local cache.
+        return None
+
+
 TRAINING = "training"
 """The directory, and what stands for a model's name, of the claims about training."""
 PLAIN = "baseline"
@@ -114,37 +131,31 @@ def reproduce_training(runs: Sequence[Run], directory: Path) -> list[dict[str, A
     started = time.time()
     (directory / "manifest.json").unlink(missing_ok=True)
     entries: list[dict[str, Any]] = []
-    left_out: dict[str, str] = {}
     for experiment in (make() for make in RUN_EXPERIMENTS.values()):
-        claim = experiment.claim
-        entry = {"experiment": experiment.id, "model": TRAINING, "notes": [], "error": None}
-        try:
-            result = experiment.run(runs)
-            result.save(directory)
-            entry = (result.claim or {}) | entry | {"notes": result.notes}
-        except NotApplicable as reason:
-            (directory / f"{experiment.id}.json").unlink(missing_ok=True)
-            left_out[experiment.id] = str(reason)
-            entry = claim.record(Judgement("not applicable", str(reason)), {}) | entry
-        try:
-            found = experiment.run(runs, PLAIN).claim or {}
-            judgement = Judgement(found["verdict"], found["why"])
-        except NotApplicable as reason:
-            judgement = Judgement("not applicable", str(reason))
-        control = {"control": "plain text", "error": None, **asdict(judgement)}
-        say(f"{claim.id} {experiment.id}: {entry['verdict']}")
-        entries.append(entry | {"controls": [control]})
+        entry = _entry(experiment, TRAINING, partial(_run_and_save, experiment, runs, directory))
+        control = _entry(experiment, TRAINING, partial(experiment.run, runs, PLAIN), "control, plain text: ")
+        entries.append(entry | {"controls": [_as_control("plain text", control)]})
         _write_claims(directory, entries)
+    unmeasured = [entry for entry in entries if entry["verdict"] == "not applicable"]
     write_manifest(
         directory,
         sys.argv[1:],
         started,
         model=TRAINING,
         runs=[f"{run.name} ({run.first})" for run in runs],
-        experiments=[name for name in RUN_EXPERIMENTS if name not in left_out],
-        left_out=left_out,
+        experiments=[entry["experiment"] for entry in entries if entry not in unmeasured],
+        left_out={entry["experiment"]: entry["why"] for entry in unmeasured if not entry["error"]},
+        broken={entry["experiment"]: entry["error"] for entry in unmeasured if entry["error"]},
     )
     return entries
+
+
+def _run_and_save(experiment: RunsExperiment, runs: Sequence[Run], directory: Path) -> Result:
+    # What an earlier run left must not stand for one that breaks off.
+    (directory / f"{experiment.id}.json").unlink(missing_ok=True)
+    result = experiment.run(runs)
+    result.save(directory)
+    return result
 
 
 def failed(entries: Sequence[dict[str, Any]]) -> list[str]:
@@ -177,13 +188,13 @@ def run_or_read(
 
 
 def _entry(
-    experiment: Experiment, model: Any, prompts: PromptSet, directory: Path, label: str, figures: bool = True
+    experiment: Experiment | RunsExperiment, subject: str, measure: Callable[[], Result], label: str = ""
 ) -> dict[str, Any]:
-    """The experiment's line in claims.json, whatever becomes of the measurement."""
+    """The experiment's line in claims.json, whatever becomes of the measurement; `subject` is what it is about."""
     started, error = time.monotonic(), None
     told = f"{experiment.claim.id} {experiment.id}" if experiment.claim else experiment.id
     try:
-        result = run_or_read(experiment, model, prompts, directory, figures)
+        result = measure()
     except NotApplicable as reason:
         judgement, measured, notes = Judgement("not applicable", str(reason)), {}, []
     except (ValueError, RuntimeError, FloatingPointError, KeyError, IndexError) as problem:
@@ -197,7 +208,11 @@ def _entry(
     verdict = judgement.verdict if experiment.claim or judgement.verdict == "not applicable" else "measured"
     say(f"{label}{told}: {verdict} ({time.monotonic() - started:.1f} s)" + (f": {judgement.why}" if error else ""))
     record = experiment.claim.record(judgement, measured) if experiment.claim else asdict(judgement)
-    return record | {"experiment": experiment.id, "model": describe(model).name, "notes": notes, "error": error}
+    return record | {"experiment": experiment.id, "model": subject, "notes": notes, "error": error}
+
+
+def _as_control(name: str, entry: dict[str, Any]) -> dict[str, Any]:
+    return {"control": name} | {key: entry[key] for key in ("verdict", "why", "error")}
 
 
 def _write_claims(directory: Path, entries: list[dict[str, Any]]) -> None:

@@ -6,7 +6,7 @@
 3. The result travels to the driver as files, and the driver writes them at once, the JSON last: workers need no
    access to `out`, and what is there is whole. Only the driver writes.
 4. A task whose worker or node dies is started again elsewhere. A driver that dies is started again by hand, and finds
-   what was finished. A task that raises is named in the summary and stops no other.
+   what was finished. A task that raises, or whose result cannot be written, is named in the summary and stops no other.
 
     <out>/<model>[@checkpoint]/<experiment>.json, tables/, figures/, attention/     as `Result.save` writes them
     <out>/<model>[@checkpoint]/left-out/<experiment>.json                           not applicable, and why
@@ -37,9 +37,10 @@ from p0circuit.models.load import (
     _checkpoints,
     _count_parameters,
     _hub_id,
-    _local_folder,
     _resolve,
+    _revision,
     bytes_while_loading,
+    local_folder,
 )
 from p0circuit.paths import data_dir
 from p0circuit.prompts import PromptSet
@@ -187,11 +188,11 @@ def sweep(
             task = tasks[number]
             try:
                 outcome, files = ray.get(done)
-            except ray.exceptions.RayError as error:
-                # Not the experiment: its worker, its node, or what could not be sent to it.
-                outcome, files = task.outcome("failed", why=f"{type(error).__name__}: {_last_line(error)}"), {}
-            if files:
-                place.write(task, files)
+                if files:
+                    place.write(task, files)
+            except (ray.exceptions.RayError, OSError) as error:
+                # Not the experiment: its worker, its node, what could not be sent to it, or the place of the results.
+                outcome = task.outcome("failed", why=f"{type(error).__name__}: {_last_line(error)}")
             found[number] = _told(task, outcome, len(found) + 1, len(tasks))
     summary = Sweep([found[number] for number in range(len(tasks))], str(out))
     place.write_file("sweep.json", (json.dumps(summary.to_json(), indent=2) + "\n").encode())
@@ -229,14 +230,15 @@ def _parameters(model: str, checkpoint: int | str | None) -> int:
         return 0
     # What cannot be loaded is told by the worker, as that of its task alone.
     with contextlib.suppress(ModelError, SafetensorError):
-        if _local_folder(model) is not None:
+        if local_folder(model) is not None:
             return _count_parameters(_resolve(model, checkpoint).folder)
         from huggingface_hub import get_safetensors_metadata
 
-        revision = f"step{checkpoint}" if isinstance(checkpoint, int) else checkpoint
+        hub_id = _hub_id(model)
         # No network, in whatever words the hub's client has for it.
         with contextlib.suppress(Exception):
-            return sum(get_safetensors_metadata(_hub_id(model), revision=revision).parameter_count.values())
+            revision = _revision(hub_id, checkpoint)
+            return sum(get_safetensors_metadata(hub_id, revision=revision).parameter_count.values())
     return 0
 
 
@@ -249,7 +251,7 @@ def _places(models: Sequence[str], checkpoints: Sequence[int | str]) -> list[tup
     found: list[tuple[str, int | str | None]] = []
     names: dict[str, str] = {}
     for given in dict.fromkeys(models):
-        folder = None if given in _WIRED else _local_folder(given)
+        folder = None if given in _WIRED else local_folder(given)
         shipped = folder is not None and folder.parent == data_dir() / "models"
         # A worker need not have the driver's working directory, nor its copy of the package.
         model = given if folder is None else folder.name if shipped else str(folder)
@@ -263,7 +265,7 @@ def _places(models: Sequence[str], checkpoints: Sequence[int | str]) -> list[tup
 
 def _name(model: str) -> str:
     """A model's name, as `describe` gives it."""
-    folder = None if model in _WIRED else _local_folder(model)
+    folder = None if model in _WIRED else local_folder(model)
     return folder.name if folder else _hub_id(model)
 
 
@@ -362,6 +364,8 @@ def _ray(address: str | None, models: Sequence[str], cores: int | None) -> Itera
     except ImportError:
         raise ValueError("a sweep needs Ray, which is not installed: pip install 'p0circuit[ray]'") from None
     if ray.is_initialized():
+        if address is not None:
+            say(f"this process is connected to Ray already: {address!r} is not used (ray.shutdown() disconnects it)")
         yield ray, False
         return
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
@@ -398,7 +402,7 @@ def _package(folder: Path, models: Sequence[str]) -> Path:
             (package / path.name).symlink_to(path)
     (package / "data" / "prompts").symlink_to(data_dir() / "prompts")
     for model in set(models):
-        if model not in _WIRED and (local := _local_folder(model)) and local.parent == data_dir() / "models":
+        if model not in _WIRED and (local := local_folder(model)) and local.parent == data_dir() / "models":
             (package / "data" / "models" / local.name).symlink_to(local)
     return package
 

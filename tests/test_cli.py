@@ -18,6 +18,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from p0circuit import cli
 from p0circuit.activations import weights_fingerprint
 from p0circuit.cli import main
 from p0circuit.experiments import EXPERIMENTS
@@ -26,6 +27,7 @@ from p0circuit.models import load_model
 from p0circuit.paths import data_dir
 from p0circuit.prompts import natural_text
 from p0circuit.results import Result
+from p0circuit.training.runs import as_trained, shipped_runs
 from tests.tiny import HEADS, LAYERS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -296,8 +298,57 @@ def test_trace_prints_the_promised_keys(p0: Run, tmp_path: Path) -> None:
     assert keys | {"concentration_causal"} <= set(found["checkpoints"][0])
     assert "formation_step" in found and found["stages"]
     assert (tmp_path / "p0-nano" / "figures" / "trace-development.png").is_file()
+    # Small, and so its needs are not told.
+    assert "Needs" not in ended.err
+    again = p0("trace", "p0-nano", "--checkpoints", "step-020000, 0,step-007221", *quick)
+    assert json.loads(again.out) == found
     ended = p0("trace", "p0-nano", "--checkpoints", "5", *quick)
     assert ended.code == 2 and "none of the checkpoints" in ended.err
+    ended = p0("trace", "p0-nano", "--checkpoints", "last", *quick)
+    assert ended.code == 2 and "checkpoint 'last' has no step in its name" in ended.err
+    assert all(key in p0("trace", "--help").out for key in (*keys, "formation_step", "stages", "missing"))
+
+
+@pytest.mark.parametrize("name", ["tnlm-0", "baseline-0", "bos-1"])
+def test_a_trace_that_comes_with_the_package(p0: Run, tmp_path: Path, name: str) -> None:
+    ended = p0(
+        "trace", name, "--first", "bos", "--out", tmp_path, "--table", tmp_path / "runs" / "mine-0.csv", "--json"
+    )
+    found = json.loads(ended.out)
+    (run,) = as_trained([run for run in shipped_runs() if run.name == name])
+    assert ended.code == 0 and f"{name} keeps no checkpoints: this is the trace that comes with it" in ended.err
+    assert f"with {run.first} at position zero" in ended.err and found["model"] == name
+    assert [row["excess"] for row in found["checkpoints"]] == run["excess"].tolist()
+    formed = None if run.formation is None else run["step"][run.formation]
+    assert found["formation_step"] == formed and found["stages"] and not found["missing"]
+    assert (tmp_path / name / "figures" / "trace-development.png").is_file()
+    (kept,) = shipped_runs(tmp_path / "runs")
+    pd.testing.assert_frame_equal(kept.table, run.table, check_dtype=False)
+
+
+def test_a_trace_becomes_a_run_that_claims_are_judged_on(p0: Run, tmp_path: Path) -> None:
+    few = ("p0-nano", "--checkpoints", "0,20000", "--samples", 4, "--text", "english", "--out", tmp_path)
+    made = [(0, "text"), (0, "bos"), (1, "bos")]
+    for seed, first in made:
+        table = tmp_path / "runs" / f"bos-{seed}.csv"
+        assert p0("trace", *few, "--seed", seed, "--first", first, "--table", table).code == 0
+    assert {(run.seed, run.first) for run in shipped_runs(tmp_path / "runs")} == {*made}
+    ended = p0("run", "C13", "--runs", tmp_path / "runs", "--out", tmp_path)
+    assert ended.code == 0 and "reproduced: latest_formation_share is" in ended.err
+    for wrong, told in ((("mine.csv",), "not named"), (("mine-0.csv", "--length", 24), "64 tokens")):
+        ended = p0("trace", *few, "--table", *wrong)
+        assert ended.code == 2 and told in ended.err
+
+
+def test_what_a_large_model_takes_is_told_before_its_trace(
+    p0: Run, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(tiny_model_dir, tmp_path / "run" / "checkpoint-3")
+    monkeypatch.setattr(cli, "LARGE", 1)
+    ended = p0("trace", tmp_path / "run", *QUICK, "--device", "cpu", "--out", tmp_path / "out")
+    told, _, measured = ended.err.partition("run 3: loss")
+    assert ended.code == 0 and measured
+    assert "of weights in float32. Needs" in told and "3 passes of 1 s over 4 prompts" in told
 
 
 def test_two_models_of_one_name_do_not_overwrite_each_other(p0: Run, tiny_model_dir: Path, tmp_path: Path) -> None:
@@ -397,7 +448,7 @@ def test_a_trained_model_can_be_measured_and_its_trace_too(p0: Run, tmp_path: Pa
     assert p0("run", "sink-map", "--model", out, "--checkpoint", 0, "--out", results, *QUICK).code == 0
     assert [path.name for path in results.iterdir()] == ["my-model@0"]
     missing = p0("sink", out, "--checkpoint", 5)
-    assert missing.code == 2 and "no checkpoint 5; it keeps those of steps 0, 6" in missing.err
+    assert missing.code == 2 and "no checkpoint '5'; it keeps those of steps 0, 6" in missing.err
 
 
 # wrong use
@@ -409,7 +460,7 @@ def test_a_trained_model_can_be_measured_and_its_trace_too(p0: Run, tmp_path: Pa
         (["sink", "p0-nanoo"], "unknown model 'p0-nanoo'"),
         (["sink", "./nowhere"], "'./nowhere': expected a directory with config.json"),
         (["sink", "wirde"], "did you mean wired"),
-        (["sink", "wired", "--checkpoint", "3"], "wired is constructed, not trained: it has no checkpoint 3"),
+        (["sink", "wired", "--checkpoint", "3"], "wired is constructed, not trained: it has no checkpoint '3'"),
         (["sink", "wired", "--dtype", "int8"], "unknown dtype 'int8'; expected one of float32"),
         (["sink", "wired", "--device", "tpu9"], "device 'tpu9' cannot be used here"),
         (["sink", "wired", "--length", "100000"], "100000"),

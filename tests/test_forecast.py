@@ -98,6 +98,14 @@ def test_memory_and_time_in_words(family_folder: Callable[[str], Path]) -> None:
     assert "for each pass over 64 prompts" in forecast(planned, rates, 64, 64)
 
 
+def test_in_one_place_the_weights_are_there_twice_while_a_model_is_loaded(
+    family_folder: Callable[[str], Path],
+) -> None:
+    planned = plan_model(family_folder("llama"), None, device="cpu", dtype=torch.float64)
+    assert 8 * planned.parameters <= planned.weights["cpu"] < 8.1 * planned.parameters and not planned.waiting
+    assert planned.needed == {"cpu": 2 * planned.weights["cpu"] + planned.activations}
+
+
 def test_batches_are_those_that_are_recorded(family_folder: Callable[[str], Path], tmp_path: Path) -> None:
     folder = family_folder("qwen3-moe")
     model = load_model(folder, device="cpu", device_map="disk", offload_folder=tmp_path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +14,9 @@ from p0circuit.experiments.claim import Claim, Clause
 from p0circuit.intervals import Interval
 from p0circuit.models import load_model
 from p0circuit.prompts import pooled, random_tokens
-from p0circuit.reproduction import failed, reproduce, run_or_read
+from p0circuit.reproduction import failed, reproduce, reproduce_training, run_or_read
 from p0circuit.results import Result
+from p0circuit.training.runs import as_trained, shipped_runs
 
 CLAIM = Claim("C99", "Broken", "nowhere", "It breaks.", "By breaking.", (Clause("x", ">", 0),), "None.")
 
@@ -81,6 +82,21 @@ def test_a_claim_that_breaks_off_loses_none_of_the_others(wired, tmp_path):
     assert json.loads((tmp_path / "manifest.json").read_text())["broken"] == {
         "breaks": "RuntimeError: a matrix is singular"
     }
+
+
+def test_a_claim_about_training_that_breaks_off_loses_none_of_the_others(tmp_path):
+    runs = [run for run in as_trained(shipped_runs()) if run.variant in ("bos", "tnlm", "force-sink")]
+    runs = [replace(run, table=run.table.drop(columns="largest_norm_ratio")) for run in runs]
+    (tmp_path / "methods.json").write_text("of an earlier run")
+    entries = reproduce_training(runs, tmp_path)
+    assert [entry["id"] for entry in entries] == ["C13", "C14", "C15", "C16"] and failed(entries) == ["C16"]
+    assert all(entry["error"] is None and entry["measured"] for entry in entries[:3])
+    assert entries[3]["error"] == "KeyError: 'largest_norm_ratio'" and entries[3]["verdict"] == "not applicable"
+    assert json.loads((tmp_path / "claims.json").read_text()) == entries
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["experiments"] == ["early", "concentration", "convergence"] and not manifest["left_out"]
+    assert manifest["broken"] == {"methods": "KeyError: 'largest_norm_ratio'"}
+    assert not (tmp_path / "methods.json").exists() and (tmp_path / "early.json").is_file()
 
 
 def test_what_is_there_is_not_measured_again(wired, tmp_path):

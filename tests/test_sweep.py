@@ -30,7 +30,7 @@ from p0circuit.models import load_model
 from p0circuit.models.wired import wired_model
 from p0circuit.prompts import PromptSet, random_tokens
 from p0circuit.results import Result
-from p0circuit.sweep import BESIDE_WEIGHTS, Sweep, find_experiment, memory_of, sweep
+from p0circuit.sweep import BESIDE_WEIGHTS, Sweep, _lacking, find_experiment, memory_of, sweep
 
 ray = pytest.importorskip("ray")
 
@@ -200,6 +200,38 @@ def test_checkpoints_are_tasks_of_their_own(cluster, tmp_path):
     assert memory_of(run, 20) == BESIDE_WEIGHTS + 8 * parameters
     assert memory_of(run, 20, torch.bfloat16) == BESIDE_WEIGHTS + 4 * parameters
     assert memory_of("wired", None) == BESIDE_WEIGHTS
+
+
+def test_a_result_that_cannot_be_written_is_that_of_its_task_alone(cluster, tmp_path, capsys):
+    story, out = Tells(Story(str(tmp_path / "diary"))), tmp_path / "out"
+    out.mkdir()
+    (out / "wired").write_text("a file where a directory is needed")
+    found = sweep(["wired", "wired-decoy"], [], [story], out, few_tokens, "ray://elsewhere:10001")
+    assert [(task.model, task.status) for task in found.tasks] == [("wired", "failed"), ("wired-decoy", "done")]
+    assert "FileExistsError" in found.failed[0].why or "NotADirectoryError" in found.failed[0].why
+    assert json.loads((out / "sweep.json").read_text()) == found.to_json()
+    assert "already: 'ray://elsewhere:10001' is not used" in capsys.readouterr().err
+    (out / "wired").unlink()
+    assert [task.status for task in sweep(["wired", "wired-decoy"], [], [story], out, few_tokens).tasks] == [
+        "done",
+        "kept",
+    ]
+
+
+def test_a_task_larger_than_any_node_waits_for_one_that_has_room(cluster, tmp_path, capsys):
+    assert _lacking(ray, {"CPU": 1, "GPU": 0, "memory": BESIDE_WEIGHTS}) is None
+    lacking = _lacking(ray, {"CPU": 1, "GPU": 0.5, "memory": 2**50})
+    assert lacking == "it needs 1 CPU, 0.5 GPU and 1048576.0 GB of memory, more than any one machine here has"
+    story, found = Tells(Story(str(tmp_path / "diary"))), []
+    waiting = threading.Thread(
+        target=lambda: found.append(sweep(["wired"], [], [story], tmp_path / "out", few_tokens, cpus=2)), daemon=True
+    )
+    waiting.start()
+    wait_for(lambda: "more than any one machine here has; it waits for one that has" in capsys.readouterr().err)
+    node = cluster.add_node(num_cpus=2, memory=4 * BESIDE_WEIGHTS, object_store_memory=100 * 2**20)
+    waiting.join(PATIENCE)
+    assert [told(one) for one in found] == [{"works": "done"}]
+    cluster.remove_node(node)
 
 
 def test_a_worker_killed_mid_task_is_replaced(cluster, tmp_path):

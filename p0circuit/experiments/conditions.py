@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from p0circuit.models import describe
-from p0circuit.prompts import PromptSet, natural_text, random_tokens, repeated_token, special_ids
+from p0circuit.models import StoredModel, describe
+from p0circuit.prompts import PromptSet, natural_text, pooled, random_tokens, repeated_token, special_ids
 
 WITHOUT_BOS, WITH_BOS, RANDOM_FIRST = "without BOS", "with BOS", "random first"
 RANDOM_TOKENS, REPEATED_TOKEN = "random tokens", "repeated token"
@@ -19,11 +19,15 @@ def bos_id(model: Any) -> int | None:
 
 def drawable(model: Any) -> tuple[int, Collection[int]]:
     """What random tokens are drawn from: the size of the vocabulary, and the special tokens to leave out."""
-    tokenizer, size = getattr(model, "tokenizer", None), describe(model).vocab_size
+    return drawable_with(getattr(model, "tokenizer", None), describe(model).vocab_size)
+
+
+def drawable_with(tokenizer: Any, vocab_size: int) -> tuple[int, Collection[int]]:
+    """`drawable` for a tokenizer, None where there is none, and the size of the embedding."""
     if tokenizer is None:
-        return size, ()
+        return vocab_size, ()
     # Many models have embeddings that no token of theirs leads to.
-    return min(size, len(tokenizer)), special_ids(tokenizer)
+    return min(vocab_size, len(tokenizer)), special_ids(tokenizer)
 
 
 def conditions(model: Any, prompts: PromptSet) -> dict[str, PromptSet]:
@@ -45,10 +49,20 @@ def conditions(model: Any, prompts: PromptSet) -> dict[str, PromptSet]:
 
 
 def readable(model: Any, text: str, n: int, length: int, seed: int = 0, first_token: str | int = "text") -> PromptSet:
-    """Crops of a text (as `natural_text` names it), or random tokens for a model without a tokenizer."""
+    """Crops of a text (as `natural_text` names it), or random tokens for a model without a tokenizer.
+
+    Tokenizer and size are all it takes: `model` may be one as it is stored, its weights unread.
+    """
     if model.tokenizer is None:
-        return random_tokens(describe(model).vocab_size, n=n, length=length, seed=seed)
+        size = model.vocab_size if isinstance(model, StoredModel) else describe(model).vocab_size
+        return random_tokens(size, n=n, length=length, seed=seed)
     return natural_text(model.tokenizer, text, n=n, length=length, seed=seed, first_token=first_token)
+
+
+def readable_by_seeds(model: Any, text: str, n: int, length: int, seed: int = 0) -> PromptSet:
+    """What a reproduction reads: as `readable`, drawn in equal parts by three seeds, the first of them `seed`."""
+    shares = [share for share in (n - 2 * (n // 3), n // 3, n // 3) if share]
+    return pooled([readable(model, text, share, length, seed + i) for i, share in enumerate(shares)])
 
 
 def text_like(model: Any, prompts: PromptSet, length: int, count: int) -> PromptSet:

@@ -32,7 +32,7 @@ from p0circuit.activations import SINK_SCORE, TOKEN_LOSSES, batch_size_for, reco
 from p0circuit.experiments.base import Experiment
 from p0circuit.experiments.claim import Claim, Clause
 from p0circuit.experiments.conditions import RANDOM_TOKENS, WITH_BOS, WITHOUT_BOS, bos_id, drawable
-from p0circuit.experiments.practice import find_used_sink, small_batches, under
+from p0circuit.experiments.practice import find_used_sink, under
 from p0circuit.intervals import Interval, bootstrap, ratio_interval
 from p0circuit.interventions.ablation import remove_heads
 from p0circuit.models import describe, forward
@@ -223,14 +223,13 @@ def zeroed(
     With `until`, an order goes no further than the first loss that is by more than this share above that of the whole
     model.
     """
-    rows = small_batches(model, prompts)
     known: dict[frozenset[tuple[int, int]], np.ndarray] = {}
 
     def loss_without(heads: frozenset[tuple[int, int]]) -> np.ndarray:
         if heads not in known:
             names = [f"attn.{layer}.{head}" for layer, head in sorted(heads)]
             changes = [remove_heads(model, prompts, names)] if names else []
-            losses = record(model, prompts, TOKEN_LOSSES, rows, interventions=changes)[TOKEN_LOSSES]
+            losses = record(model, prompts, TOKEN_LOSSES, interventions=changes)[TOKEN_LOSSES]
             # Predictions made at padding have no loss.
             known[heads] = losses.double().nanmean(1).numpy()
         return known[heads]

@@ -31,13 +31,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from p0circuit.activations import TOKEN_LOSSES, batch_size_for, record
+from p0circuit.activations import TOKEN_LOSSES, record
 from p0circuit.experiments.base import Experiment, NotApplicable
 from p0circuit.experiments.claim import Claim, Clause
 from p0circuit.experiments.conditions import bos_id, drawable
 from p0circuit.experiments.practice import find_used_sink
 from p0circuit.intervals import Interval, bootstrap, ratio_interval
 from p0circuit.interventions.ablation import ablate
+from p0circuit.interventions.attribution import rows_with_gradients
 from p0circuit.models import describe, forward
 from p0circuit.models.device_map import placement_of
 from p0circuit.prompts import PromptSet, from_ids
@@ -199,7 +200,7 @@ def trained_register(
     It starts as what block 0 reads of the token `start`. The model's weights and their gradients stay as they are.
     """
     generator = torch.Generator().manual_seed(prompts.seed)
-    count = min(config.batch, batch_size_for(model, prompts.length, with_logits=True))
+    count = min(config.batch, rows_with_gradients(describe(model), prompts.length))
     with torch.no_grad():
         first = forward(model, torch.tensor([[start]]), stop_at_layer=0)[0, 0].float()
     # In units of the embedding's own size, so that one learning rate does for all models.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from p0circuit.activations import batch_size_for
 from p0circuit.experiments.base import NotApplicable
 from p0circuit.experiments.conditions import WITH_BOS, WITHOUT_BOS, bos_id
 from p0circuit.experiments.heads import SinkHeads, find_sink_heads
@@ -38,11 +37,3 @@ def under(model: Any, prompts: PromptSet, condition: str) -> PromptSet:
     bos = bos_id(model)
     assert bos is not None, "a sink was found behind BOS"
     return prompts.behind(bos)
-
-
-def small_batches(model: Any, prompts: PromptSet) -> int:
-    """Rows in a batch where many passes are made: an eighth of what memory allows stays in a processor's cache.
-
-    On a CPU that is up to twice as fast.
-    """
-    return max(1, batch_size_for(model, prompts.length, with_logits=True) // 8)

@@ -32,7 +32,7 @@ from p0circuit.activations import TOKEN_LOSSES, record
 from p0circuit.experiments.base import Experiment, NotApplicable
 from p0circuit.experiments.claim import Claim, Clause
 from p0circuit.experiments.conditions import WITH_BOS, WITHOUT_BOS, bos_id, text_like
-from p0circuit.experiments.practice import find_used_sink, small_batches
+from p0circuit.experiments.practice import find_used_sink
 from p0circuit.experiments.surgery import lines
 from p0circuit.intervals import Interval, bootstrap, ratio_interval
 from p0circuit.interventions.nodes import InterventionError
@@ -214,12 +214,11 @@ def decoded(model: Any, prompts: PromptSet, window: int, kept: Sequence[Kept]) -
     """
     if reason := why_not_streamed(model, prompts):
         raise NotApplicable(reason)
-    rows = small_batches(model, prompts)
     losses = {}
     for places in kept:
         try:
             changes = [] if places is None else [streamed(model, prompts, places, window)]
-            recording = record(model, prompts, TOKEN_LOSSES, rows, interventions=changes)
+            recording = record(model, prompts, TOKEN_LOSSES, interventions=changes)
         except InterventionError as reason:
             raise NotApplicable(str(reason)) from reason
         losses[places] = recording[TOKEN_LOSSES].double().numpy()

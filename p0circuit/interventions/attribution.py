@@ -252,7 +252,7 @@ def attribute(
     # Tensors made in inference mode cannot take part in a backward pass; what is stacked or indexed here can.
     with torch.inference_mode(False), torch.enable_grad():
         targets = [torch.stack([values[node] for node in some], dim=1) for some in sets]
-        for some in torch.arange(prompts.n).split(_rows_at_once(info, prompts.length)):
+        for some in torch.arange(prompts.n).split(rows_with_gradients(info, prompts.length)):
             rows = Rows(*(part[some].to(device) for part in (prompts.ids, prompts.attention_mask, prompts.p0)))
             here = [target[some] for target in targets]
             value, first = _first_order(model, rows, sets, here, metric)
@@ -393,7 +393,7 @@ def _integrated(
     return estimate
 
 
-def _rows_at_once(info: ModelInfo, length: int) -> int:
+def rows_with_gradients(info: ModelInfo, length: int) -> int:
     """How many rows keep what a backward pass needs of all blocks within half a gigabyte; at least one."""
     block = 10 * info.d_model + 5 * info.d_mlp + 5 * info.heads * length
     return max(1, BATCH_BYTES // (4 * length * (info.layers * block + 3 * info.vocab_size)))

@@ -29,13 +29,22 @@ from __future__ import annotations
 
 from p0circuit.models.forward import Hook, forward, hook_point, hooked, one_thread_if_small, resume
 from p0circuit.models.info import ModelError, ModelInfo, describe, device_of
-from p0circuit.models.load import ShippedModel, list_checkpoints, list_models, load_model, plan_model
+from p0circuit.models.load import (
+    ShippedModel,
+    StoredModel,
+    list_checkpoints,
+    list_models,
+    load_model,
+    plan_model,
+    stored_model,
+)
 
 __all__ = [
     "Hook",
     "ModelError",
     "ModelInfo",
     "ShippedModel",
+    "StoredModel",
     "describe",
     "device_of",
     "forward",
@@ -47,4 +56,5 @@ __all__ = [
     "one_thread_if_small",
     "plan_model",
     "resume",
+    "stored_model",
 ]

@@ -53,6 +53,8 @@ class Plan:
         waiting: those of them that are brought for every pass, by place.
         layer: bytes of the largest block that waits.
         activations: bytes kept free for activations.
+        beside: bytes of weights that exist a second time while a model is loaded in one place (HookedTransformer's own
+            are made beside those of `transformers`).
         converted: bytes that are written anew on disk, because the model's files hold them in another form.
         parameters: how many a model has; `active` are those that a token meets, fewer in a mixture of experts.
         heads, vocab_size, dtype: of the model.
@@ -66,6 +68,7 @@ class Plan:
     waiting: dict[str, int]
     layer: int
     activations: int
+    beside: int
     converted: int
     parameters: int
     active: int
@@ -81,7 +84,8 @@ class Plan:
         found = {place: size for place, size in self.weights.items() if place != _DISK}
         computes = {device} | {place for place in found if place.startswith("cuda")}
         for place in sorted(computes):
-            found[place] = found.get(place, 0) + self.activations + (self.layer if place == device else 0)
+            found[place] = found.get(place, 0) + self.activations + self.beside
+            found[place] += self.layer if place == device else 0
         return found | ({_DISK: self.converted} if self.converted else {})
 
 
@@ -137,7 +141,7 @@ def _checked(device_map: Any) -> dict[str, int | str]:
 def plan(
     config: Any,
     dtype: torch.dtype,
-    device_map: DeviceMap,
+    device_map: DeviceMap | None,
     device: torch.device,
     free: Mapping[str, int],
     name: str = "model",
@@ -146,7 +150,7 @@ def plan(
     """Find a place for every module of the model that a `transformers` config describes; nothing is loaded.
 
     `auto` fills GPUs first, then CPU memory, then the disk. `cpu` and `disk` put the blocks there and the rest on
-    `device`. `free` are the bytes to be had by place; `folder` holds the model's files.
+    `device`; None puts everything there. `free` are the bytes to be had by place; `folder` holds the model's files.
 
     Raises:
         ModelError: a module has no place, or a place is too small for what it is to hold.
@@ -160,7 +164,7 @@ def plan(
     where = {weight: _place(weight, places) for weight in sizes}
     gpus = [place for place in places.values() if isinstance(place, int)]
     # `accelerate` lets weights in CPU memory wait where a GPU computes; where none does, `let_wait` asks for it.
-    forced = device_map != "auto" and set(places.values()) == {_CPU}
+    forced = device_map not in ("auto", None) and set(places.values()) == {_CPU}
     waits = {_DISK} | ({_CPU} if gpus or forced else set())
     converted = set() if folder is None else set(sizes) - set(stored_shapes(folder))
     parameters, active = _parameters(skeleton, config)
@@ -182,6 +186,7 @@ def plan(
             for block in blocks
         ),
         activations,
+        0 if device_map is not None else sum(weights.values()),
         total(lambda weight: weight in converted and where[weight] == _DISK),
         parameters,
         active,
@@ -190,14 +195,16 @@ def plan(
         dtype,
         folder,
     )
-    _check_room(found, free)
+    if device_map is not None:
+        # Without one `load_model` refuses what has no room.
+        _check_room(found, free)
     return found
 
 
 def _places(
     skeleton: Any,
     blocks: Sequence[str],
-    device_map: DeviceMap,
+    device_map: DeviceMap | None,
     device: torch.device,
     free: Mapping[str, int],
     activations: int,
@@ -206,10 +213,12 @@ def _places(
     """The place of every module."""
     from accelerate.utils import check_device_map
 
+    home = device.index or 0 if device.type == "cuda" else str(device)
     if device_map == "auto":
         places = _spread(skeleton, device, free, activations)
+    elif device_map is None:
+        places = {"": home}
     elif device_map in (_CPU, _DISK):
-        home = device.index or 0 if device.type == "cuda" else str(device)
         places = dict.fromkeys(_outside(skeleton, blocks), home) | dict.fromkeys(blocks, str(device_map))
     else:
         places = _checked(device_map)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import hashlib
 import json
 import logging
 import os
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from p0circuit.models.info import ModelError
+from p0circuit.models.labels import STEP, by_step, parse_label
 from p0circuit.paths import data_dir
 
 if TYPE_CHECKING:
@@ -36,7 +38,6 @@ _WIRED = {
     "wired-decoy": ("decoy_model", "rotary"),
     "wired-decoy-learned": ("decoy_model", "learned"),
 }
-STEP = re.compile(r"(?:step|checkpoint)-?0*(\d+)")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 _HUB_FILES = (
     "config.json",
@@ -62,12 +63,34 @@ class ShippedModel:
 
 
 @dataclass(frozen=True)
+class StoredModel:
+    """A model as its files tell of it, its weights unread.
+
+    Attributes:
+        name: as `describe` gives it.
+        label: the name of the checkpoint: its directory's, or the hub's revision; None where none was asked for.
+        folders: its own directory, then that of the run it belongs to, if it is a checkpoint.
+        tokenizer: None where there is none.
+        vocab_size: of its embedding.
+        fingerprint: a hash of its config and weight files; a commit of the hub stands for the files in it.
+    """
+
+    name: str
+    label: str | None
+    folders: tuple[Path, ...]
+    tokenizer: Any
+    vocab_size: int
+    fingerprint: str
+
+
+@dataclass(frozen=True)
 class _Source:
-    """A resolved model: the folder to read, where its tokenizer may lie, and what to call it."""
+    """A resolved model: the folder to read, where its tokenizer may lie, what to call it, and its checkpoint's name."""
 
     name: str
     folder: Path
     tokenizers: tuple[Path, ...]
+    label: str | None = None
 
 
 def load_model(
@@ -138,14 +161,14 @@ def load_model(
 
 def plan_model(
     name: str | Path,
-    device_map: DeviceMap,
+    device_map: DeviceMap | None,
     checkpoint: int | str | None = None,
     device: Any = None,
     dtype: Any = None,
     layers: int | None = None,
     offload_folder: str | Path | None = None,
 ) -> Plan:
-    """Where `load_model` would put the weights with a device map, and what that takes, before anything is loaded.
+    """Where `load_model` would put the weights, and what that takes, before anything is loaded.
 
     Raises:
         ModelError: as `load_model` does.
@@ -158,6 +181,36 @@ def plan_model(
     if layers is not None:
         source = _truncate(source, config, layers)
     return _plan(source, config, device_map, device, torch.float32 if dtype is None else dtype, offload_folder)
+
+
+def stored_model(name: str | Path, checkpoint: int | str | None = None) -> StoredModel:
+    """What the files of a model say about it, without its weights being read; arguments as for `load_model`.
+
+    Raises:
+        ModelError: there is no such model or checkpoint, or its files are not whole.
+    """
+    source = _resolve(name, checkpoint)
+    config = _check_folder(source)
+    return StoredModel(
+        source.name,
+        source.label,
+        source.tokenizers,
+        _load_tokenizer(source),
+        config.get_text_config().vocab_size,
+        _files_fingerprint(source.folder),
+    )
+
+
+def _files_fingerprint(folder: Path) -> str:
+    if folder.parent.name == "snapshots" and re.fullmatch("[0-9a-f]{40}", folder.name):
+        return folder.name
+    digest = hashlib.sha256()
+    for path in (folder / "config.json", *sorted(folder.glob("model*.safetensors*"))):
+        digest.update(f"{path.name} {path.stat().st_size} ".encode())
+        with path.open("rb") as file:
+            while part := file.read(2**20):
+                digest.update(part)
+    return digest.hexdigest()
 
 
 def _check_arguments(name: str | Path, backend: Backend, dtype: Any, device_map: DeviceMap | None) -> None:
@@ -174,7 +227,7 @@ def _check_arguments(name: str | Path, backend: Backend, dtype: Any, device_map:
 
 
 def _plan(
-    source: _Source, config: Any, device_map: DeviceMap, device: Any, dtype: Any, folder: str | Path | None
+    source: _Source, config: Any, device_map: DeviceMap | None, device: Any, dtype: Any, folder: str | Path | None
 ) -> Plan:
     import torch
     from safetensors import SafetensorError
@@ -232,7 +285,7 @@ def list_models() -> list[ShippedModel]:
     """The models that come with the package, by name."""
     folders = sorted((data_dir() / "models").glob("*/config.json"))
     return [
-        ShippedModel(path.parent.name, _count_parameters(path.parent), tuple(sorted(_checkpoints(path.parent))))
+        ShippedModel(path.parent.name, _count_parameters(path.parent), tuple(_checkpoints(path.parent)))
         for path in folders
     ]
 
@@ -240,26 +293,28 @@ def list_models() -> list[ShippedModel]:
 def list_checkpoints(source: str | Path) -> list[int]:
     """The training steps a shipped model, directory or hub id keeps checkpoints of, in order.
 
+    Of a model trained in stages, which count their steps anew, they are those of the first stage.
+
     Raises:
         ModelError: if there is no such model.
     """
-    folder = _local_folder(source)
+    folder = local_folder(source)
     if folder is not None:
-        return sorted(_checkpoints(folder))
-    return sorted(_steps(_hub_revisions(_hub_id(str(source)))))
+        return list(_checkpoints(folder))
+    return list(by_step(_hub_revisions(_hub_id(str(source)))))
 
 
 def _resolve(name: str | Path, checkpoint: int | str | None) -> _Source:
-    folder = _local_folder(name)
+    folder = local_folder(name)
     if folder is None:
         return _from_hub(str(name), checkpoint)
     if checkpoint is None:
         return _Source(folder.name, folder, _tokenizer_folders(folder))
     chosen = _find_checkpoint(folder, checkpoint)
-    return _Source(f"{folder.name}@{checkpoint}", chosen, (chosen, folder))
+    return _Source(f"{folder.name}@{checkpoint}", chosen, (chosen, folder), chosen.name)
 
 
-def _local_folder(name: str | Path) -> Path | None:
+def local_folder(name: str | Path) -> Path | None:
     """The folder of a shipped model or of the caller's own, None for what can only be a hub id."""
     shipped = data_dir() / "models" / name
     if len(Path(name).parts) == 1 and (shipped / "config.json").is_file():
@@ -281,21 +336,24 @@ def _tokenizer_folders(folder: Path) -> tuple[Path, ...]:
     return (folder, folder.parent.parent if folder.parent.name == "trace" else folder.parent)
 
 
-def _checkpoints(folder: Path) -> dict[int, Path]:
+def _labelled(folder: Path) -> dict[str, Path]:
+    """The directories in a run that hold a model, by name: checkpoints, with a step in their names or without."""
     found = [*folder.glob("trace/*/config.json"), *folder.glob("*/config.json")]
-    matches = [(STEP.fullmatch(config.parent.name), config.parent) for config in found]
-    return {int(match.group(1)): path for match, path in matches if match}
+    return {config.parent.name: config.parent for config in found}
+
+
+def _checkpoints(folder: Path) -> dict[int, Path]:
+    labelled = _labelled(folder)
+    return {step: labelled[label] for step, label in by_step(labelled).items()}
 
 
 def _find_checkpoint(folder: Path, checkpoint: int | str) -> Path:
-    steps = _checkpoints(folder)
-    match = STEP.fullmatch(str(checkpoint))
-    step = int(match.group(1)) if match else int(checkpoint) if str(checkpoint).isdigit() else None
-    if step in steps:
-        return steps[step]
-    labels = {config.parent.name: config.parent for config in folder.glob("trace/*/config.json")}
-    if checkpoint in labels:
-        return labels[str(checkpoint)]
+    labelled, steps, told = _labelled(folder), _checkpoints(folder), parse_label(checkpoint)
+    if checkpoint in labelled:
+        return labelled[str(checkpoint)]
+    # A stage that is named is not to be another's step of that number.
+    if told is not None and told.stage == 0 and told.step in steps:
+        return steps[told.step]
     if not steps:
         raise ModelError(
             f"{folder.name} keeps no checkpoints (none of trace/step-000123 or checkpoint-123 in {folder})"
@@ -309,13 +367,13 @@ def _from_hub(name: str, checkpoint: int | str | None) -> _Source:
     from huggingface_hub import errors, snapshot_download
 
     hub_id = _hub_id(name)
-    revision = f"step{checkpoint}" if isinstance(checkpoint, int) else checkpoint
+    revision = _revision(hub_id, checkpoint)
     label = hub_id if checkpoint is None else f"{hub_id}@{checkpoint}"
     try:
         folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(_HUB_FILES)))
     except errors.RevisionNotFoundError:
         found = _hub_revisions(hub_id)
-        kept = _listed(sorted(_steps(found)) or found)
+        kept = _listed(list(by_step(found)) or found)
         raise ModelError(f"{hub_id} has no checkpoint {checkpoint!r}; it keeps {kept}") from None
     except errors.GatedRepoError:
         raise ModelError(f"{hub_id} is gated: accept its terms on the hub and log in with `hf auth login`") from None
@@ -331,7 +389,14 @@ def _from_hub(name: str, checkpoint: int | str | None) -> _Source:
             f"unknown model {name!r}: no shipped model or directory, {hub_id!r} is not in the local cache, "
             f"and the hub cannot be reached; {_near(name)}"
         ) from error
-    return _Source(label, folder, (folder,))
+    return _Source(label, folder, (folder,), revision)
+
+
+def _revision(hub_id: str, checkpoint: int | str | None) -> str | None:
+    """The hub's name for a checkpoint: what it is called there if it was given by its step, else as it was given."""
+    if checkpoint is None or not str(checkpoint).isdecimal():
+        return None if checkpoint is None else str(checkpoint)
+    return by_step(_hub_revisions(hub_id)).get(int(checkpoint), f"step{checkpoint}")
 
 
 def _hub_id(name: str) -> str:
@@ -363,10 +428,6 @@ def _cached_revisions(hub_id: str) -> list[str]:
 
     folder = Path(constants.HF_HUB_CACHE) / f"models--{hub_id.replace('/', '--')}" / "refs"
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-
-
-def _steps(labels: list[str]) -> set[int]:
-    return {int(match.group(1)) for match in map(STEP.fullmatch, labels) if match}
 
 
 def _near(name: str) -> str:
@@ -428,7 +489,7 @@ def _check_memory(source: _Source, share: float, device: Any, dtype: Any) -> Non
         )
 
 
-def _damaged(source: _Source, error: Exception) -> ModelError:
+def _damaged(source: _Source, error: Exception | str) -> ModelError:
     return ModelError(f"{source.name}: a weight file in {source.folder} is damaged: {error}; get it again")
 
 
@@ -458,8 +519,11 @@ def _check_weight_files(source: _Source) -> None:
     folder = source.folder
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        shards = set(json.loads(index.read_text())["weight_map"].values())
-        absent = sorted(shard for shard in shards if not (folder / shard).is_file())
+        try:
+            shards = set(json.loads(index.read_text())["weight_map"].values())
+            absent = sorted(shard for shard in shards if not (folder / shard).is_file())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise _damaged(source, f"{index.name} is no JSON with a weight_map ({error!r})") from None
         if absent:
             raise ModelError(f"{source.name}: weight files missing in {folder}: {_listed(absent)}")
         return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,7 +101,7 @@ def claim_number(claim: dict[str, Any]) -> tuple[int, str]:
     return int(digits or 0), claim["id"]
 
 
-def shown_verdict(entry: dict[str, Any]) -> str:
+def shown_verdict(entry: Mapping[str, Any]) -> str:
     """The verdict of a claim or of its control as the report shows it."""
     return BROKE_OFF if entry.get("error") else entry["verdict"]
 

@@ -460,9 +460,11 @@ def development(runs: dict[str, pd.DataFrame], formation_step: int | None = None
     for axis in axes[0]:
         axis.set_xlabel("")
     if len(runs) > 1:
-        axes[0, 0].legend()
-    dashed = "" if formation_step is None else " (dashed: the sink has formed)"
-    _add_title(figure, f"{', '.join(runs)}: along training{dashed}")
+        _legend_below(figure, axes[0, 0])
+    told = [] if formation_step is None else ["dashed: the sink has formed"]
+    if any(_not_measured(table, "step").any() for table in runs.values()):
+        told.append("crosses: not measured")
+    _add_title(figure, f"{', '.join(runs)}: along training" + (f" ({'; '.join(told)})" if told else ""))
     return figure
 
 
@@ -518,7 +520,7 @@ def predictions(errors: pd.DataFrame, deviations: pd.DataFrame, title: str) -> F
     right.axvline(0, color=GREY, linewidth=0.8)
     right.set(
         title="Away from the mean of the seeds",
-        xlabel="excess score, deviation",
+        xlabel="sink rate from layer 2 on, deviation",
         ylabel="remaining loss, deviation (nats)",
     )
     _add_title(figure, title)
@@ -532,20 +534,28 @@ def _colours_of(runs: Sequence[Course]) -> dict[str, str]:
 def _draw_courses(axes: Iterable[Axes], panels: dict[str, tuple[str, str]], runs: Sequence[Course], over: str) -> None:
     """Columns of runs over steps or tokens on a log axis, one panel each."""
     colours = _colours_of(runs)
+    # Step 0 has its place on a log axis too, the same for all runs: at half of the first step of any.
+    start = 0.5 * min((value for run in runs for value in run.table[over] if value > 0), default=1)
     for axis, (title, (column, label)) in zip(axes, panels.items(), strict=True):
         told: set[str] = set()
         for run in runs:
-            # Step 0 has its place on a log axis too: half a step before the first.
-            x = run.table[over].where(run.table[over] > 0, 0.5 * run.table[over][run.table[over] > 0].min())
+            x = run.table[over].where(run.table[over] != 0, start)
             y = run.table[column].astype(float)
             name = None if run.group in told else run.group
             told.add(run.group)
             axis.plot(x, y, color=colours[run.group], marker="o", markersize=2.5, linewidth=1.2, label=name)
+            if (gaps := x[_not_measured(run.table, over)]).size:
+                axis.plot(gaps, 0 * gaps, "x", color=GREY, transform=axis.get_xaxis_transform(), clip_on=False)
             if run.formation is not None:
                 at = (x.iloc[run.formation], y.iloc[run.formation])
                 axis.plot(*at, color=colours[run.group], marker="o", markersize=7, fillstyle="none")
         axis.set_xscale("log")
         axis.set(title=title, ylabel=label, xlabel=over)
+
+
+def _not_measured(table: pd.DataFrame, over: str) -> pd.Series:
+    """Which lines of a run's table hold nothing but their place: checkpoints that are missing or broken."""
+    return table.drop(columns=over).isna().all(axis=1)
 
 
 def _legend_below(figure: Figure, axis: Axes) -> None:

@@ -107,6 +107,15 @@ def published_for(model: str, figures: Iterable[PublishedFigure] | None = None) 
     ]
 
 
+def values_of(metric: str, figures: Iterable[PublishedFigure] | None = None) -> dict[str, Interval]:
+    """What was published under the name of a metric, by model and in the unit of ours; as intervals without width."""
+    return {
+        figure.model.split("/")[-1]: Interval(figure.share, figure.share, figure.share, 0)
+        for figure in (read_published() if figures is None else figures)
+        if figure.metric == metric
+    }
+
+
 def compare(measured: Interval, published: PublishedFigure, tolerance: float = TOLERANCE) -> Comparison:
     """Whether our value lies within `tolerance` (in the unit of our metric) of the published one."""
     difference = measured.value - published.share

@@ -1,20 +1,47 @@
-"""What a development along training is made of: the moment when something has formed, and the stages it goes through.
+"""What a development along training is made of: concentration, the moment when the sink has formed, and stages.
 
-Pure functions on series, one value per checkpoint.
+Pure functions, one definition for the trace of a finished run and for the monitor of one under way. Formation and
+stages are of series, one value per checkpoint.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Shaped
+from torch import Tensor
 
+EARLY_BLOCKS = 2
+"""Recognition and amplification are said to be done by these many blocks."""
+LEAST_GAIN = 1.1
+"""Where P0's norm does not grow by this factor, there is no gain to share out."""
+LEAST_RATE = 1e-3
+"""Where the sink rate is below this, there is no sink to lose."""
 STAGE_COLUMNS = ("sink_rate_from_layer_2", "norm_ratio", "concentration_observed")
 """What stages are found from, beside the excess score of the sink heads."""
+
+
+def observed_concentration(norms: Float[Tensor, "sample depth"], early: int = EARLY_BLOCKS) -> float | None:
+    """The share of P0's log-norm gain that the `early` blocks write; None where its norm does not grow by a tenth.
+
+    The gain is from the embedding (depth 0) to the largest norm along the layers, in means over samples; the share is
+    negative where those blocks take away.
+    """
+    logs = norms.double().log().mean(0)
+    gain = float(logs.max() - logs[0])
+    return None if gain < math.log(LEAST_GAIN) else float(logs[early] - logs[0]) / gain
+
+
+def lost_share(rate: float, left: Callable[[], float]) -> float | None:
+    """The share of a sink rate that an intervention takes away; `left` measures the rate under it.
+
+    None, and nothing is measured, where fewer than one head in a thousand is a sink. Negative where the rate grows.
+    """
+    return None if rate < LEAST_RATE else 1 - left() / rate
 
 
 def formation_index(excess: Float[np.ndarray, " checkpoint"], least: float) -> int | None:
@@ -53,14 +80,22 @@ def change_points(values: Float[np.ndarray, "checkpoint quantity"], most: int = 
 def stages(
     steps: Shaped[np.ndarray, " checkpoint"], followed: Mapping[str, Float[np.ndarray, " checkpoint"]]
 ) -> list[dict[str, Any]]:
-    """The stages between change points: from and to which step, and the mean of each quantity (NaN counts as 0)."""
-    values = np.nan_to_num(np.column_stack(list(followed.values())))
-    bounds = [0, *change_points(values), len(values)]
+    """The stages between change points: from and to which step, and the mean of each quantity.
+
+    The mean is over the checkpoints at which the quantity is defined, None where it is at none of them. Change points
+    are those of series in which what is not defined is 0: no norm gained, no sink lost.
+    """
+    bounds = [0, *change_points(np.nan_to_num(np.column_stack(list(followed.values())))), len(steps)]
     return [
         {
             "from_step": int(steps[start]),
             "to_step": int(steps[end - 1]),
-            **dict(zip(followed, map(float, values[start:end].mean(0)), strict=True)),
+            **{name: _defined_mean(values[start:end]) for name, values in followed.items()},
         }
         for start, end in itertools.pairwise(bounds)
     ]
+
+
+def _defined_mean(values: Float[np.ndarray, " checkpoint"]) -> float | None:
+    defined = values[~np.isnan(values)]
+    return float(defined.mean()) if len(defined) else None

@@ -11,8 +11,9 @@ W&B. With Lightning: `Trainer(callbacks=[monitor.lightning()])`; they go to the 
 1. The same probe rows are read every `every` steps, on rank 0 alone (`probe.py` measures, and puts everything back).
 2. Formation, by a rule fixed beforehand: a reading is *above* where its excess score is more than twice that of uniform
    attention on rows of this length. "none": the latest reading is not above. "forming": it is. "formed": the last three
-   are, and the step of formation is the first of the unbroken row of readings that lead up to the latest.
-3. A reading that fails is logged and left out; training goes on.
+   are, and the step of formation is the first of the unbroken row of readings that lead up to the latest. (The trace of
+   a finished run has another rule, above half the final value for good: a run under way has no final value.)
+3. What fails, in reading or in handing a reading on, is logged; training goes on.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
+from p0circuit.experiments.conditions import drawable_with
 from p0circuit.files import write_atomically
 from p0circuit.interventions.contrast import contrast
 from p0circuit.models.info import ModelError
@@ -90,7 +92,8 @@ class P0Monitor:
 
     The probe rows are those given, or made of text with a tokenizer, or of random tokens where there is neither; they
     are drawn once, by the seed. At P0 stands what the rows begin with: to watch a model that always sees BOS, give rows
-    that begin with it.
+    that begin with it. The random tokens of the shifted run leave special ones out where a tokenizer is known, its own
+    or that of the Trainer it is attached to.
 
     Attributes:
         readings: all so far, those of the CSV file that this run goes on with included.
@@ -128,7 +131,7 @@ class P0Monitor:
             raise ValueError("a probe and a tokenizer to make one with: expected one of them")
         self.every, self.seed = every, seed
         self._size = rows, length
-        self._text = text
+        self._text, self._tokenizer = text, tokenizer
         self._probe: PromptSet | None = None
         self._prefix: Int[Tensor, "batch shift"] | None = None
         if probe is not None:
@@ -136,7 +139,8 @@ class P0Monitor:
         elif tokenizer is not None:
             self._set_probe(natural_text(tokenizer, text, rows, length, seed))
         self._csv = None if csv is None else Path(csv)
-        self._csv_is_current = False
+        # How many readings the file holds for certain.
+        self._in_file = 0
         self.readings: list[Reading] = read_readings(self._csv) if self._csv is not None and self._csv.exists() else []
 
     @property
@@ -149,19 +153,24 @@ class P0Monitor:
     ) -> Reading | None:
         """Call it after every step: every `every` steps it reads the model, and hands the numbers to `log`.
 
-        Returns the reading, or None where none was due, where another process than rank 0 asks, and where it failed:
-        the error then goes to `logging`, and training goes on.
+        Returns the reading, or None where none was due, where another process than rank 0 asks, and where it failed.
+        What fails, `log` and the file included, goes to `logging`, and training goes on; a line that could not be
+        written is in the file as soon as it can be.
         """
         if step % self.every or not _is_first_process():
             return None
+        reading = None
         try:
             with same_randomness(model):
-                reading = self.read(model, step)
-                if log is not None:
-                    log(reading.numbers())
+                reading = self._read(model, step)
+                try:
+                    if log is not None:
+                        log(reading.numbers())
+                finally:
+                    self._write()
         except Exception:
-            _logger.exception("no reading of P0 at step %d; training goes on", step)
-            return None
+            told = "no reading" if reading is None else "its reading was not logged, or not written to the file"
+            _logger.exception("P0 at step %d: %s; training goes on", step, told)
         return reading
 
     def read(self, model: nn.Module, step: int) -> Reading:
@@ -170,15 +179,20 @@ class P0Monitor:
         Raises:
             ModelError: the model is none whose P0 can be seen, or cannot read the probe rows.
             FloatingPointError: what it computes at P0 is not finite.
+            OSError: the file cannot be written; the reading is kept.
         """
         with same_randomness(model):
-            return self._read(model, step)
+            reading = self._read(model, step)
+        self._write()
+        return reading
 
     def attach(self, trainer: Any) -> None:
         """Watch the run of a `transformers.Trainer` and log through it; if no probe is set, its tokenizer makes one."""
         tokenizer = getattr(trainer, "processing_class", None)
-        if self._probe is None and isinstance(tokenizer, PreTrainedTokenizerBase):
-            self._set_probe(natural_text(tokenizer, self._text, *self._size, self.seed))
+        if self._tokenizer is None and isinstance(tokenizer, PreTrainedTokenizerBase):
+            self._tokenizer = tokenizer
+            if self._probe is None:
+                self._set_probe(natural_text(tokenizer, self._text, *self._size, self.seed))
         trainer.add_callback(P0TrainerCallback(self, trainer.log))
 
     def lightning(self, model: Callable[[Any], nn.Module] | None = None) -> Any:
@@ -220,14 +234,13 @@ class P0Monitor:
         probe, prefix = self._made_for(unwrap(model))
         measured = measure(model, probe.ids, prefix)
         kept = [reading for reading in self.readings if reading.step < step]
-        superseded = self.readings[len(kept) :]
         trace = [(reading.step, reading.excess) for reading in kept] + [(step, measured.excess)]
         stage, since = formation(trace, least_excess(probe.length))
         made_with = probe.fingerprint()[:12]
         reading = Reading(**asdict(measured), step=step, formation=stage, formation_step=since, probe=made_with)
+        if len(kept) < len(self.readings):
+            self._in_file = 0
         self.readings = [*kept, reading]
-        if self._csv is not None:
-            self._write(self._csv, superseded)
         return reading
 
     def _set_probe(self, probe: PromptSet) -> None:
@@ -256,11 +269,14 @@ class P0Monitor:
                 f"monitor shorter rows"
             )
         if self._prefix is None:
-            self._prefix = contrast(probe, SHIFT, vocab_size, probe.seed).shifted.ids[:, :SHIFT]
+            drawn, special = drawable_with(self._tokenizer, vocab_size)
+            self._prefix = contrast(probe, SHIFT, drawn, probe.seed, tuple(special)).shifted.ids[:, :SHIFT]
         return probe, self._prefix
 
-    def _write(self, path: Path, superseded: Sequence[Reading]) -> None:
-        """Add the latest reading to the file; the first one of a run, or one that supersedes others, rewrites it."""
+    def _write(self) -> None:
+        """Add the latest reading to the file; one that supersedes others, or follows a failure, rewrites it."""
+        if (path := self._csv) is None:
+            return
 
         def add(readings: Sequence[Reading], target: Path, mode: str) -> None:
             with target.open(mode, newline="") as file:
@@ -269,16 +285,19 @@ class P0Monitor:
                     writer.writeheader()
                 writer.writerows([asdict(reading) for reading in readings])
 
+        # Whatever breaks off from here on, the file is not to be trusted with another line.
+        before, self._in_file = self._in_file, 0
         step = self.readings[-1].step
-        if path.exists() and any(reading.step > step for reading in superseded):
-            old = path.with_name(f"{path.name}.old")
-            _logger.warning("%s: the readings after step %d are superseded; the file is kept as %s", path, step, old)
-            shutil.copyfile(path, old)
-        if self._csv_is_current and not superseded:
+        if before and before == len(self.readings) - 1:
             add(self.readings[-1:], path, "a")
         else:
+            if path.exists() and any(reading.step > step for reading in read_readings(path)):
+                old = path.with_name(f"{path.name}.old")
+                told = "%s: the readings after step %d are superseded; the file is kept as %s"
+                _logger.warning(told, path, step, old)
+                shutil.copyfile(path, old)
             write_atomically(path, lambda temporary: add(self.readings, temporary, "w"))
-        self._csv_is_current = True
+        self._in_file = len(self.readings)
 
 
 class P0TrainerCallback(TrainerCallback):

@@ -32,6 +32,7 @@ from p0circuit import sink
 from p0circuit.experiments.heads import sink_heads
 from p0circuit.models.info import ModelError
 from p0circuit.sink import CONTROL
+from p0circuit.training.development import EARLY_BLOCKS, lost_share, observed_concentration
 
 SHIFT = 8
 """How many random tokens stand before P0's token in the shifted run."""
@@ -56,9 +57,10 @@ class Measurement:
         largest_norm_ratio: the same where it is largest, before any block or after the last.
         direction_consistency: cosine of P0 with the mean P0 direction of all rows, after block 1.
         concentration_observed: share of P0's gain in log norm, from the embedding to its largest, that blocks 0 and 1
-            wrote; negative where they take away, None where there is no gain.
+            wrote; negative where they take away, None where its norm grows by less than a tenth.
         concentration_causal: share of `Sink[2:]` lost when P0's stream after block 1 is that of the same token behind
-            8 random ones; negative where it grows, as it may while few heads are above 0.3, None where none is.
+            8 random ones; negative where it grows, as it may while few heads are above 0.3, None where fewer than one
+            in a thousand is.
         excess: score of P0 minus that of position 8 in the heads with the highest scores (`heads.sink_heads`), chosen
             on the even rows and measured on the odd ones.
     """
@@ -407,7 +409,8 @@ def _last_of(decoder: Decoder, ids: Int[Tensor, "batch pos"], depth: int) -> Flo
 def measure(model: nn.Module, ids: Int[Tensor, "batch pos"], prefix: Int[Tensor, "batch shift"]) -> Measurement:
     """Measure the P0 sink of a causal language model on unpadded rows of ids, without changing anything about it.
 
-    `prefix` holds the random tokens that stand before each row's first token in the shifted run.
+    `prefix` holds the random tokens that stand before each row's first token in the shifted run. The numbers are those
+    of `trace.measure_checkpoint` on the same rows, under the same names.
 
     Raises:
         ModelError: it is not a causal language model whose layers and attention can be seen (`decoder_of`, `run`).
@@ -416,16 +419,16 @@ def measure(model: nn.Module, ids: Int[Tensor, "batch pos"], prefix: Int[Tensor,
     decoder = decoder_of(model)
     device = next(decoder.model.parameters()).device
     ids, prefix = ids.to(device), prefix.to(device)
-    after = min(2, len(decoder.layers))
+    after = min(EARLY_BLOCKS, len(decoder.layers))
+
+    def rate_behind_others() -> float:
+        shifted = _last_of(decoder, torch.cat([prefix, ids[:, :1]], dim=1), after)
+        return _observe(decoder, ids, (after, shifted)).sink_rate(EARLY_BLOCKS) or 0.0
+
     with undisturbed(decoder.model):
         clean = _observe(decoder, ids)
-        later = clean.sink_rate(2)
-        causal = None
-        if later:
-            shifted = _last_of(decoder, torch.cat([prefix, ids[:, :1]], dim=1), after)
-            causal = 1 - (_observe(decoder, ids, (after, shifted)).sink_rate(2) or 0.0) / later
-    log_norms = clean.at_p0.norm(dim=-1).log().mean(0)
-    gain = float(log_norms.max() - log_norms[0])
+        later = clean.sink_rate(EARLY_BLOCKS)
+        causal = lost_share(later or 0.0, rate_behind_others)
     heads, _ = sink_heads(clean.scores[::2])
     layers, numbers = (list(part) for part in zip(*heads, strict=True))
     return Measurement(
@@ -434,7 +437,7 @@ def measure(model: nn.Module, ids: Int[Tensor, "batch pos"], prefix: Int[Tensor,
         norm_ratio=float(clean.ratios[:, after].mean()),
         largest_norm_ratio=float(clean.ratios.mean(0).max()),
         direction_consistency=float(sink.direction_cosines(clean.at_p0[:, after]).mean()),
-        concentration_observed=float(log_norms[after] - log_norms[0]) / gain if gain > 0 else None,
+        concentration_observed=observed_concentration(clean.at_p0.norm(dim=-1), after),
         concentration_causal=causal,
         excess=float((clean.scores - clean.control)[1::2, layers, numbers].mean()),
     )

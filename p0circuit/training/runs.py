@@ -1,7 +1,7 @@
 """Training runs as tables: what became of the circuit in each of the runs that come with the package.
 
-data/traces/<variant>-<seed>.csv holds one line per checkpoint and kind of first token: what `p0circuit trace` measured,
-with `first` as its `--first`. The checkpoints themselves need not be there.
+data/traces/<variant>-<seed>.csv holds one line per checkpoint and kind of first token: what `p0circuit trace --table`
+wrote, with `first` as its `--first`. The checkpoints themselves need not be there.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float
 
+from p0circuit.files import write_atomically
 from p0circuit.paths import data_dir
 from p0circuit.sink import least_excess
 from p0circuit.training.development import formation_index
@@ -53,8 +54,12 @@ class Run:
 
     @functools.cached_property
     def share(self) -> Float[np.ndarray, " checkpoint"]:
-        """The share of the run's tokens that each checkpoint has seen."""
-        return self["tokens"] / self["tokens"][-1]
+        """The share of the run's tokens that each checkpoint has seen.
+
+        Where the trace does not tell tokens it is that of the run's steps: the same, if batches are of one size.
+        """
+        seen = self["tokens"] if np.isfinite(self["tokens"]).all() else self["step"]
+        return seen / seen[-1]
 
     @functools.cached_property
     def formation(self) -> int | None:
@@ -82,13 +87,45 @@ def shipped_runs(folder: Path | None = None) -> list[Run]:
     runs = []
     for path in paths:
         table = pd.read_csv(path)
-        variant, _, seed = path.stem.rpartition("-")
-        if (lacking := [name for name in _NEEDED if name not in table]) or not variant or not seed.isdecimal():
-            what = f"lacks {', '.join(lacking)}" if lacking else "is not named <variant>-<seed>.csv"
-            raise ValueError(f"{path} {what}; make it with `p0circuit trace`")
+        variant, seed = variant_and_seed(path)
+        if lacking := [name for name in _NEEDED if name not in table]:
+            raise ValueError(f"{path} lacks {', '.join(lacking)}; make it with `p0circuit trace RUN --table`")
         for first, lines in table.groupby("first", sort=True):
-            runs.append(Run(variant, int(seed), str(first), lines.sort_values("step").reset_index(drop=True)))
+            runs.append(Run(variant, seed, str(first), lines.sort_values("step").reset_index(drop=True)))
     return runs
+
+
+def shipped_kinds(name: str) -> dict[str, Run]:
+    """The run of that name that comes with the package, by what stands at P0 of the prompts; empty if there is none."""
+    return {run.first: run for run in shipped_runs() if run.name == name}
+
+
+def variant_and_seed(path: Path) -> tuple[str, int]:
+    """What the name of a run's table says.
+
+    Raises:
+        ValueError: it is not named <variant>-<seed>.csv.
+    """
+    variant, _, seed = path.stem.rpartition("-")
+    if not variant or not seed.isdecimal() or path.suffix != ".csv":
+        raise ValueError(f"{str(path)!r} is not named <variant>-<seed>.csv as a run's table is, as in bos-0.csv")
+    return variant, int(seed)
+
+
+def keep_run(path: Path, table: pd.DataFrame) -> Path:
+    """Put the lines of a trace, with their `first`, into a run's table, in the place of those that had the same.
+
+    Raises:
+        ValueError: as `variant_and_seed`.
+    """
+    import pandas as pd
+
+    variant_and_seed(path)
+    if path.is_file():
+        kept = pd.read_csv(path)
+        table = pd.concat([pd.DataFrame(kept[~kept["first"].isin(table["first"])]), table])
+    text = table.to_csv(index=False, float_format="%.6g", lineterminator="\n")
+    return write_atomically(path, lambda temporary: temporary.write_text(text))
 
 
 def as_trained(runs: Iterable[Run]) -> list[Run]:

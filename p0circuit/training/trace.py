@@ -1,15 +1,18 @@
 """The training trace of the circuit: every checkpoint of a run measured on the same prompts, and what the rows tell.
 
-1. Each checkpoint is loaded, and measured: loss, sink rate, norm and direction of P0, concentration in blocks 0-1, and
-   the induction heads beside them. A row is on disk before the next checkpoint is loaded.
-2. Sink heads are those of the last checkpoint, chosen on one half of the prompts and followed on the other.
-3. Formation: the first checkpoint from which their excess score stays above half its final value.
-4. Stages: change points of the development, as many as the Bayesian information criterion asks for.
+1. Checkpoints are put in order by the steps in their names.
+2. Each is measured: loss, sink rate, norm and direction of P0, concentration in blocks 0-1, and the induction heads
+   beside them. A row is on disk before the next checkpoint is loaded, under a hash of the stored weights: what was
+   measured before is read, and its weights are not.
+3. Sink heads are those of the last checkpoint, chosen on one half of the prompts and followed on the other.
+4. Formation: the first checkpoint from which their excess score stays above half its final value.
+5. Stages: change points of the development, as many as the Bayesian information criterion asks for.
 Paper: section on the training trace. Its words "early", "concentrated" and "stages" get their definitions here.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gc
 import hashlib
@@ -36,7 +39,6 @@ from p0circuit.activations import (
     record,
     residual_at,
     score_at,
-    weights_fingerprint,
 )
 from p0circuit.console import say
 from p0circuit.experiments.conditions import drawable
@@ -44,21 +46,31 @@ from p0circuit.experiments.heads import sink_heads
 from p0circuit.files import write_json
 from p0circuit.interventions.ablation import ablate
 from p0circuit.interventions.contrast import contrast, replacements
-from p0circuit.models import ModelError, describe, list_checkpoints, load_model
-from p0circuit.models.load import STEP
-from p0circuit.paths import code_fingerprint, data_dir
+from p0circuit.interventions.nodes import InterventionError
+from p0circuit.models import ModelError, StoredModel, describe, list_checkpoints, load_model, stored_model
+from p0circuit.models.labels import STEP, Label, parse_label
+from p0circuit.models.load import local_folder
+from p0circuit.paths import code_fingerprint
 from p0circuit.prompts import PromptSet, from_ids, random_tokens
+from p0circuit.results import library_versions
 from p0circuit.sink import CONTROL, least_excess
-from p0circuit.training.development import STAGE_COLUMNS, formation_index, stages
+from p0circuit.training.development import (
+    EARLY_BLOCKS,
+    STAGE_COLUMNS,
+    formation_index,
+    lost_share,
+    observed_concentration,
+    stages,
+)
 from p0circuit.training.probe import SHIFT
+from p0circuit.training.runs import LENGTH, Run
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
 PASSES = 3
 """About how many passes over all prompts a row takes; for the forecast of time alone."""
-EARLY_BLOCKS = 2
-"""Recognition and amplification are said to be done by these many blocks."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +80,7 @@ class Trace:
     Attributes:
         model: the name of the run.
         rows: one per checkpoint that could be measured, by step; the keys are those of `measure_checkpoint`.
-        missing: what could not be measured, and why.
+        missing: what could not be measured, and why, by the name of the checkpoint.
         length: tokens per prompt.
     """
 
@@ -76,6 +88,14 @@ class Trace:
     rows: list[dict[str, Any]]
     missing: dict[str, str] = field(default_factory=dict)
     length: int = 64
+
+    @classmethod
+    def of(cls, run: Run) -> Trace:
+        """The trace that a run's table holds; without the values by head, from which its excess score was made."""
+        lines = run.table.drop(columns="first").astype(object).to_dict("records")
+        # What is not defined is NaN in a table, and NaN alone differs from itself.
+        rows = [{str(name): value if value == value else None for name, value in line.items()} for line in lines]
+        return cls(run.name, rows, length=LENGTH)
 
     @property
     def heads(self) -> list[tuple[int, int]]:
@@ -85,6 +105,8 @@ class Trace:
     @property
     def excess(self) -> Float[np.ndarray, " checkpoint"]:
         """Their excess score on the second half, at every checkpoint."""
+        if "excess" in self.rows[0]:
+            return np.array([row["excess"] for row in self.rows])
         layers, heads = map(list, zip(*self.heads, strict=True))
         return np.array([np.array(row["excess_second_half"])[layers, heads].mean() for row in self.rows])
 
@@ -104,11 +126,19 @@ class Trace:
         return stages(np.array([row["step"] for row in self.rows]), {"excess": self.excess, **columns})
 
     def to_json(self) -> dict[str, Any]:
+        """What `p0circuit trace --json` prints.
+
+        Keys: model; checkpoints, each with step, tokens (None where nothing tells them), the keys of
+        `measure_checkpoint`, and excess (of the heads that are sinks at the end); formation_step, None where there is
+        no sink at the end; stages, each with from_step, to_step and the means of excess, sink_rate_from_layer_2,
+        norm_ratio and concentration_observed over its checkpoints at which they are defined, None where at none;
+        missing, the reason for each checkpoint that could not be measured.
+        """
         return {
             "model": self.model,
-            "checkpoints": self.rows,
-            "formation_step": self.formation_step if self.rows else None,
-            "stages": self.stages if self.rows else [],
+            "checkpoints": [row | {"excess": float(own)} for row, own in zip(self.rows, self.excess, strict=True)],
+            "formation_step": self.formation_step,
+            "stages": self.stages,
             "missing": self.missing,
         }
 
@@ -119,6 +149,16 @@ class Trace:
         plain = [{name: value for name, value in row.items() if not isinstance(value, list)} for row in self.rows]
         return pd.DataFrame(plain).assign(excess=self.excess)
 
+    def figure(self) -> Figure:
+        """The development; a checkpoint that could not be measured is a gap in every line, and marked."""
+        import pandas as pd
+
+        from p0circuit.report.figures import development
+
+        gaps = pd.DataFrame({"step": [told.step for told in map(parse_label, self.missing) if told is not None]})
+        table = pd.concat([self.to_dataframe(), gaps]) if len(gaps) else self.to_dataframe()
+        return development({self.model: table.sort_values("step", ignore_index=True)}, self.formation_step)
+
 
 @torch.no_grad()
 def measure_checkpoint(model: Any, prompts: PromptSet) -> dict[str, Any]:
@@ -127,7 +167,8 @@ def measure_checkpoint(model: Any, prompts: PromptSet) -> dict[str, Any]:
     Keys: loss (nats per token, the prediction made at P0 left out: the TNLM loss does not train it), sink_rate,
     sink_rate_from_layer_2, norm_ratio and direction_consistency (after block 1), largest_norm_ratio,
     concentration_observed, concentration_causal, induction_score (best head), and by layer and head
-    scores_first_half and excess_second_half. Concentrations are None where there is nothing to share out.
+    scores_first_half and excess_second_half. Concentrations are None where there is nothing to share out. Those that a
+    monitor reads too (`probe.Measurement`) are the same numbers on the same prompts.
     """
     info = describe(model)
     if info.layers <= EARLY_BLOCKS:
@@ -160,30 +201,23 @@ def beyond_p0(losses: Float[Tensor, "sample pos"], prompts: PromptSet) -> Float[
     return losses.masked_fill(places == prompts.p0.to(losses.device)[:, None], math.nan)
 
 
-def observed_concentration(norms: Float[Tensor, "sample layer"]) -> float | None:
-    """The share of P0's log-norm gain that blocks 0-1 write; None where its norm does not grow by a tenth anywhere.
-
-    The gain is from the embedding to the largest norm along the layers, in means over samples.
-    """
-    logs = norms.log().mean(0)
-    gain = float(logs.max() - logs[0])
-    return None if gain < math.log(1.1) else min(1.0, float(logs[EARLY_BLOCKS] - logs[0]) / gain)
-
-
 def causal_concentration(model: Any, prompts: PromptSet, clean: Float[Tensor, "sample layer head"]) -> float | None:
     """The share of `Sink[2:]` that is lost when P0's residual after block 1 is that of the shifted run.
 
     None where fewer than one head in a thousand is a sink.
     """
-    rate = float(sink.sink_rate(clean, from_layer=EARLY_BLOCKS).mean())
-    if rate < 1e-3:
-        return None
-    vocabulary, special = drawable(model)
-    pair = contrast(prompts, SHIFT, vocabulary, prompts.seed, tuple(special))
-    node = f"resid_post.{EARLY_BLOCKS - 1}"
-    values = replacements(model, pair, [node])
-    patched = record(model, prompts, SINK_SCORE, cache=None, interventions=[ablate(model, prompts, [node], values)])
-    return 1 - float(sink.sink_rate(patched[SINK_SCORE], from_layer=EARLY_BLOCKS).mean()) / rate
+
+    def rate(scores: Float[Tensor, "sample layer head"]) -> float:
+        return float(sink.sink_rate(scores.double(), from_layer=EARLY_BLOCKS).mean())
+
+    def behind_others() -> float:
+        vocabulary, special = drawable(model)
+        pair = contrast(prompts, SHIFT, vocabulary, prompts.seed, tuple(special))
+        node = f"resid_post.{EARLY_BLOCKS - 1}"
+        change = ablate(model, prompts, [node], replacements(model, pair, [node]))
+        return rate(record(model, prompts, SINK_SCORE, cache=None, interventions=[change])[SINK_SCORE])
+
+    return lost_share(rate(clean), behind_others)
 
 
 def induction_score(model: Any, prompts: PromptSet, rows: int = 32) -> float:
@@ -210,50 +244,77 @@ INDUCTION = Quantity("induction", ("attn.hook_pattern",), _induction)
 
 def trace(
     source: str | Path,
-    prompts_for: Callable[[Any], PromptSet],
+    prompts_for: Callable[[StoredModel], PromptSet],
     checkpoints: Sequence[int | str],
     out: Path | None = None,
     load: Callable[[int | str], Any] | None = None,
+    settings: str = "",
 ) -> Trace:
-    """Measure the checkpoints of a run, in the order given, and keep each row in `out` as soon as it is there.
+    """Measure the checkpoints of a run, in order of their steps, and keep each row in `out` as soon as it is there.
 
-    `prompts_for` makes the prompts from a loaded model (its tokenizer); they are the same for every checkpoint. A row
-    that `out` holds already, of the same prompts and code, is read. What cannot be loaded is named in `missing`, and
-    stops nothing.
+    `prompts_for` makes the prompts from a checkpoint as it is stored (its tokenizer and the size of its vocabulary);
+    they are the same for every checkpoint. A row that `out` holds already, of the same stored weights, prompts, code
+    and `settings` (whatever else decides what `load` gives, such as the dtype), is read, and nothing is loaded. What
+    cannot be loaded or measured is named in `missing`, and stops nothing.
 
     Raises:
-        ModelError: none of the checkpoints could be loaded.
+        ValueError: a checkpoint's name has no step in it, or they are of several stages of training.
+        ModelError: none of the checkpoints could be measured.
     """
     rows: list[dict[str, Any]] = []
     missing: dict[str, str] = {}
     name, length = str(source), 0
-    tokens = tokens_by_step(_folder(source) or Path(source))
-    for checkpoint in checkpoints:
+
+    def load_it(checkpoint: int | str) -> Any:
+        return load_model(source, checkpoint=checkpoint) if load is None else load(checkpoint)
+
+    for checkpoint, told in _in_order(checkpoints):
         try:
-            model = (load or (lambda step: load_model(source, checkpoint=step)))(checkpoint)
-        except ModelError as reason:
+            stored = stored_model(source, checkpoint)
+            prompts = prompts_for(stored)
+            name, length = stored.name.partition("@")[0], prompts.length
+            key = _key(stored, prompts, settings)
+            kept = None if out is None else out / f"{name}@{stored.label}.json".replace("/", "--")
+            row = _kept_row(kept, key)
+            if row is None:
+                row = measure_checkpoint(load_it(checkpoint), prompts)
+                if kept is not None:
+                    write_json(kept, row | {"key": key})
+        except (ModelError, InterventionError, FloatingPointError) as reason:
             missing[str(checkpoint)] = str(reason)
             say(f"{checkpoint}: left out: {reason}")
             continue
-        prompts = prompts_for(model)
-        length = prompts.length
-        name = describe(model).name.partition("@")[0]
-        kept = out / f"{name.replace('/', '--')}-{checkpoint}.json" if out is not None else None
-        key = _key(model, prompts)
-        row = json.loads(kept.read_text()) if kept is not None and kept.is_file() else {}
-        if row.get("key") != key:
-            step = int(checkpoint) if str(checkpoint).isdigit() else len(rows)
-            row = {"step": step, "tokens": tokens.get(step), **measure_checkpoint(model, prompts), "key": key}
-            if kept is not None:
-                write_json(kept, row)
-        rows.append({field: value for field, value in row.items() if field != "key"})
+        finally:
+            # A large model has to be gone before the next one comes.
+            gc.collect()
+        rows.append({"step": told.step, "tokens": tokens_seen(stored, told.step), **row})
         say(f"{name} {checkpoint}: loss {row['loss']:.3f}, sink rate from layer 2 {row['sink_rate_from_layer_2']:.3f}")
-        # A large model has to be gone before the next one comes.
-        del model
-        gc.collect()
     if not rows:
-        raise ModelError(f"none of the checkpoints of {source} could be loaded: {missing}")
+        raise ModelError(f"none of the checkpoints of {source} could be measured: {missing}")
     return Trace(name, rows, missing, length)
+
+
+def _in_order(checkpoints: Sequence[int | str]) -> list[tuple[int | str, Label]]:
+    """Checkpoints with what their names say, by step, each step once."""
+    found: dict[int, tuple[int | str, Label]] = {}
+    for checkpoint in checkpoints:
+        if (told := parse_label(checkpoint)) is None:
+            raise ValueError(
+                f"checkpoint {checkpoint!r} has no step in its name; expected a step or a name such as step-000500, "
+                "checkpoint-500, step1000-tokens4B or stage1-step1000-tokens5B"
+            )
+        found[told.step] = checkpoint, told
+    if len(several := sorted({told.stage for _, told in found.values()})) > 1:
+        raise ValueError(f"checkpoints of the stages {several} count their steps anew: trace one stage at a time")
+    return [found[step] for step in sorted(found)]
+
+
+def _kept_row(path: Path | None, key: str) -> dict[str, Any] | None:
+    """The row that `path` holds, if it was measured on what the key stands for."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        row = json.loads(path.read_text()) if path is not None else {}
+        return row if row.pop("key", None) == key else None
+    return None
 
 
 def checkpoints_of(source: str | Path) -> list[int | str]:
@@ -263,19 +324,30 @@ def checkpoints_of(source: str | Path) -> list[int | str]:
         ModelError: there are none.
     """
     steps = set(list_checkpoints(source))
-    folder = _folder(source)
+    folder = local_folder(source)
     # A directory named after a step without a config is a checkpoint that was not written to its end.
     for place in [*folder.glob("trace/*"), *folder.glob("*")] if folder else []:
-        if place.is_dir() and (match := STEP.fullmatch(place.name)):
-            steps.add(int(match.group(1)))
+        if place.is_dir() and STEP.fullmatch(place.name) and (told := parse_label(place.name)):
+            steps.add(told.step)
     if not steps:
         raise ModelError(f"{source} keeps no checkpoints; expected trace/step-000123 or checkpoint-123 in it")
     return sorted(steps)
 
 
-def _folder(source: str | Path) -> Path | None:
-    """The directory of a shipped model or of the caller's own; None for a hub id."""
-    return next((path for path in (data_dir() / "models" / source, Path(source)) if path.is_dir()), None)
+def tokens_seen(stored: StoredModel, step: int) -> int | None:
+    """How many tokens a checkpoint had been trained on; None where nothing tells.
+
+    Its name does (OLMo, rounded), the Trainer's state beside its weights where the Trainer was told to count them, or
+    the `trace.csv` of its run.
+    """
+    told = parse_label(stored.label or "")
+    if told is not None and told.tokens is not None:
+        return told.tokens
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        state = json.loads((stored.folders[0] / "trainer_state.json").read_text())
+        if state["num_input_tokens_seen"] > 0:
+            return int(state["num_input_tokens_seen"])
+    return tokens_by_step(stored.folders[-1]).get(step)
 
 
 def tokens_by_step(folder: Path) -> dict[int, int]:
@@ -287,6 +359,6 @@ def tokens_by_step(folder: Path) -> dict[int, int]:
         return {int(row["step"]): int(row["tokens"]) for row in csv.DictReader(file)}
 
 
-def _key(model: Any, prompts: PromptSet) -> str:
-    parts = (weights_fingerprint(model), prompts.fingerprint(), code_fingerprint())
-    return hashlib.sha256(" ".join(parts).encode()).hexdigest()
+def _key(stored: StoredModel, prompts: PromptSet, settings: str) -> str:
+    parts = stored.fingerprint, prompts.fingerprint(), settings, code_fingerprint(), library_versions()
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -25,7 +25,7 @@ LARGER = {"layers": 6, "d_model": 384, "heads": 6, "d_mlp": 1024, "vocab_size": 
 def measure(rounds: int = 15) -> dict[str, Any]:
     """The share of training time that a reading every hundred steps takes, and what each of them took."""
     overhead, step, reading = compare(TrainConfig(), rounds)
-    larger, _, _ = compare(replace(TrainConfig(), **LARGER), max(3, rounds // 5))
+    larger, _, _ = compare(replace(TrainConfig(), **LARGER), max(3, rounds // 3))
     return {
         "monitor_overhead": overhead,
         "monitor_overhead_larger": larger,

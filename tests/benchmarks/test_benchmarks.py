@@ -20,5 +20,5 @@ def test_benchmarks():
     assert figures["grid_max_abs_diff"] <= 1e-5
     assert figures["vocab_sweep_over_matmul"] <= 1.3
     assert figures["vocab_sweep_extra_mb"] <= 2000
-    assert figures["monitor_overhead"] <= 0.02
+    assert figures["monitor_overhead_larger"] < figures["monitor_overhead"] <= 0.02
     assert all(row["ratio"] <= 1.5 for row in figures["grid_memory"])

@@ -13,7 +13,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from p0circuit.models import ModelError, ShippedModel, describe, forward, list_checkpoints, list_models, load_model
+from p0circuit.models import (
+    ModelError,
+    ShippedModel,
+    describe,
+    forward,
+    list_checkpoints,
+    list_models,
+    load_model,
+    stored_model,
+)
 from p0circuit.models import load as load_module
 from p0circuit.models.hooked import available
 from tests.families import FAMILIES, Family, build, write
@@ -340,24 +349,86 @@ def test_a_tokenizer_that_cannot_be_read_is_done_without(llama: Path) -> None:
     assert logits_of(model).shape == (1, 10, 96)
 
 
-def test_a_hub_model_in_the_local_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Laid out as the hub's client keeps it: two revisions of one model, and nothing to ask but the disk."""
+@pytest.fixture
+def in_hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, dict[str, int]], Path]:
+    """Lay revisions of a model out as the hub's client keeps them; there is nothing to ask but the disk."""
     from huggingface_hub import constants
 
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    repository = tmp_path / "models--someone--small-llama"
-    for revision, seed in (("main", 3), ("step200", 4), ("step30", 5)):
-        commit = f"{seed}" * 40
-        write("llama", repository / "snapshots" / commit, seed=seed)
-        (repository / "refs").mkdir(exist_ok=True)
-        (repository / "refs" / revision).write_text(commit)
-    for checkpoint, seed in ((None, 3), (200, 4), ("step30", 5)):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    def lay_out(hub_id: str, revisions: dict[str, int]) -> Path:
+        repository = tmp_path / "hub" / f"models--{hub_id.replace('/', '--')}"
+        (repository / "refs").mkdir(parents=True)
+        for revision, seed in revisions.items():
+            commit = f"{seed}" * 40
+            write("llama", repository / "snapshots" / commit, seed=seed)
+            (repository / "refs" / revision).write_text(commit)
+        return repository
+
+    return lay_out
+
+
+def test_pythias_revisions_in_the_local_cache(in_hub_cache: Callable[[str, dict[str, int]], Path]) -> None:
+    in_hub_cache("someone/small-llama", {"main": 3, "step200": 4, "step30": 5})
+    for checkpoint, seed in ((None, 3), (200, 4), ("200", 4), ("step30", 5)):
         model = load_model("someone/small-llama", checkpoint=checkpoint, device="cpu")
         assert torch.allclose(logits_of(model), expected(seed), atol=1e-4)
     assert describe(model).name == "someone/small-llama@step30"
     assert list_checkpoints("someone/small-llama") == [30, 200]
     with pytest.raises(ModelError, match=r"someone/small-llama at 'step9' is not in the local cache.*step200"):
         load_model("someone/small-llama", checkpoint=9)
+    stored = stored_model("someone/small-llama", 30)
+    assert (stored.label, stored.fingerprint, stored.vocab_size) == ("step30", "5" * 40, 96)
+
+
+def test_olmos_revisions_in_the_local_cache(in_hub_cache: Callable[[str, dict[str, int]], Path]) -> None:
+    in_hub_cache("someone/olmo", {"main": 3, "step1000-tokens4B": 4, "step0-tokens0B": 5})
+    assert list_checkpoints("someone/olmo") == [0, 1000]
+    for checkpoint, seed in ((1000, 4), ("step1000-tokens4B", 4), (0, 5)):
+        model = load_model("someone/olmo", checkpoint=checkpoint, device="cpu")
+        assert torch.allclose(logits_of(model), expected(seed), atol=1e-4)
+    assert stored_model("someone/olmo", 1000).label == "step1000-tokens4B"
+
+
+def test_later_stages_are_found_by_their_whole_name(in_hub_cache: Callable[[str, dict[str, int]], Path]) -> None:
+    later = "stage2-ingredient1-step1000-tokens3B"
+    in_hub_cache("someone/olmo-2", {"main": 3, "stage1-step1000-tokens5B": 4, "stage1-step150-tokens1B": 5, later: 6})
+    assert list_checkpoints("someone/olmo-2") == [150, 1000]
+    for checkpoint, seed in ((1000, 4), (150, 5), (later, 6)):
+        model = load_model("someone/olmo-2", checkpoint=checkpoint, device="cpu")
+        assert torch.allclose(logits_of(model), expected(seed), atol=1e-4)
+    with pytest.raises(ModelError, match="'step7' is not in the local cache"):
+        load_model("someone/olmo-2", checkpoint=7)
+
+
+def test_stages_on_disk_are_told_apart_too(llama: Path) -> None:
+    for name, seed in (("stage1-step20-tokens1B", 8), ("stage2-step20-tokens2B", 9)):
+        write("llama", llama / name, seed=seed)
+    assert list_checkpoints(llama) == [20]
+    for checkpoint, seed in ((20, 8), ("stage2-step20-tokens2B", 9)):
+        assert torch.allclose(
+            logits_of(load_model(llama, checkpoint=checkpoint, device="cpu")), expected(seed), atol=1e-4
+        )
+    with pytest.raises(ModelError, match="no checkpoint 'stage3-step20'"):
+        load_model(llama, checkpoint="stage3-step20")
+
+
+def test_a_model_is_told_from_another_by_its_files(llama: Path, tmp_path: Path) -> None:
+    first = stored_model(llama)
+    copy = Path(shutil.copytree(llama, tmp_path / "copy"))
+    assert stored_model(copy).fingerprint == first.fingerprint and first.tokenizer is first.label is None
+    config = copy / "config.json"
+    config.write_text(config.read_text() + " ")
+    assert stored_model(copy).fingerprint != first.fingerprint
+    build("llama", 1).save_pretrained(llama)
+    assert stored_model(llama).fingerprint != first.fingerprint
+
+
+@pytest.mark.parametrize("index", ['{"weight_map": {', "{}", "[]", '{"weight_map": []}', '{"weight_map": {"a": 1}}'])
+def test_an_index_that_is_cut_off(llama: Path, index: str) -> None:
+    (llama / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ModelError, match=r"is damaged: model\.safetensors\.index\.json .* weight_map"):
+        load_model(llama)
 
 
 def test_what_would_not_fit_is_refused_before_it_is_read(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,12 +6,12 @@ import copy
 import csv
 import importlib
 import itertools
-import logging
+import math
 import random
 import subprocess
 import sys
 import weakref
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +39,7 @@ from transformers import (
 
 from p0circuit import sink
 from p0circuit.activations import NORM_RATIO, SINK_SCORE, record, residual_at, score_at
+from p0circuit.experiments.conditions import drawable
 from p0circuit.experiments.heads import sink_heads
 from p0circuit.interventions.contrast import contrast, values_at
 from p0circuit.models import ModelError, forward, load_model
@@ -47,7 +48,8 @@ from p0circuit.paths import data_dir
 from p0circuit.prompts import from_ids, natural_text, random_tokens
 from p0circuit.sink import CONTROL, TIMES_UNIFORM, uniform_excess
 from p0circuit.training.monitor import COLUMNS, P0Monitor, P0TrainerCallback, formation, read_readings
-from p0circuit.training.probe import SHIFT, decoder_of, undisturbed
+from p0circuit.training.probe import SHIFT, Measurement, decoder_of, undisturbed
+from p0circuit.training.trace import measure_checkpoint
 from p0circuit.training.trainer import save_model
 from p0circuit.training.variants import VARIANTS, build_model
 
@@ -103,7 +105,8 @@ def by_the_package(model, prompts):
     scores = record(model, prompts, SINK_SCORE, cache=None)[SINK_SCORE]
     recording = record(model, prompts, [NORM_RATIO, residual_at(), score_at(CONTROL)], cache=None)
     at_p0, ratios = recording[residual_at()].float(), recording[NORM_RATIO]
-    pair = contrast(prompts, SHIFT, model.cfg.d_vocab, prompts.seed)
+    vocabulary, special = drawable(model)
+    pair = contrast(prompts, SHIFT, vocabulary, prompts.seed, tuple(special))
     (shifted,) = values_at(model, pair.shifted, ["resid_post.1"], pair.position).values()
 
     def replace_p0(residual, hook):
@@ -130,8 +133,8 @@ def by_the_package(model, prompts):
         "norm_ratio": float(ratios[:, 2].mean()),
         "largest_norm_ratio": float(ratios.mean(0).max()),
         "direction_consistency": float(sink.direction_cosines(at_p0[:, 2]).mean()),
-        "concentration_observed": float(log_norms[2] - log_norms[0]) / gain if gain > 0 else None,
-        "concentration_causal": 1 - kept / later if later else None,
+        "concentration_observed": float(log_norms[2] - log_norms[0]) / gain if gain > math.log(1.1) else None,
+        "concentration_causal": 1 - kept / later if later > 1e-3 else None,
         "excess": float(np.mean([float(excess[:, layer, head].mean()) for layer, head in heads])),
     }
 
@@ -159,6 +162,19 @@ def test_the_numbers_of_p0_nano_are_those_of_the_package():
     same_numbers(reading, by_the_package(load_model("p0-nano"), prompts))
     assert reading.sink_rate_from_layer_2 > 0.2 and reading.concentration_causal > 0.8
     assert reading.probe == prompts.fingerprint()[:12]
+
+
+@pytest.mark.parametrize("step", [4339, 20000])
+def test_a_reading_is_the_row_of_a_trace(step):
+    folder = data_dir() / "models" / "p0-nano"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder / "trace" / f"step-{step:06d}", dtype=torch.float32)
+    reading = asdict(P0Monitor(tokenizer=tokenizer, rows=8, seed=5).read(model, step))
+    prompts = natural_text(tokenizer, "english", n=8, length=64, seed=5)
+    row = measure_checkpoint(load_model("p0-nano", checkpoint=step), prompts)
+    both = reading.keys() & row.keys()
+    assert both == {field.name for field in fields(Measurement)} - {"excess"}
+    assert {name: reading[name] for name in both} == pytest.approx({name: row[name] for name in both}, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["force-sink", "gated", "window", "moe"])
@@ -450,16 +466,51 @@ def test_undisturbed_keeps_what_replaced_a_buffer():
 # --- Errors
 
 
-def test_a_failing_probe_is_logged_and_training_goes_on(caplog):
+@pytest.mark.parametrize("fails", ["the weights", "the log", "the file"])
+def test_what_fails_is_told_and_costs_nothing_else(fails, tmp_path, caplog):
+    model, path, logged = llama(), tmp_path / "logs" / "p0.csv", []
+    monitor = P0Monitor(PROBE, every=1, csv=path)
+    embedding = model.model.embed_tokens.weight.data.clone()
+
+    def log(numbers):
+        if fails == "the log" and monitor.readings[-1].step == 1:
+            raise ConnectionError("the logger is away")
+        logged.append(monitor.readings[-1].step)
+
+    assert monitor.step(model, 0, log).step == 0
+    if fails == "the weights":
+        model.model.embed_tokens.weight.data.fill_(torch.nan)
+    if fails == "the file":
+        path.parent.rename(tmp_path / "away")
+        path.parent.write_text("")
+    reading = monitor.step(model, 1, log)
+    model.model.embed_tokens.weight.data.copy_(embedding)
+    if fails == "the file":
+        path.parent.unlink()
+        (tmp_path / "away").rename(path.parent)
+        # Half a line is what a full disk leaves.
+        path.write_text(path.read_text() + "1,0.")
+    assert monitor.step(model, 2, log).step == 2
+    message, error = {
+        "the weights": ("P0 at step 1: no reading", "not finite"),
+        "the log": ("P0 at step 1: its reading was not logged", "the logger is away"),
+        "the file": ("P0 at step 1: its reading was not logged, or not written", "Not a directory"),
+    }[fails]
+    assert message in caplog.text and error in caplog.text and caplog.text.count("training goes on") == 1
+    kept = [0, 2] if fails == "the weights" else [0, 1, 2]
+    assert (reading is None) == (fails == "the weights")
+    assert [reading.step for reading in monitor.readings] == kept and read_readings(path) == monitor.readings
+    assert logged == ([0, 1, 2] if fails == "the file" else [0, 2])
+
+
+def test_reading_at_once_raises_what_fails(tmp_path):
     model = llama()
-    with torch.no_grad():
-        model.model.embed_tokens.weight.fill_(torch.nan)
-    monitor = P0Monitor(PROBE)
-    with caplog.at_level(logging.ERROR):
-        assert monitor.step(model, 0) is None
-    assert "no reading of P0 at step 0" in caplog.text and "not finite" in caplog.text
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileExistsError):
+        P0Monitor(PROBE, csv=tmp_path / "file" / "p0.csv").read(model, 0)
+    model.model.embed_tokens.weight.data.fill_(torch.nan)
     with pytest.raises(FloatingPointError, match="not finite"):
-        monitor.read(model, 0)
+        P0Monitor(PROBE).read(model, 0)
 
 
 def test_what_is_no_causal_language_model_is_refused():
@@ -581,12 +632,13 @@ class Watch(TrainerCallback):
         self.logs.append((state.global_step, dict(logs)))
 
 
-def hf_run(folder, steps=50, resume=None, **monitored):
+def hf_run(folder, steps=50, resume=None, precision=None, **monitored):
     torch.manual_seed(0)
     watch = Watch()
     arguments = TrainingArguments(
         **{"output_dir": str(folder), "max_steps": steps, "per_device_train_batch_size": 4, "logging_steps": 10},
         **{"report_to": [], "use_cpu": True, "save_steps": 20, "disable_tqdm": True, "learning_rate": 1e-3, "seed": 4},
+        **(precision or {}),
     )
     rows = [{"input_ids": row, "labels": row} for row in torch.cat(batches(15)).unbind()]
     trainer = Trainer(llama(), arguments, train_dataset=rows, callbacks=[watch])
@@ -618,6 +670,16 @@ def test_transformers_trainer(tmp_path):
     )
     assert (tmp_path / "p0.csv").read_text() == before
     assert again.readings == monitor.readings
+
+
+def test_transformers_trainer_in_bf16_with_gradient_checkpointing(tmp_path, caplog):
+    both = {"bf16": True, "gradient_checkpointing": True}
+    trainer, monitor, _ = hf_run(tmp_path / "a", 6, precision=both, every=3)
+    alone, _, _ = hf_run(tmp_path / "b", 6, precision=both)
+    assert trainer.model.is_gradient_checkpointing and [reading.step for reading in monitor.readings] == [0, 3, 6]
+    for name, weight in trainer.model.state_dict().items():
+        assert torch.equal(weight, alone.model.state_dict()[name]), name
+    assert "training goes on" not in caplog.text
 
 
 def test_the_trainers_tokenizer_makes_the_probe(tiny_model_dir, tmp_path):
