@@ -25,18 +25,22 @@ from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
 from p0circuit.console import in_notebook
+from p0circuit.experiments.base import Experiment, NotApplicable
 from p0circuit.experiments.conditions import readable
 from p0circuit.files import write_atomically, write_json
 from p0circuit.interventions.nodes import Node
 from p0circuit.models import load_model, one_thread_if_small
 from p0circuit.prompts import PromptSet
 from p0circuit.report.attention_view import AttentionView
-from p0circuit.results import Result, drawn
+from p0circuit.report.contents import Run, shown_verdict
+from p0circuit.results import FIGURE_DPI, Result, drawn
 from p0circuit.sink import SINK_THRESHOLD
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
+
+    from p0circuit.advice import Advice
 
 TEXT = "code"
 """The text notebooks read: it comes with the package, so that everyone gets the same figures."""
@@ -45,9 +49,9 @@ _CSS_PIXELS = 105
 _LONGEST_NAME = 60
 
 
-def open_model(name: str | Path) -> Any:
+def open_model(name: str | Path, checkpoint: int | str | None = None) -> Any:
     """`load_model`, on one thread where more would be slower; OMP_NUM_THREADS, if set, has the last word."""
-    model = load_model(name)
+    model = load_model(name, checkpoint=checkpoint)
     one_thread_if_small(model)
     return model
 
@@ -63,18 +67,20 @@ class Page:
 
     out: str | Path | None = None
 
-    def show(self, thing: Figure | pd.DataFrame | AttentionView, title: str = "") -> None:
+    def show(self, thing: Figure | Path | pd.DataFrame | AttentionView, title: str = "") -> None:
         """Show a figure, a table or an attention view; a figure needs a title: what it shows, for those who cannot see.
 
-        A script has no place for pictures: it prints tables, and of the others that they are there.
+        The path of a PNG is a figure that a run has left on disk. A script has no place for pictures: it prints tables,
+        and of the others that they are there.
 
         Raises:
             ValueError: it is none of these, or a figure has no title.
         """
-        if hasattr(thing, "savefig"):
+        if isinstance(thing, Path) or hasattr(thing, "savefig"):
             if not title:
                 raise ValueError("a figure needs a title, as in page.show(figure, 'sink scores of all heads')")
-            self._save(thing, title)
+            if not isinstance(thing, Path):
+                self._save(thing, title)
             _display({"text/plain": f"[figure: {title}]"}, functools.partial(_picture, thing, title))
         elif hasattr(thing, "to_html"):
             _display({"text/plain": _plain(thing), "text/html": _table(thing)})
@@ -113,10 +119,57 @@ def verdict(result: Result) -> None:
     """
     if result.claim is None:
         raise ValueError(f"{result.experiment} tests no claim: print its metrics")
-    about = result.claim
-    print(f"{about['id']} {about['title']}: {about['verdict'].upper()}")
+    _print_claim(result.claim)
+
+
+def attempt(experiment: Experiment, model: Any, prompts: PromptSet) -> Result | None:
+    """Run an experiment that tests a claim, and print the verdict; None where it does not apply: the reason is printed.
+
+    Raises:
+        ValueError: the experiment tests no claim.
+    """
+    try:
+        result = experiment.run(model, prompts)
+    except NotApplicable as reason:
+        about = experiment.claim
+        print(f"{about.id} {about.title}: NOT APPLICABLE" if about else f"{experiment.id}: NOT APPLICABLE")
+        print(textwrap.fill(str(reason), 92, initial_indent="  ", subsequent_indent="    "))
+        return None
+    verdict(result)
+    return result
+
+
+def _print_claim(about: Mapping[str, Any]) -> None:
+    print(f"{about['id']} {about['title']}: {shown_verdict(about).upper()}")
     for name in ("statement", "threshold", "why"):
         print(textwrap.fill(f"{name}: {about[name]}", 92, initial_indent="  ", subsequent_indent="    "))
+
+
+def evidence(page: Page, run: Run, experiment: str) -> None:
+    """What a run's report holds of one experiment: the claim with its verdict, all figures, or why there are none."""
+    claim = next((claim for claim in run.claims if claim["experiment"] == experiment), None)
+    result = run.results.get(experiment)
+    missing = run.manifest.get("left_out", {}) | run.manifest.get("broken", {}) | run.unreadable
+    if claim is not None:
+        _print_claim(claim)
+    elif result is not None:
+        print(f"{result.title}: measured; no claim hangs on it.")
+    if result is None and (claim is None or experiment in run.unreadable):
+        told = f"{experiment}: no figures: {missing.get(experiment, 'this run has not come to it')}"
+        print(textwrap.fill(told, 92, subsequent_indent="  "))
+    if result is not None:
+        for name, figure in result.figures.items():
+            page.show(figure, f"{experiment}, {name}: {result.title}")
+
+
+def statements(advice: Advice) -> None:
+    """Print what `advise` says of a model: each question with its answer, the values behind it, and what to do."""
+    print(f"{advice.model}: what the first token does, and what to do about it")
+    for one in advice.statements:
+        print(f"\n{one.topic} {one.verdict.upper()}")
+        for line in (one.text, one.advice and f"-> {one.advice}"):
+            if line:
+                print(textwrap.fill(line, 92, initial_indent="  ", subsequent_indent="  "))
 
 
 def metrics(result: Result, names: Sequence[str] = ()) -> pd.DataFrame:
@@ -143,9 +196,24 @@ def _display(plain: dict[str, str], rich: Callable[[], dict[str, Any]] | None = 
 def _picture(figure: Any, title: str) -> dict[str, Any]:
     import base64
 
-    width = round(figure.get_figwidth() * _CSS_PIXELS)
-    image = base64.b64encode(drawn(figure, "png")).decode()
-    return {"image/png": image, "metadata": {"image/png": {"alt": title, "width": width}}}
+    if isinstance(figure, Path):
+        image, inches = _few_colours(figure)
+    else:
+        image, inches = drawn(figure, "png"), figure.get_figwidth()
+    shown = {"alt": title, "width": round(inches * _CSS_PIXELS)}
+    return {"image/png": base64.b64encode(image).decode(), "metadata": {"image/png": shown}}
+
+
+def _few_colours(png: Path) -> tuple[bytes, float]:
+    """A figure from disk at a third of its size, for a page of many, and its width in inches."""
+    import io
+
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    with Image.open(png) as image:
+        image.convert("RGB").quantize(256).save(buffer, "png", optimize=True)
+        return buffer.getvalue(), image.width / FIGURE_DPI
 
 
 def _plain(table: Any) -> str:

@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from p0circuit import teaching
+from p0circuit.advice import Advice, Statement
 from p0circuit.experiments.conditions import drawable
+from p0circuit.intervals import Interval
 from p0circuit.interventions.ablation import ablate
 from p0circuit.interventions.contrast import contrast, replacements
 from p0circuit.interventions.metrics import measure, sink_score_of
@@ -289,6 +291,18 @@ def test_a_page_prints_tables_and_names_pictures_where_there_is_no_notebook(
     assert json.loads(shown[shown.index("{") :]) == {"score": 0.123457, "count": 3.0}
     assert json.loads((tmp_path / "out" / "key-figures.json").read_text()) == {"score": 0.123457, "count": 3.0}
     assert (tmp_path / "out" / "figures" / "shares-made-up.png").is_file()
+
+
+def test_statements_are_printed_with_their_answer_and_advice(capsys: pytest.CaptureFixture[str]) -> None:
+    told = [("Is it?", "It is, " + "very " * 30, "cannot tell", "Wait."), ("Measured on", "Text.", "text", "")]
+    lost = Interval(0.25, 0.2, 0.3, 8)
+    made = Advice("mine", True, None, 3, 1, lost, "high", (), tuple(Statement(*one) for one in told))
+    teaching.statements(made)
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0] == "mine: what the first token does, and what to do about it"
+    assert shown[2] == "Is it? CANNOT TELL" and shown[3].startswith("  It is, very") and "  -> Wait." in shown
+    assert max(map(len, shown)) <= 92
+    assert shown[-2:] == ["Measured on TEXT", "  Text."]
 
 
 def test_a_page_refuses_what_it_cannot_show() -> None:

@@ -16,8 +16,11 @@ import pytest
 import torch
 
 from p0circuit import experiments, notebooks
+from p0circuit.activations import SINK_SCORE, record
+from p0circuit.advice import advise
 from p0circuit.experiments.conditions import drawable
 from p0circuit.experiments.path import JOINT, WHOLE, joint_changes
+from p0circuit.experiments.practice import find_used_sink
 from p0circuit.experiments.surgery import find_sink
 from p0circuit.interventions.activation_patching import patch_components
 from p0circuit.interventions.contrast import contrast, replacements
@@ -27,6 +30,8 @@ from p0circuit.models import load_model
 from p0circuit.models.wired import wired_truth
 from p0circuit.results import Result
 from p0circuit.teaching import read_prompts
+from p0circuit.training.runs import as_trained, shipped_runs
+from p0circuit.training.trace import Trace, causal_concentration, measure_checkpoint
 from tests.notebooks.command import ROOT, p0circuit
 
 SAMPLES = 32
@@ -46,6 +51,7 @@ def result(name: str) -> Result:
         "Amplification": experiments.AmplificationConfig(steps=1, draws=1, shown=1, shown_samples=2),
         "DirectionOrNorm": experiments.DirectionOrNormConfig(scan_samples=2),
         "Content": experiments.ContentConfig(scan_samples=2),
+        "Streaming": experiments.StreamingConfig(other_samples=4, long_tokens=512),
     }
     kind = getattr(experiments, name)
     made = kind(configured[name]) if name in configured else kind()
@@ -126,6 +132,56 @@ def build_a_sink() -> Figures:
     }
 
 
+def emergence() -> Figures:
+    runs = as_trained(shipped_runs())
+    early, concentration, convergence, methods = (
+        kind().run(runs).metrics
+        for kind in (experiments.Early, experiments.Concentration, experiments.Convergence, experiments.Methods)
+    )
+    last = measure_checkpoint(p0_nano(), read_prompts(p0_nano(), SAMPLES))
+    lm = load_model("bos-0")
+    plain = read_prompts(lm, SAMPLES)
+    heads = find_used_sink(lm, plain)[0].heads
+    behind = plain.behind(lm.tokenizer.bos_token_id).split()[1]
+    moved = plain.split()[1].ids.clone()
+    moved[:, 16] = lm.tokenizer.bos_token_id
+    _, cache = lm.run_with_cache(moved)
+    patterns = [cache["pattern", layer][:, head] for layer, head in heads]
+    return {
+        "excess_at_the_end": Trace("p0-nano", [last]).excess[-1],
+        "causal_at_the_end": last["concentration_causal"],
+        "latest_formation_share": early["latest_formation_share"].value,
+        "observed_final": concentration["observed_final"].value,
+        "causal_final": concentration["causal_final"].value,
+        "causal_of_bos_0_here": causal_concentration(lm, behind, record(lm, behind, SINK_SCORE)[SINK_SCORE]) or 0,
+        "excess_of_bos_in_the_middle": float(
+            sum(one[:, 16:, 16].mean() - one[:, 8:, 8].mean() for one in patterns) / len(heads)
+        ),
+        "error_difference": convergence["error_difference"].value,
+        "force_sink_excess_difference": methods["force_sink_excess_difference"].value,
+        "tnlm_excess_difference": methods["tnlm_excess_difference"].value,
+    }
+
+
+def practice() -> Figures:
+    advice = advise(p0_nano(), read_prompts(p0_nano(), SAMPLES))
+    assert advice.loss_without_sink is not None and advice.bos_dependent is False
+    # The hidden layer of the MLP that writes the outlier, rounded by torch on the grid that P0 makes.
+    _, cache = p0_nano().run_with_cache(read_prompts(p0_nano(), SAMPLES).split()[1].ids)
+    x = cache["blocks.2.mlp.hook_post"]
+    rounded = torch.quantize_per_tensor(x, float(x.abs().max()) / 127, 0, torch.qint8).dequantize()
+    errors = (rounded - x)[:, 1:].norm(dim=(1, 2)) / x[:, 1:].norm(dim=(1, 2))
+    return {
+        **metrics("Streaming", "dropping_p0_beyond_5_times_another"),
+        **metrics("Quantisation", "error_left_with_p0_kept"),
+        **metrics("FirstToken", "spread_left_with_neutral_prefix"),
+        "int8_error_by_hand": float(errors.mean()),
+        "loss_without_sink": advice.loss_without_sink.value,
+        "hangs_on_bos": 0.0,
+        "other_hangs_on_bos": 1.0,
+    }
+
+
 EXPECTED: dict[str, tuple[Callable[[], Figures], float]] = {
     "00_tour": (tour, 1e-4),
     "01_meet_the_sink": (meet_the_sink, 1e-4),
@@ -134,6 +190,8 @@ EXPECTED: dict[str, tuple[Callable[[], Figures], float]] = {
     "04_patching_the_circuit": (patching, 1e-4),
     # Our model has no decoys: within a thousandth of what is true of the one that has.
     "05_build_a_sink": (build_a_sink, 1e-3),
+    "06_emergence": (emergence, 1e-4),
+    "08_practice": (practice, 1e-4),
 }
 
 

@@ -20,6 +20,7 @@ from p0circuit.interventions.contrast import contrast, replacements
 from p0circuit.interventions.nodes import components
 from p0circuit.models import load_model
 from p0circuit.teaching import read_prompts
+from p0circuit.training.runs import as_trained, of_variant, shipped_runs
 from tests.notebooks.command import ROOT, p0circuit
 
 NAMES = notebooks.names()
@@ -147,6 +148,29 @@ def edge_room(room: dict[str, Any]) -> list[Any]:
     room |= {"lm": lm, "m": m, "other": other, "clean_ids": pair.clean.ids, "key_hook": key_hook}
     room |= {"put": put, "shifted_cache": shifted_cache}
     return [lm, pair.clean, replacements(lm, pair, senders), "mlp.2", other]
+
+
+QUESTION = re.compile(r"### Question (\d\.\d)")
+ANSWER = re.compile(r"<details>\n<summary>Answer (\d\.\d)</summary>\n\n```python\n(.*?)```", re.DOTALL)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_questions_have_answers(name: str) -> None:
+    text = "\n".join(cell.source for cell in shipped(name).cells)
+    answers = dict(ANSWER.findall(text))
+    assert QUESTION.findall(text) == list(answers)
+    for number, code in answers.items():
+        compile(code, number, "exec")
+
+
+def test_folded_answers_about_training_run(capsys: pytest.CaptureFixture[str]) -> None:
+    room: dict[str, Any] = {"traces": as_trained(shipped_runs()), "of_variant": of_variant}
+    for cell in shipped("06_emergence").cells:
+        for _, code in ANSWER.findall(cell.source):
+            exec(code, room)
+    shown = capsys.readouterr().out
+    assert "bos-0: formed by 2,372,608, a fifth of 11,863,040 tokens" in shown
+    assert "standard deviation below 0.040" in shown
 
 
 # The command

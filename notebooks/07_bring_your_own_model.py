@@ -1,0 +1,409 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Bring your own model
+#
+# Everything in this course runs on any causal language model. This notebook goes there and back: open a model of another
+# architecture, ask it for its sink, test a claim on it, see what it looks like when a claim does not apply; then train a
+# model of your own, **watch its sink form while it trains**, and open what it left on disk.
+#
+# *About 15 minutes; nothing to solve. Before: [06](06_emergence.ipynb). After: [08](08_practice.ipynb).*
+#
+# To bring one, set `model` below: a directory with `config.json` and `*.safetensors`, or a hub id. It is the only way to
+# make this notebook reach for the network, and a model that the hub's cache holds needs none.
+
+# %% tags=["parameters"]
+model = "learned-0"  # a shipped model, a local Hugging Face directory, or a hub id
+samples = 128  # prompts of 64 tokens
+seed = 0  # of the prompts, and of the training run
+steps = 384  # of the training runs
+out = None  # a directory for the figures and key figures; None leaves nothing
+
+# %%
+# Where p0circuit is not installed: use the checkout around this notebook, or (on Colab)
+# install it.
+import importlib.util
+import pathlib
+import subprocess
+import sys
+
+if importlib.util.find_spec("p0circuit") is None:
+    here = pathlib.Path(globals().get("__file__", "notebook")).resolve()
+    checkout = [folder for folder in here.parents if (folder / "p0circuit/cli.py").is_file()]
+    if checkout:
+        sys.path.insert(0, str(checkout[0]))
+    else:
+        print("installing p0circuit: a minute or two")
+        subprocess.run([sys.executable, "-m", "pip", "install", "-q", "p0circuit"], check=True)
+
+# %% [markdown]
+# ## 1. Open it
+#
+# `learned-0` is a GPT-2: LayerNorm instead of RMSNorm, and *learned positions*, so that position zero can be told by its
+# embedding and not by the causal mask alone. `describe` says what the rest of the package relies on, whatever the
+# architecture; `backend` is the TransformerLens class that holds the model.
+
+# %%
+import tempfile
+
+import numpy as np
+import pandas as pd
+import torch
+
+from p0circuit.models import ModelError, describe, load_model
+from p0circuit.teaching import Page, attempt, open_model, read_prompts
+
+page = Page(out)
+lm = open_model(model)
+prompts = read_prompts(lm, samples, seed)
+about = describe(lm)
+told = ["name", "architecture", "backend", "layers", "heads", "kv_heads", "d_model", "context"]
+told += ["positions", "window", "experts", "parallel_blocks"]
+rows = [(field, str(getattr(about, field))) for field in told]
+page.show(pd.DataFrame(rows, columns=["field", "value"]))
+
+# %% [markdown]
+# ## 2. Which backend, and does it compute the same?
+#
+# Families that TransformerLens's `HookedTransformer` computes exactly become one; everything else becomes a
+# `TransformerBridge`, which hooks into the code of `transformers` itself. Both answer to the same hook names, and both are
+# *raw*: no norm is folded into a weight, because norms are what this is about. Every load compares the logits with those
+# of `transformers`, and refuses a model that comes out different.
+#
+# Here are four architectures, made on the spot with random weights, saved as directories of the usual kind, and opened
+# again. In three of them several query heads share a key (*grouped-query attention*), so that a sink head has its own
+# queries and not its own keys.
+
+# %%
+import transformers
+
+transformers.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+folder = tempfile.TemporaryDirectory()
+small = {
+    "vocab_size": 96,
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+configs = {
+    "gpt2": transformers.GPT2Config(
+        vocab_size=96, n_embd=48, n_layer=3, n_head=4, n_positions=128
+    ),
+    "qwen3": transformers.Qwen3Config(head_dim=12, **small),
+    "gemma2": transformers.Gemma2Config(head_dim=12, sliding_window=16, **small),
+    "qwen3-moe": transformers.Qwen3MoeConfig(
+        head_dim=12, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, **small
+    ),
+}
+ids = torch.randint(96, (8, 64), generator=torch.Generator().manual_seed(seed))
+rows = []
+for name, config in configs.items():
+    torch.manual_seed(seed)
+    mine = transformers.AutoModelForCausalLM.from_config(config).eval()
+    directory = pathlib.Path(folder.name) / name
+    mine.save_pretrained(directory)
+    opened = open_model(directory)
+    with torch.no_grad():
+        logits, cache = opened.run_with_cache(ids)
+        apart = float((logits - mine(ids).logits).abs().max())
+    best = max(float(cache["pattern", layer][..., 0].mean((0, 2)).max()) for layer in range(3))
+    found = describe(opened)
+    rows.append(
+        (name, found.backend, found.kv_heads, found.positions, found.experts, apart, best)
+    )
+columns = [
+    "architecture",
+    "backend",
+    "kv heads",
+    "positions",
+    "experts",
+    "logits apart",
+    "best head",
+]
+table = pd.DataFrame(rows, columns=columns)
+page.show(table.assign(**{"logits apart": [f"{apart:.0e}" for apart in table["logits apart"]]}))
+
+# %% [markdown]
+# The last column is the highest sink score of any head, and no more than 0.07 comes from attending to everything alike: random
+# weights have no sink. What cannot be opened right is refused, with a reason and a way out:
+
+# %%
+unfinished = pathlib.Path(folder.name) / "unfinished"
+unfinished.mkdir()
+config.save_pretrained(unfinished)
+for name, checkpoint in ((unfinished, None), ("p0-nano", 3)):
+    try:
+        load_model(name, checkpoint=checkpoint)
+    except ModelError as reason:
+        print("-", str(reason).replace(folder.name, "..."))
+
+# %% [markdown]
+# ## 3. Its sink
+#
+# As in notebook [01](01_meet_the_sink.ipynb): the sink score of every head, on five kinds of prompt.
+
+# %%
+from p0circuit.experiments import BosAblation, DirectionOrNorm, Experts, SinkMap
+
+sink_map = SinkMap().run(lm, prompts)
+page.show(sink_map.figures["map"], "sink scores of every head on five kinds of prompt")
+
+# %% [markdown]
+# `learned-0` has next to none: attending to everything alike gives 0.07, and its best head has 0.12. That it is the same on
+# one repeated token, where `p0-nano` has no sink left at all, is what learned positions do: equal tokens are not alike
+# there. And BOS, a token that it has never seen in training, draws one head of layer 0 twice as much.
+#
+# ## 4. A claim, and what "not applicable" looks like
+#
+# Three experiments on this model. C2 compares the heads that are highest behind BOS with the same heads without it. C8 needs
+# a sink above block 1 to operate on, and a model may have none: then there is nothing that could be reproduced or not, and
+# the experiment says so with the numbers it went by (`NotApplicable`). The last one is about mixtures of experts.
+
+# %%
+claims = {
+    kind.id: attempt(kind(), lm, prompts) for kind in (BosAblation, DirectionOrNorm, Experts)
+}
+
+# %% [markdown]
+# *Not reproduced* is a finding about a model: here, that the token at P0 does matter. *Not applicable* is none. A report on
+# any model keeps the two apart.
+#
+# ## 5. A run of your own, watched
+#
+# Now a model is trained here, twice, in half a minute. On what? On text it takes millions of tokens until a sink forms
+# (notebook [06](06_emergence.ipynb)). A task on which a head has nothing to do most of the time is quicker: **backcopy**,
+# after the Bigram-Backcopy task of Guo et al. ([arXiv 2410.13835](https://arxiv.org/abs/2410.13835)), with tokens drawn
+# uniformly instead of from bigrams. Behind a *trigger*, the token before the trigger is said again. All else is chance, and
+# a head that copies has to look *somewhere* at all other times.
+#
+# In one run every row begins with BOS, in the other with a token drawn like all others. Nothing else differs.
+
+# %%
+VOCAB, TRIGGERS, LENGTH, ROWS = 64, 8, 64, 16  # token 0 is BOS, tokens 1 to 8 are triggers
+
+
+def backcopy(rng, rows=ROWS, bos=True):
+    """Rows [rows, LENGTH] of the task."""
+    ids = rng.integers(1, VOCAB, (rows, LENGTH))
+    if bos:
+        ids[:, 0] = 0
+    for t in range(2, LENGTH):
+        said = (ids[:, t - 1] <= TRIGGERS) & (ids[:, t - 2] > 0)
+        ids[said, t] = ids[said, t - 2]
+    return torch.from_numpy(ids)
+
+
+# %% [markdown]
+# The model is a small Llama with grouped queries, straight from `transformers`. The monitor is two lines of the loop: one
+# makes it, one calls it after every step. It reads the plain model, without converting it, and leaves weights, gradients
+# and random states as they are, bit for bit. Its probe should begin as the rows of the training do; left to itself it reads
+# random tokens.
+
+# %%
+from p0circuit import P0Monitor
+from p0circuit.prompts import from_ids
+
+llama = transformers.LlamaConfig(
+    vocab_size=VOCAB,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    bos_token_id=0,
+    eos_token_id=0,
+)
+every = max(1, steps // 32)  # steps from reading to reading
+keep = {0, *(every * 2**doublings for doublings in range(6))}
+
+
+def train(run, bos):
+    """Train on backcopy; leaves checkpoints and readings in `run`, returns model and losses."""
+    torch.manual_seed(seed)
+    mine = transformers.LlamaForCausalLM(llama)
+    optimizer = torch.optim.AdamW(mine.parameters(), lr=5e-3, weight_decay=0.1)
+    monitor = P0Monitor(probes[run.name], every=every, csv=run / "p0.csv")
+    rng, losses = np.random.default_rng(seed), []
+    for step in range(steps + 1):
+        monitor.step(mine, step)
+        if step in keep:
+            mine.save_pretrained(run / f"checkpoint-{step}")
+        ids = backcopy(rng, bos=bos)
+        loss = mine(ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    print(f"{run.name}: {monitor.status}")
+    return mine, losses
+
+
+starts = {"behind BOS": True, "random first": False}
+probes = {
+    name: from_ids(backcopy(np.random.default_rng(10_000 + seed), 64, bos))
+    for name, bos in starts.items()
+}
+runs = {name: pathlib.Path(folder.name) / name for name in starts}
+trained = {name: train(runs[name], bos) for name, bos in starts.items()}
+
+# %% [markdown]
+# Readings go to a CSV file as they come (and, with a Trainer or Lightning, to its loggers). *Excess* is what the highest
+# heads give to P0 beyond what they give to position 8. A reading is *above* if that is more than twice what attending to
+# everything alike would give (dashed), and the sink is *formed* when three in a row are; a circle marks the first of them.
+
+# %% tags=["cover"]
+from p0circuit.report.figures import Course, courses
+from p0circuit.sink import least_excess
+
+lines = []
+for name, run in runs.items():
+    readings = pd.read_csv(run / "p0.csv")
+    losses = trained[name][1]
+    readings["tokens"] = readings["step"] * ROWS * LENGTH
+    readings["loss"] = [np.mean(losses[max(0, at - 5) : at + 5]) for at in readings["step"]]
+    since = readings["formation_step"].iloc[-1]
+    formed = None if pd.isna(since) else int((readings["step"] == since).argmax())
+    lines.append(Course(name, name, readings, formed))
+panels = {
+    "Loss": ("loss", "nats per token"),
+    "Highest heads": ("excess", "excess score"),
+    "Norm ratio after block 1": ("norm_ratio", "P0 over median"),
+}
+figure = courses(panels, lines, "Two runs, as the monitor saw them")
+figure.axes[1].axhline(least_excess(LENGTH), color="0.5", linewidth=0.8, linestyle="--")
+page.show(figure, "loss, excess score and norm ratio of two runs in training")
+
+# %% [markdown]
+# Both learn the task. Behind BOS a sink forms within a few hundred steps, with most of the attention of the highest heads;
+# behind a random token hardly anything has begun by then. And P0 is no outlier in either. So this is *not* the circuit of the paper, which needs no BOS: it is
+# the shortest way to a sink, a key that the embedding of one token has in layer 0 already. (The circuit proper takes text,
+# depth and time; `bos-0`, trained on text behind BOS, has a sink that hangs on the token too.)
+#
+# With the `Trainer` of `transformers` the monitor is one line, `monitor.attach(trainer)`, and the readings come out of the
+# Trainer's own log, wherever that goes (TensorBoard, W&B). Lightning: `Trainer(callbacks=[monitor.lightning()])`. Here the
+# Trainer takes the first model ten steps further.
+
+# %%
+trainer = transformers.Trainer(
+    trained["behind BOS"][0],
+    transformers.TrainingArguments(
+        output_dir=folder.name,
+        max_steps=10,
+        learning_rate=1e-3,
+        per_device_train_batch_size=ROWS,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    ),
+    train_dataset=[
+        {"input_ids": row, "labels": row}
+        for row in backcopy(np.random.default_rng(30_000 + seed), 10 * ROWS)
+    ],
+)
+trainer.remove_callback(transformers.PrinterCallback)
+P0Monitor(probes["behind BOS"], every=5).attach(trainer)
+trainer.train()
+logged = [line for line in trainer.state.log_history if "p0/excess" in line]
+page.show(pd.DataFrame(logged)[["step", "p0/excess", "p0/sink_rate", "p0/norm_ratio"]])
+
+# %% [markdown]
+# ## 6. What it left on disk
+#
+# `checkpoint-N` is how the Trainer lays a run out, and `p0circuit trace ./my-run` reads that: every checkpoint is opened as in
+# section 1 and measured on the same rows. The monitor read the same models from inside the training; the two take
+# different ways through different code, and have to agree.
+
+# %%
+from p0circuit.report.figures import development
+from p0circuit.training.trace import checkpoints_of, trace
+
+run, probe = runs["behind BOS"], probes["behind BOS"]
+kept = checkpoints_of(run)
+traced = trace(run, lambda _: probe, kept, load=lambda step: open_model(run, step))
+figure = development({run.name: traced.to_dataframe()}, traced.formation_step)
+page.show(figure, "the trace of the run, from its checkpoints")
+both = traced.to_dataframe().merge(
+    lines[0].table, on="step", suffixes=(" (trace)", " (monitor)")
+)
+sides = [
+    f"{name} ({side})" for name in ("sink_rate", "norm_ratio") for side in ("trace", "monitor")
+]
+page.show(both[["step", *sides]])
+
+# %% [markdown]
+# And a causal question to the model that came out: does its sink hang on the position, or on the token? On new rows of the
+# task, put another token in the place of BOS; or BOS at position 16, where it never stood in training.
+
+# %%
+from p0circuit.experiments.heads import excess_scores
+from p0circuit.intervals import bootstrap
+from p0circuit.report.figures import bars
+
+last = open_model(run, kept[-1])
+rng = np.random.default_rng(20_000 + seed)
+as_trained, without = backcopy(rng, samples), backcopy(rng, samples, bos=False)
+moved = without.clone()
+moved[:, 16] = 0
+heads = traced.heads
+found = {
+    "BOS at P0": excess_scores(last, from_ids(as_trained), heads),
+    "another at P0": excess_scores(last, from_ids(without), heads),
+    "BOS at 16": excess_scores(last, from_ids(moved), heads, offset=16),
+}
+left = {name: bootstrap(values) for name, values in found.items()}
+figure = bars({"What draws attention": left}, "Position or token?", ["excess score"])
+page.show(
+    figure, "excess score of BOS at position zero, of another token there, of BOS elsewhere"
+)
+
+# %%
+own = attempt(DirectionOrNorm(), last, from_ids(as_trained))
+
+# %% [markdown]
+# The token does it, wherever it stands. And C8 does not apply once more, for another reason than above: this sink is one of
+# layer 0, so nothing that is done to P0's stream behind block 1 can reach it.
+#
+# ## 7. From here on: the command line
+#
+# ```shell
+# p0circuit sink ./my-model --json                 # the numbers of section 3
+# p0circuit reproduce ./my-model --text ./my-texts # every claim with its controls, and a report
+# p0circuit advise ./my-model --text ./my-texts    # what it means for one who uses the model
+# p0circuit trace ./my-run                         # section 6, and resumable
+# p0circuit sweep --models ./a,./b --checkpoints 0,400 --experiments C1,C8 --workers 2 # on Ray
+# p0circuit trace ./my-moe-run --device-map auto --dtype bfloat16 # larger than one device
+# ```
+#
+# A hub id takes the place of a directory everywhere (`p0circuit sink EleutherAI/pythia-160m --checkpoint 1000`); revisions
+# are its checkpoints. What is larger than one device is spread over GPUs, CPU memory and disk, and the command says what
+# that takes before it loads anything: see [the README](../README.md#larger-than-one-device). Code that comes with a model is
+# never run. What all this means for one who *uses* a model is the subject of [08](08_practice.ipynb).
+
+# %%
+folder.cleanup()
+figures = {
+    "largest_difference_of_logits": table["logits apart"].max(),
+    "best_head": sink_map.metrics["best_head"].value,
+    "sink_rate": sink_map.metrics["sink_rate"].value,
+    "final_excess_behind_bos": lines[0].table["excess"].iloc[-1],
+    "final_excess_random_first": lines[1].table["excess"].iloc[-1],
+    "monitor_and_trace_apart": (both[sides[0]] - both[sides[1]]).abs().max(),
+    **{f"excess_{name.lower().replace(' ', '_')}": one.value for name, one in left.items()},
+}
+if (bos := claims["bos-ablation"]) is not None:
+    name = "score_without_over_with_bos"
+    figures[name] = bos.metrics[name].value
+page.key_figures(**figures)
