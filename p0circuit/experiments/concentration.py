@@ -69,6 +69,9 @@ class Concentration(RunsExperiment):
                 "causal_spearman": over_seeds([spearman(values) for values in told]),
                 "causal_spearman_p": Interval(p, p, p, sum(map(len, told))),
                 "causal_final": over_seeds(final),
+                "observed_spearman": over_seeds(
+                    [spearman(run["concentration_observed"][run.formation :]) for run in judged]
+                ),
                 "observed_final": over_seeds(observed),
             },
             {"concentration": pd.DataFrame([line for run in runs for line in _lines(run)]), "stages": _stages(runs)},

@@ -2,7 +2,8 @@
 
 1. TNLM (no loss on the prediction made at P0) and Force-sink (P0 keeps k channels, all others the rest, before every
    norm) beside the same recipe without them: same corpus, tokens, seeds, and BOS at every row's beginning.
-2. By pairs of the same seed: share of tokens until the sink has formed, and final excess score of the sink heads.
+2. By pairs of the same seed: share of tokens until the sink has formed, and final excess score of the sink heads. A
+   run's sink heads are its own, few or many: the sink rate stands beside their score.
 3. Beside it the outlier (norm ratio of P0), since a sink need not have one, and the loss at equal tokens.
 """
 
@@ -49,11 +50,7 @@ class Methods(RunsExperiment):
     def measure(self, runs: Sequence[Run], reference: str) -> Result:
         metrics: dict[str, Interval] = {}
         for variant in METHODS:
-            pairs = seeds_in_common(of_variant(runs, variant), of_variant(runs, reference))
-            if len(pairs) < 2:
-                raise NotApplicable(
-                    f"{variant!r} and {reference!r} have {len(pairs)} seeds in common; an interval needs two"
-                )
+            pairs = _pairs(runs, variant, reference)
             for name, value in _MEASURED.items():
                 differences = [value(run) - value(baseline) for run, baseline in pairs]
                 metrics[f"{variant.replace('-', '_')}_{name}_difference"] = over_seeds(differences)
@@ -77,6 +74,24 @@ class Methods(RunsExperiment):
                 )
             },
         )
+
+
+def _pairs(runs: Sequence[Run], variant: str, reference: str) -> list[tuple[Run, ...]]:
+    """The runs of a method and of its baseline by seed.
+
+    Raises:
+        NotApplicable: there are fewer than two, or they differ in more than the method.
+    """
+    pairs = seeds_in_common(of_variant(runs, variant), of_variant(runs, reference))
+    if len(pairs) < 2:
+        raise NotApplicable(f"{variant!r} and {reference!r} have {len(pairs)} seeds in common; an interval needs two")
+    for run, baseline in pairs:
+        if run.first != baseline.first:
+            raise NotApplicable(
+                f"rows of {run.name} begin with {run.first} and those of {baseline.name} with {baseline.first}: they "
+                "differ in more than the method"
+            )
+    return pairs
 
 
 _MEASURED = {

@@ -28,8 +28,9 @@ from p0circuit.models import describe, forward
 from p0circuit.models.forward import Hook
 from p0circuit.prompts import PromptSet
 
-TOLERANCE = 1e-3
-"""How far the sum of what the experts write may be from the MLP's output, relative to its largest number."""
+TOLERANCE, ROUNDINGS = 1e-3, 4
+"""How far the sum of what the experts write may be from the MLP's output, relative to its largest number: this, or so
+many roundings in the model's dtype, whichever is more. A shared expert, or a norm, makes it differ by far more."""
 
 
 @dataclass(frozen=True)
@@ -40,16 +41,19 @@ class Experts:
         weights: of the router, 0 where the position is not routed to an expert.
         written: the expert's output times its weight.
         output: the MLP's own output; its experts' outputs add up to it.
+        dtype: in which all this was computed.
     """
 
     weights: Float[Tensor, "sample expert"]
     written: Float[Tensor, "sample expert d_model"]
     output: Float[Tensor, "sample d_model"]
+    dtype: torch.dtype
 
     @property
     def complete(self) -> bool:
         """Whether the experts add up to the MLP's output: not with a shared expert, nor with a norm after them."""
-        return bool((self.written.sum(1) - self.output).abs().max() <= TOLERANCE * self.output.abs().max())
+        tolerance = max(TOLERANCE, ROUNDINGS * torch.finfo(self.dtype).eps)
+        return bool((self.written.sum(1) - self.output).abs().max() <= tolerance * self.output.abs().max())
 
 
 def mixture_layers(model: Any) -> list[int]:
@@ -136,7 +140,7 @@ def experts_at(
         for offset, place in places.items():
             at = (rows.to(read.device), place.to(read.device))
             weights, written = _each(model, layer, read[at])
-            see(layer, offset, Experts(weights, written, output[at].float().cpu()))
+            see(layer, offset, Experts(weights, written, output[at].float().cpu(), output.dtype))
 
     hooks = [hook for layer in layers for hook in _around(model, layer, functools.partial(look, layer=layer))]
     forward(model, prompts.ids, prompts.attention_mask, hooks=hooks, stop_at_layer=max(layers) + 1)

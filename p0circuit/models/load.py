@@ -18,6 +18,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -191,25 +192,36 @@ def stored_model(name: str | Path, checkpoint: int | str | None = None) -> Store
     """
     source = _resolve(name, checkpoint)
     config = _check_folder(source)
+    try:
+        fingerprint = _files_fingerprint(source.folder)
+    except OSError as error:
+        # A run under way deletes its oldest checkpoints.
+        raise ModelError(f"{source.name}: a file in {source.folder} went or cannot be read: {error}") from error
     return StoredModel(
         source.name,
         source.label,
         source.tokenizers,
         _load_tokenizer(source),
         config.get_text_config().vocab_size,
-        _files_fingerprint(source.folder),
+        fingerprint,
     )
 
 
 def _files_fingerprint(folder: Path) -> str:
     if folder.parent.name == "snapshots" and re.fullmatch("[0-9a-f]{40}", folder.name):
         return folder.name
+    files = (folder / "config.json", *sorted(folder.glob("model*.safetensors*")))
+    # Hashing one file after the other would take a large model longer than reading it.
+    with ThreadPoolExecutor() as pool:
+        found = [f"{path.name} {digest}" for path, digest in zip(files, pool.map(_file_digest, files), strict=True)]
+    return hashlib.sha256("\n".join(found).encode()).hexdigest()
+
+
+def _file_digest(path: Path) -> str:
     digest = hashlib.sha256()
-    for path in (folder / "config.json", *sorted(folder.glob("model*.safetensors*"))):
-        digest.update(f"{path.name} {path.stat().st_size} ".encode())
-        with path.open("rb") as file:
-            while part := file.read(2**20):
-                digest.update(part)
+    with path.open("rb") as file:
+        while part := file.read(2**20):
+            digest.update(part)
     return digest.hexdigest()
 
 
@@ -447,6 +459,7 @@ def _listed(items: list[Any], most: int = 200) -> str:
 
 def _check_folder(source: _Source) -> Any:
     """Read the config, having made sure that the folder is whole and holds a causal language model."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     if not (source.folder / "config.json").is_file():
@@ -454,7 +467,7 @@ def _check_folder(source: _Source) -> Any:
     _check_weight_files(source)
     try:
         config = AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise ModelError(
             f"{source.name}: config.json cannot be used ({error}); code from model folders is not run"
         ) from error

@@ -91,8 +91,8 @@ class P0Monitor:
     """Reads the P0 sink of a model in training every so many steps.
 
     The probe rows are those given, or made of text with a tokenizer, or of random tokens where there is neither; they
-    are drawn once, by the seed. At P0 stands what the rows begin with: to watch a model that always sees BOS, give rows
-    that begin with it. The random tokens of the shifted run leave special ones out where a tokenizer is known, its own
+    are drawn once, by the seed. At P0 stands what the rows begin with: for a model that always sees BOS it is to be
+    `first="bos"`, since its sink may hang on that token. The random tokens of the shifted run leave special ones out where a tokenizer is known, its own
     or that of the Trainer it is attached to.
 
     Attributes:
@@ -105,6 +105,7 @@ class P0Monitor:
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
         text: str | Path = "english",
+        first: str | int = "text",
         rows: int = 32,
         length: int = 64,
         seed: int = 0,
@@ -115,8 +116,9 @@ class P0Monitor:
 
         Args:
             probe: rows to read, without padding: a `PromptSet` or ids [batch, pos].
-            tokenizer: makes the probe from `text` (as in `prompts.natural_text`) where none is given.
-            rows, length, seed: of a probe that is made here.
+            tokenizer: makes the probe from `text` where none is given.
+            text, first, rows, length, seed: of a probe that is made here, as in `prompts.natural_text`; `first` is what
+                stands at P0: "text", "bos", "random", or a token id.
             every: steps between readings.
             csv: a file to write one row per reading to. A run that is started again goes on with it: rows at or after
                 the step it begins at are superseded, and the file as it was is kept beside it with `.old` at the end.
@@ -131,13 +133,13 @@ class P0Monitor:
             raise ValueError("a probe and a tokenizer to make one with: expected one of them")
         self.every, self.seed = every, seed
         self._size = rows, length
-        self._text, self._tokenizer = text, tokenizer
+        self._text, self._first, self._tokenizer = text, first, tokenizer
         self._probe: PromptSet | None = None
         self._prefix: Int[Tensor, "batch shift"] | None = None
         if probe is not None:
             self._set_probe(from_ids(probe.cpu()) if isinstance(probe, Tensor) else probe)
         elif tokenizer is not None:
-            self._set_probe(natural_text(tokenizer, text, rows, length, seed))
+            self._set_probe(self._text_probe(tokenizer))
         self._csv = None if csv is None else Path(csv)
         # How many readings the file holds for certain.
         self._in_file = 0
@@ -192,7 +194,7 @@ class P0Monitor:
         if self._tokenizer is None and isinstance(tokenizer, PreTrainedTokenizerBase):
             self._tokenizer = tokenizer
             if self._probe is None:
-                self._set_probe(natural_text(tokenizer, self._text, *self._size, self.seed))
+                self._set_probe(self._text_probe(tokenizer))
         trainer.add_callback(P0TrainerCallback(self, trainer.log))
 
     def lightning(self, model: Callable[[Any], nn.Module] | None = None) -> Any:
@@ -242,6 +244,9 @@ class P0Monitor:
             self._in_file = 0
         self.readings = [*kept, reading]
         return reading
+
+    def _text_probe(self, tokenizer: PreTrainedTokenizerBase) -> PromptSet:
+        return natural_text(tokenizer, self._text, *self._size, self.seed, self._first)
 
     def _set_probe(self, probe: PromptSet) -> None:
         if not bool(probe.attention_mask.all()):

@@ -253,9 +253,10 @@ def trace(
     """Measure the checkpoints of a run, in order of their steps, and keep each row in `out` as soon as it is there.
 
     `prompts_for` makes the prompts from a checkpoint as it is stored (its tokenizer and the size of its vocabulary);
-    they are the same for every checkpoint. A row that `out` holds already, of the same stored weights, prompts, code
-    and `settings` (whatever else decides what `load` gives, such as the dtype), is read, and nothing is loaded. What
-    cannot be loaded or measured is named in `missing`, and stops nothing.
+    a checkpoint for which they come out otherwise than for those before cannot be measured. A row that `out` holds
+    already, of the same stored weights, prompts, code and `settings` (whatever else decides what `load` gives, such as
+    the dtype), is read, and nothing is loaded. What cannot be loaded or measured is named in `missing`, and stops
+    nothing.
 
     Raises:
         ValueError: a checkpoint's name has no step in it, or they are of several stages of training.
@@ -263,7 +264,7 @@ def trace(
     """
     rows: list[dict[str, Any]] = []
     missing: dict[str, str] = {}
-    name, length = str(source), 0
+    name, length, same = str(source), 0, ""
 
     def load_it(checkpoint: int | str) -> Any:
         return load_model(source, checkpoint=checkpoint) if load is None else load(checkpoint)
@@ -273,6 +274,9 @@ def trace(
             stored = stored_model(source, checkpoint)
             prompts = prompts_for(stored)
             name, length = stored.name.partition("@")[0], prompts.length
+            same = same or prompts.fingerprint()
+            if prompts.fingerprint() != same:
+                raise ModelError("its prompts are not those of the checkpoints before: another tokenizer, or none")
             key = _key(stored, prompts, settings)
             kept = None if out is None else out / f"{name}@{stored.label}.json".replace("/", "--")
             row = _kept_row(kept, key)

@@ -220,7 +220,8 @@ def train(
 ) -> Path:
     """Train a model as `config` says and leave it in `out`, with its trace; returns `out`.
 
-    A second call with the same arguments goes on where an interrupted one stopped, and gives the same weights.
+    A second call with the same arguments goes on where an interrupted one stopped, and gives the same weights. A
+    finished run is left as it is.
     `report` is told (step, loss) after every step.
 
     Raises:
@@ -233,6 +234,9 @@ def train(
         raise ValueError(
             f"{str(out)!r} holds a run of another configuration ({recorded.name}); choose an empty directory"
         )
+    if (out / "config.json").exists():
+        # Written last of all: the run is finished.
+        return out
     write_json(recorded, asdict(config))
 
     tokenizer, stream, held_out = prepare_corpus(config, out)

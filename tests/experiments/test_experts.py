@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from p0circuit.experiments.experts import Experts, ExpertsConfig, _in_use, _rand
 from p0circuit.experiments.heads import excess_scores, find_sink_heads
 from p0circuit.models import load_model
 from p0circuit.models.hooked import available
-from p0circuit.prompts import PromptSet, random_tokens
+from p0circuit.prompts import PromptSet, natural_text, random_tokens
 from p0circuit.results import Result
 from tests.families import build
 from tests.interventions.test_experts import silent
@@ -158,3 +159,16 @@ def test_the_figures(random_result: Result) -> None:
     removed: Any = random_result.figures["removed"]
     assert removed.get_suptitle() == "qwen3-moe: without some experts"
     assert [label.get_text() for label in removed.axes[0].get_xticklabels()] == ["0", "1", "2", "4"]
+
+
+@pytest.mark.slow
+def test_the_shipped_mixture_as_the_command_for_a_large_one_loads_it(tmp_path: Path) -> None:
+    """In bfloat16, where experts add up to their MLP but for rounding; with its blocks on the disk and without."""
+    config = replace(QUICK, alone=1, draws=1)
+    found = []
+    for given in ({}, {"device_map": "disk", "offload_folder": tmp_path}):
+        model = load_model("moe-0", device="cpu", dtype=torch.bfloat16, **given)
+        found.append(Experts(config).run(model, natural_text(model.tokenizer, "code", n=16, length=64)))
+    here, waiting = (result.metrics for result in found)
+    assert here == waiting and here["norm_ratio"].value > 5
+    assert here["excess_left_without_4_top_experts_at_p0"].value < here["excess_left_without_4_random_experts"].low

@@ -153,6 +153,26 @@ def test_a_run_without_tokens_is_judged_by_its_steps():
     assert Early().run(without).metrics == Early().run(runs).metrics
 
 
+def test_the_correlation_is_within_seeds_and_its_interval_over_them():
+    rng = np.random.default_rng(5)
+    runs = []
+    for seed in range(3):
+        for variant in ("bos", "tnlm"):
+            moved = rng.normal(0, 0.1, len(STEPS)) * (STEPS < 9000)
+            run = made_up(variant, seed, 0.05, loss=moved)
+            runs.append(replace(run, table=run.table.assign(sink_rate_from_layer_2=0.4 - 0.5 * moved)))
+    found = Convergence().run(runs).metrics["partial_correlation"]
+    assert found.n == 3 and found.high < -0.9
+
+
+def test_an_induction_head_is_more_than_chance():
+    runs = [made_up("bos", seed, 0.05) for seed in range(2)]
+    for run in runs:
+        run.table["induction_score"] = 0.02
+    table = Early().run(runs).tables["formation"]
+    assert (table["induction_share"] == 1).all()
+
+
 def test_a_held_out_seed_is_predicted_from_the_others_alone():
     runs = [made_up("bos", seed, 0.05, loss=0.1 * seed * (STEPS < 9000)) for seed in range(3)]
     table = held_out_errors(runs).groupby("run")["step_alone"].mean()
@@ -180,6 +200,9 @@ def test_methods_are_compared_by_pairs_of_seeds():
     assert verdict(Methods(), [*baseline, *same, *better[3:]]) == "not reproduced"
     with pytest.raises(NotApplicable, match="0 seeds in common"):
         Methods().run(baseline)
+    plain = [replace(run, variant="baseline", first="text") for run in baseline]
+    with pytest.raises(NotApplicable, match=r"tnlm-0 begin with bos and those of baseline-0 with text.*the method"):
+        Methods().run([*plain, *better], "baseline")
 
 
 def test_the_interval_over_seeds_is_students():

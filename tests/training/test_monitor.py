@@ -682,6 +682,17 @@ def test_transformers_trainer_in_bf16_with_gradient_checkpointing(tmp_path, capl
     assert "training goes on" not in caplog.text
 
 
+def test_a_sink_that_hangs_on_bos_is_seen_behind_it():
+    folder = data_dir() / "models" / "bos-0"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    found = {}
+    for first in ("text", "bos"):
+        monitor = P0Monitor(tokenizer=tokenizer, text="code", first=first, every=1)
+        assert all(monitor.step(model.float(), step) is not None for step in range(3))
+        found[first] = monitor.status
+    assert found == {"text": "none", "bos": "formed since step 0"}
+
+
 def test_the_trainers_tokenizer_makes_the_probe(tiny_model_dir, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from p0circuit.activations import RESIDUAL_NORMS, SINK_SCORE, record
 from p0circuit.models import ModelError, describe, forward, load_model, stored_model
+from p0circuit.models import load as load_module
 from p0circuit.paths import data_dir
 from p0circuit.prompts import natural_text, random_tokens
 from p0circuit.training.development import (
@@ -218,14 +219,14 @@ def test_where_the_tokens_are_told(run):
 
 
 def test_a_damaged_checkpoint_is_named_left_out_and_a_gap(run, tmp_path):
-    for step in (3, 7000, 7001, 7002, 7003):
+    for step in (3, 7000, 7001, 7002, 7003, 7004):
         shutil.copytree(run / "checkpoint-4339", run / f"checkpoint-{step}")
     (run / "checkpoint-7000" / "model.safetensors").write_bytes(b"cut off")
     for step, content in ((7001, '{"weight_map": {'), (7002, '{"metadata": {}}')):
         (run / f"checkpoint-{step}" / "model.safetensors.index.json").write_text(content)
-    for step in (27, 7004):
+    for step in (27, 7005):
         (run / f"checkpoint-{step}").mkdir()
-    steps = [0, 3, 27, 4339, 7000, 7001, 7002, 7003, 7004, 20000]
+    steps = [0, 3, 27, 4339, 7000, 7001, 7002, 7003, 7004, 7005, 20000]
     assert checkpoints_of(run) == steps
     # It loads, and what it computes from most tokens is infinite.
     weights = load_file(run / "checkpoint-7003" / "model.safetensors")
@@ -233,6 +234,8 @@ def test_a_damaged_checkpoint_is_named_left_out_and_a_gap(run, tmp_path):
     weights["model.embed_tokens.weight"][100:] = 1e25
     save_file(weights, run / "checkpoint-7003" / "model.safetensors", metadata={"format": "pt"})
     (run / "checkpoint-3" / "model.safetensors").unlink()
+    config = json.loads((run / "checkpoint-7004" / "config.json").read_text())
+    (run / "checkpoint-7004" / "config.json").write_text(json.dumps(config | {"vocab_size": "many"}))
 
     found = trace(run, prompts_for, checkpoints_of(run))
     assert [row["step"] for row in found.rows] == [*STEPS]
@@ -240,7 +243,7 @@ def test_a_damaged_checkpoint_is_named_left_out_and_a_gap(run, tmp_path):
     assert list(map(int, found.missing)) == gaps
     for step in ("7001", "7002"):
         assert "a weight file in" in found.missing[step] and "no JSON with a weight_map" in found.missing[step]
-    assert "not finite" in found.missing["7003"]
+    assert "not finite" in found.missing["7003"] and "config.json cannot be used" in found.missing["7004"]
     figure = found.figure()
     loss = dict(zip(*figure.axes[0].lines[0].get_data(), strict=True))
     assert [step for step, value in loss.items() if math.isnan(value)] == gaps
@@ -249,6 +252,32 @@ def test_a_damaged_checkpoint_is_named_left_out_and_a_gap(run, tmp_path):
         trace(run, prompts_for, [27])
     with pytest.raises(ModelError, match="keeps no checkpoints"):
         checkpoints_of(data_dir() / "prompts")
+
+
+def test_a_checkpoint_that_goes_while_it_is_read_is_a_gap(run, monkeypatch):
+    whole = load_module._file_digest
+
+    def vanishing(path):
+        if path.parent.name == "checkpoint-4339" and path.suffix == ".safetensors":
+            raise FileNotFoundError(2, "No such file or directory", str(path))
+        return whole(path)
+
+    monkeypatch.setattr(load_module, "_file_digest", vanishing)
+    found = trace(run, prompts_for, STEPS)
+    assert [row["step"] for row in found.rows] == [0, 20000] and "went or cannot be read" in found.missing["4339"]
+
+
+def test_all_checkpoints_are_measured_on_the_same_prompts(run):
+    """A tokenizer beside the last checkpoint alone: what it reads is not what the others did."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.move(run / name, run / "checkpoint-20000" / name)
+
+    def prompts(stored):
+        return random_tokens(1024, n=4, length=16) if stored.tokenizer is None else prompts_for(stored)
+
+    found = trace(run, prompts, STEPS)
+    assert [row["step"] for row in found.rows] == [0, 4339]
+    assert "another tokenizer, or none" in found.missing["20000"]
 
 
 def test_the_place_of_a_run_is_that_of_a_model(run, monkeypatch):

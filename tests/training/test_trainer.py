@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -301,6 +302,16 @@ def test_a_finished_run_is_left_as_it_is(uninterrupted: Path) -> None:
     train(TINY, uninterrupted, save_every=7, report=lambda step, loss: steps.append(step))
     assert steps == []
     assert contents(uninterrupted) == before
+
+
+def test_a_finished_run_is_left_as_it_is_without_what_it_worked_with(uninterrupted: Path, tmp_path: Path) -> None:
+    """As models are shipped; its card may say more than the trainer knows."""
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run, ignore=shutil.ignore_patterns("work", "trace"))
+    (run / "README.md").write_text("measured")
+    before = contents(run)
+    assert train(TINY, run, report=lambda step, loss: pytest.fail("trained again")) == run
+    assert contents(run) == before
 
 
 def test_a_corpus_without_text_or_with_too_little_is_refused(tmp_path: Path) -> None:
