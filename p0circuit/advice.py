@@ -1,41 +1,42 @@
 """Advice: what the first-token bias does to one model on one text, and what to do about it.
 
 1. *Is there a P0 sink?* Sink heads are chosen on one half of the rows; on the other their excess score has to be above
-   twice that of uniform attention, beyond doubt. Looked for in the text as it is and then behind BOS.
+   twice that of uniform attention, beyond doubt. Looked for in the text as it is and then behind BOS, unless the model
+   predicts worse there, beyond doubt: that is no BOS of its own.
 2. *Does it hang on BOS?* It does where less than half of the excess score that there is behind BOS is left without.
 3. *From which layer on?* The first layer with a sink head whose own excess score passes the same test.
 4. *What breaks if the first tokens are dropped?* Decoding with a window and none of them, against the first four kept
-   (C17), and how many have to be kept.
-5. *Does int8 need care?* The error that is left when P0 is kept in high precision, and the loss that one grid per
-   tensor adds (C18).
+   (C17). A smaller number is enough where it costs less than the limit beyond doubt; four are the answer where all
+   fewer cost more beyond doubt, and what is kept to be safe where that cannot be told.
+5. *Does int8 need care?* The loss decides that one grid per tensor adds (C18), or, where no loss can be read, the error
+   that is left when P0 is kept in high precision. That is advised only where it helps beyond doubt.
 6. *Which heads are dormant?* Those that can be zeroed, the highest sink score first, at 1 % more loss (C19).
 
 Every answer carries the values behind it with their 95 % intervals. An interval on both sides of its limit is answered
-"cannot tell", and so is what this model or this text does not show, with the reason. The limits stand below; they were
-fixed before anything was measured.
+"cannot tell", and so is what this model or this text does not show, with the reason. Where there is no sink, nothing is
+advised on account of one. The limits stand below; they were fixed before anything was measured.
 """
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from jaxtyping import Float
+from typing import TYPE_CHECKING, Any
 
 from p0circuit.activations import TOKEN_LOSSES, record, score_at
 from p0circuit.experiments.base import NotApplicable
 from p0circuit.experiments.conditions import WITH_BOS, WITHOUT_BOS, bos_id
 from p0circuit.experiments.dormant_heads import ENOUGH, SINK, TOLERANCE, by_sink_score, zeroed
 from p0circuit.experiments.heads import Heads, excess_by_head, over_heads, sink_heads
-from p0circuit.experiments.quantisation import P0_IN, P0_KEPT, SCHEMES, int8_effects
+from p0circuit.experiments.quantisation import P0_IN, P0_KEPT, PER_TOKEN, SCHEMES, Int8Effects, int8_effects
 from p0circuit.experiments.streaming import (
     DROPPED,
     FIRST,
     SINKS,
     WINDOWS_PER_ROW,
+    Costs,
     costs_of,
     decoded,
     first_prediction,
@@ -45,7 +46,11 @@ from p0circuit.intervals import Interval, bootstrap, ratio_interval
 from p0circuit.interventions.nodes import InterventionError
 from p0circuit.models import ModelError, describe
 from p0circuit.prompts import PromptSet
+from p0circuit.results import drawn
 from p0circuit.sink import CONTROL, least_excess
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 FEWEST = 16
 """With fewer rows nothing is told."""
@@ -54,7 +59,7 @@ HANGS_ON_BOS = 0.5
 LOSS_SHARE = 0.01
 """Loss counts from this share of it on: when first tokens are dropped, and in int8."""
 ERROR_LEFT = 0.5
-"""P0 spoils int8 where keeping it in high precision leaves less than this share of the error."""
+"""Where no loss can be read, P0 spoils int8 if keeping it in high precision leaves less of the error than this."""
 ALL_FIRST = tuple(range(FIRST))
 INT8_ROWS = 64
 DORMANT_ROWS = 64
@@ -62,8 +67,13 @@ DORMANT_ROWS = 64
 CANNOT = (NotApplicable, InterventionError, ModelError)
 """What says that something cannot be measured on this model or these prompts."""
 
-YES, NO, UNKNOWN, NOTHING = "yes", "no", "cannot tell", "not applicable"
+YES, NO, NONE, UNKNOWN, NOTHING = "yes", "no", "none", "cannot tell", "not applicable"
 HIGH, LOW = "high", "low"
+
+# The questions, in the order in which they are answered.
+SINK_THERE, ON_BOS, FROM_LAYER = "Is there a P0 sink?", "Does it hang on BOS?", "From which layer on?"
+DROPS, KEEPS = "What breaks if the first tokens are dropped?", "How many first tokens to keep in a window?"
+INT8, DORMANT = "Is int8 for activations a risk?", "Which heads are dormant?"
 
 
 @dataclass(frozen=True)
@@ -73,7 +83,7 @@ class Statement:
     Attributes:
         topic: the question.
         text: the answer with its figures, or why there is none.
-        verdict: the answer in a word: yes, no, a number, high, low, "cannot tell", "not applicable".
+        verdict: the answer in a few words: yes, no, a number, high, low, nothing, names, "cannot tell".
         advice: what to do about it.
         measured: the values behind it.
     """
@@ -96,7 +106,7 @@ class Advice:
         has_sink: whether there is a P0 sink, in the text as it is or behind BOS.
         bos_dependent: whether it hangs on BOS; None also where there is no sink.
         first_sink_layer: the first layer with a sink head; None also where there is no sink.
-        sink_tokens_to_keep: how many first tokens a sliding window should keep in its cache.
+        sink_tokens_to_keep: how many first tokens a sliding window should keep in its cache, beyond doubt.
         loss_without_sink: what keeping none adds to the loss of keeping four, in nats per token.
         quantisation_risk: "low", "high" or "cannot tell".
         dormant_heads: those that can be zeroed at 1 % more loss, beyond doubt.
@@ -128,13 +138,14 @@ def advise(model: Any, prompts: PromptSet) -> Advice:
     """
     reads = model.tokenizer is not None
     looked = _look(model, prompts)
-    used = next((look for look in looked if look.verdict == YES), None)
+    added = _added_by_bos(model, *(look.prompts for look in looked)) if reads and len(looked) > 1 else None
+    used = next((look for look in _counted(looked, added) if look.verdict == YES), None)
     rows = used.prompts if used else prompts
-    sink = _sink(looked, used, prompts)
-    bos, hangs = _bos(model, looked, used, sink.verdict)
+    sink = _sink(looked, used, prompts, added)
+    bos, hangs = _bos(model, looked, used, sink.verdict, added)
     layer_said, layer = _layer(used, sink.verdict)
-    lost_said, lost, keep_said, keep = _streaming(model, rows, reads)
-    risk = _int8(model, rows, reads)
+    lost_said, lost, keep_said, keep = _streaming(model, rows, sink.verdict, reads)
+    risk = _int8(model, rows, sink.verdict, reads)
     dormant_said, dormant = _dormant(model, rows, sink.verdict, reads)
     return Advice(
         model=describe(model).name,
@@ -153,11 +164,39 @@ def write_advice(advice: Advice, directory: Path) -> list[Path]:
     """Write `advice.json` and `advice.html`, one file that opens offline; returns their paths."""
     from p0circuit.report.page import render
 
-    page = render("advice.html.j2", advice=advice)
+    figure = draw_costs(advice)
+    picture = figure and "data:image/svg+xml;base64," + base64.b64encode(drawn(figure, "svg")).decode()
+    page = render("advice.html.j2", advice=advice, picture=picture, limit=f"{LOSS_SHARE:.0%}")
     written = write_json(directory / "advice.json", advice.to_json())
     html = directory / "advice.html"
     write_atomically(html, lambda temporary: temporary.write_text(page, encoding="utf-8"))
     return [written, html]
+
+
+def draw_costs(advice: Advice) -> Figure | None:
+    """What was found to add to the loss, question by question, against the limit; None where no loss could be read."""
+    from p0circuit.report.figures import intervals
+
+    def costs(statement: Statement) -> dict[str, Interval]:
+        named = {
+            name.removeprefix(_WITH).removesuffix(_SHARE): share
+            for name, share in statement.measured.items()
+            if name.startswith(_WITH) and name.endswith(_SHARE)
+        }
+        return {
+            name: Interval(100 * share.value, 100 * share.low, 100 * share.high, share.n)
+            for name, share in named.items()
+        }
+
+    panels = {statement.topic: found for statement in advice.statements if (found := costs(statement))}
+    if not panels:
+        return None
+    title = f"{advice.model}: loss added (dashed: the limit, {LOSS_SHARE:.0%})"
+    return intervals(panels, title, ["% of the loss"] * len(panels), reference=100 * LOSS_SHARE)
+
+
+# How the values are named that stand in the figure.
+_WITH, _SHARE = "loss added with ", ", as a share"
 
 
 # The sink
@@ -218,8 +257,14 @@ def _about(prompts: PromptSet, reads: bool) -> Statement:
     return Statement("Measured on", text, "text" if reads else "random tokens", advice)
 
 
-def _sink(looked: list[_Look], used: _Look | None, prompts: PromptSet) -> Statement:
-    topic, needed = "Is there a P0 sink?", least_excess(prompts.length)
+def _counted(looked: list[_Look], added: Interval | None) -> list[_Look]:
+    """The conditions in which the model is used: not behind a BOS that adds to its loss beyond doubt."""
+    return looked[:1] if added and added.low > 0 else looked
+
+
+def _sink(looked: list[_Look], used: _Look | None, prompts: PromptSet, added: Interval | None) -> Statement:
+    """`added`: what BOS adds to the loss; None where that cannot be told."""
+    topic, needed = SINK_THERE, least_excess(prompts.length)
     if not looked:
         reason = (
             f"{prompts.n} rows of {prompts.length} tokens are too few: {FEWEST} of more than {CONTROL + 1} are needed."
@@ -228,33 +273,47 @@ def _sink(looked: list[_Look], used: _Look | None, prompts: PromptSet) -> Statem
     measured = {f"excess score {look.condition}": look.excess for look in looked}
     if used is not None:
         text = (
-            f"In text {used.condition}, {used.names} give position zero {used.excess} more of their attention than "
-            f"position {CONTROL}; a sink needs {needed:.3f}, twice what uniform attention gives."
+            f"In text {used.condition}, position zero gets {used.excess} more attention from {used.names} than "
+            f"position {CONTROL} does; a sink needs {needed:.3f}, twice what uniform attention gives."
         )
         return Statement(topic, text, YES, "Treat position zero as part of the model, not of the text.", measured)
     told = " and ".join(f"{look.excess} {look.condition}" for look in looked)
     text = f"The highest heads have an excess score of {told}; a sink needs more than {needed:.3f}."
-    if any(look.verdict == UNKNOWN for look in looked):
+    counted = _counted(looked, added)
+    if added and any(look.verdict != NO for look in looked[len(counted) :]):
+        measured["loss added by BOS"] = added
+        text += f" Behind BOS it does not count: that adds {added} nats per token to the loss, it is none of its own."
+    if any(look.verdict == UNKNOWN for look in counted):
         return Statement(topic, text, UNKNOWN, "Give more text: the interval is on both sides of that.", measured)
     return Statement(topic, text, NO, "Nothing has to be done on account of a sink.", measured)
 
 
-def _bos(model: Any, looked: list[_Look], used: _Look | None, sink: str) -> tuple[Statement, bool | None]:
-    topic = "Does it hang on BOS?"
+def _bos(
+    model: Any, looked: list[_Look], used: _Look | None, sink: str, added: Interval | None
+) -> tuple[Statement, bool | None]:
+    topic = ON_BOS
     if used is None:
         return _no_sink(topic, sink), None
     if len(looked) == 1:
-        text = f"There is no BOS here to put before it, and the sink is there: excess score {used.excess}."
+        measured = {"excess score": used.excess}
+        if bos_id(model) is not None:
+            text = f"Padded rows cannot be put behind BOS to compare; as they are, the excess score is {used.excess}."
+            return Statement(topic, text, UNKNOWN, "Give rows without padding.", measured), None
+        text = f"There is no BOS token to put before the text, and the sink is there: excess score {used.excess}."
         advice = "Nothing to do: whatever token stands first takes its place."
-        return Statement(topic, text, NO, advice, {"excess score": used.excess}), False
+        return Statement(topic, text, NO, advice, measured), False
     # The same heads on the same rows.
     without, with_bos = (over_heads(look.scores, used.heads) for look in looked)
     left = ratio_interval(without, with_bos)
-    measured = {"excess score without BOS": bootstrap(without), "with BOS": bootstrap(with_bos), "left without": left}
+    measured = {
+        f"excess score {WITHOUT_BOS}": bootstrap(without),
+        f"excess score {WITH_BOS}": bootstrap(with_bos),
+        f"share of the excess score left {WITHOUT_BOS}": left,
+    }
     text = f"Without BOS {left} of the excess score behind BOS is left ({bootstrap(without)} of {bootstrap(with_bos)})."
     helps = UNKNOWN
-    if model.tokenizer is not None:
-        added = measured["loss added by BOS"] = bootstrap(_added_by_bos(model, *(look.prompts for look in looked)))
+    if added:
+        measured["loss added by BOS"] = added
         helps = {YES: NO, NO: YES}.get(_passes(added, 0), UNKNOWN)
         text += f" BOS adds {added} nats per token to the loss of the text."
     kept = _passes(left, HANGS_ON_BOS)
@@ -270,15 +329,15 @@ def _bos(model: Any, looked: list[_Look], used: _Look | None, sink: str) -> tupl
     return Statement(topic, text, verdict, advice, measured), hangs
 
 
-def _added_by_bos(model: Any, without: PromptSet, behind: PromptSet) -> np.ndarray:
-    """What BOS adds to the loss of the same predictions, by sample."""
+def _added_by_bos(model: Any, without: PromptSet, behind: PromptSet) -> Interval:
+    """What BOS adds to the loss of the same predictions."""
     before, after = (record(model, rows, TOKEN_LOSSES)[TOKEN_LOSSES].double().numpy() for rows in (without, behind))
     # Behind BOS every token stands one place later, and the last has none.
-    return (after[:, 1:] - before[:, :-1]).mean(1)
+    return bootstrap((after[:, 1:] - before[:, :-1]).mean(1))
 
 
 def _layer(used: _Look | None, sink: str) -> tuple[Statement, int | None]:
-    topic = "From which layer on?"
+    topic = FROM_LAYER
     if used is None:
         return _no_sink(topic, sink), None
     excess = {head: bootstrap(over_heads(used.scores, [head])) for head in used.heads}
@@ -300,15 +359,17 @@ def _no_sink(topic: str, sink: str) -> Statement:
     return Statement(topic, "There is no sink to ask that of.", NOTHING, "Nothing to do.")
 
 
+_NO_SINK = "There is no sink, and nothing to do on its account."
 _NO_SINK_TOLD = "Whether there is a sink could not be told."
 
 
 # What it is good for
 
 
-def _streaming(model: Any, prompts: PromptSet, reads: bool) -> tuple[Statement, Interval | None, Statement, int | None]:
+def _streaming(
+    model: Any, prompts: PromptSet, sink: str, reads: bool
+) -> tuple[Statement, Interval | None, Statement, int | None]:
     """What dropping the first tokens costs, and how many to keep."""
-    drops, keeps = "What breaks if the first tokens are dropped?", "How many first tokens to keep in a window?"
     window = prompts.length // WINDOWS_PER_ROW
     start = first_prediction(window)
     reason = _why_no_losses(prompts, reads)
@@ -316,95 +377,151 @@ def _streaming(model: Any, prompts: PromptSet, reads: bool) -> tuple[Statement, 
         reason = f"Rows of {prompts.length} tokens end before anything has fallen out of a window of {window}."
     if not reason:
         try:
-            losses = decoded(model, prompts, window, [*SINKS, *DROPPED])
+            losses = decoded(model, prompts, window, [None, *SINKS, *DROPPED])
         except CANNOT as cannot:
             reason = _sentence(cannot)
     if reason:
-        keep_all = f"Keep the first {FIRST}, to be safe."
-        return Statement(drops, reason, UNKNOWN, keep_all), None, Statement(keeps, reason, UNKNOWN, keep_all), None
-    late = {kept: losses[kept][:, start:].mean(1) for kept in SINKS if kept is not None}
-    base = late[ALL_FIRST]
-    lost, costs = bootstrap(late[()] - base), costs_of(losses, window)
-    growth = ratio_interval(late[()] - base, base)
-    measured = {
-        "loss added by keeping none": lost,
-        "share of the loss": growth,
-        "by dropping P0 alone": costs.p0,
-        "by dropping one of the next three": costs.another,
+        windowed = any(size and size < prompts.length for size in describe(model).window)
+        advice = "Keep to the windows that it was trained with." if windowed else _to_be_safe(sink)
+        said, kept = (Statement(topic, reason, UNKNOWN, advice) for topic in (DROPS, KEEPS))
+        return said, None, kept, None
+    late = {kept: losses[kept][:, start:].mean(1) for kept in (None, *SINKS)}
+    shares = {
+        len(kept): ratio_interval(late[kept] - late[ALL_FIRST], late[ALL_FIRST])
+        for kept in SINKS
+        if kept not in (None, ALL_FIRST)
     }
-    breaks = _passes(growth, LOSS_SHARE)
+    lost, keep = bootstrap(late[()] - late[ALL_FIRST]), tokens_to_keep(shares)
+    itself = ratio_interval(late[ALL_FIRST] - late[None], late[None])
+    drops = _drops(window, lost, shares[0], costs_of(losses, window), sink)
+    return drops, lost, _keeps(keep, shares, itself, sink), keep
+
+
+def _to_be_safe(sink: str) -> str:
+    return _NO_SINK if sink == NO else f"Keep the first {FIRST}, to be safe."
+
+
+def _drops(window: int, lost: Interval, share: Interval, costs: Costs, sink: str) -> Statement:
     text = (
         f"A window of {window} tokens that keeps none of them adds {lost} nats per token to one that keeps the first "
-        f"{FIRST}, {_percent(growth)} of the loss; dropping P0 alone adds {costs.p0}, one of the next three "
+        f"{FIRST}, {_percent(share)} of the loss; dropping P0 alone adds {costs.p0}, one of the next three "
         f"{costs.another}."
     )
-    advice = {
-        YES: "Do not let a cache drop them: keep them beside the window.",
-        NO: "A plain sliding window does.",
-        UNKNOWN: f"Keep the first {FIRST}, to be safe, or give more text.",
-    }[breaks]
-    keep = tokens_to_keep(late)
-    shares = {len(kept): ratio_interval(values - base, base) for kept, values in late.items() if kept != ALL_FIRST}
+    measured = {
+        "loss added by keeping none": lost,
+        f"loss added by keeping none{_SHARE}": share,
+        "loss added by dropping P0 alone": costs.p0,
+        "loss added by dropping one of the next three": costs.another,
+    }
+    breaks = _passes(share, LOSS_SHARE)
+    if breaks == NO:
+        return Statement(DROPS, text, "nothing", "A plain sliding window does.", measured)
+    if breaks == UNKNOWN:
+        return Statement(DROPS, text, UNKNOWN, f"{_to_be_safe(sink)} Give more text to learn more.", measured)
+    advice = "Do not let a cache drop them: keep them beside the window."
+    if sink == NO:
+        advice = "There is no sink that this could be due to: whatever has left a window is missed, first or not."
+    return Statement(DROPS, text, f"{share.value:.1%} more loss", advice, measured)
+
+
+def _keeps(keep: int | None, shares: Mapping[int, Interval], itself: Interval, sink: str) -> Statement:
+    """`itself`: what the window adds to the loss of full attention, the first four kept."""
     told = ", ".join(f"{_percent(share)} with {count}" for count, share in shares.items())
-    sure = keep == FIRST or _passes(shares[keep], LOSS_SHARE) == NO
-    how_many = Statement(
-        keeps,
-        f"Beyond the loss with {FIRST} kept there is {told}. Up to {LOSS_SHARE:.0%} counts as none, and so does what "
-        "cannot be told from that.",
-        str(keep),
-        _keep(keep) + ("" if sure else " Give more text to be sure."),
-        {f"loss added with {count} kept, as a share": share for count, share in shares.items()},
-    )
-    return Statement(drops, text, breaks, advice, measured), lost, how_many, keep
+    text = f"Beyond the loss with {FIRST} kept there is {told}; more than {LOSS_SHARE:.0%} counts."
+    if _passes(itself, LOSS_SHARE) == YES:
+        text += (
+            f" Even with {FIRST} kept the window adds {_percent(itself)} to the loss of full attention: what else has "
+            "fallen out of it is missed, too."
+        )
+    names = {0: "no first token", 1: "the first token"}
+    measured = {
+        f"{_WITH}{names.get(count, f'the first {count} tokens')} kept{_SHARE}": share for count, share in shares.items()
+    }
+    measured[f"loss added by the window with the first {FIRST} tokens kept{_SHARE}"] = itself
+    if keep == 0:
+        advice = "None is needed."
+    elif sink == NO:
+        advice = _NO_SINK
+    elif keep is None:
+        advice = f"{_to_be_safe(sink)} Give more text to learn whether fewer do."
+    else:
+        advice = "Keep the first one in the cache." if keep == 1 else f"Keep the first {keep} in the cache."
+    return Statement(KEEPS, text, UNKNOWN if keep is None else str(keep), advice, measured)
 
 
-def tokens_to_keep(losses: Mapping[tuple[int, ...], Float[np.ndarray, " sample"]]) -> int:
-    """The smallest number of first tokens whose loss is not, beyond doubt, over 1 % above that with four kept."""
-    most = losses[ALL_FIRST]
-    enough = (kept for kept in losses if not bootstrap(losses[kept] - (1 + LOSS_SHARE) * most).low > 0)
-    return min(map(len, enough))
+def tokens_to_keep(added: Mapping[int, Interval]) -> int | None:
+    """The smallest number of first tokens that is enough; None where that cannot be told.
+
+    `added` is, by number, the loss beyond that with four kept, as a share of it. A number is enough if its whole
+    interval is within 1 %. Four are told only where every smaller number is too small beyond doubt.
+    """
+    over = {count: _passes(share, LOSS_SHARE) for count, share in added.items()}
+    enough = [count for count, verdict in over.items() if verdict == NO]
+    if enough:
+        return min(enough)
+    return FIRST if all(verdict == YES for verdict in over.values()) else None
 
 
-def _keep(count: int) -> str:
-    few = {0: "None is needed.", 1: "Keep the first one in the cache."}
-    return few.get(count, f"Keep the first {count} in the cache.")
-
-
-def _int8(model: Any, prompts: PromptSet, reads: bool) -> Statement:
-    topic = "Is int8 for activations a risk?"
-    careful = "Keep position zero in high precision, or use one grid per token, and measure."
+def _int8(model: Any, prompts: PromptSet, sink: str, reads: bool) -> Statement:
+    unmeasured = _NO_SINK if sink == NO else "Measure before you rely on it."
     rows = _other_half(prompts, INT8_ROWS)
     try:
         if reason := _too_few(prompts):
-            return Statement(topic, reason, UNKNOWN, careful)
-        effects = int8_effects(model, rows, {name: SCHEMES[name] for name in (P0_IN, P0_KEPT)})
-        left = effects.error_left(P0_KEPT)
+            return Statement(INT8, reason, UNKNOWN, unmeasured)
+        effects = int8_effects(model, rows, {name: SCHEMES[name] for name in (P0_IN, P0_KEPT, PER_TOKEN)})
+        return int8_risk(effects, sink, reads)
     except CANNOT as cannot:
-        return Statement(topic, _sentence(cannot), UNKNOWN, careful)
-    measured = {"error left with P0 kept": left, "error with P0 in": bootstrap(effects.error(P0_IN))}
+        return Statement(INT8, _sentence(cannot), UNKNOWN, unmeasured)
+
+
+def int8_risk(effects: Int8Effects, sink: str, reads: bool) -> Statement:
+    """What one grid per tensor does, and whether it helps to keep P0 in high precision or to give each token a grid.
+
+    `sink`: whether there is one, as a verdict; `reads`: whether losses tell anything.
+    """
+    left, error = effects.error_left(P0_KEPT), bootstrap(effects.error(P0_IN))
+    measured = {"error of int8 inputs with P0 in": error, "share of the error of int8 inputs left with P0 kept": left}
     text = (
-        f"With one grid per tensor the inputs of matrix products are off by {measured['error with P0 in']}; with P0 "
-        f"kept in high precision {left} of that is left."
+        f"With one grid per tensor, made for each row, the inputs of matrix products are off by {error} of their size; "
+        f"{left} of that is left when position zero is kept in high precision."
     )
-    spoilt, costly = {YES: NO, NO: YES}.get(_passes(left, ERROR_LEFT), UNKNOWN), UNKNOWN
     if reads:
-        whole = np.nanmean(record(model, rows, TOKEN_LOSSES)[TOKEN_LOSSES].double().numpy(), axis=1)
-        growth = measured["loss added, as a share"] = ratio_interval(effects.loss[P0_IN], whole)
-        costly = _passes(growth, LOSS_SHARE)
-        text += f" It adds {_percent(growth)} of the loss."
+        shares = {name: effects.loss_share(name) for name in effects.loss}
+        measured |= {f"{_WITH}int8, {name}{_SHARE}": share for name, share in shares.items()}
+        text += (
+            f" In use that adds {_percent(shares[P0_IN])} to the loss; with position zero kept "
+            f"{_percent(shares[P0_KEPT])}, and with one grid per token {_percent(shares[PER_TOKEN])}."
+        )
+        costs = effects.loss
+        risk = {YES: HIGH, NO: LOW}.get(_passes(shares[P0_IN], LOSS_SHARE), UNKNOWN)
     else:
         text += " What it adds to the loss, random tokens do not tell."
-    if YES in (spoilt, costly):
-        return Statement(topic, text, HIGH, careful, measured)
-    if spoilt == costly == NO:
-        return Statement(topic, text, LOW, "One grid per tensor does, as far as position zero goes.", measured)
-    return Statement(topic, text, UNKNOWN, careful, measured)
+        costs = {name: effects.error(name) for name in effects.inputs}
+        risk = {NO: HIGH, YES: LOW}.get(_passes(left, ERROR_LEFT), UNKNOWN)
+
+    def lowers(scheme: str, other: str = P0_IN) -> bool:
+        """Whether a scheme costs less than another, beyond doubt."""
+        return bootstrap(costs[other] - costs[scheme]).low > 0
+
+    if risk == LOW:
+        advice = "One grid per tensor does" + ("." if reads else ", as far as position zero goes.")
+        return Statement(INT8, text, risk, advice, measured)
+    kept, per_token = sink != NO and lowers(P0_KEPT), lowers(PER_TOKEN)
+    if kept and per_token and lowers(PER_TOKEN, P0_KEPT):
+        advice = "Use one grid per token; where that is not to be had, keep position zero in high precision."
+    elif kept:
+        advice = "Keep position zero in high precision" + (", or use one grid per token." if per_token else ".")
+    else:
+        advice = _NO_SINK if sink == NO else "Keeping position zero in high precision is not seen to help."
+        advice += " Use one grid per token." if per_token else " Leave activations in higher precision."
+    return Statement(INT8, text, risk, advice + (" Give more text to be sure." if risk == UNKNOWN else ""), measured)
 
 
 def _dormant(model: Any, prompts: PromptSet, sink: str, reads: bool) -> tuple[Statement, tuple[str, ...] | None]:
-    topic = "Which heads are dormant?"
+    topic = DORMANT
     if sink == NO:
-        return Statement(topic, "There is no sink for a head to rest on.", NO, "Nothing to prune on this account."), ()
+        text = "There is no sink for a head to rest on."
+        return Statement(topic, text, NONE, "Nothing to prune on this account."), ()
     careful = "Prune no head on account of its sink score."
     reason = _why_no_losses(prompts, reads)
     if not reason and sink == UNKNOWN:
@@ -420,17 +537,23 @@ def _dormant(model: Any, prompts: PromptSet, sink: str, reads: bool) -> tuple[St
         return Statement(topic, reason, UNKNOWN, careful), None
     count, whole = run.within(), len(order)
     dormant = tuple(_listed([head]) for head in order[: int(count.low)])
-    measured = {"heads": count, "loss added by the first": run.growth(1)}
+    measured = {
+        f"heads that can be zeroed at {TOLERANCE:.0%} more loss": count,
+        f"{_WITH}{_listed(order[:1])} zeroed{_SHARE}": run.growth(1),
+    }
     text = (
         f"Of {whole} heads {count.value:.0f} [{count.low:.0f}, {count.high:.0f}] can be zeroed at {TOLERANCE:.0%} more "
         f"loss, the highest sink score first; the first of them, {_listed(order[:1])}, adds {_percent(run.growth(1))}."
     )
     if dormant:
         text += f" Beyond doubt: {', '.join(dormant)}."
-        return Statement(
-            topic, text, YES, "They may be pruned on text like this; check other text first.", measured
-        ), dormant
-    return Statement(topic, text, UNKNOWN if count.high else NO, careful, measured), dormant
+        advice = "They may be pruned on text like this; check other text first."
+        return Statement(topic, text, _few(dormant), advice, measured), dormant
+    return Statement(topic, text, UNKNOWN if count.high else NONE, careful, measured), dormant
+
+
+def _few(heads: tuple[str, ...]) -> str:
+    return ", ".join(heads) if len(heads) <= 3 else f"{len(heads)} heads"
 
 
 def _other_half(prompts: PromptSet, most: int) -> PromptSet:
@@ -450,12 +573,13 @@ def _why_no_losses(prompts: PromptSet, reads: bool) -> str:
 
 
 def _sentence(reason: Exception) -> str:
-    told = str(reason)
-    return told[:1].upper() + told[1:].rstrip(".") + "."
+    return f"Not to be measured: {str(reason).rstrip('.')}."
 
 
 def _percent(share: Interval) -> str:
-    return f"{share.value:.1%} [{share.low:.1%}, {share.high:.1%}]"
+    # A zero has no sign.
+    value, low, high = (f"{end:.1%}".replace("-0.0%", "0.0%") for end in (share.value, share.low, share.high))
+    return f"{value} [{low}, {high}]"
 
 
 def _listed(heads: Heads) -> str:

@@ -190,8 +190,9 @@ def sweep(
                 outcome, files = ray.get(done)
                 if files:
                     place.write(task, files)
-            except (ray.exceptions.RayError, OSError) as error:
-                # Not the experiment: its worker, its node, what could not be sent to it, or the place of the results.
+            except Exception as error:
+                # Not the experiment: its worker, its node, what could not be sent to it, or the place of the results,
+                # which on an fsspec path has errors of its own.
                 outcome = task.outcome("failed", why=f"{type(error).__name__}: {_last_line(error)}")
             found[number] = _told(task, outcome, len(found) + 1, len(tasks))
     summary = Sweep([found[number] for number in range(len(tasks))], str(out))

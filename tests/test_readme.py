@@ -13,7 +13,10 @@ import pytest
 import typer
 
 from p0circuit.cli import app
+from p0circuit.experiments import RUN_EXPERIMENTS
+from p0circuit.experiments.over_runs import REFERENCE
 from p0circuit.paths import repository
+from p0circuit.training.runs import as_trained, of_variant, shipped_runs
 
 README = (repository() / "README.md").read_text(encoding="utf-8")
 
@@ -57,3 +60,20 @@ def test_a_printed_command_is_understood(line: str) -> None:
         name, *arguments = arguments
         command = command.commands[name]
     assert command.make_context(name, arguments).params
+
+
+_NOT_TOLD = ("tnlm_sink_rate_difference", "tnlm_norm_ratio_difference")
+
+
+def test_the_claims_about_training_are_told_as_they_are_measured() -> None:
+    runs = as_trained(shipped_runs())
+    early, concentration, convergence, methods = (make().run(runs).metrics for make in RUN_EXPERIMENTS.values())
+    shares = [run.formation_share for run in of_variant(runs, REFERENCE)]
+    told = [
+        f"by {100 * min(shares):.0f} to {100 * max(shares):.0f} %",
+        *(str(concentration["causal_final"]), str(convergence["error_difference"])),
+        str(convergence["partial_correlation"]),
+        *(str(value) for name, value in methods.items() if "loss" not in name and name not in _NOT_TOLD),
+    ]
+    assert early["latest_formation_share"].value == max(shares)
+    assert [one for one in told if one not in README] == []

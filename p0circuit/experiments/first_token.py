@@ -9,7 +9,9 @@
 3. *The register* is a vector in the place of the first embedding. It starts as that of the neutral token and is trained
    by gradient on the frozen model, on the samples that nothing is measured on, for the loss of step 1.
 4. *Controls*: the neutral token stands second, behind the varied one, so that no one but P0 has changed places; and a
-   token in the middle is varied, at the same distances from what is predicted: the spread that any token makes.
+   token in the middle is varied, at the same distances from what is predicted: the spread that any token makes. The
+   verdict asks for more than that a prefix halves the spread: in second place the same token must not, or what helps
+   is one more token to read, not that another one is P0. That can only make the claim harder to reproduce.
 5. *Recall by place.* Random tokens stand in the text at its start, a quarter on, in its middle and so on, and once more
    at its end. Recall is the loss of the second time (but for its first token, which nothing announces), taken off the
    loss of the same tokens where they had not been there before. With every prefix: does P0 cost the start its recall?
@@ -86,7 +88,8 @@ class FirstToken(Experiment):
         source="ours; learned registers: Darcet et al., arXiv 2309.16588",
         statement="Prediction depends on what happens to stand at P0, and a neutral token before it takes that away.",
         measure="The standard deviation, over tokens in the first place, of the mean loss from 8 positions on; behind "
-        "a neutral prefix over without one.",
+        "a neutral prefix over without one. Stricter than the statement: the same token behind the varied one has to "
+        "leave more than half, or it need not stand before it.",
         clauses=(
             Clause("spread_left_with_neutral_prefix", "<=", 0.5, "high"),
             Clause("spread_left_with_neutral_token_second", ">", 0.5, "low"),

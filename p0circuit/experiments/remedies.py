@@ -9,12 +9,12 @@
    that what nobody needs may go nowhere (in all heads, too).
 4. *In the cache*: a window of a quarter of the row, alone and with the first four tokens kept (C17).
 5. *Measured of each*: the loss; the excess score of the sink heads; P0's norm over the median of the others, in the
-   block where it is largest; the error of the inputs of matrix products in int8 with one grid per tensor
+   block where it is largest; the error of the inputs of matrix products in int8 with one grid per row, P0 in
    (`interventions.int8`); and the spread of the loss over tokens in the text's first place. Losses are of the
    predictions made 8 or more tokens into the text, which are the same in all.
 
 The weights are frozen: each remedy meets a model that never saw it. What training with another loss, mask or gate does
-is another model's matter: `p0circuit run remedies --model tnlm-0` (or bos-0, force-sink-0, learned-0, baseline-0)
+is another model's matter: `p0circuit run remedies --model tnlm-0` (or bos-0, force-sink-0, gated-0, learned-0)
 measures the same there. Sources: Xiao et al. 2023, arXiv 2309.17453 (kept tokens); Darcet et al. 2023, arXiv 2309.16588
 (registers); Gu et al. 2025, arXiv 2410.10781 (keys with a zero value).
 """
@@ -50,7 +50,7 @@ from p0circuit.experiments.streaming import FIRST, WINDOWS_PER_ROW
 from p0circuit.experiments.surgery import require_attention
 from p0circuit.intervals import Interval, bootstrap
 from p0circuit.interventions.ablation import Intervention, ablate, mask_key, zero_logit, zero_value
-from p0circuit.interventions.int8 import Site, on_inputs, quantised
+from p0circuit.interventions.int8 import Site, largest_in_row, on_inputs, rounded
 from p0circuit.interventions.streaming import streamed, why_not_streamed
 from p0circuit.models import describe, forward
 from p0circuit.prompts import PromptSet, from_ids
@@ -69,7 +69,7 @@ QUANTITIES = {
     "loss": ("Loss added", "nats per token"),
     "excess": ("Sink", "excess score"),
     "norm_ratio": ("Norm of P0", "over median of others"),
-    "int8_error": ("Int8 error", "relative, inputs"),
+    "int8_error": ("Int8 error", "relative, a grid per row"),
     "spread": ("Spread", "nats, over first tokens"),
 }
 """What is measured: the title and the unit of each in the figure."""
@@ -209,7 +209,7 @@ def text_losses(model: Any, text: Int[Tensor, "row pos"], remedy: Remedy) -> Flo
 
 @torch.no_grad()
 def int8_errors(model: Any, text: Int[Tensor, "row pos"], remedy: Remedy) -> Float[np.ndarray, " row"]:
-    """The error of the inputs of matrix products, one grid per tensor, P0 in: mean over them, at positions after P0."""
+    """The error of the inputs of matrix products, one grid per row, P0 in: mean over them, at positions after P0."""
     # An intervention under `with` wants all its rows in one batch.
     size = batch_size_for(model, text.shape[1] + 1, with_logits=True)
     errors = []
@@ -218,7 +218,8 @@ def int8_errors(model: Any, text: Int[Tensor, "row pos"], remedy: Remedy) -> Flo
         seen: dict[Site, Tensor] = {}
 
         def look(site: Site, x: Tensor, rows: PromptSet = rows, seen: dict[Site, Tensor] = seen) -> None:
-            after, new = (each.float().flatten(2)[:, 1:] for each in (x, quantised(x, rows.attention_mask, rows.p0)))
+            int8 = rounded(x, largest_in_row(x, rows.attention_mask))
+            after, new = (each.float().flatten(2)[:, 1:] for each in (x, int8))
             sizes = (values.square().sum((1, 2)).sqrt() for values in (new - after, after))
             seen.setdefault(site, torch.div(*sizes).nan_to_num().cpu())
 

@@ -1,16 +1,15 @@
 """Int8, simulated: the inputs of a model's matrix products, and its weights, rounded to 8 bits.
 
 1. *The grid* is symmetric: a value becomes the nearest multiple of `largest / 127`, up to 127 of them on either side.
-   `largest` is one number for all rows and positions ("per tensor"), which has to be known before (calibration), the
-   largest magnitude in the row, or that at the position itself ("per token"). All else stays in floating point, as in
-   simulated quantisation everywhere.
+   `largest` is the largest magnitude of the row at hand ("per tensor": every row is a batch of its own), or a number
+   that was known before and is the same for all rows ("calibrated"), or the largest magnitude at the position itself
+   ("per token"). All else stays in floating point, as in simulated quantisation everywhere.
 2. *What is rounded*: the inputs of the four kinds of matrix products of a block, `INPUTS`. Norms, scores, softmax and
    the stream are not, nor is the unembedding; the hidden layers of the experts of a mixture are out of reach.
 3. *One position apart*: it does not count for `largest`, and is then either clipped to it or kept as it was. (With a
    grid per token it has its own anyway; clipped, that grid ends where those of the others do at the latest.)
-4. *Weights*: every matrix of the blocks, a grid for each of its outputs, by torch's own operator. (`torchao` has the
-   same grid; installed, it is imported and heard with every model that is loaded, so nothing here needs it.) Biases,
-   norms, routers and embeddings stay.
+4. *Weights*: every matrix of the blocks, a grid for each of its outputs, by torch's own operator. That of `torchao` is
+   the same grid. Biases, norms, routers and embeddings stay.
 
 Where the outliers of the first token meet int8: Yang et al. 2024 (arXiv 2405.14428), Liu et al. 2024 (arXiv
 2403.01241); a grid per token: Yao et al. 2022 (arXiv 2206.01861).
@@ -25,7 +24,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
@@ -75,6 +74,13 @@ def rounded(x: Float[Tensor, "batch pos *value"], largest: Ends) -> Float[Tensor
 def magnitudes(x: Float[Tensor, "batch pos *value"]) -> Float[Tensor, "batch pos"]:
     """The largest magnitude at every position."""
     return x.abs().flatten(2).amax(2)
+
+
+def largest_in_row(
+    x: Float[Tensor, "batch pos *value"], counted: Bool[Tensor, "batch pos"]
+) -> Float[Tensor, "batch 1"]:
+    """The largest magnitude of each row at the positions that count, where a grid of its own ends; 0 if none does."""
+    return magnitudes(x).masked_fill(~counted.to(x.device), 0).amax(1, keepdim=True)
 
 
 def quantised(

@@ -348,15 +348,16 @@ def _alive(process: str) -> bool:
 
 
 @contextlib.contextmanager
-def without_warning() -> Iterator[None]:
-    """`accelerate` warns of weights that are elsewhere, which is what was asked for."""
-    logger = logging.getLogger("accelerate.big_modeling")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+def without_warnings(*names: str) -> Iterator[None]:
+    """Libraries warn of what was asked for, such as `accelerate` of weights that are elsewhere; `names` of loggers."""
+    levels = {logger: logger.level for logger in map(logging.getLogger, names)}
+    for logger in levels:
+        logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in levels.items():
+            logger.setLevel(level)
 
 
 def let_wait(hf: Any, found: Plan) -> None:

@@ -601,13 +601,19 @@ def _load_hf(
     import torch
     from transformers import AutoModelForCausalLM
 
-    from p0circuit.models.device_map import let_wait, weights_of, without_warning
+    from p0circuit.models.changes import Changes
+    from p0circuit.models.device_map import let_wait, weights_of, without_warnings
 
+    # Weights that are elsewhere, and experts that no other process shares.
+    expected = ["accelerate.big_modeling", "transformers.distributed.tensor_parallel"]
+    if Changes.of(config.get_text_config(), source.name).gated_attention:
+        # Its gates are no weights that `transformers` knows.
+        expected.append("transformers.modeling_utils")
     placed: dict[str, Any] = {}
     if planned is not None:
         placed = {"device_map": planned.places, "offload_folder": folder and str(folder)}
     try:
-        with _without_progress_bar(), without_warning():
+        with _without_progress_bar(), without_warnings(*expected):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source.folder,
                 config=config,

@@ -92,8 +92,8 @@ class P0Monitor:
 
     The probe rows are those given, or made of text with a tokenizer, or of random tokens where there is neither; they
     are drawn once, by the seed. At P0 stands what the rows begin with: for a model that always sees BOS it is to be
-    `first="bos"`, since its sink may hang on that token. The random tokens of the shifted run leave special ones out where a tokenizer is known, its own
-    or that of the Trainer it is attached to.
+    `first="bos"`, since its sink may hang on that token. The random tokens of the shifted run leave special ones out
+    where a tokenizer is known, its own or that of the Trainer it is attached to.
 
     Attributes:
         readings: all so far, those of the CSV file that this run goes on with included.

@@ -152,7 +152,7 @@ ABOUT = {
     "zero keeps 8 channels and all others the other 120.",
     "gated": "A Llama trained on text that always begins with BOS, with a sigmoid gate on the output of every head.",
     "window": "A Mistral trained on text that always begins with BOS; a query sees the last 32 keys, so that position "
-    "zero is out of sight of most.",
+    "zero is out of sight of most: in rows of 64 tokens no head can have a sink score much above 0.5.",
     "moe": "A Qwen3-MoE of 8 experts, 2 of them active, trained on text that always begins with BOS.",
 }
 """What each variant is, in a sentence for its card."""

@@ -13,6 +13,7 @@ from p0circuit.interventions.int8 import (
     INPUTS,
     Site,
     input_sites,
+    largest_in_row,
     on_inputs,
     quantised,
     rounded,
@@ -52,11 +53,11 @@ def of_torch(values: Tensor, largest: float) -> Tensor:
 def test_a_grid_for_all_or_for_each_row_or_position_is_that_of_torch() -> None:
     x, p0 = with_outliers(3, 5, 7), torch.zeros(3, dtype=torch.long)
     x[1] /= 3
-    whole, by_row = float(x.abs().max()), x.abs().amax((1, 2))
+    whole, by_row = float(x.abs().max()), largest_in_row(x, torch.ones(3, 5, dtype=torch.bool))
     torch.testing.assert_close(quantised(x, whole, p0), of_torch(x, whole), atol=1e-6, rtol=0)
-    per_row, per_token = quantised(x, by_row[:, None], p0), quantised(x, whole, p0, per_token=True)
+    per_row, per_token = quantised(x, by_row, p0), quantised(x, whole, p0, per_token=True)
     for row in range(3):
-        torch.testing.assert_close(per_row[row], of_torch(x[row], float(by_row[row])), atol=1e-6, rtol=0)
+        torch.testing.assert_close(per_row[row], of_torch(x[row], float(x[row].abs().max())), atol=1e-6, rtol=0)
         for position in range(5):
             own = of_torch(x[row, position], float(x[row, position].abs().max()))
             torch.testing.assert_close(per_token[row, position], own, atol=1e-6, rtol=0)
@@ -76,6 +77,15 @@ def test_one_position_apart() -> None:
         ends = x[rest].abs().amax((1, 2)).tolist() if per_token else [largest] * int(rest.sum())
         for token, new, end in zip(x[rest], kept[rest], ends, strict=True):
             torch.testing.assert_close(new, of_torch(token, end), atol=1e-6, rtol=0)
+
+
+def test_what_does_not_count_makes_no_grid_wider() -> None:
+    x = with_outliers(2, 6, 2, 4)
+    x[1, :2] = -1e6
+    counted = torch.tensor([[False, True, True, True, True, True], [False, False, True, True, True, True]])
+    expected = [[float(x[0, 1:].abs().max())], [float(x[1, 2:].abs().max())]]
+    assert largest_in_row(x, counted).tolist() == expected
+    assert largest_in_row(x, torch.zeros(2, 6, dtype=torch.bool)).tolist() == [[0], [0]]
 
 
 def test_zeros_stay_and_dtypes_too() -> None:
@@ -195,6 +205,20 @@ def test_they_are_integers_of_8_bits_times_a_step(family_folder: Any, family_mod
     assert len(ours) == len(theirs) == 7 * LAYERS
     for a in ours:
         assert any(a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=1e-6) for b in theirs)
+
+
+def test_they_are_those_of_torchao(family_folder: Any, family_model: Any) -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    from transformers import AutoModelForCausalLM
+
+    hf = AutoModelForCausalLM.from_pretrained(family_folder("llama-grouped")).eval()
+    matrices = [module for module in hf.model.layers.modules() if isinstance(module, nn.Linear)]
+    ours = [each.int8 for each in rounded_weights(family_model("llama-grouped", "bridge"))]
+    quantization.quantize_(hf.model.layers, quantization.Int8WeightOnlyConfig())
+    theirs = [module.weight.dequantize() for module in matrices]
+    assert len(ours) == len(theirs) == 7 * LAYERS
+    for a in ours:
+        assert any(a.shape == b.shape and torch.equal(a, b) for b in theirs)
 
 
 def test_the_shipped_model_hardly_minds_int8_weights() -> None:

@@ -449,3 +449,9 @@ def test_what_would_not_fit_is_refused_before_it_is_read(llama: Path, monkeypatc
 def test_free_memory_is_what_the_system_has() -> None:
     free = load_module.free_memory(torch.device("cpu"))
     assert free is None or 2**20 < free < 2**50
+
+
+@pytest.mark.parametrize("name", [model.name for model in list_models()])
+def test_the_shipped_models_load_without_a_word(name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    load_model(name, device="cpu")
+    assert capfd.readouterr() == ("", "")
