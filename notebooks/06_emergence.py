@@ -117,10 +117,11 @@ page.show(figure, "the development of p0-nano, measured here and as shipped")
 # above is the best that six of them can say, and the true moment lies between the one found and the one before it.
 #
 # Now all runs at once. `bos` is the control of the paper's own training: a plain Llama of 0.9 million parameters whose
-# training rows all begin with BOS. `tnlm` and `force-sink` are section 5, `moe` is section 4. `baseline` never saw BOS (and
-# gets no sink within these 9 million tokens; `tnlm-plain` is the same with the TNLM loss), `p0-nano` has a recipe that
-# encourages a sink, and four times the tokens. The table has three more architectures: `learned` (a GPT-2), `gated` (a gate
-# on what each head says) and `window` (a query sees the last 32 keys only).
+# training rows all begin with BOS. `tnlm` and `force-sink` are section 5, `moe` is section 4. `baseline` never saw BOS: its
+# sink has hardly begun within these 9 million tokens (one of three seeds is just above what counts as one; `tnlm-plain` is
+# the same with the TNLM loss). `p0-nano` has a recipe that encourages a sink, and four times the tokens. The table has
+# three more architectures: `learned` (a GPT-2), `gated` (a gate on what each head says) and `window` (a query sees the last
+# 32 keys only, so that most do not see P0: the paper's boundary case, and hardly a head is a sink there).
 
 # %%
 from p0circuit.experiments import Early
