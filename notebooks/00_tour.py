@@ -12,8 +12,9 @@
 # # The sink in five cells
 #
 # In most language models most attention heads give most of their attention to **position zero** (P0), whatever token
-# stands there. Peng et al. ([arXiv 2603.06591](https://arxiv.org/abs/2603.06591)) explain this *attention sink* by a
-# circuit of two steps, and this course takes it apart and puts it together again:
+# stands there (Mistral-7B is an exception, see [01](01_meet_the_sink.ipynb)). Peng et al.
+# ([arXiv 2603.06591](https://arxiv.org/abs/2603.06591)) explain this *attention sink* by a circuit of two steps, and this
+# course takes it apart and puts it together again:
 #
 # | step | what happens | where you can do it yourself |
 # | --- | --- | --- |
@@ -22,6 +23,10 @@
 # | **amplification** | the first MLPs turn that into a long vector in one fixed direction | [03](03_amplification.ipynb) |
 # | the **path** | keys made from it draw the queries of the sink heads | [04](04_patching_the_circuit.ipynb) |
 # | all of it | the same circuit, built weight by weight | [05](05_build_a_sink.ipynb) |
+# | **emergence** | when it forms in training, and what that tells | [06](06_emergence.ipynb) |
+# | your own model | the same questions to another architecture, and to a run while it trains | [07](07_bring_your_own_model.ipynb) |
+# | **practice** | caches, int8, pruning, prompts: what to do about it | [08](08_practice.ipynb) |
+# | the report | all of its figures, in the order of the paper | [90](90_paper_figures.ipynb) |
 #
 # Here is the whole story in five cells, on `p0-nano`: a Llama of 0.9 million parameters, trained on Python source,
 # that comes with this repository. Nothing is downloaded.
@@ -36,21 +41,21 @@ seed = 0  # of the prompts
 out = None  # a directory for the figures and key figures; None leaves nothing
 
 # %%
-# Where p0circuit is not installed: use the checkout around this notebook, or (on Colab)
-# install it.
+# Where p0circuit is not installed: use the checkout around this notebook, or say what to do.
 import importlib.util
 import pathlib
-import subprocess
 import sys
 
 if importlib.util.find_spec("p0circuit") is None:
     here = pathlib.Path(globals().get("__file__", "notebook")).resolve()
     checkout = [folder for folder in here.parents if (folder / "p0circuit/cli.py").is_file()]
-    if checkout:
-        sys.path.insert(0, str(checkout[0]))
-    else:
-        print("installing p0circuit: a minute or two")
-        subprocess.run([sys.executable, "-m", "pip", "install", "-q", "p0circuit"], check=True)
+    if not checkout:
+        raise ModuleNotFoundError(
+            "p0circuit is not installed here, and it is on no package index. Clone its repository "
+            "and open this notebook inside the clone; on Colab, clone it and run in a cell: "
+            "%pip install ./NAME-OF-THE-CLONE"
+        )
+    sys.path.insert(0, str(checkout[0]))
 
 # %% [markdown]
 # ## 1. A model and something to read
@@ -72,9 +77,9 @@ print(prompts.n, "prompts of", prompts.length, "tokens")
 # ## 2. There is a sink
 #
 # The *sink score* of a head is the mean attention that queries give to P0. A head that attends to everything alike has
-# a score of 0.07 here. Some heads of the last layer give P0 half of their attention, and it matters little what the
-# first token is: BOS, a word of the text, a token drawn at random. Only where *all* tokens are the same is P0 nothing
-# special. ([`SinkMap`](../p0circuit/experiments/sink_map.py) tests claim C1.)
+# a score of 0.07 here. One head of the last layer gives P0 half of its attention, another a third, and it matters little
+# what the first token is: BOS, a word of the text, a token drawn at random. Only where *all* tokens are the same is P0
+# nothing special. ([`SinkMap`](../p0circuit/experiments/sink_map.py) tests claim C1.)
 
 # %%
 from p0circuit.experiments import SinkMap
@@ -100,18 +105,19 @@ page.show(norm_direction.figures["layers"], "norm and direction of the stream at
 #
 # What is special about being first? The causal mask: P0 has nobody to attend to but itself. So we take the scissors to
 # the attention patterns of blocks 0 and 1. Let position 16 attend to itself alone, as if it were first, and it becomes
-# a sink too. Give P0 the mix of tokens that position 16 sees, and it stops being one.
+# a sink too. Give P0 the mix of tokens that position 16 sees, and it stops being one. The *excess score* is what the sink
+# heads give to a position beyond what they give to position 8, where nothing is special.
 # ([`Structure`](../p0circuit/experiments/structure.py) tests claim C5.)
 
 # %% tags=["cover"]
 from p0circuit.experiments.heads import excess_scores
-from p0circuit.experiments.surgery import find_sink
 from p0circuit.intervals import bootstrap
 from p0circuit.interventions.ablation import isolate, mix
 from p0circuit.report.figures import bars
+from p0circuit.teaching import sink_of
 
 # The sink heads are chosen on one half of the prompts; `sink.prompts` is the other half.
-sink = find_sink(lm, prompts)
+sink = sink_of(lm, prompts)
 blocks = ["attn.0", "attn.1"]
 surgeries = {
     "as it is": [],
@@ -138,8 +144,8 @@ page.show(figure, "excess scores of position zero and position 16 under mask sur
 # Path patching asks of every connection between components at P0: if only this one carried what it carries when the
 # same token is *not* first, how much of the sink would go? What is left when the idle ones are erased is the circuit:
 # block 0's attention tells MLP 0 that it was not mixed, MLPs 0 to 2 pass that on and amplify it, and the sink heads
-# read it with their keys. Four prompts are patched here, to save time; notebook 04 patches edges by hand.
-# ([`Circuit`](../p0circuit/experiments/circuit.py) draws it.)
+# read it with their keys. Four prompts are patched here, to save time; with more the strong edges stay, and weak ones
+# come and go. Notebook 04 patches edges by hand. ([`Circuit`](../p0circuit/experiments/circuit.py) draws it.)
 
 # %%
 from p0circuit.experiments import Circuit, CircuitConfig
@@ -150,10 +156,12 @@ page.show(circuit.figures["graph"], "the circuit of the sink, recovered by path 
 # %% [markdown]
 # ## What is established, and what is not
 #
-# The paper's claims are tested by experiments whose thresholds were fixed before anything was measured. Of those about
-# a trained model ten are reproduced on `p0-nano` (1,024 prompts; `make reproduce` repeats it), and two are not:
+# The claims are tested by experiments whose thresholds were fixed before anything was measured. Of C1 to C12, the
+# paper's on a trained model, ten are reproduced on `p0-nano` and two are not (1,024 prompts; `make reproduce` repeats it).
+# Of the four about training (C13 to C16, on the traces of the shipped runs) none is reproduced as it is stated, and of the
+# four about use (C17 to C20, on `p0-nano`) one:
 #
-# | claim | verdict on `p0-nano` | notebook |
+# | claim | verdict | notebook |
 # | --- | --- | --- |
 # | [C1](../p0circuit/experiments/sink_map.py) the sink exists without BOS | reproduced | [01](01_meet_the_sink.ipynb) |
 # | [C2](../p0circuit/experiments/bos_ablation.py) BOS is not needed | reproduced | [01](01_meet_the_sink.ipynb) |
@@ -166,7 +174,15 @@ page.show(circuit.figures["graph"], "the circuit of the sink, recovered by path 
 # | [C9](../p0circuit/experiments/content.py) content is irrelevant | reproduced | [03](03_amplification.ipynb) |
 # | [C10](../p0circuit/experiments/key_side.py) it is the key, whatever the query | reproduced | [04](04_patching_the_circuit.ipynb) |
 # | [C11](../p0circuit/experiments/limits.py) one repeated token breaks it | reproduced | [01](01_meet_the_sink.ipynb) |
-# | [C12](../p0circuit/experiments/function.py) hiding P0 costs loss | reproduced | |
+# | [C12](../p0circuit/experiments/function.py) hiding P0 costs loss | reproduced | [90](90_paper_figures.ipynb) |
+# | [C13](../p0circuit/experiments/early.py) the sink forms early in training | **not reproduced** | [06](06_emergence.ipynb) |
+# | [C14](../p0circuit/experiments/concentration.py) it concentrates in blocks 0 and 1 | **not reproduced** | [06](06_emergence.ipynb) |
+# | [C15](../p0circuit/experiments/convergence.py) it tells how far training has come | **not reproduced** | [06](06_emergence.ipynb) |
+# | [C16](../p0circuit/experiments/methods.py) TNLM and Force-sink bring it earlier and higher | **not reproduced** | [06](06_emergence.ipynb) |
+# | [C17](../p0circuit/experiments/streaming.py) a cache must not drop P0 | reproduced | [08](08_practice.ipynb) |
+# | [C18](../p0circuit/experiments/quantisation.py) P0 kept in high precision halves the error of int8 | **not reproduced** | [08](08_practice.ipynb) |
+# | [C19](../p0circuit/experiments/dormant_heads.py) sink heads are dormant | **not reproduced** | [08](08_practice.ipynb) |
+# | [C20](../p0circuit/experiments/first_token.py) a neutral prefix takes the first token's power away | **not reproduced** | [08](08_practice.ipynb) |
 #
 # One thing to keep in mind: `p0-nano` was trained so that it would have a sink (half of its training rows begin with
 # BOS and half with a random token, and nothing is predicted at P0; see

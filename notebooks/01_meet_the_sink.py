@@ -24,21 +24,21 @@ seed = 0  # of the prompts
 out = None  # a directory for the figures and key figures; None leaves nothing
 
 # %%
-# Where p0circuit is not installed: use the checkout around this notebook, or (on Colab)
-# install it.
+# Where p0circuit is not installed: use the checkout around this notebook, or say what to do.
 import importlib.util
 import pathlib
-import subprocess
 import sys
 
 if importlib.util.find_spec("p0circuit") is None:
     here = pathlib.Path(globals().get("__file__", "notebook")).resolve()
     checkout = [folder for folder in here.parents if (folder / "p0circuit/cli.py").is_file()]
-    if checkout:
-        sys.path.insert(0, str(checkout[0]))
-    else:
-        print("installing p0circuit: a minute or two")
-        subprocess.run([sys.executable, "-m", "pip", "install", "-q", "p0circuit"], check=True)
+    if not checkout:
+        raise ModuleNotFoundError(
+            "p0circuit is not installed here, and it is on no package index. Clone its repository "
+            "and open this notebook inside the clone; on Colab, clone it and run in a cell: "
+            "%pip install ./NAME-OF-THE-CLONE"
+        )
+    sys.path.insert(0, str(checkout[0]))
 
 # %%
 import torch
@@ -111,20 +111,22 @@ check_sink_score(my_sink_score)
 # </details>
 #
 # On the model: run the prompts once, keep every layer's pattern (TransformerLens calls it
-# `blocks.{layer}.attn.hook_pattern`), and average. The package's own `record` does the same in batches.
+# `blocks.{layer}.attn.hook_pattern`), and take the score of each; `sink_score` is the package's answer to the exercise,
+# for a batch of prompts. `record` does the same inside the hooks, so that no pattern has to be kept.
 
 # %%
 from p0circuit.activations import SINK_SCORE, record
+from p0circuit.sink import sink_score
 
 names = [f"blocks.{layer}.attn.hook_pattern" for layer in range(layers)]
 with torch.no_grad():
     _, cache = lm.run_with_cache(prompts.ids, names_filter=names)
-by_hand = torch.stack([cache[name][..., 0].mean(-1) for name in names], dim=1)
+scores = torch.stack([sink_score(cache[name], prompts.p0) for name in names], dim=1)
 
-scores = record(lm, prompts, SINK_SCORE)[SINK_SCORE]
-print("scores of shape [prompt, layer, head]:", list(by_hand.shape))
-print(f"largest difference from the package: {float((by_hand - scores).abs().max()):.1e}")
-for layer, row in enumerate(by_hand.mean(0)):
+recorded = record(lm, prompts, SINK_SCORE)[SINK_SCORE]
+print("scores of shape [prompt, layer, head]:", list(scores.shape))
+print(f"largest difference from `record`: {float((scores - recorded).abs().max()):.1e}")
+for layer, row in enumerate(scores.mean(0)):
     print(f"layer {layer}:", " ".join(f"{score:.2f}" for score in row.tolist()))
 
 # %% [markdown]
@@ -157,16 +159,27 @@ check_uniform_score(my_uniform_score, prompts.length)
 #
 # </details>
 #
-# The other comparison is another position. Position 8 is not special; here is its score beside P0's.
+# The other comparison is another position. The score of key $k$ is the mean over the queries that see it, and the
+# **excess score** $e$ is what P0 gets beyond position 8, which is not special:
+#
+# $$\alpha_k = \frac{1}{T - k} \sum_{t \ge k} A_{t,k}, \qquad e = \alpha_0 - \alpha_8 .$$
 
 # %%
 from p0circuit.activations import score_at
 
 control = record(lm, prompts, score_at(8))[score_at(8)]
-best = divmod(int(by_hand.mean(0).argmax()), heads)
+best = divmod(int(scores.mean(0).argmax()), heads)
+to_p0, to_8 = (float(one[:, best[0], best[1]].mean()) for one in (scores, control))
 print(f"best head {best[0]}.{best[1]}")
-print(f"  to position zero: {float(by_hand[:, best[0], best[1]].mean()):.3f}")
-print(f"  to position 8:    {float(control[:, best[0], best[1]].mean()):.3f}")
+print(f"  to position zero: {to_p0:.3f}")
+print(f"  to position 8:    {to_8:.3f}")
+print(f"  excess score:     {to_p0 - to_8:.3f}")
+
+# %% [markdown]
+# From here on two more words have one meaning. **Sink heads** are those with a mean score above 0.3 on one half of the
+# prompts (the three highest if there are none). There **is a sink** if their mean excess on the *other* half is beyond
+# doubt above 0.076, twice that of uniform attention. Chosen and measured on the same prompts, the highest of many heads
+# would look higher than they are.
 
 # %% [markdown]
 # ## 4. Measure a model: the sink rate
@@ -211,8 +224,9 @@ check_sink_rate(my_sink_rate)
 # </details>
 
 # %%
-rate = float((by_hand[:, 2:] > 0.3).float().mean())
-rate_of_8 = float((control[:, 2:] > 0.3).float().mean())
+from p0circuit.sink import sink_rate
+
+rate, rate_of_8 = (float(sink_rate(one, from_layer=2).mean()) for one in (scores, control))
 print(f"Sink[2:] of position zero: {rate:.3f}, of position 8: {rate_of_8:.3f}")
 
 # %% [markdown]
@@ -227,9 +241,9 @@ page.show(sink_map.figures["map"], "sink scores of every head on five kinds of p
 verdict(sink_map)
 
 # %% [markdown]
-# The last panel is the circuit's weak spot: if *all* tokens are the same, no position differs from P0 in anything, and
-# there is no sink (claim C11, [`Limits`](../p0circuit/experiments/limits.py)). Notebook [02](02_recognition.ipynb) says
-# why.
+# The last panel is the circuit's weak spot: if *all* tokens are the same, no position differs from P0 in anything (with
+# rotary positions; learned ones keep the difference, see [07](07_bring_your_own_model.ipynb)), and there is no sink (claim
+# C11, [`Limits`](../p0circuit/experiments/limits.py)). Notebook [02](02_recognition.ipynb) says why.
 #
 # ## 5. Is it BOS?
 #
@@ -282,7 +296,9 @@ page.show(pd.DataFrame(rows, columns=columns))
 #
 # If half of a head's attention goes to one token, does that token's content flood everything? No: its *value* vector is
 # short. What a sink head reads at P0 is next to nothing, so attending there is a way of doing nothing (Guo et al.,
-# [arXiv 2410.13835](https://arxiv.org/abs/2410.13835), call it value-state drain).
+# [arXiv 2410.13835](https://arxiv.org/abs/2410.13835), call it value-state drain). That nothing is missed without it takes
+# an intervention: [`Remedies`](../p0circuit/experiments/remedies.py) sets P0's value to zero in the sink heads, and the
+# loss hardly moves (notebook [08](08_practice.ipynb)).
 
 # %%
 from p0circuit.activations import VALUE_NORM_RATIO
@@ -298,7 +314,7 @@ for layer, row in enumerate(drain):
 
 # %%
 page.key_figures(
-    best_head=float(by_hand[:, best[0], best[1]].mean()),
+    best_head=to_p0,
     sink_rate_from_layer_2=rate,
     sink_rate_of_position_8=rate_of_8,
     sink_rate_random_tokens=sink_map.metrics["sink_rate_random_tokens"].value,

@@ -16,8 +16,8 @@
 # read-out. No training. The result is the `wired` model of this package without its decoys; because its circuit is known,
 # the package's methods are tested on it. At the end you break it, and compare it with a model that was trained.
 #
-# *About 15 minutes; two exercises. Before: [04](04_patching_the_circuit.ipynb). The full construction, with its numbers
-# derived: [`wired.py`](../p0circuit/models/wired.py).*
+# *About 15 minutes; two exercises. Before: [04](04_patching_the_circuit.ipynb). After: [06](06_emergence.ipynb). The full
+# construction, with its numbers derived: [`wired.py`](../p0circuit/models/wired.py).*
 
 # %% tags=["parameters"]
 model = "p0-nano"  # a shipped model, a local Hugging Face directory, or a hub id
@@ -26,21 +26,21 @@ seed = 0  # of the prompts
 out = None  # a directory for the figures and key figures; None leaves nothing
 
 # %%
-# Where p0circuit is not installed: use the checkout around this notebook, or (on Colab)
-# install it.
+# Where p0circuit is not installed: use the checkout around this notebook, or say what to do.
 import importlib.util
 import pathlib
-import subprocess
 import sys
 
 if importlib.util.find_spec("p0circuit") is None:
     here = pathlib.Path(globals().get("__file__", "notebook")).resolve()
     checkout = [folder for folder in here.parents if (folder / "p0circuit/cli.py").is_file()]
-    if checkout:
-        sys.path.insert(0, str(checkout[0]))
-    else:
-        print("installing p0circuit: a minute or two")
-        subprocess.run([sys.executable, "-m", "pip", "install", "-q", "p0circuit"], check=True)
+    if not checkout:
+        raise ModuleNotFoundError(
+            "p0circuit is not installed here, and it is on no package index. Clone its repository "
+            "and open this notebook inside the clone; on Colab, clone it and run in a cell: "
+            "%pip install ./NAME-OF-THE-CLONE"
+        )
+    sys.path.insert(0, str(checkout[0]))
 
 # %%
 import math
@@ -60,9 +60,12 @@ from p0circuit.models.wired import (
 )
 from p0circuit.prompts import random_tokens
 from p0circuit.report.figures import Series, trajectories
-from p0circuit.teaching import Page, open_model, read_prompts
+from p0circuit.teaching import Page, open_model, read_prompts, sink_of
 
 page = Page(out)
+trained = open_model(model)  # for the comparison at the end
+text = read_prompts(trained, samples, seed)
+sink_of(trained, text)
 length = 64
 prompts = random_tokens(
     64, n=samples, length=length, seed=seed
@@ -85,6 +88,7 @@ places = [str(t) for t in range(length)]
 # | `echo` | 64 | what attention brings |
 # | `mark` | 1 | "this one is unmixed" |
 # | `p0` | 1 | the P0 direction |
+# | (no name) | 29 | nothing: 18 are for the decoys that `wired` has beyond our model, 11 for nobody, the all-ones vector among them (so that the mean which LayerNorm subtracts is 0) |
 
 # %%
 weights = silent_weights()
@@ -137,7 +141,8 @@ weights["unembed.b_U"] = torch.zeros(64, dtype=torch.float64)
 #
 # $$|\mathrm{echo}|^2 = 9 F, \qquad F_t = \sum_w \left(\frac{\#\{i \le t : w_i = w\}}{t+1}\right)^2 .$$
 #
-# That is the cone model of notebook [02](02_recognition.ipynb) with cosine $a = 0$. P0 has $F = 1$, exactly.
+# That is the cone model of notebook [02](02_recognition.ipynb) with cosine $a = 0$, as long as all tokens differ; $F$ counts
+# repeats together. P0 has $F = 1$, exactly.
 
 # %%
 ECHO, B = 3.0, 2.0
@@ -149,7 +154,7 @@ recognised = stream(built("recognition"), "blocks.0.hook_resid_mid")
 predicted = (9 * purity(prompts.ids)).sqrt().mean(0)
 lines = [
     Series("echo, measured", recognised["echo"].tolist()),
-    Series("3 √F, predicted", predicted.tolist()),
+    Series("3 √F, predicted", predicted.tolist(), dashed=True),
 ]
 figure = trajectories(
     {"After attention 0": lines}, places, "Length of the echo", "position", ["length"]
@@ -167,7 +172,7 @@ print(f"largest difference: {float((recognised['echo'] - predicted).abs().max())
 # $$\cos(\text{ruler}) = r(F) = \frac{1}{\sqrt{B + 9F}} .$$
 #
 # At P0 it is $r(1) = 0.302$; at a position that has seen two different tokens $r(1/2) = 0.392$. Between them we set the
-# threshold: $r(3/4) = 0.337$.
+# threshold: $r(3/4) = 0.338$.
 #
 # ### Exercise 5.1
 #
@@ -200,9 +205,12 @@ check_detector(my_detector)
 #
 # </details>
 #
-# We give it to neuron 17, which writes 3 times what it fires with into `mark`.
+# We give it to neuron 17, which writes 3 times what it fires with into `mark`. `ramp(off, on)` is the package's answer to
+# the exercise.
 
 # %%
+from p0circuit.teaching import ramp
+
 MARK = 3.0
 
 
@@ -210,8 +218,7 @@ def ruler_cosine(pure):
     return 1 / math.sqrt(B + ECHO**2 * pure)
 
 
-gain = -1 / (ruler_cosine(3 / 4) - ruler_cosine(1))
-bias = -gain * ruler_cosine(3 / 4)
+gain, bias = ramp(off=ruler_cosine(3 / 4), on=ruler_cosine(1))
 set_neuron(weights, 0, 17, reads=gain * space.ruler, bias=bias, writes=MARK * space.mark)
 
 detected = stream(built("detection"), "blocks.0.hook_resid_post")
@@ -227,10 +234,8 @@ print("mark at positions 0, 1, 2 and 63:", np.round(detected["mark"][[0, 1, 2, 6
 
 # %%
 P0_NORM, FROM = 60.0, 0.3
-gain = 1 / (MARK / math.sqrt(B + ECHO**2 + MARK**2) - FROM)
-set_neuron(
-    weights, 1, 42, reads=gain * space.mark, bias=-gain * FROM, writes=P0_NORM * space.p0
-)
+gain, bias = ramp(off=FROM, on=MARK / math.sqrt(B + ECHO**2 + MARK**2))
+set_neuron(weights, 1, 42, reads=gain * space.mark, bias=bias, writes=P0_NORM * space.p0)
 
 lm = built("amplification")
 hooks = [f"blocks.{layer}.hook_resid_{where}" for layer in (0, 1) for where in ("mid", "post")]
@@ -284,9 +289,12 @@ check_strength(my_score)
 # ```
 #
 # </details>
+#
+# `wired_truth` states what is true of the `wired` model, the scores of these three heads among it.
 
 # %%
-for head, strength in ((0, 9.0), (2, 8.0), (3, 7.0)):
+strengths = {0: 9.0, 2: 8.0, 3: 7.0}
+for head, strength in strengths.items():
     weights["blocks.2.attn.b_Q"][head, -1] = 1.0
     weights["blocks.2.attn.W_K"][head, :, -1] = strength * math.sqrt(32) * space.p0
 
@@ -295,11 +303,12 @@ pattern = "blocks.2.attn.hook_pattern"
 with torch.no_grad():
     _, cache = lm.run_with_cache(prompts.ids, names_filter=pattern)
 scores = cache[pattern][..., 0].mean(-1)  # [prompt, head]
-rows = []
-for head, strength in ((0, 9.0), (2, 8.0), (3, 7.0)):
-    size = math.exp(strength)
-    expected = sum(size / (size + t) for t in range(length)) / length
-    rows.append((f"2.{head}", strength, expected, float(scores[:, head].median())))
+rows = [
+    (f"2.{head}", strength, expected, float(scores[:, head].median()))
+    for (head, strength), expected in zip(
+        strengths.items(), wired_truth().score_kept(length), strict=True
+    )
+]
 page.show(pd.DataFrame(rows, columns=["head", "strength", "predicted", "measured (median)"]))
 
 # %% [markdown]
@@ -367,7 +376,7 @@ page.show(figure, "sink score with parts of the circuit set to zero at position 
 # ## 7. Break it
 #
 # The circuit measures purity, not place. So whoever is as pure as P0 is taken for it: if the first token stands $n$ times
-# in a row, all $n$ copies are recognised and share the sink, about $1/n$ each. That is the weak spot of the real circuit,
+# in a row, all $n$ copies are recognised and share the sink, $1/n$ each or more. That is the weak spot of the real circuit,
 # too (claim C11; Yona et al. found it in Llama-2, [arXiv 2503.08908](https://arxiv.org/abs/2503.08908)).
 
 # %%
@@ -379,7 +388,10 @@ for n in repeats:
     with torch.no_grad():
         _, cache = lm.run_with_cache(ids, names_filter=pattern)
     shared.append(float(cache[pattern][:, 0, :, 0].mean()))
-lines = [Series("head 2.0", shared), Series("1 / n of it", [shared[0] / n for n in repeats])]
+lines = [
+    Series("head 2.0", shared),
+    Series("1 / n of it", [shared[0] / n for n in repeats], dashed=True),
+]
 figure = trajectories(
     {"The first token n times": lines},
     [str(n) for n in repeats],
@@ -389,9 +401,12 @@ figure = trajectories(
 )
 figure.set_size_inches(5.6, 3.2)
 page.show(figure, "sink score of position zero when the first token is repeated")
+for n, one in zip(repeats, shared, strict=True):
+    print(f"n = {n:2}: {one:.3f}, and 1/n of the whole {shared[0] / n:.3f}")
 
 # %% [markdown]
-# (A little above $1/n$, because queries within the repeated prefix share with fewer.)
+# (Above $1/n$, and more so the longer the prefix: queries within it share with fewer. At the end all tokens are the same, and
+# what is left is uniform attention.)
 #
 # ## 8. What is different in a model that was trained?
 #
@@ -403,8 +418,7 @@ page.show(figure, "sink score of position zero when the first token is repeated"
 # %%
 from p0circuit.experiments import DirectionOrNorm, Structure, StructureConfig
 
-trained = open_model(model)
-pairs = {"built": (lm, prompts), model: (trained, read_prompts(trained, samples, seed))}
+pairs = {"built": (lm, prompts), model: (trained, text)}
 config = StructureConfig(positions=(16,), samples_beside=32, scan_blocks=1)
 compared = {}
 for label, (one, its_prompts) in pairs.items():
@@ -428,7 +442,7 @@ page.show(table.reset_index(names="sink of P0, or of 16 over P0's"))
 # `p0-nano` has found something that the norm alone does not trigger: it reads more of "unmixed" than its length. Building
 # a thing shows what would be enough; it takes interventions to learn what is there.
 #
-# That is the course so far. From here: your own model, with `p0circuit reproduce ./my-model`.
+# Next: [06](06_emergence.ipynb), on how such a circuit comes about in training.
 
 # %%
 page.key_figures(

@@ -196,8 +196,8 @@ counts = stages.groupby("run")["stage"].max()
 print("number of stages:", ", ".join(f"{name} {count}" for name, count in counts.items()))
 
 # %% [markdown]
-# Three or four stages in the BOS runs, three in `moe-0`, two with Force-sink and in `p0-nano`, one where there is no sink:
-# three is not a law.
+# Three or four stages in the BOS runs, three in `moe-0`, two with Force-sink and in `p0-nano`, and anything from one to four
+# on plain text: three is not a law.
 #
 # ## 4. Dense beside mixture of experts
 #

@@ -25,24 +25,24 @@ model = "learned-0"  # a shipped model, a local Hugging Face directory, or a hub
 samples = 128  # prompts of 64 tokens
 seed = 0  # of the prompts, and of the training run
 steps = 384  # of the training runs
-out = None  # a directory for the figures and key figures; None leaves nothing
+out = None  # a directory for the figures, the key figures and the runs; None leaves nothing
 
 # %%
-# Where p0circuit is not installed: use the checkout around this notebook, or (on Colab)
-# install it.
+# Where p0circuit is not installed: use the checkout around this notebook, or say what to do.
 import importlib.util
 import pathlib
-import subprocess
 import sys
 
 if importlib.util.find_spec("p0circuit") is None:
     here = pathlib.Path(globals().get("__file__", "notebook")).resolve()
     checkout = [folder for folder in here.parents if (folder / "p0circuit/cli.py").is_file()]
-    if checkout:
-        sys.path.insert(0, str(checkout[0]))
-    else:
-        print("installing p0circuit: a minute or two")
-        subprocess.run([sys.executable, "-m", "pip", "install", "-q", "p0circuit"], check=True)
+    if not checkout:
+        raise ModuleNotFoundError(
+            "p0circuit is not installed here, and it is on no package index. Clone its repository "
+            "and open this notebook inside the clone; on Colab, clone it and run in a cell: "
+            "%pip install ./NAME-OF-THE-CLONE"
+        )
+    sys.path.insert(0, str(checkout[0]))
 
 # %% [markdown]
 # ## 1. Open it
@@ -87,7 +87,7 @@ import transformers
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
-folder = tempfile.TemporaryDirectory()
+scratch = tempfile.TemporaryDirectory()
 small = {
     "vocab_size": 96,
     "hidden_size": 48,
@@ -112,7 +112,7 @@ rows = []
 for name, config in configs.items():
     torch.manual_seed(seed)
     mine = transformers.AutoModelForCausalLM.from_config(config).eval()
-    directory = pathlib.Path(folder.name) / name
+    directory = pathlib.Path(scratch.name) / name
     mine.save_pretrained(directory)
     opened = open_model(directory)
     with torch.no_grad():
@@ -136,18 +136,19 @@ table = pd.DataFrame(rows, columns=columns)
 page.show(table.assign(**{"logits apart": [f"{apart:.0e}" for apart in table["logits apart"]]}))
 
 # %% [markdown]
-# The last column is the highest sink score of any head, and no more than 0.07 comes from attending to everything alike: random
-# weights have no sink. What cannot be opened right is refused, with a reason and a way out:
+# The last column is the highest sink score of any head. Attending to everything alike gives 0.074, and the highest of twelve
+# random heads is hardly above that: random weights have no sink. What cannot be opened right is refused, with a reason and a
+# way out:
 
 # %%
-unfinished = pathlib.Path(folder.name) / "unfinished"
+unfinished = pathlib.Path(scratch.name) / "unfinished"
 unfinished.mkdir()
 config.save_pretrained(unfinished)
 for name, checkpoint in ((unfinished, None), ("p0-nano", 3)):
     try:
         load_model(name, checkpoint=checkpoint)
     except ModelError as reason:
-        print("-", str(reason).replace(folder.name, "..."))
+        print("-", str(reason).replace(scratch.name, "..."))
 
 # %% [markdown]
 # ## 3. Its sink
@@ -161,9 +162,9 @@ sink_map = SinkMap().run(lm, prompts)
 page.show(sink_map.figures["map"], "sink scores of every head on five kinds of prompt")
 
 # %% [markdown]
-# `learned-0` has next to none: attending to everything alike gives 0.07, and its best head has 0.12. That it is the same on
-# one repeated token, where `p0-nano` has no sink left at all, is what learned positions do: equal tokens are not alike
-# there. And BOS, a token that it has never seen in training, draws one head of layer 0 twice as much.
+# `learned-0` has next to none: attending to everything alike gives 0.07, and its best head has 0.12. That it is nearly the
+# same on one repeated token, where `p0-nano` has no sink left at all, is what learned positions do: equal tokens are not alike
+# there. And BOS, a token that it has never seen in training, draws one head of layer 0 nearly twice as much.
 #
 # ## 4. A claim, and what "not applicable" looks like
 #
@@ -177,8 +178,9 @@ claims = {
 }
 
 # %% [markdown]
-# *Not reproduced* is a finding about a model: here, that the token at P0 does matter. *Not applicable* is none. A report on
-# any model keeps the two apart.
+# *Not reproduced* is a finding about a model: here, that the token at P0 does matter. It does not weigh much, because C2
+# compares the highest heads whether they are sinks or not, and this model has next to no sink that could stay or go. *Not
+# applicable* is no finding. A report on any model keeps the two apart.
 #
 # ## 5. A run of your own, watched
 #
@@ -255,7 +257,7 @@ probes = {
     name: from_ids(backcopy(np.random.default_rng(10_000 + seed), 64, bos))
     for name, bos in starts.items()
 }
-runs = {name: pathlib.Path(folder.name) / name for name in starts}
+runs = {name: pathlib.Path(out or scratch.name) / "runs" / name for name in starts}
 trained = {name: train(runs[name], bos) for name, bos in starts.items()}
 
 # %% [markdown]
@@ -286,10 +288,12 @@ figure.axes[1].axhline(least_excess(LENGTH), color="0.5", linewidth=0.8, linesty
 page.show(figure, "loss, excess score and norm ratio of two runs in training")
 
 # %% [markdown]
-# Both learn the task. Behind BOS a sink forms within a few hundred steps, with most of the attention of the highest heads;
-# behind a random token hardly anything has begun by then. And P0 is no outlier in either. So this is *not* the circuit of the paper, which needs no BOS: it is
-# the shortest way to a sink, a key that the embedding of one token has in layer 0 already. (The circuit proper takes text,
-# depth and time; `bos-0`, trained on text behind BOS, has a sink that hangs on the token too.)
+# Both are learning the task. Behind BOS a sink forms within a few hundred steps, with most of the attention of the
+# highest heads; behind a random token it has only begun by then (on which side of the dashed line its last readings are
+# differs from machine to machine). And P0 is no outlier in either. So this is *not* the circuit of the paper, which
+# needs no BOS: it is the shortest way to a sink, a key that the embedding of one token has in layer 0 already. (The
+# circuit proper takes text, depth and time; `bos-0`, trained on text behind BOS, has a sink that hangs on the token
+# too.)
 #
 # With the `Trainer` of `transformers` the monitor is one line, `monitor.attach(trainer)`, and the readings come out of the
 # Trainer's own log, wherever that goes (TensorBoard, W&B). Lightning: `Trainer(callbacks=[monitor.lightning()])`. Here the
@@ -299,7 +303,7 @@ page.show(figure, "loss, excess score and norm ratio of two runs in training")
 trainer = transformers.Trainer(
     trained["behind BOS"][0],
     transformers.TrainingArguments(
-        output_dir=folder.name,
+        output_dir=scratch.name,
         max_steps=10,
         learning_rate=1e-3,
         per_device_train_batch_size=ROWS,
@@ -331,7 +335,7 @@ from p0circuit.report.figures import development
 from p0circuit.training.trace import checkpoints_of, trace
 
 run, probe = runs["behind BOS"], probes["behind BOS"]
-kept = checkpoints_of(run)
+kept = [step for step in checkpoints_of(run) if step in keep]
 traced = trace(run, lambda _: probe, kept, load=lambda step: open_model(run, step))
 figure = development({run.name: traced.to_dataframe()}, traced.formation_step)
 page.show(figure, "the trace of the run, from its checkpoints")
@@ -393,7 +397,7 @@ own = attempt(DirectionOrNorm(), last, from_ids(as_trained))
 # never run. What all this means for one who *uses* a model is the subject of [08](08_practice.ipynb).
 
 # %%
-folder.cleanup()
+scratch.cleanup()
 figures = {
     "largest_difference_of_logits": table["logits apart"].max(),
     "best_head": sink_map.metrics["best_head"].value,

@@ -9,13 +9,15 @@
 # ---
 
 # %% [markdown]
-# # The paper's figures, all of them
+# # The report's figures, in the order of the paper
 #
 # One script that runs the whole reproduction and shows every figure of its report, in the order of the paper: what
-# Peng et al. ([arXiv 2603.06591](https://arxiv.org/abs/2603.06591)) show in a section, and what we find. There is nothing
-# to solve here. Each claim stands with its threshold, which was fixed before anything was measured, and its verdict.
+# Peng et al. ([arXiv 2603.06591](https://arxiv.org/abs/2603.06591)) show in a section, and what we find. No figure here
+# matches one of theirs: those show large models, these test on a small one what is said about them. There is nothing to
+# solve. Each claim stands with its threshold, which was fixed before anything was measured, its verdict, and the notes of
+# the experiment.
 #
-# As it stands it takes **48 prompts and no controls, and two minutes**. The report's own figures are those of
+# As it stands it takes **48 prompts and no controls, and a few minutes**. The report's own figures are those of
 # `make reproduce`: 1,024 prompts of three seeds, each claim tried on three controls as well, a quarter of an hour or more.
 #
 # ```shell
@@ -38,21 +40,21 @@ controls = False  # whether each claim is tried where it must fail, too
 out = None  # a directory for all results; None leaves nothing
 
 # %%
-# Where p0circuit is not installed: use the checkout around this notebook, or (on Colab)
-# install it.
+# Where p0circuit is not installed: use the checkout around this notebook, or say what to do.
 import importlib.util
 import pathlib
-import subprocess
 import sys
 
 if importlib.util.find_spec("p0circuit") is None:
     here = pathlib.Path(globals().get("__file__", "notebook")).resolve()
     checkout = [folder for folder in here.parents if (folder / "p0circuit/cli.py").is_file()]
-    if checkout:
-        sys.path.insert(0, str(checkout[0]))
-    else:
-        print("installing p0circuit: a minute or two")
-        subprocess.run([sys.executable, "-m", "pip", "install", "-q", "p0circuit"], check=True)
+    if not checkout:
+        raise ModuleNotFoundError(
+            "p0circuit is not installed here, and it is on no package index. Clone its repository "
+            "and open this notebook inside the clone; on Colab, clone it and run in a cell: "
+            "%pip install ./NAME-OF-THE-CLONE"
+        )
+    sys.path.insert(0, str(checkout[0]))
 
 # %% [markdown]
 # ## The run

@@ -5,12 +5,14 @@
 2. A checker tries an answer on cases of its own and prints one line: right; not answered yet; or what is wrong. It says
    what the answer does, by trying the likely mistakes on the same cases, and never what it should have done.
 
-Solutions stand folded in the notebooks, below the tasks.
+Solutions stand folded in the notebooks, below the tasks. What the cells after a task need of its solution they take
+from the package, so that nobody reads it there by accident; `put` and `ramp` are here for that.
 """
 
 from __future__ import annotations
 
 import functools
+import html
 import json
 import math
 import re
@@ -18,7 +20,7 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,6 +29,7 @@ from torch.nn.functional import normalize, one_hot
 from p0circuit.console import in_notebook
 from p0circuit.experiments.base import Experiment, NotApplicable
 from p0circuit.experiments.conditions import readable
+from p0circuit.experiments.surgery import Sink, find_sink
 from p0circuit.files import write_atomically, write_json
 from p0circuit.interventions.nodes import Node
 from p0circuit.models import load_model, one_thread_if_small
@@ -47,6 +50,12 @@ TEXT = "code"
 _CSS_PIXELS = 105
 """Of an inch of a figure, as it stands in a notebook."""
 _LONGEST_NAME = 60
+_WIDTH = 92
+"""Of what is printed, in characters."""
+_HEADING = re.compile(r'<text style="font-size: (9|9\.5)px[^>]*>([^<]+)</text>')
+"""In the SVG of a figure of ours: nothing but the titles of panels (9) and of the whole (9.5) has these sizes."""
+WITH_A_SINK = ("p0-nano", "force-sink-0", "wired")
+"""Shipped models that have what the notebooks take apart: a sink on text without BOS, in heads above block 1."""
 
 
 def open_model(name: str | Path, checkpoint: int | str | None = None) -> Any:
@@ -59,6 +68,23 @@ def open_model(name: str | Path, checkpoint: int | str | None = None) -> Any:
 def read_prompts(model: Any, samples: int, seed: int = 0, length: int = 64) -> PromptSet:
     """Crops of the shipped code, without BOS; random tokens for a model that has no tokenizer to read text with."""
     return readable(model, TEXT, samples, length, seed)
+
+
+def sink_of(model: Any, prompts: PromptSet) -> Sink:
+    """`find_sink`, for a notebook that takes a sink apart: where there is none it ends, and names models that have one.
+
+    Raises:
+        NotApplicable: there is no sink, or none above block 1.
+    """
+    try:
+        return find_sink(model, prompts)
+    except NotApplicable as reason:
+        *others, last = WITH_A_SINK
+        shipped = f"{', '.join(others)} and {last}"
+        raise NotApplicable(
+            f"{reason}. This notebook takes a sink apart that needs no BOS; of the shipped models {shipped} have one "
+            f"(-p model {WITH_A_SINK[0]})"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -112,14 +138,14 @@ class Page:
 
 
 def verdict(result: Result) -> None:
-    """Print the claim that a result tests: what was required, what was measured, and how it ended.
+    """Print the claim that a result tests: what was required, what was measured, how it ended, and what to know of it.
 
     Raises:
         ValueError: the experiment tests no claim.
     """
     if result.claim is None:
         raise ValueError(f"{result.experiment} tests no claim: print its metrics")
-    _print_claim(result.claim)
+    _print_claim(result.claim, result.notes)
 
 
 def attempt(experiment: Experiment, model: Any, prompts: PromptSet) -> Result | None:
@@ -133,16 +159,27 @@ def attempt(experiment: Experiment, model: Any, prompts: PromptSet) -> Result | 
     except NotApplicable as reason:
         about = experiment.claim
         print(f"{about.id} {about.title}: NOT APPLICABLE" if about else f"{experiment.id}: NOT APPLICABLE")
-        print(textwrap.fill(str(reason), 92, initial_indent="  ", subsequent_indent="    "))
+        _print_below(str(reason))
         return None
     verdict(result)
     return result
 
 
-def _print_claim(about: Mapping[str, Any]) -> None:
+def _print_claim(about: Mapping[str, Any], notes: Sequence[str]) -> None:
     print(f"{about['id']} {about['title']}: {shown_verdict(about).upper()}")
     for name in ("statement", "threshold", "why"):
-        print(textwrap.fill(f"{name}: {about[name]}", 92, initial_indent="  ", subsequent_indent="    "))
+        _print_below(f"{name}: {about[name]}")
+    _print_notes(notes)
+
+
+def _print_notes(notes: Sequence[str]) -> None:
+    for note in notes:
+        _print_below(f"note: {note}")
+
+
+def _print_below(told: str) -> None:
+    """A paragraph that belongs to the line above it."""
+    print(textwrap.fill(told, _WIDTH, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False))
 
 
 def evidence(page: Page, run: Run, experiment: str) -> None:
@@ -151,15 +188,25 @@ def evidence(page: Page, run: Run, experiment: str) -> None:
     result = run.results.get(experiment)
     missing = run.manifest.get("left_out", {}) | run.manifest.get("broken", {}) | run.unreadable
     if claim is not None:
-        _print_claim(claim)
+        _print_claim(claim, claim.get("notes", ()))
     elif result is not None:
         print(f"{result.title}: measured; no claim hangs on it.")
+        _print_notes(result.notes)
     if result is None and (claim is None or experiment in run.unreadable):
         told = f"{experiment}: no figures: {missing.get(experiment, 'this run has not come to it')}"
-        print(textwrap.fill(told, 92, subsequent_indent="  "))
+        print(textwrap.fill(told, _WIDTH, subsequent_indent="  "))
     if result is not None:
         for name, figure in result.figures.items():
-            page.show(figure, f"{experiment}, {name}: {result.title}")
+            page.show(figure, f"{experiment}, {name}: {_headings(figure) or result.title}")
+
+
+def _headings(figure: Any) -> str:
+    """What stands above a figure that a run has left, and above its panels: in the SVG beside it text is still text."""
+    if not isinstance(figure, Path) or not (drawing := figure.with_suffix(".svg")).is_file():
+        return ""
+    found = _HEADING.findall(drawing.read_text(encoding="utf-8"))
+    whole, panels = ([html.unescape(text) for size, text in found if size == one] for one in ("9.5", "9"))
+    return "; ".join(filter(None, [" ".join(whole), *dict.fromkeys(panels)]))
 
 
 def statements(advice: Advice) -> None:
@@ -169,7 +216,7 @@ def statements(advice: Advice) -> None:
         print(f"\n{one.topic} {one.verdict.upper()}")
         for line in (one.text, one.advice and f"-> {one.advice}"):
             if line:
-                print(textwrap.fill(line, 92, initial_indent="  ", subsequent_indent="  "))
+                print(textwrap.fill(line, _WIDTH, initial_indent="  ", subsequent_indent="  "))
 
 
 def metrics(result: Result, names: Sequence[str] = ()) -> pd.DataFrame:
@@ -231,6 +278,23 @@ def _number(value: float) -> str:
 # Exercises
 
 
+def put(position: int, values: Tensor) -> Callable[[Tensor, Any], Tensor]:
+    """A hook that puts values [batch, ...] at one position of an activation [batch, pos, ...]."""
+
+    def hook_function(activation: Tensor, hook: Any) -> Tensor:
+        changed = activation.clone()
+        changed[:, position] = values
+        return changed
+
+    return hook_function
+
+
+def ramp(off: float, on: float) -> tuple[float, float]:
+    """(gain, bias) of a neuron whose input before the non-linearity is 0 at `off` and 1 at `on`."""
+    gain = 1 / (on - off)
+    return gain, -gain * off
+
+
 class _Wrong(Exception):
     """An answer that is not right, and why."""
 
@@ -252,7 +316,7 @@ def _exercise(title: str) -> Callable[[Callable[..., None]], Callable[..., None]
             except _Unanswered:
                 print(f"○ {title}: no answer yet; write one and run this cell again.")
             except _Wrong as wrong:
-                print(textwrap.fill(f"✗ {title}: {wrong}", 92, subsequent_indent="  "))
+                print(textwrap.fill(f"✗ {title}: {wrong}", _WIDTH, subsequent_indent="  "))
             else:
                 print(f"✓ {title}: right.")
 
@@ -378,12 +442,13 @@ def check_uniform_score(answer: Any, length: int = 64) -> None:
             (sum(1 / (t + 1) for t in range(length)), "that is the sum over queries; the sink score is their mean."),
             (
                 sum(1 / t for t in range(1, length)) / length,
-                "a query sees its own position too: query t sees t + 1 tokens.",
+                "there the first query is left out, or no query sees its own position.",
             ),
             (2 / (length + 1), "that is the median query's, not the mean over queries."),
         ],
         "take the queries one by one: how many keys does each see, and what does it give to the first of them?",
-        1e-3,
+        # Three digits are enough.
+        2e-4,
     )
 
 
@@ -401,7 +466,7 @@ def check_sink_rate(answer: Any) -> None:
         [
             (
                 float((scores.mean(0) > eps).double().mean()),
-                "averaging over samples comes first there; count a sample's heads before you average over samples.",
+                "averaging over samples comes first there: that asks which heads are sinks on average.",
             ),
             (float((scores > eps).sum()), "that is a count, not a share."),
             (float(scores.mean()), "that is the mean score; where is the threshold?"),
@@ -438,14 +503,11 @@ def check_cone(answer: Any) -> None:
             ),
             (right.sqrt(), "that is the norm; the model is about its square."),
             (purity, "that is what is left where values share nothing (cosine 0)."),
-            (torch.ones(6), "the weights add up to 1; it is their squares that tell how mixed the output is."),
-            (
-                purity * cosine**2 + (1 - cosine**2),
-                "the shared direction survives any mixing in full; it is the rest that is averaged away.",
-            ),
+            (torch.ones(6), "the weights add up to 1, however a query attends: they say nothing of how mixed it is."),
+            (purity * cosine**2 + (1 - cosine**2), "there mixing wears off what the values share, and not the rest."),
         ],
-        "your prediction should fall from 1 towards the square of the cosine the more evenly a query attends; at the "
-        f"last query (sum of squared weights {float(purity[-1]):.3f}) it is {float(found[-1]):.3f}.",
+        "your prediction should fall from 1 the more evenly a query attends, and never below what all values share; at "
+        f"the last query (sum of squared weights {float(purity[-1]):.3f}) it is {float(found[-1]):.3f}.",
     )
 
 
@@ -509,7 +571,7 @@ def check_norm_cut(answer: Any) -> None:
         found[:, 0].norm(dim=-1),
         others.median(-1).values,
         [
-            (torch.ones(3), "the norm is 1 now; what is asked for is the norm of the others."),
+            (torch.ones(3), "the norm is 1 now, whatever the others' is."),
             (others.mean(-1), "that is the mean of the others' norms; one large one among them would move it."),
             (norms.median(-1).values, "position 0 itself was counted among the others."),
             (others.median().expand(3), "all samples got the same norm; each has its own others."),
@@ -519,7 +581,7 @@ def check_norm_cut(answer: Any) -> None:
             ),
             (
                 others.median(-1).values / norms[:, 0],
-                "that is the factor as a norm: the vector is to be multiplied with it.",
+                "its norm is now the ratio of two norms.",
             ),
         ],
         f"in the first sample the norm is {float(found[0, 0].norm()):.3f}, and the others' are "
@@ -584,8 +646,8 @@ def check_patch_hook(answer: Any) -> None:
             (first, "only the first sample is patched."),
             (_with_first(activation, values), "every sample got the first one's value."),
         ],
-        f"positions {sorted({int(p) for _, p, _ in (found != activation).nonzero().tolist()})} have changed; axis 1 is "
-        "the position, and at P0 there should be the given values.",
+        f"positions {sorted({int(p) for _, p, _ in (found != activation).nonzero().tolist()})} have changed (axis 1 is "
+        f"the position), and of the {values.numel()} given values {int((found[:, 0] == values).sum())} stand at P0.",
     )
 
 
@@ -635,19 +697,21 @@ def check_edge(
     """`answer`: the mean change of a head's sink score when the edge from a sender at P0 into its key is patched."""
     from p0circuit.interventions.ablation import ablate
     from p0circuit.interventions.metrics import measure, sink_score_of
-    from p0circuit.interventions.path_patching import path_patch
+    from p0circuit.interventions.path_patching import edges_into_keys, path_patch
 
     layer, number = head
-    node, metric, receiver = Node.parse(sender), sink_score_of([head]), f"attn.{layer}.{number}"
-    effects = {
-        part: float(path_patch(model, prompts, [node], [f"{receiver}.{part}"], values, metric).effect.mean())
-        for part in "kqv"
-    }
-    through = path_patch(model, prompts, [node], [f"{receiver}.k"], values, metric, through="mlps")
+    node, metric = Node.parse(sender), sink_score_of([head])
+
+    def effect(through: Literal["direct", "mlps"]) -> float:
+        edge = path_patch(model, prompts, [node], [f"attn.{layer}.{number}.k"], values, metric, through=through)
+        return float(edge.effect.mean())
+
     clean = float(measure(model, prompts, metric).mean())
     with ablate(model, prompts, [node], values):
         whole = float(measure(model, prompts, metric).mean()) - clean
-    found, right = _numeral(answer), effects["k"]
+    beside = edges_into_keys(model, prompts, [node], values).effect[0, :, layer].mean(0).tolist()
+    of_others = [(value, f"that is the edge into head {layer}.{one}.") for one, value in enumerate(beside)]
+    found, right = _numeral(answer), effect("direct")
     _compare(
         found,
         right,
@@ -658,22 +722,21 @@ def check_edge(
                 whole,
                 "that is the effect along all paths: what lies between sender and receiver was free to follow.",
             ),
-            (
-                float(through.effect.mean()),
-                "MLPs between sender and receiver were free to follow; hold them at their clean values.",
-            ),
-            (clean, "that is what a patch of the whole score has to say, with the sender's edge nowhere in it."),
+            (effect("mlps"), "MLPs between sender and receiver were free to follow."),
+            (clean, "that is the clean score, with nothing patched."),
+            *of_others,
         ],
         f"the head's clean sink score is {clean:.4f}, so the change lies between {-clean:.4f} and {1 - clean:.4f}; "
-        f"yours is {found:+.4f}. Is anything left out between sender and key, and is it this head's key?",
-        1e-3 * abs(right),
+        f"yours is {found:+.4f}. Whose key have you patched, and whose attention have you read?",
+        # An edge may carry nothing, and rounding leaves 1e-6.
+        max(1e-3 * abs(right), 1e-5),
     )
 
 
 @_exercise("5.1 the detector")
 def check_detector(answer: Any) -> None:
     """`answer(threshold, at_p0)`: gain and bias with relu(gain * cosine + bias) 0 from `threshold` on, 1 at P0's."""
-    for threshold, at_p0 in ((0.337, 0.302), (0.5, 0.2)):
+    for threshold, at_p0 in ((0.338, 0.302), (0.5, 0.2)):
         gain, bias = _tensor(_ask(answer, threshold, at_p0), (2,)).tolist()
 
         def fires(cosine: float, gain: float = gain, bias: float = bias) -> float:
@@ -707,12 +770,12 @@ def check_strength(answer: Any) -> None:
                 (size / (size + length), "every query is treated as if it saw all tokens."),
                 (
                     sum(size / (size + t + 1) for t in queries) / length,
-                    "query t sees P0 and t others, P0 being the first of t + 1.",
+                    "there every query has one rival of P0 too many.",
                 ),
                 (sum(size / (size + t) for t in queries), "that is the sum over queries."),
                 (
                     sum(strength / (strength + t) if strength + t else 0 for t in queries) / length,
-                    "P0's score goes through the exponential function before it competes.",
+                    "P0's score competes there as it is; in a softmax no score does.",
                 ),
             ],
             f"with strength {strength:g} on {length} tokens your score is {found:.4f}; what does query t give to P0, "

@@ -45,6 +45,7 @@ class Early(RunsExperiment):
         shares = [run.formation_share for run in judged]
         latest = max(shares)
         table = pd.DataFrame([_line(run) for run in runs])
+        without = [run.name for run in runs if run.formation is None]
         induction = table.loc[table["variant"] == reference, "induction_share"].tolist()
         return Result(
             self.id,
@@ -66,12 +67,7 @@ class Early(RunsExperiment):
                     "When the sink forms (circles: above half its final value from here on)",
                 )
             },
-            notes=[
-                f"{run.name}: formed by {run.formation_share:.2f} of its tokens"
-                if run.formation is not None
-                else f"{run.name}: no sink at its end"
-                for run in runs
-            ],
+            notes=[f"no sink at the end of {', '.join(without)}"] if without else [],
         )
 
 

@@ -6,7 +6,7 @@ import functools
 import itertools
 import textwrap
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import numpy as np
@@ -58,12 +58,21 @@ _MOST_ANNOTATED_CELLS = 80
 
 @dataclass(frozen=True)
 class Series:
-    """One line of a figure: values with the ends of their intervals, over a common axis."""
+    """One line of a figure: values with the ends of their intervals, over a common axis.
+
+    What is predicted may be dashed, so that what is measured shows through where the two agree.
+    """
 
     label: str
     values: Sequence[float]
     low: Sequence[float] | None = None
     high: Sequence[float] | None = None
+    dashed: bool = field(default=False, kw_only=True)
+
+    @property
+    def style(self) -> dict[str, Any]:
+        """How the line is drawn."""
+        return {"linestyle": "--", "zorder": 3} if self.dashed else {"marker": "o", "markersize": 3}
 
 
 def new_figure(
@@ -169,6 +178,16 @@ def _plain_log_scale(axis: Axes, values: Sequence[float]) -> None:
     axis.yaxis.set_minor_locator(NullLocator())
 
 
+def _decades(axis: Axes, values: Sequence[float]) -> None:
+    """A logarithmic x axis with a number at each decade; at 1, 2 and 5 where it spans less than one."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1,) if max(values) >= 10 * min(values) else (1, 2, 5)))
+    # Those between would stand in each other's way.
+    axis.xaxis.set_minor_formatter(NullFormatter())
+
+
 def _add_title(figure: Figure, title: str) -> None:
     """The title of the whole figure, broken into lines where it is wider than the figure."""
     characters = int(figure.get_figwidth() / 0.077)
@@ -204,7 +223,7 @@ def trajectories(
     x = np.arange(len(positions))
     for axis, (name, lines), y_label, logarithmic in zip(axes[0], panels.items(), y_labels, logs, strict=True):
         for line, colour in zip(lines, COLOURS, strict=False):
-            axis.plot(x, line.values, color=colour, marker="o", markersize=3, label=line.label)
+            axis.plot(x, line.values, color=colour, label=line.label, **line.style)
             if line.low is not None and line.high is not None:
                 axis.fill_between(x, line.low, line.high, color=colour, alpha=0.18, linewidth=0)
         if reference is not None:
@@ -234,7 +253,7 @@ def sweeps(
     for axis, (name, (lines, settings)), x_label in zip(axes[0], panels.items(), x_labels, strict=True):
         x = np.arange(len(settings))
         for line, colour in zip(lines, COLOURS, strict=False):
-            axis.plot(x, line.values, color=colour, marker="o", markersize=3, label=line.label)
+            axis.plot(x, line.values, color=colour, label=line.label, **line.style)
             if line.low is not None and line.high is not None:
                 axis.fill_between(x, line.low, line.high, color=colour, alpha=0.18, linewidth=0)
         axis.set_xticks(x, settings)
@@ -459,6 +478,8 @@ def development(runs: dict[str, pd.DataFrame], formation_step: int | None = None
             axis.axvline(formation_step, color=GREY, linewidth=0.8, linestyle="--")
     for axis in axes[0]:
         axis.set_xlabel("")
+    # Where hardly a head is a sink yet, what a handful of them gain can be any multiple of what there is to lose.
+    axes[1, 1].set_ylim(bottom=max(axes[1, 1].get_ylim()[0], -1.05))
     if len(runs) > 1:
         _legend_below(figure, axes[0, 0])
     told = [] if formation_step is None else ["dashed: the sink has formed"]
@@ -535,7 +556,8 @@ def _draw_courses(axes: Iterable[Axes], panels: dict[str, tuple[str, str]], runs
     """Columns of runs over steps or tokens on a log axis, one panel each."""
     colours = _colours_of(runs)
     # Step 0 has its place on a log axis too, the same for all runs: at half of the first step of any.
-    start = 0.5 * min((value for run in runs for value in run.table[over] if value > 0), default=1)
+    later = [value for run in runs for value in run.table[over] if value > 0] or [1]
+    start = 0.5 * min(later)
     for axis, (title, (column, label)) in zip(axes, panels.items(), strict=True):
         told: set[str] = set()
         for run in runs:
@@ -549,7 +571,7 @@ def _draw_courses(axes: Iterable[Axes], panels: dict[str, tuple[str, str]], runs
             if run.formation is not None:
                 at = (x.iloc[run.formation], y.iloc[run.formation])
                 axis.plot(*at, color=colours[run.group], marker="o", markersize=7, fillstyle="none")
-        axis.set_xscale("log")
+        _decades(axis, [start, *later])
         axis.set(title=title, ylabel=label, xlabel=over)
 
 

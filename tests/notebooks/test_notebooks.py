@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shutil
 import sys
@@ -17,7 +18,6 @@ from p0circuit import notebooks, teaching
 from p0circuit.experiments.conditions import drawable
 from p0circuit.interventions.closed_form import key_hook
 from p0circuit.interventions.contrast import contrast, replacements
-from p0circuit.interventions.nodes import components
 from p0circuit.models import load_model
 from p0circuit.teaching import read_prompts
 from p0circuit.training.runs import as_trained, of_variant, shipped_runs
@@ -83,15 +83,31 @@ def test_parameters_setup_and_links(name: str) -> None:
     values: dict[str, Any] = {}
     exec(tagged[0].source, values)
     assert values.keys() >= PARAMETERS and values["out"] is None
-    setup = path.read_text().split("# %%\n# Where p0circuit", 1)[1].split("\n# %%", 1)[0]
-    first = (notebooks.folder() / f"{NAMES[0]}.py").read_text()
-    assert setup.rstrip() in first, "the set-up cell is the same everywhere"
+    assert setup(name) == setup(NAMES[0]), "the set-up cell is the same everywhere"
     for link in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
         assert link.startswith("https://") or (path.parent / link).exists(), link
     picture = ROOT / "docs" / "notebooks" / f"{name}.png"
     assert picture.stat().st_size < 60_000
     readme = (ROOT / "README.md").read_text()
     assert f"docs/notebooks/{name}.png" in readme and f"notebooks/{name}.ipynb" in readme
+
+
+def setup(name: str) -> str:
+    """The cell that finds the package."""
+    begins = "# Where p0circuit is not installed"
+    text = (notebooks.folder() / f"{name}.py").read_text().split(f"# %%\n{begins}", 1)[1]
+    return begins + text.split("\n# %%", 1)[0].rstrip()
+
+
+def test_the_setup_cell_finds_the_checkout_or_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="Clone its repository and open this notebook inside the clone"):
+        exec(setup(NAMES[0]), {})
+    monkeypatch.chdir(notebooks.folder())
+    exec(setup(NAMES[0]), {})
+    assert sys.path[0] == str(ROOT)
 
 
 # Exercises
@@ -131,23 +147,14 @@ def test_folded_solutions_pass_their_checkers(name: str, capsys: pytest.CaptureF
 
 def edge_room(room: dict[str, Any]) -> list[Any]:
     """What notebook 04 has at hand at its second exercise, and what the checker gets beside the answer."""
-    lm, m, other = load_model("p0-nano"), 8, (3, 2)
+    lm, m, other, sender = load_model("p0-nano"), 8, (3, 2), "mlp.1"
     prompts = read_prompts(lm, 4, length=24)
     vocabulary, special = drawable(lm)
     pair = contrast(prompts, m, vocabulary, 0, tuple(special))
-    senders = components(lm, range(3))
-
-    def put(position: int, values: torch.Tensor) -> Any:
-        def hook_function(activation: torch.Tensor, hook: Any) -> torch.Tensor:
-            activation[:, position] = values
-            return activation
-
-        return hook_function
-
-    _, shifted_cache = lm.run_with_cache(pair.shifted.ids)
-    room |= {"lm": lm, "m": m, "other": other, "clean_ids": pair.clean.ids, "key_hook": key_hook}
-    room |= {"put": put, "shifted_cache": shifted_cache}
-    return [lm, pair.clean, replacements(lm, pair, senders), "mlp.2", other]
+    caches = (lm.run_with_cache(one.ids)[1] for one in (pair.clean, pair.shifted))
+    room |= dict(zip(("clean_cache", "shifted_cache"), caches, strict=True))
+    room |= {"lm": lm, "m": m, "other": other, "clean_ids": pair.clean.ids, "key_hook": key_hook, "put": teaching.put}
+    return [lm, pair.clean, replacements(lm, pair, [sender]), sender, other]
 
 
 QUESTION = re.compile(r"### Question (\d\.\d)")
