@@ -17,7 +17,7 @@
 # models of about a billion parameters. Here are the same questions with a threshold each, fixed before anything was measured, over several small runs and seeds. **None of the four is reproduced
 # as it is stated**, and each misses for a reason that is worth more than the verdict.
 #
-# *About 15 minutes; two questions. Before: [05](05_build_a_sink.ipynb). After: [08](08_practice.ipynb).*
+# *About 15 minutes; two questions. Before: [05](05_build_a_sink.ipynb). After: [07](07_bring_your_own_model.ipynb).*
 
 # %% tags=["parameters"]
 model = "p0-nano"  # the run to measure here: a shipped model, or a directory of checkpoints
@@ -27,21 +27,21 @@ runs = None  # a directory of traces, <variant>-<seed>.csv; None takes those tha
 out = None  # a directory for the figures and key figures; None leaves nothing
 
 # %%
-# Where p0circuit is not installed: use the checkout around this notebook, or (on Colab)
-# install it.
+# Where p0circuit is not installed: use the checkout around this notebook, or say what to do.
 import importlib.util
 import pathlib
-import subprocess
 import sys
 
 if importlib.util.find_spec("p0circuit") is None:
     here = pathlib.Path(globals().get("__file__", "notebook")).resolve()
     checkout = [folder for folder in here.parents if (folder / "p0circuit/cli.py").is_file()]
-    if checkout:
-        sys.path.insert(0, str(checkout[0]))
-    else:
-        print("installing p0circuit: a minute or two")
-        subprocess.run([sys.executable, "-m", "pip", "install", "-q", "p0circuit"], check=True)
+    if not checkout:
+        raise ModuleNotFoundError(
+            "p0circuit is not installed here, and it is on no package index. Clone its repository "
+            "and open this notebook inside the clone; on Colab, clone it and run in a cell: "
+            "%pip install ./NAME-OF-THE-CLONE"
+        )
+    sys.path.insert(0, str(checkout[0]))
 
 # %%
 import pandas as pd

@@ -17,8 +17,8 @@
 # end one call that says it all for a model of yours. One of the four claims is reproduced on `p0-nano`, three are not; what
 # comes out instead is told where it does.
 #
-# *About 15 minutes; one question. Before: [06](06_emergence.ipynb). Everything here is measured with few prompts, to keep
-# it short; `p0circuit reproduce p0-nano` takes eight times as many.*
+# *About 15 minutes; one question. Before: [07](07_bring_your_own_model.ipynb). Everything here is measured with few
+# prompts, to keep it short; `p0circuit reproduce p0-nano` takes eight times as many.*
 
 # %% tags=["parameters"]
 model = "p0-nano"  # a shipped model, a local Hugging Face directory, or a hub id

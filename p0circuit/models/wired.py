@@ -22,7 +22,7 @@ The stream is split into orthonormal named subspaces (`Subspaces`): ``token`` (6
        relu((r(3/4) - cosine) / (r(3/4) - r(1)))        1 at F = 1, and 0 for every F <= 3/4,
 
    and writes 3 times that to ``mark``. It sees norms only: which token it is makes no difference. With r(1) = 0.302,
-   r(3/4) = 0.337 and r(1/2) = 0.392, a position that has seen two different tokens misses the threshold by 1.6 times
+   r(3/4) = 0.338 and r(1/2) = 0.392, a position that has seen two different tokens misses the threshold by 1.6 times
    the gap by which P0 clears it. Either recognition head alone makes half an echo, F = 1/2: the two are an AND.
 3. *Amplification: one neuron of MLP 1.* At P0 the cosine of ``mark`` is ``3 / sqrt(B + 9 + 9) = 0.67``, elsewhere 0.
    The neuron is 0 up to a cosine of 0.3 and 1 at P0, and writes 60 times that to ``p0``. The rest of P0's stream is

@@ -6,12 +6,13 @@ import itertools
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from p0circuit.intervals import Interval
-from p0circuit.report.figures import COLUMN, Series, bars, heat_maps, new_figure, trajectories
+from p0circuit.report.figures import COLUMN, Course, Series, bars, courses, heat_maps, new_figure, trajectories
 
 PAGE = 2 * COLUMN + 0.3
 CONDITIONS = ("without BOS", "with BOS", "random first", "random tokens", "repeated token")
@@ -168,3 +169,11 @@ def test_a_figure_belongs_to_no_window_and_leaves_no_style_behind() -> None:
     figure = heat_maps({"a": np.zeros((2, 2))}, "t", "v")
     assert dict(mpl.rcParams) == before
     assert figure.canvas.manager is None
+
+
+def test_training_runs_have_a_number_at_each_decade_alone() -> None:
+    table = pd.DataFrame({"step": [0, 12, 400], "tokens": [0, 12_000, 400_000], "excess": [0.0, 0.1, 0.5]})
+    axis = courses({"Sink": ("excess", "score")}, [Course("a", "a", table)], "made up").axes[0]
+    low, high = axis.get_xlim()
+    assert [tick for tick in axis.get_xticks() if low <= tick <= high] == [10_000, 100_000]
+    assert not any(label.get_text() for label in axis.get_xticklabels(minor=True))
