@@ -28,9 +28,9 @@ help:
 reproduce: .venv/.runtime
 	.venv/bin/p0circuit reproduce
 
-# One process per core, one thread in each: the models are small. Files stay together (tests/conftest.py).
+# One process per core, one thread in each: the models are small.
 test: lint
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n logical --dist loadgroup
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n logical --dist loadfile
 
 test-tl4: .venv-tl4/.dev
 	.venv-tl4/bin/python -m pytest tests/backends tests/models

@@ -39,10 +39,3 @@ def fixed_seeds_and_an_empty_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_fac
     np.random.seed(0)
     torch.manual_seed(0)
     monkeypatch.setenv("P0CIRCUIT_CACHE", str(tmp_path_factory.mktemp("cache")))
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of a file share its fixtures, and so a process; notebooks share nothing, and take long."""
-    for item in items:
-        alone = item.path.name == "test_execution.py"
-        item.add_marker(pytest.mark.xdist_group(item.nodeid if alone else str(item.path)))
