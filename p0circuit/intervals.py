@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
+from jaxtyping import Float, Shaped
 
 RESAMPLES = 2000
 LEVEL = 0.95
+# Numbers in the means of resamples that exist at once: 64 MiB.
+_AT_ONCE = 2**23
+
+Statistic = Callable[[Float[np.ndarray, "draw *quantity"]], Float[np.ndarray, " draw"] | np.floating]
+"""A number for each draw, from the means of all quantities over the samples that were drawn."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +35,20 @@ class Interval:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
-def bootstrap(samples: np.ndarray, statistic: Callable[[np.ndarray], float] = np.mean, seed: int = 0) -> Interval:
-    """The percentile interval of a statistic of `samples`, resampled along the first axis.
+def mean_of_all(means: Float[np.ndarray, "draw *quantity"]) -> Float[np.ndarray, " draw"]:
+    return means.reshape(len(means), -1).mean(1)
+
+
+def ratio_of_means(means: Float[np.ndarray, "draw 2"]) -> Float[np.ndarray, " draw"]:
+    """The mean of the first quantity over that of the second."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return means[:, 0] / means[:, 1]
+
+
+def bootstrap(
+    samples: Shaped[np.ndarray, "sample *quantity"], statistic: Statistic = mean_of_all, seed: int = 0
+) -> Interval:
+    """The percentile interval of a statistic of means over samples, which are drawn again with replacement.
 
     Raises:
         ValueError: there are no samples, or the statistic of them is not a number.
@@ -38,21 +57,25 @@ def bootstrap(samples: np.ndarray, statistic: Callable[[np.ndarray], float] = np
     n = len(samples)
     if n == 0:
         raise ValueError("an interval needs at least one sample, got none")
-    value = float(statistic(samples))
+    value = np.asarray(statistic(samples.mean(0, keepdims=True))).item()
     if not math.isfinite(value):
         raise ValueError(
             f"the statistic of the {n} samples is {value}: check the samples for values that are not finite"
         )
-    rng = np.random.default_rng(seed)
-    if (statistic is np.mean and samples.ndim == 1) or statistic is ratio_of_means:
-        # The mean of a resample is a weighted mean with multinomial weights: one product instead of a loop.
-        means = rng.multinomial(n, np.full(n, 1 / n), RESAMPLES) @ samples / n
-        with np.errstate(divide="ignore", invalid="ignore"):
-            drawn = means if statistic is np.mean else means[:, 0] / means[:, 1]
-    else:
-        drawn = np.array([statistic(samples[rng.integers(0, n, n)]) for _ in range(RESAMPLES)])
+    flat, weights = samples.reshape(n, -1), _resamples(n, seed)
+    parts = np.array_split(weights, -(-RESAMPLES * flat.shape[1] // _AT_ONCE))
+    drawn = np.concatenate([statistic((part @ flat).reshape(-1, *samples.shape[1:])) for part in parts])
     low, high = np.nanquantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(value, float(low), float(high), n)
+
+
+@functools.lru_cache(maxsize=4)
+def _resamples(n: int, seed: int) -> Float[np.ndarray, "draw sample"]:
+    """The weight of each sample in each resample, so that their means are one product.
+
+    Kept, because an experiment has hundreds of intervals over the same number of samples.
+    """
+    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), RESAMPLES) / n
 
 
 def over_seeds(values: Sequence[float] | np.ndarray) -> Interval:
@@ -68,12 +91,6 @@ def over_seeds(values: Sequence[float] | np.ndarray) -> Interval:
         raise ValueError(f"an interval over seeds needs at least two runs, got {n}: {list(values)}")
     mean, half = float(np.mean(values)), float(t.ppf((1 + LEVEL) / 2, n - 1) * np.std(values, ddof=1) / math.sqrt(n))
     return Interval(mean, mean - half, mean + half, n)
-
-
-def ratio_of_means(samples: np.ndarray) -> float:
-    """A statistic of paired samples [n, 2]: the mean of the first column over the mean of the second."""
-    numerator, denominator = samples.mean(0)
-    return float(numerator / denominator) if denominator else math.nan
 
 
 def ratio_interval(numerator: np.ndarray, denominator: np.ndarray, seed: int = 0) -> Interval:

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
-from p0circuit.intervals import bootstrap, ratio_interval
+from p0circuit import intervals
+from p0circuit.intervals import RESAMPLES, bootstrap, ratio_interval
 
 
 def test_the_interval_of_a_mean_agrees_with_the_normal_approximation():
@@ -16,21 +19,33 @@ def test_the_interval_of_a_mean_agrees_with_the_normal_approximation():
     assert interval.n == 400
 
 
-def test_the_fast_mean_and_the_plain_loop_draw_the_same_distribution():
-    samples = np.random.default_rng(1).exponential(size=200)
-    fast, slow = bootstrap(samples), bootstrap(samples, lambda values: float(values.mean()))
-    assert fast.low == pytest.approx(slow.low, abs=0.02)
-    assert fast.high == pytest.approx(slow.high, abs=0.02)
+def by_a_loop(samples: np.ndarray, statistic: Callable[[np.ndarray], float]) -> tuple[float, float]:
+    """The slow twin: samples are drawn one by one, and the statistic is made of those drawn."""
+    rng, n = np.random.default_rng(9), len(samples)
+    drawn = [statistic(samples[rng.integers(0, n, n)]) for _ in range(RESAMPLES)]
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return float(low), float(high)
 
 
-def test_the_fast_ratio_and_the_plain_loop_draw_the_same_distribution():
-    pairs = np.random.default_rng(4).exponential(size=(200, 2)) + 0.5
-    fast, slow = (
-        ratio_interval(*pairs.T),
-        bootstrap(pairs, lambda values: float(values[:, 0].sum() / values[:, 1].sum())),
-    )
-    assert fast.value == pytest.approx(slow.value)
-    assert (fast.low, fast.high) == pytest.approx((slow.low, slow.high), abs=0.02)
+def test_the_product_and_the_plain_loop_draw_the_same_distribution():
+    rng = np.random.default_rng(4)
+    samples, pairs = rng.exponential(size=200), rng.exponential(size=(200, 2)) + 0.5
+    for interval, low_and_high in (
+        (bootstrap(samples), by_a_loop(samples, np.mean)),
+        (bootstrap(pairs), by_a_loop(pairs, np.mean)),
+        (ratio_interval(*pairs.T), by_a_loop(pairs, lambda drawn: drawn[:, 0].sum() / drawn[:, 1].sum())),
+        (bootstrap(pairs, lambda means: means.max(1)), by_a_loop(pairs, lambda drawn: drawn.mean(0).max())),
+    ):
+        assert (interval.low, interval.high) == pytest.approx(low_and_high, abs=0.02)
+    assert ratio_interval(*pairs.T).value == pytest.approx(pairs[:, 0].sum() / pairs[:, 1].sum())
+
+
+def test_many_quantities_are_resampled_in_parts(monkeypatch: pytest.MonkeyPatch):
+    samples = np.random.default_rng(5).normal(size=(30, 4, 5))
+    whole = bootstrap(samples, lambda means: means.max((1, 2)))
+    monkeypatch.setattr(intervals, "_AT_ONCE", 999)
+    parts = bootstrap(samples, lambda means: means.max((1, 2)))
+    assert whole.to_json() == pytest.approx(parts.to_json(), abs=1e-12)
 
 
 def test_95_percent_intervals_cover_the_truth_about_95_times_of_100():

@@ -25,6 +25,7 @@ Decided before measuring:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -111,9 +112,6 @@ class AnyToken(Experiment):
         by_token = drawn.mean(1)
         median = float(np.median(by_token))
 
-        def share(rows: np.ndarray) -> float:
-            return share_at_least(rows.mean(0), config.half)
-
         generator = torch.Generator().manual_seed(prompts.seed)
         shuffled = torch.randperm(len(tokens), generator=generator)
         some = tokens[shuffled[: config.full_tokens]]
@@ -133,11 +131,11 @@ class AnyToken(Experiment):
         ranked = table.sort_values("sink_score", kind="stable")
         exceptions = ranked.loc[ranked["sink_score"].to_numpy() < config.half * median]
         metrics = {
-            "share_of_tokens_with_half_the_median_score": bootstrap(drawn.T, share),
-            "median_score": bootstrap(drawn.T, lambda rows: float(np.median(rows.mean(0)))),
-            "lowest_score_over_median": bootstrap(
-                drawn.T, lambda rows: float(rows.mean(0).min() / np.median(rows.mean(0)))
+            "share_of_tokens_with_half_the_median_score": bootstrap(
+                drawn.T, functools.partial(share_at_least, half=config.half)
             ),
+            "median_score": bootstrap(drawn.T, lambda scores: np.median(scores, axis=-1)),
+            "lowest_score_over_median": bootstrap(drawn.T, lambda scores: scores.min(-1) / np.median(scores, axis=-1)),
             "share_in_full_runs": bootstrap(full >= needed),
             "share_at_position_8_in_full_runs": bootstrap(beside >= needed),
         }
@@ -249,9 +247,9 @@ def scores_by_token(
     return (scores / len(heads)).numpy()
 
 
-def share_at_least(scores: Float[np.ndarray, " token"], half: float) -> float:
+def share_at_least(scores: Float[np.ndarray, "*draw token"], half: float) -> Float[np.ndarray, "*draw"] | np.floating:
     """The share of tokens with at least `half` of the median score."""
-    return float((scores >= half * np.median(scores)).mean())
+    return (scores >= half * np.median(scores, axis=-1, keepdims=True)).mean(-1)
 
 
 def embedding_probe(

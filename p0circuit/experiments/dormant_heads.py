@@ -258,11 +258,12 @@ def _sorted(values: Float[Tensor, "layer head"]) -> Order:
     return [divmod(place, values.shape[1]) for place in places]
 
 
-def _within(losses: Float[np.ndarray, "sample count"], counts: Sequence[int], tolerance: float) -> float:
+def _within(
+    losses: Float[np.ndarray, "*draw count"], counts: Sequence[int], tolerance: float
+) -> Float[np.ndarray, "*draw"]:
     """The largest count up to which the mean loss stays within the tolerance."""
-    means = losses.mean(0)
-    beyond = means > (1 + tolerance) * means[0]
-    return counts[int(beyond.argmax()) - 1] if beyond.any() else counts[-1]
+    beyond = losses > (1 + tolerance) * losses[..., :1]
+    return np.where(beyond.any(-1), np.asarray(counts)[beyond.argmax(-1) - 1], counts[-1]).astype(float)
 
 
 def _orders(model: Any, prompts: PromptSet, count: int) -> dict[str, Order]:
@@ -290,9 +291,9 @@ def _over_samples(runs: Mapping[str, Zeroing], other: str) -> Interval:
     """The count of the sink order minus that of another kind of order, with its interval over samples."""
     chosen = [runs[SINK], *(run for name, run in runs.items() if name.startswith(other))]
 
-    def beyond(losses: Float[np.ndarray, "sample order count"]) -> float:
-        first, *others = (_within(losses[:, place], chosen[0].counts, TOLERANCE) for place in range(losses.shape[1]))
-        return float(first - np.mean(others))
+    def beyond(losses: Float[np.ndarray, "draw order count"]) -> Float[np.ndarray, " draw"]:
+        found = _within(losses, chosen[0].counts, TOLERANCE)
+        return found[:, 0] - found[:, 1:].mean(1)
 
     return bootstrap(np.stack([run.losses for run in chosen], axis=1), beyond)
 

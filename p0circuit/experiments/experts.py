@@ -264,12 +264,11 @@ def _columns(found: dict[str, Interval]) -> dict[str, float]:
 def _in_use(routed: Bool[Tensor, "sample layer expert"]) -> Interval:
     """How many experts a block has in use, in the mean over blocks; the interval is over samples."""
 
-    def perplexity(samples: np.ndarray) -> float:
-        used = samples.mean(0)
+    def perplexity(used: Float[np.ndarray, "draw layer expert"]) -> Float[np.ndarray, " draw"]:
         used = used / used.sum(-1, keepdims=True)
         with np.errstate(divide="ignore", invalid="ignore"):
             entropy = -np.where(used > 0, used * np.log2(used), 0).sum(-1)
-        return float((2**entropy).mean())
+        return (2**entropy).mean(-1)
 
     return bootstrap(routed.double().numpy(), perplexity)
 

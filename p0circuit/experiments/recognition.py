@@ -70,7 +70,7 @@ class RecognitionConfig:
 
 @dataclass(frozen=True)
 class Cone:
-    """What the cone model is made of and held against, for each sample of one block.
+    """What the cone model is made of and held against in one block, for each sample or in the mean over samples.
 
     Attributes:
         squared: of each head's output.
@@ -81,27 +81,33 @@ class Cone:
         direction: mean of the unit vectors of the values.
     """
 
-    squared: Float[np.ndarray, "sample pos head"]
-    purity: Float[np.ndarray, "sample pos head"]
-    norms: Float[np.ndarray, "sample pos head"]
-    norms_squared: Float[np.ndarray, "sample pos head"]
-    units: Float[np.ndarray, "sample pos head"]
-    size: Float[np.ndarray, "sample head"]
-    direction: Float[np.ndarray, "sample head d_head"]
+    squared: Float[np.ndarray, "*sample pos head"]
+    purity: Float[np.ndarray, "*sample pos head"]
+    norms: Float[np.ndarray, "*sample pos head"]
+    norms_squared: Float[np.ndarray, "*sample pos head"]
+    units: Float[np.ndarray, "*sample pos head"]
+    size: Float[np.ndarray, "*sample head"]
+    direction: Float[np.ndarray, "*sample head d_head"]
+
+    def mean(self) -> Cone:
+        """The mean over samples."""
+        return Cone(*(getattr(self, field.name).mean(0) for field in fields(self)))
 
     @property
-    def cosine_squared(self) -> Float[np.ndarray, " head"]:
-        """`a^2`"""
-        return np.square(self.direction.mean(0)).sum(-1)
+    def cosine_squared(self) -> Float[np.ndarray, "*draw head"]:
+        """`a^2`, if the fields are means over samples."""
+        return np.square(self.direction).sum(-1)
 
-    def predictions(self) -> dict[str, Float[np.ndarray, "pos head"]]:
-        """The mean squared norm of each head's output as the cone model has it, and with one assumption lifted."""
-        shared, size = self.cosine_squared, self.size.mean(0)
-        purity, norms, own = (part.mean(0) for part in (self.purity, self.norms, self.norms_squared))
+    def predictions(self) -> dict[str, Float[np.ndarray, "*draw pos head"]]:
+        """The mean squared norm of each head's output as the cone model has it, and with one assumption lifted.
+
+        If the fields are means over samples.
+        """
+        shared, size = self.cosine_squared[..., None, :], self.size[..., None, :]
         return {
-            "cone": cone(shared, purity) * size,
-            "measured_norms": own + shared * (norms - own),
-            "measured_cosines": self.units.mean(0) * size,
+            "cone": cone(shared, self.purity) * size,
+            "measured_norms": self.norms_squared + shared * (self.norms - self.norms_squared),
+            "measured_cosines": self.units * size,
         }
 
 
@@ -151,7 +157,9 @@ class Recognition(Experiment):
             squared, variance = outputs[..., 0], outputs[..., 1]
             others = squared[:, start:].mean(1)
             at_random = squared[np.arange(len(drawn)), drawn]
-            fits = {name: _fit_interval(cone_of, name) for name in cone_of.predictions()}
+            mean = cone_of.mean()
+            predictions = mean.predictions()
+            fits = {name: _fit_interval(cone_of, name) for name in predictions}
             metrics |= {
                 f"squared_norm_over_others_block_{block}": ratio_interval(squared[:, 0], others),
                 f"variance_explained_by_the_cone_block_{block}": fits["cone"],
@@ -160,12 +168,12 @@ class Recognition(Experiment):
                 f"variance_explained_with_measured_norms_block_{block}": fits["measured_norms"],
                 f"variance_explained_with_measured_cosines_block_{block}": fits["measured_cosines"],
             }
-            unit = float(cone_of.size.mean(0).sum())
-            predicted = {name: value.sum(1) / unit for name, value in cone_of.predictions().items()}
+            unit = float(mean.size.sum())
+            predicted = {name: value.sum(1) / unit for name, value in predictions.items()}
             columns = {
                 "squared_norm": squared.mean(0),
                 "variance": variance.mean(0),
-                "heads": cone_of.squared.mean(0).sum(1) / unit,
+                "heads": mean.squared.sum(1) / unit,
                 **predicted,
             }
             profiles.append(pd.DataFrame({"block": block, "position": range(prompts.length), **columns}))
@@ -216,15 +224,18 @@ class Recognition(Experiment):
 
 
 def cone(
-    cosine_squared: Float[np.ndarray, " head"], purity: Float[np.ndarray, "pos head"]
-) -> Float[np.ndarray, "pos head"]:
+    cosine_squared: Float[np.ndarray, "*#draw head"], purity: Float[np.ndarray, "*#draw head"]
+) -> Float[np.ndarray, "*draw head"]:
     """The cone model's squared norm of a mix, in units of that of a value: `a^2 + (1 - a^2) sum p_i^2`."""
     return cosine_squared + (1 - cosine_squared) * purity
 
 
-def variance_explained(measured: Float[np.ndarray, " pos"], predicted: Float[np.ndarray, " pos"]) -> float:
+def variance_explained(
+    measured: Float[np.ndarray, "*draw pos"], predicted: Float[np.ndarray, "*draw pos"]
+) -> Float[np.ndarray, "*draw"] | np.floating:
     """`R^2` of a prediction as it stands: 1 if it is right, 0 if it is no better than the mean, less if worse."""
-    return float(1 - np.square(measured - predicted).sum() / np.square(measured - measured.mean()).sum())
+    about_mean = measured - measured.mean(-1, keepdims=True)
+    return 1 - np.square(measured - predicted).sum(-1) / np.square(about_mean).sum(-1)
 
 
 def norm_and_variance(output: Float[Tensor, "batch pos d_model"], batch: Batch) -> Float[Tensor, "batch pos 2"]:
@@ -274,18 +285,16 @@ def _fit_interval(cone_of: Cone, name: str) -> Interval:
     A resample is noisier than the samples, and noise cannot be explained: where samples are few or the profile is flat,
     the interval may lie beside the value.
     """
-    n = len(cone_of.squared)
     parts = [getattr(cone_of, field.name) for field in fields(cone_of)]
-    rows = np.concatenate([part.reshape(n, -1) for part in parts], axis=1)
+    rows = np.concatenate([part.reshape(len(part), -1) for part in parts], axis=1)
     ends = np.cumsum([part[0].size for part in parts])[:-1]
 
-    def explained(numbers: np.ndarray) -> float:
-        # How often each sample was drawn: the mean of a resample is then one product.
-        means = np.split(np.bincount(numbers.astype(int), minlength=n) / n @ rows, ends)
-        drawn = Cone(*(mean.reshape(1, *part.shape[1:]) for mean, part in zip(means, parts, strict=True)))
-        return variance_explained(drawn.squared[0].sum(1), drawn.predictions()[name].sum(1))
+    def explained(means: Float[np.ndarray, "draw quantity"]) -> Float[np.ndarray, " draw"] | np.floating:
+        split = zip(np.split(means, ends, axis=1), parts, strict=True)
+        drawn = Cone(*(mean.reshape(-1, *part.shape[1:]) for mean, part in split))
+        return variance_explained(drawn.squared.sum(-1), drawn.predictions()[name].sum(-1))
 
-    return bootstrap(np.arange(n), explained)
+    return bootstrap(rows, explained)
 
 
 def _isotropy(cone_of: Cone, values: Float[Tensor, "sample kept head d_head"], block: int) -> pd.DataFrame:
@@ -293,7 +302,8 @@ def _isotropy(cone_of: Cone, values: Float[Tensor, "sample kept head d_head"], b
     import pandas as pd
 
     rows = []
-    shared, predictions = cone_of.cosine_squared, cone_of.predictions()
+    mean = cone_of.mean()
+    shared, predictions = mean.cosine_squared, mean.predictions()
     for head in range(values.shape[2]):
         sizes = values[:, :, head].norm(dim=-1).double().flatten()
         units = normalize(values[:, :, head].double(), dim=-1).flatten(0, 1)
@@ -301,13 +311,13 @@ def _isotropy(cone_of: Cone, values: Float[Tensor, "sample kept head d_head"], b
         spread = torch.linalg.eigvalsh(around.T @ around / len(around)).clamp(min=0)
         purity, mixed = cone_of.purity[..., head], cone_of.units[..., head]
         apart = (1 - purity[:, 1:]).mean()
-        measured = cone_of.squared[..., head].mean(0)
+        measured = mean.squared[:, head]
         rows.append(
             {
                 "block": block,
                 "head": head,
                 "cosine": float(np.sqrt(shared[head])),
-                "variance_explained_by_the_cone": variance_explained(measured, predictions["cone"][:, head])
+                "variance_explained_by_the_cone": float(variance_explained(measured, predictions["cone"][:, head]))
                 if measured.std() > 0
                 else np.nan,
                 # Equal norms: 0. Where weights go to short values, below 1.

@@ -92,7 +92,7 @@ class SinkMap(Experiment):
                 metrics["sink_rate_from_layer_2"] = bootstrap(rate)
                 metrics["sink_rate_from_layer_2_above_5_times_position_8"] = bootstrap(rate - 5 * rate_beside)
                 metrics["share_of_later_layers_with_a_sink_head"] = bootstrap(
-                    scores[:, late:].double().numpy(), lambda some: float((some.mean(0).max(1) > eps).mean())
+                    scores[:, late:].double().numpy(), lambda means: (means.max(-1) > eps).mean(-1)
                 )
             # Under the names by which published figures are looked up.
             if name == WITH_BOS:

@@ -241,9 +241,8 @@ def _late(losses: Losses, kept: Kept, start: int, beyond: Kept) -> Float[np.ndar
     return (losses[kept] - losses[beyond])[:, start:].mean(1)
 
 
-def _beyond(costs: Float[np.ndarray, "sample 2"]) -> float:
-    p0, another = costs.mean(0)
-    return float(p0 - TIMES * abs(another))
+def _beyond(costs: Float[np.ndarray, "draw 2"]) -> Float[np.ndarray, " draw"]:
+    return costs[:, 0] - TIMES * abs(costs[:, 1])
 
 
 def _conditions(model: Any, prompts: PromptSet, most: int) -> tuple[PromptSet, dict[str, PromptSet], str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import os
 import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -74,7 +75,11 @@ class SourceFile:
 def standard_library_files() -> list[SourceFile]:
     """The modules of the running Python's standard library, tests left out, in a fixed order."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    files = (path for path in root.rglob("*.py") if not _SKIPPED_FOLDERS & set(path.relative_to(root).parts[:-1]))
+    files: list[Path] = []
+    for folder, below, names in os.walk(root):
+        # In place, so that they are not walked: below site-packages there may be many times as much.
+        below[:] = [name for name in below if name not in _SKIPPED_FOLDERS]
+        files += [Path(folder, name) for name in names if name.endswith(".py")]
     return [SourceFile(f"stdlib/{path.relative_to(root).as_posix()}", path) for path in sorted(files)]
 
 

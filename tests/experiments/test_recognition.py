@@ -75,9 +75,9 @@ def test_values_that_keep_to_the_cone_are_predicted(equal_norms: bool) -> None:
     parts = mixed_values(values, pattern, z, batch).double().numpy()
     summary = value_summary(values, batch).double().numpy()
     of = Cone(*(parts[..., part] for part in range(5)), size=summary[..., 0], direction=summary[..., 1:])
-    assert of.cosine_squared[0] == pytest.approx(a**2, abs=1e-2)
-    measured = of.squared.mean(0)[:, 0]
-    fits = {name: variance_explained(measured, said[:, 0]) for name, said in of.predictions().items()}
+    mean = of.mean()
+    assert mean.cosine_squared[0] == pytest.approx(a**2, abs=1e-2)
+    fits = {name: variance_explained(mean.squared[:, 0], said[:, 0]) for name, said in mean.predictions().items()}
     assert fits["measured_norms"] > 0.99
     assert (fits["cone"] > 0.99) == equal_norms
     # P0's value alone is short: nothing but its norm is wrong with the prediction.
