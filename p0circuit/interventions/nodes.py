@@ -93,21 +93,19 @@ class Node:
         at = activation[rows, position.to(activation.device)]
         return at if self.index is None else at[:, self.index]
 
-    def write(
+    def put(
         self,
         activation: Tensor,
         position: Int[Tensor, " rows"],
         value: Tensor,
         rows: slice | Int[Tensor, " rows"] = slice(None),
-    ) -> Tensor:
-        """A copy of the activation in which some rows have `value` at their position."""
-        changed = activation.clone()
+    ) -> None:
+        """Write `value` into some rows of the activation, at their position."""
         numbers = torch.arange(len(activation), device=activation.device)[rows]
         place: tuple[Any, ...] = (numbers, position.to(activation.device))
         if self.index is not None:
             place += (self.index,)
-        changed[place] = value.to(changed)
-        return changed
+        activation[place] = value.to(activation)
 
     def check(self, info: ModelInfo) -> Node:
         """The node itself, if this model has it.

@@ -183,19 +183,19 @@ def path_patch(
     )
     rows.at(0)  # refuses a position outside the prompts
     per_batch = max(1, TOKENS_AT_ONCE // rows.ids.numel())
-    clean = _answer(model, rows, [], metric, None)
+    clean = _clean(model, rows, metric)
     edges: list[tuple[str, str]] = []
     patched: list[Tensor] = []
-    for start in track(range(0, len(chosen), per_batch), "path patching"):
-        some = chosen[start : start + per_batch]
-        for layer in sorted({receiver.layer for receiver in listening}):
-            here = [receiver for receiver in listening if receiver.layer == layer]
+    for layer in track(sorted({receiver.layer for receiver in listening}), "path patching"):
+        here = [receiver for receiver in listening if receiver.layer == layer]
+        below = _up_to(model, rows, metric, layer)
+        for some in (chosen[start : start + per_batch] for start in range(0, len(chosen), per_batch)):
             heard = _hear(model, rows, some, values, here, through)
             pairs = [(s, r) for s in some for r in here if r.hears(s, info)]
             for first in range(0, len(pairs), per_batch):
                 part = pairs[first : first + per_batch]
                 news = [(receiver, heard[receiver.kind][some.index(sender)]) for sender, receiver in part]
-                patched += _answer(model, rows, news, metric, layer).split(prompts.n)
+                patched += _answer(model, rows, below, news, metric, layer).split(prompts.n)
                 edges += [(str(sender), receiver.name) for sender, receiver in part]
     return PathEffects(tuple(edges), clean, torch.stack(patched), metric.name, through)
 
@@ -218,12 +218,13 @@ def _hear(
     layer, slots = receivers[0].layer, 1 + len(senders)
     ids, mask, place = (repeated(part, slots) for part in rows)
     index = torch.arange(len(ids), device=ids.device)
+    wanted: set[Kind] = {receiver.kind for receiver in receivers}
     heard: dict[Kind, Tensor] = {}
 
     def restore(activation: Tensor, hook: Any) -> Tensor:
         return repeated(by_slot(activation, slots)[0], slots)
 
-    def keep(activation: Tensor, hook: Any, kind: Kind) -> None:
+    def keep(activation: Tensor, hook: Any, kind: Kind, last: bool) -> None:
         if kind == "k":
             news = activation[index, :, :, place]
         elif kind == "q":
@@ -233,105 +234,130 @@ def _hear(
         # A value is heard as its change, everything else as what takes the clean one's place.
         by_sender = by_slot(news, slots)
         heard[kind] = by_sender[1:] - by_sender[0] if kind == "v" else by_sender[1:].clone()
+        if last:
+            raise Complete
 
     scores = f"blocks.{layer}.attn.hook_attn_scores"
-    # What is restored keeps Q and K apart: each is heard against the clean other.
-    passes: dict[Kind, tuple[str, str | None]] = {
-        "k": (scores, query_hook(model, layer)),
-        "q": (scores, key_hook(model, layer)),
-        "v": (f"blocks.{layer}.attn.hook_v", None),
-        "mlp": (Node("mlp", layer).hook, None),
-        "resid_pre": (Node("resid_pre", layer).hook, None),
-        "resid_mid": (Node("resid_mid", layer).hook, None),
-        "resid_post": (Node("resid_post", layer).hook, None),
+    # In the order in which they are computed.
+    places: dict[Kind, str] = {
+        "resid_pre": Node("resid_pre", layer).hook,
+        "v": f"blocks.{layer}.attn.hook_v",
+        "k": scores,
+        "q": scores,
+        "resid_mid": Node("resid_mid", layer).hook,
+        "mlp": Node("mlp", layer).hook,
+        "resid_post": Node("resid_post", layer).hook,
     }
-    kinds: set[Kind] = {receiver.kind for receiver in receivers}
-    for kind in kinds:
-        name, restored = passes[kind]
-        hooks: list[Hook] = [(restored, restore)] if restored else []
+    # Q and K are each heard against the clean other, and so in passes of their own. What the restored one changes goes
+    # no further than the attention's output, which is cut: all else is heard beside K.
+    for kinds, restored in ((wanted - {"q"}, query_hook(model, layer)), (wanted & {"q"}, key_hook(model, layer))):
+        listened: list[Kind] = [kind for kind in places if kind in kinds]
+        hooks: list[Hook] = [(restored, restore)] if kinds & {"q", "k"} else []
         # Before the cut at the same hook: an MLP as receiver is heard before it is set back.
-        hooks.append((name, functools.partial(keep, kind=kind)))
+        for kind in listened:
+            hooks.append((places[kind], functools.partial(keep, kind=kind, last=kind == listened[-1])))
         hooks += sender_hooks(model, senders, values, rows.place, through, layer + 1)
-        forward(model, ids, mask, hooks=hooks, stop_at_layer=layer + 1)
+        if kinds:
+            with contextlib.suppress(Complete):
+                forward(model, ids, mask, hooks=hooks, stop_at_layer=layer + 1)
     return heard
 
 
+def _up_to(model: Any, rows: Rows, metric: Metric, layer: int) -> tuple[Tensor | None, dict[int, Tensor]]:
+    """The clean run's stream before a layer, and what the metric reads below; no stream where that is all it reads."""
+    found: dict[int, Tensor] = {}
+    with contextlib.suppress(Complete):
+        hooks = reading_hooks(metric, rows, found)
+        return forward(model, rows.ids, rows.mask, hooks=hooks, stop_at_layer=layer), found
+    return None, found
+
+
+def _end_of(model: Any, metric: Metric) -> int:
+    """The layer before which the metric has read everything but logits."""
+    return describe(model).layers if metric.last_layer is None else metric.last_layer + 1
+
+
+def _clean(model: Any, rows: Rows, metric: Metric) -> Float[Tensor, " batch"]:
+    """The metric of the clean run."""
+    stream, found = _up_to(model, rows, metric, _end_of(model, metric))
+    if stream is not None:
+        read_logits(model, metric, stream, rows, found)
+    return metric.value(found)
+
+
 def _answer(
-    model: Any, rows: Rows, news: Sequence[tuple[Receiver, Tensor]], metric: Metric, layer: int | None
+    model: Any,
+    rows: Rows,
+    below: tuple[Tensor | None, dict[int, Tensor]],
+    news: Sequence[tuple[Receiver, Tensor]],
+    metric: Metric,
+    layer: int,
 ) -> Float[Tensor, " rows"]:
     """Step 3: the metric of the clean run with each receiver's news put in, in a slot of its own.
 
-    All receivers are of one layer, and the run starts there; with no news it is the clean run.
+    All receivers are of one layer, and the run starts there, from what `_up_to` gives.
     """
-    info = describe(model)
-    stop = info.layers if metric.last_layer is None else metric.last_layer + 1
-    found: dict[int, Tensor] = {}
-    clean_hooks = reading_hooks(metric, rows, found)
-    if layer is None:
-        stream = None
-        with contextlib.suppress(Complete):
-            stream = forward(model, rows.ids, rows.mask, hooks=clean_hooks, stop_at_layer=stop)
-        if stream is not None:
-            read_logits(model, metric, stream, rows, found)
+    stream, slots = below[0], len(news)
+    found = {number: repeated(value, slots) for number, value in below[1].items()}
+    if stream is None:
         return metric.value(found)
-    # Below the receiver's layer nothing changes: what the metric reads there is that of the clean run.
-    below = [hook for hook in clean_hooks if int(hook[0].split(".")[1]) < layer]
-    try:
-        stream = forward(model, rows.ids, rows.mask, hooks=below, stop_at_layer=layer)
-    except Complete:
-        return repeated(metric.value(found), len(news))
-    slots = len(news)
     copies = Rows(*(repeated(part, slots) for part in rows))
-    found = {number: repeated(value, slots) for number, value in found.items()}
-    hooks = [hook for slot, (receiver, heard) in enumerate(news) for hook in _tell(receiver, heard, slot, rows)]
-    hooks += reading_hooks(metric, copies, found)
+    hooks = _tell(news, layer, rows) + reading_hooks(metric, copies, found)
     with contextlib.suppress(Complete):
+        stop = _end_of(model, metric)
         end = resume(model, repeated(stream, slots), layer, copies.mask, hooks=hooks, stop_at_layer=stop)
         read_logits(model, metric, end, copies, found)
     return metric.value(found)
 
 
-def _tell(receiver: Receiver, heard: Tensor, slot: int, rows: Rows) -> list[Hook]:
-    """The hooks that put what a receiver heard into one slot of a side-by-side run."""
-    batch, layer, place = len(rows.ids), receiver.layer, rows.place
+def _tell(news: Sequence[tuple[Receiver, Tensor]], layer: int, rows: Rows) -> list[Hook]:
+    """The hooks that put what each receiver of a layer heard into its own slot of a side-by-side run."""
+    batch, place = len(rows.ids), rows.place
     index = torch.arange(batch, device=place.device)
-    heads = list(receiver.heads)
-    mine = slice(slot * batch, (slot + 1) * batch)
+    told: dict[Kind, list[tuple[slice, tuple[int, ...], Tensor]]] = {}
+    for slot, (receiver, heard) in enumerate(news):
+        mine = slice(slot * batch, (slot + 1) * batch)
+        told.setdefault(receiver.kind, []).append((mine, receiver.heads, heard))
 
     def put_scores(scores: Tensor, hook: Any) -> Tensor:
         changed = scores.clone()
-        for head in heads:
-            if receiver.kind == "k":
+        for mine, heads, heard in told.get("k", []):
+            for head in heads:
                 changed[mine][index, head, :, place] = heard[:, head]
-            else:
+        for mine, heads, heard in told.get("q", []):
+            for head in heads:
                 changed[mine][index, head, place] = heard[:, head]
         return changed
 
     attention: list[Tensor] = []
 
     def note_attention(pattern: Tensor, hook: Any) -> None:
-        attention.append(pattern[mine][index, :, :, place])
+        attention.append(pattern[torch.arange(len(pattern), device=place.device), :, :, place.repeat(len(news))])
 
     def add_values(z: Tensor, hook: Any) -> Tensor:
         changed = z.clone()
-        group = z.shape[2] // heard.shape[1]
-        for head in heads:
-            changed[mine][:, :, head] += attention[0][:, head, :, None] * heard[:, None, head // group]
+        for mine, heads, heard in told["v"]:
+            group = z.shape[2] // heard.shape[1]
+            for head in heads:
+                changed[mine][:, :, head] += attention[0][mine][:, head, :, None] * heard[:, None, head // group]
         return changed
 
-    if receiver.kind in ("k", "q"):
-        return [(f"blocks.{layer}.attn.hook_attn_scores", put_scores)]
-    if receiver.kind == "v":
-        return [
-            (f"blocks.{layer}.attn.hook_pattern", note_attention),
-            (f"blocks.{layer}.attn.hook_z", add_values),
-        ]
-    node = Node(receiver.kind, layer)
+    def put(activation: Tensor, hook: Any, kind: Kind) -> Tensor:
+        changed = activation.clone()
+        for mine, _, heard in told[kind]:
+            changed[mine][index, place] = heard
+        return changed
 
-    def put(activation: Tensor, hook: Any) -> Tensor:
-        return node.write(activation, place, heard, mine)
-
-    return [(node.hook, put)]
+    hooks: list[Hook] = []
+    if told.keys() & {"k", "q"}:
+        hooks.append((f"blocks.{layer}.attn.hook_attn_scores", put_scores))
+    if "v" in told:
+        hooks.append((f"blocks.{layer}.attn.hook_pattern", note_attention))
+        hooks.append((f"blocks.{layer}.attn.hook_z", add_values))
+    for kind in told:
+        if kind not in ("q", "k", "v"):
+            hooks.append((Node(kind, layer).hook, functools.partial(put, kind=kind)))
+    return hooks
 
 
 @torch.no_grad()
@@ -391,7 +417,6 @@ def _own_scores(
     def read(pattern: Tensor, hook: Any) -> None:
         found.append(sink_score(pattern, place, mask))
 
-    hooks = [hook for slot, (receiver, heard) in enumerate(news) for hook in _tell(receiver, heard, slot, rows)]
-    hooks.append((f"blocks.{layer}.attn.hook_pattern", read))
+    hooks = [*_tell(news, layer, rows), (f"blocks.{layer}.attn.hook_pattern", read)]
     resume(model, repeated(stream, slots), layer, mask, hooks=hooks, stop_at_layer=layer + 1)
     return found[0]

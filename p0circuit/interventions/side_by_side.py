@@ -46,9 +46,15 @@ def sender_hooks(
     for sender in senders:
         check_value(sender, values, batch, info)
 
-    def send(activation: Tensor, hook: Any, slot: int, sender: Node) -> Tensor:
-        rows = slice(slot * batch, (slot + 1) * batch)
-        return sender.write(activation, position, values[sender], rows)
+    by_hook: dict[str, list[tuple[slice, Node]]] = {}
+    for slot, sender in enumerate(senders, start=1):
+        by_hook.setdefault(sender.hook, []).append((slice(slot * batch, (slot + 1) * batch), sender))
+
+    def send(activation: Tensor, hook: Any, sent: Sequence[tuple[slice, Node]]) -> Tensor:
+        changed = activation.clone()
+        for rows, sender in sent:
+            sender.put(changed, position, values[sender], rows)
+        return changed
 
     def cut(activation: Tensor, hook: Any, depth: tuple[int, int]) -> Tensor | None:
         earlier = [slot for slot, sender in enumerate(senders, start=1) if sender.depth < depth]
@@ -58,9 +64,7 @@ def sender_hooks(
         slots[earlier] = by_slot(activation, 1 + len(senders))[0]
         return slots.view_as(activation)
 
-    hooks: list[Hook] = [
-        (sender.hook, functools.partial(send, slot=slot, sender=sender)) for slot, sender in enumerate(senders, start=1)
-    ]
+    hooks: list[Hook] = [(name, functools.partial(send, sent=sent)) for name, sent in by_hook.items()]
     first = min((sender.layer for sender in senders), default=0)
     for layer in range(first, info.layers if stop_at_layer is None else stop_at_layer):
         for node, carries in ((Node("attn", layer), "all"), (Node("mlp", layer), "mlps")):

@@ -177,13 +177,18 @@ def test_direct_effects_of_a_complete_set_add_up_where_the_norm_is_frozen(family
     scale = f"blocks.{layer}.ln1.hook_scale"
     forward(model, PROMPTS.ids, hooks=[(scale, lambda value, hook: scales.update(now=value.clone()))])
 
+    def put(activation, hook, node):
+        changed = activation.clone()
+        node.put(changed, PROMPTS.p0, values[node])
+        return changed
+
     def key_with(senders):
         kept = {}
         hooks = [(scale, lambda value, hook: scales["now"])]
         clean = component_outputs(model, PROMPTS)
         for node in components(model, range(layer)):
             if node in senders:
-                write = functools.partial(lambda a, hook, node: node.write(a, PROMPTS.p0, values[node]), node=node)
+                write = functools.partial(put, node=node)
             elif node.kind != "embed":
                 write = functools.partial(lambda a, hook, node: clean[node.hook], node=node)
             else:
