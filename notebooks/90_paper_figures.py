@@ -33,7 +33,8 @@
 
 # %% tags=["parameters"]
 model = "p0-nano"  # a shipped model, a local Hugging Face directory, or a hub id
-samples = None  # prompts of 64 tokens; None: the finished run that `out` holds, else 48
+samples = None  # prompts of 64 tokens; None: the finished run that `out` holds, else 36
+quick = None  # whether the longest experiments are cut down as well; None: they are unless `samples` is given
 seed = 0  # the first of the three of the prompts
 text = "stdlib"  # or english, code, a text file, a directory: what the prompts are crops of
 controls = False  # whether each claim is tried where it must fail, too
@@ -66,7 +67,13 @@ if importlib.util.find_spec("p0circuit") is None:
 # %%
 import tempfile
 
-from p0circuit.experiments import EXPERIMENTS
+from p0circuit.experiments import (
+    EXPERIMENTS,
+    CircuitConfig,
+    DormantHeadsConfig,
+    LimitsConfig,
+    StreamingConfig,
+)
 from p0circuit.experiments.conditions import readable_by_seeds
 from p0circuit.models import describe
 from p0circuit.report.contents import find_runs
@@ -82,9 +89,17 @@ place = folder / describe(lm).name.replace("/", "--")
 if samples is None and (place / "manifest.json").is_file():
     print("a finished run lies there: nothing is measured")
 else:
-    prompts = readable_by_seeds(lm, text, samples or 48, 64, seed)
+    prompts = readable_by_seeds(lm, text, samples or 36, 64, seed)
     beginner = beginner_of(model, lambda step: open_model(model, step)) if controls else None
-    every = [make() for make in EXPERIMENTS.values()]
+    # Fewer rows with edges patched, fewer orders of heads, fewer long rows; claims and thresholds are the same.
+    less = {
+        "circuit": CircuitConfig(samples=8),
+        "dormant-heads": DormantHeadsConfig(orders=5, domain_samples=16, domain_orders=1),
+        "limits": LimitsConfig(tokens=2048),
+        "streaming": StreamingConfig(long_tokens=2048),
+    }
+    cut = less if quick or (quick is None and samples is None) else {}
+    every = [make(cut[name]) if name in cut else make() for name, make in EXPERIMENTS.items()]
     reproduce(lm, prompts, place, every, beginner, controls)
 reproduce_training(as_trained(shipped_runs()), folder / TRAINING)
 run, training = (find_runs(one)[0] for one in (place, folder / TRAINING))

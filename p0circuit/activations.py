@@ -390,6 +390,20 @@ def record(
     return Recording(values, cached)
 
 
+def kept(model: Any, prompts: PromptSet, what: str, compute: Callable[[], Tensor]) -> Tensor:
+    """What `compute` makes of the model and the prompts, from the cache where it lies.
+
+    `what` has to name all else that decides it. The cache is left alone while the model has hooks on it.
+    """
+    if has_hooks(model):
+        return compute()
+    store, key = Cache(), key_of(_shared_key(model, prompts) | {"quantity": what})
+    if (value := store.read(key)) is None:
+        value = compute()
+        store.write(key, value, {"quantity": what, "model": describe(model).name, "samples": prompts.n})
+    return value.to(device_of(model))
+
+
 def _shared_key(model: Any, prompts: PromptSet) -> dict[str, str]:
     """What all quantities recorded from these prompts have in common."""
     return {

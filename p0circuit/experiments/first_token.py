@@ -23,6 +23,8 @@ Sources: a token in front that need mean nothing: Xiao et al. 2023 (arXiv 2309.1
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -33,7 +35,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from p0circuit.activations import TOKEN_LOSSES, record
+from p0circuit.activations import TOKEN_LOSSES, kept, record
 from p0circuit.experiments.base import Experiment, NotApplicable
 from p0circuit.experiments.claim import Claim, Clause
 from p0circuit.experiments.conditions import bos_id, drawable
@@ -179,7 +181,9 @@ def prefixes_of(model: Any, others: PromptSet, config: FirstTokenConfig = FirstT
     if (bos := bos_id(model)) is not None:
         found[BOS] = bos
     if placement_of(model) is None:
-        found[REGISTER] = trained_register(model, others, neutral, config)
+        code = hashlib.sha256(inspect.getsource(inspect.unwrap(trained_register)).encode()).hexdigest()
+        what = f"register from token {neutral} in {config.steps} steps of {config.batch} rows by {code}"
+        found[REGISTER] = kept(model, others, what, lambda: trained_register(model, others, neutral, config))
     return found
 
 

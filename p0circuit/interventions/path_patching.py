@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Kind = Literal["q", "k", "v", "mlp", "resid_pre", "resid_mid", "resid_post"]
-TOKENS_AT_ONCE = 2**14
+TOKENS_AT_ONCE = 2**13
 """Tokens in a batch of side-by-side runs."""
 
 _ATTENTION = re.compile(r"attn\.(\d+)\.(kv)?(\d+)\.([qkv])")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from typing import Any
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from p0circuit.experiments import first_token
 from p0circuit.experiments.base import NotApplicable
 from p0circuit.experiments.first_token import (
     BOS,
@@ -137,6 +140,21 @@ def test_the_register_is_learned_on_a_frozen_model() -> None:
     # As a vector the token is still that token; as a register it serves texts it was not trained on.
     np.testing.assert_allclose(far["start"], far[NEUTRAL], atol=1e-4)
     assert (far[REGISTER] - far[NEUTRAL]).mean() < -0.005
+
+
+def test_a_register_is_trained_once(tiny: Any, text: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    counted = functools.wraps(trained_register)(lambda *given: calls.append(1) or trained_register(*given))
+    monkeypatch.setattr(first_token, "trained_register", counted)
+    model, config = copy.deepcopy(tiny), FirstTokenConfig(steps=2, batch=2)
+    first, again = (prefixes_of(model, text, config)[REGISTER] for _ in range(2))
+    assert isinstance(first, Tensor) and torch.equal(first, again) and len(calls) == 1
+    # Other settings, other prompts and other weights make another one.
+    prefixes_of(model, text, FirstTokenConfig(steps=1, batch=2))
+    prefixes_of(model, text.subset(slice(1, None)), config)
+    with torch.no_grad():
+        next(model.parameters()).add_(0.1)
+    assert not torch.equal(prefixes_of(model, text, config)[REGISTER], first) and len(calls) == 4
 
 
 def test_the_neutral_token(tiny: Any, text: Any) -> None:
