@@ -17,23 +17,24 @@
 # solve. Each claim stands with its threshold, which was fixed before anything was measured, its verdict, and the notes of
 # the experiment.
 #
-# As it stands it takes **48 prompts and no controls, and a few minutes**. The report's own figures are those of
-# `make reproduce`: 1,024 prompts of three seeds, each claim tried on three controls as well, a quarter of an hour or more.
+# As it stands it takes **30 prompts and no controls, and under two minutes**; the longest experiments are cut down as
+# well (`quick`). The report's own figures are those of `make reproduce`: 1,024 prompts of three seeds, each claim tried on
+# three controls as well, a quarter of an hour or more.
 #
 # ```shell
-# p0circuit notebooks run 90                                  # 48 prompts of p0-nano
+# p0circuit notebooks run 90                                  # 30 prompts of p0-nano
 # p0circuit notebooks run 90 -p samples 1024 -p controls true # what the report uses
 # p0circuit notebooks run 90 -p out "$PWD/out"                # after `make reproduce`: reads what lies there
 # p0circuit notebooks run 90 -p model wired                   # or a directory of yours, as in notebook 07
 # ```
 #
-# With 48 prompts the intervals are wide, and a claim that needs one to lie beyond a limit can miss it for that alone: so it
+# With 30 prompts the intervals are wide, and a claim that needs one to lie beyond a limit can miss it for that alone: so it
 # is with C12 and C17 here, both reproduced with 1,024. Where a verdict below differs from
 # [the report's](../README.md#what-is-claimed-and-what-comes-out), the report's counts.
 
 # %% tags=["parameters"]
 model = "p0-nano"  # a shipped model, a local Hugging Face directory, or a hub id
-samples = None  # prompts of 64 tokens; None: the finished run that `out` holds, else 36
+samples = None  # prompts of 64 tokens; None: the finished run that `out` holds, else 30
 quick = None  # whether the longest experiments are cut down as well; None: they are unless `samples` is given
 seed = 0  # the first of the three of the prompts
 text = "stdlib"  # or english, code, a text file, a directory: what the prompts are crops of
@@ -89,7 +90,7 @@ place = folder / describe(lm).name.replace("/", "--")
 if samples is None and (place / "manifest.json").is_file():
     print("a finished run lies there: nothing is measured")
 else:
-    prompts = readable_by_seeds(lm, text, samples or 36, 64, seed)
+    prompts = readable_by_seeds(lm, text, samples or 30, 64, seed)
     beginner = beginner_of(model, lambda step: open_model(model, step)) if controls else None
     # Fewer rows with edges patched, fewer orders of heads, fewer long rows; claims and thresholds are the same.
     less = {

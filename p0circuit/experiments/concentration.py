@@ -37,7 +37,7 @@ class Concentration(RunsExperiment):
     title = "The circuit concentrates in the first two blocks"
     claim = Claim(
         id="C14",
-        title="concentration",
+        title="Concentration",
         source="arXiv 2603.06591, on the training trace",
         statement="Once it is there the circuit becomes concentrated in the first two blocks.",
         measure="The share of the sink rate from layer 2 on that is lost when P0's residual after block 1 is that of "

@@ -43,7 +43,7 @@ class Convergence(RunsExperiment):
     title = "The circuit as a signal of convergence"
     claim = Claim(
         id="C15",
-        title="convergence signal",
+        title="Convergence signal",
         source="arXiv 2603.06591, on the training trace",
         statement="The state of the circuit tells how far a training run is from convergence.",
         measure="The mean absolute error, in nats, of the remaining loss predicted for a held-out seed from step and "

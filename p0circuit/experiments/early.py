@@ -30,7 +30,7 @@ class Early(RunsExperiment):
     title = "The circuit appears early in training"
     claim = Claim(
         id="C13",
-        title="early",
+        title="Early",
         source="arXiv 2603.06591, on the training trace",
         statement="The P0 sink circuit appears early in training.",
         measure="The share of the run's tokens at the first checkpoint from which the excess score of the final sink "

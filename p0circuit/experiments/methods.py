@@ -31,7 +31,7 @@ class Methods(RunsExperiment):
     title = "TNLM and Force-sink against the baseline"
     claim = Claim(
         id="C16",
-        title="training methods",
+        title="Training methods",
         source="arXiv 2603.06591 v2, on TNLM and Force-sink",
         statement="TNLM and Force-sink make the sink form earlier and end higher than the same training without them.",
         measure="Differences to the baseline by pairs of the same seed, with Student's interval over seeds: share of "

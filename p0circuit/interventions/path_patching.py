@@ -8,7 +8,8 @@ After Wang et al. 2022 (arXiv 2211.00593). For a sender, a receiver and the send
    scores of that query with clean keys, for V the change of the value vector; an MLP's output; the stream itself.
 3. *Answer.* Run the clean prompts once more from the receiver's layer on, with nothing but this put in, and measure.
 
-Steps 1 and 2 do all senders and all receivers of a kind in one pass (`side_by_side`), step 3 many edges in one batch.
+Steps 1 and 2 do all senders and a layer's receivers in one pass, and one more for Q (`side_by_side`); step 3 does many
+edges in one batch.
 Hearing at the scores and not at the keys makes K and V of a single query head possible where heads share a key/value
 head (grouped-query attention): `attn.2.1.k` is one query head's, `attn.2.kv0.k` that of all heads of the group.
 
@@ -175,12 +176,7 @@ def path_patch(
     for sender in chosen:
         check_value(sender, values, prompts.n, info)
     metric.check(model)
-    device = device_of(model)
-    rows = Rows(
-        prompts.ids.to(device),
-        prompts.attention_mask.to(device),
-        (prompts.p0 if position is None else position).to(device),
-    )
+    rows = _rows(model, prompts, prompts.p0 if position is None else position)
     rows.at(0)  # refuses a position outside the prompts
     per_batch = max(1, TOKENS_AT_ONCE // rows.ids.numel())
     clean = _clean(model, rows, metric)
