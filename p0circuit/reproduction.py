@@ -44,7 +44,7 @@ from p0circuit.training.runs import Run
 
 CONTROL_SAMPLES = 128
 """Prompts of a control: enough to see that there is nothing, a fraction of the time."""
-FORWARD_PASSES = 300
+FORWARD_PASSES = 200
 """About how many forward passes over all prompts the experiments amount to; for the estimate of time alone."""
 LONG_MINUTES = 20.0
 """From here on a person is told how to make it shorter."""
