@@ -70,10 +70,15 @@ import tempfile
 
 from p0circuit.experiments import (
     EXPERIMENTS,
+    AmplificationConfig,
+    AnyTokenConfig,
     CircuitConfig,
     DormantHeadsConfig,
+    FirstTokenConfig,
     LimitsConfig,
+    RemediesConfig,
     StreamingConfig,
+    ThePathConfig,
 )
 from p0circuit.experiments.conditions import readable_by_seeds
 from p0circuit.models import describe
@@ -92,12 +97,17 @@ if samples is None and (place / "manifest.json").is_file():
 else:
     prompts = readable_by_seeds(lm, text, samples or 30, 64, seed)
     beginner = beginner_of(model, lambda step: open_model(model, step)) if controls else None
-    # Fewer rows with edges patched, fewer orders of heads, fewer long rows; claims and thresholds are the same.
+    # Fewer rows where many things are tried on each, fewer draws, no very long rows; the thresholds are the same.
     less = {
+        "any-token": AnyTokenConfig(continuations=8, full_tokens=64),
+        "amplification": AmplificationConfig(draws=32, shown_samples=8),
+        "path": ThePathConfig(runs=1024),
         "circuit": CircuitConfig(samples=8),
-        "dormant-heads": DormantHeadsConfig(orders=5, domain_samples=16, domain_orders=1),
-        "limits": LimitsConfig(tokens=2048),
+        "limits": LimitsConfig(lengths=(16, 32, 64, 128, 256, 512), tokens=2048),
         "streaming": StreamingConfig(long_tokens=2048),
+        "dormant-heads": DormantHeadsConfig(orders=5, domain_samples=16, domain_orders=1),
+        "first-token": FirstTokenConfig(tokens=4, steps=20),
+        "remedies": RemediesConfig(register_steps=20),
     }
     cut = less if quick or (quick is None and samples is None) else {}
     every = [make(cut[name]) if name in cut else make() for name, make in EXPERIMENTS.items()]
