@@ -220,7 +220,7 @@ def _hear(
     def restore(activation: Tensor, hook: Any) -> Tensor:
         return repeated(by_slot(activation, slots)[0], slots)
 
-    def keep(activation: Tensor, hook: Any, kind: Kind, last: bool) -> None:
+    def keep(activation: Tensor, hook: Any, kind: Kind, kinds: set[Kind]) -> None:
         if kind == "k":
             news = activation[index, :, :, place]
         elif kind == "q":
@@ -230,11 +230,10 @@ def _hear(
         # A value is heard as its change, everything else as what takes the clean one's place.
         by_sender = by_slot(news, slots)
         heard[kind] = by_sender[1:] - by_sender[0] if kind == "v" else by_sender[1:].clone()
-        if last:
+        if heard.keys() >= kinds:
             raise Complete
 
     scores = f"blocks.{layer}.attn.hook_attn_scores"
-    # In the order in which they are computed.
     places: dict[Kind, str] = {
         "resid_pre": Node("resid_pre", layer).hook,
         "v": f"blocks.{layer}.attn.hook_v",
@@ -247,15 +246,14 @@ def _hear(
     # Q and K are each heard against the clean other, and so in passes of their own. What the restored one changes goes
     # no further than the attention's output, which is cut: all else is heard beside K.
     for kinds, restored in ((wanted - {"q"}, query_hook(model, layer)), (wanted & {"q"}, key_hook(model, layer))):
-        listened: list[Kind] = [kind for kind in places if kind in kinds]
+        if not kinds:
+            continue
         hooks: list[Hook] = [(restored, restore)] if kinds & {"q", "k"} else []
         # Before the cut at the same hook: an MLP as receiver is heard before it is set back.
-        for kind in listened:
-            hooks.append((places[kind], functools.partial(keep, kind=kind, last=kind == listened[-1])))
+        hooks += [(places[kind], functools.partial(keep, kind=kind, kinds=kinds)) for kind in kinds]
         hooks += sender_hooks(model, senders, values, rows.place, through, layer + 1)
-        if kinds:
-            with contextlib.suppress(Complete):
-                forward(model, ids, mask, hooks=hooks, stop_at_layer=layer + 1)
+        with contextlib.suppress(Complete):
+            forward(model, ids, mask, hooks=hooks, stop_at_layer=layer + 1)
     return heard
 
 
