@@ -19,7 +19,7 @@
 #
 # As it stands it takes **30 prompts and no controls, and under two minutes**; the longest experiments are cut down as
 # well (`quick`). The report's own figures are those of `make reproduce`: 1,024 prompts of three seeds, each claim tried on
-# three controls as well, ten minutes or more.
+# three controls as well, about ten minutes.
 #
 # ```shell
 # p0circuit notebooks run 90                                  # 30 prompts of p0-nano
