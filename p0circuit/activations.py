@@ -27,6 +27,7 @@ from p0circuit.console import track
 from p0circuit.models import describe, device_of, forward
 from p0circuit.models.device_map import placement_of, weights_of
 from p0circuit.models.forward import Hook, hook_points
+from p0circuit.paths import code_fingerprint
 from p0circuit.prompts import PromptSet
 
 # Fields of a TransformerLens configuration that decide nothing.
@@ -393,11 +394,12 @@ def record(
 def kept(model: Any, prompts: PromptSet, what: str, compute: Callable[[], Tensor]) -> Tensor:
     """What `compute` makes of the model and the prompts, from the cache where it lies.
 
-    `what` has to name all else that decides it. The cache is left alone while the model has hooks on it.
+    `what` has to name all settings that decide it; other code never reads what this code left. The cache is left alone
+    while the model has hooks on it.
     """
     if has_hooks(model):
         return compute()
-    store, key = Cache(), key_of(_shared_key(model, prompts) | {"quantity": what})
+    store, key = Cache(), key_of(_shared_key(model, prompts) | {"quantity": what, "code": code_fingerprint()})
     if (value := store.read(key)) is None:
         value = compute()
         store.write(key, value, {"quantity": what, "model": describe(model).name, "samples": prompts.n})

@@ -23,8 +23,6 @@ Sources: a token in front that need mean nothing: Xiao et al. 2023 (arXiv 2309.1
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -181,8 +179,7 @@ def prefixes_of(model: Any, others: PromptSet, config: FirstTokenConfig = FirstT
     if (bos := bos_id(model)) is not None:
         found[BOS] = bos
     if placement_of(model) is None:
-        code = hashlib.sha256(inspect.getsource(inspect.unwrap(trained_register)).encode()).hexdigest()
-        what = f"register from token {neutral} in {config.steps} steps of {config.batch} rows by {code}"
+        what = f"register from token {neutral} in {config.steps} steps of {config.batch} rows"
         found[REGISTER] = kept(model, others, what, lambda: trained_register(model, others, neutral, config))
     return found
 

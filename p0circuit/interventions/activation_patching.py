@@ -40,7 +40,7 @@ from p0circuit.intervals import LEVEL, RESAMPLES, Interval
 from p0circuit.interventions.contrast import Contrast, values_at
 from p0circuit.interventions.metrics import Complete, Metric, Rows, batches, measure, read_logits, reading_hooks
 from p0circuit.interventions.nodes import InterventionError, Node, nodes_of
-from p0circuit.interventions.side_by_side import by_slot, repeated
+from p0circuit.interventions.side_by_side import by_slot, measure_slots, repeated
 from p0circuit.models import ModelError, describe, forward, resume
 from p0circuit.models.forward import Hook, hook_point
 from p0circuit.prompts import PromptSet
@@ -387,15 +387,9 @@ def _branch(
     below: Mapping[int, Tensor],
 ) -> dict[int, Float[Tensor, " batch"]]:
     """Step 2: the metric with each of some patches of one block, from the stream and the readings before it."""
-    slots, last = len(patches), metric.last_layer
-    copies = Rows(*(repeated(part, slots) for part in rows))
-    found = {number: repeated(reading, slots) for number, reading in below.items()}
-    hooks = _patching_hooks(list(patches.values()), rows) + reading_hooks(metric, copies, found)
-    stop = describe(model).layers if last is None else last + 1
-    with contextlib.suppress(Complete):
-        stream = resume(model, repeated(stream, slots), layer, copies.mask, hooks=hooks, stop_at_layer=stop)
-        read_logits(model, metric, stream, copies, found, at_once=len(rows.ids))
-    return dict(zip(patches, metric.value(found).split(len(rows.ids)), strict=True))
+    hooks = _patching_hooks(list(patches.values()), rows)
+    values = measure_slots(model, rows, metric, (stream, below), layer, len(patches), hooks)
+    return dict(zip(patches, values.split(len(rows.ids)), strict=True))
 
 
 def _acts_on_one_token(model: Any, node: Node, metric: Metric) -> bool:

@@ -345,9 +345,9 @@ def _first_order(
 
     hooks: list[Hook] = [(some[0].hook, functools.partial(enter, number=number)) for number, some in enumerate(sets)]
     hooks += reading_hooks(metric, rows, found)
-    stop = describe(model).layers if metric.last_layer is None else metric.last_layer + 1
     with contextlib.suppress(Complete):
-        read_logits(model, metric, forward(model, rows.ids, rows.mask, hooks=hooks, stop_at_layer=stop), rows, found)
+        stream = forward(model, rows.ids, rows.mask, hooks=hooks, stop_at_layer=metric.end(model))
+        read_logits(model, metric, stream, rows, found)
     value = metric.value(found)
     # What the pass did not reach before the metric's last reading has no effect on it.
     estimates = [torch.zeros(target.shape[:2], device=value.device) for target in targets]

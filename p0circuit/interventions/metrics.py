@@ -95,6 +95,10 @@ class Metric:
         hooks = [reading.hook for reading in self.readings]
         return None if LOGITS in hooks else max(int(hook.split(".")[1]) for hook in hooks)
 
+    def end(self, model: Any) -> int:
+        """The layer before which a pass may stop: nothing but logits is left to read."""
+        return describe(model).layers if self.last_layer is None else self.last_layer + 1
+
     def check(self, model: Any) -> Metric:
         """The metric itself, if this model has all that it reads.
 
@@ -176,16 +180,25 @@ def measure(
         InterventionError, ModelError: the model does not have what the metric reads, or the result is not finite.
     """
     metric.check(model)
-    values = []
-    stop = describe(model).layers if metric.last_layer is None else metric.last_layer + 1
-    for rows in batches(model, prompts, prompts.p0 if place is None else place):
-        found: dict[int, Tensor] = {}
+    there = batches(model, prompts, prompts.p0 if place is None else place)
+    return torch.cat([measure_rows(model, rows, metric).cpu() for rows in there])
+
+
+def measure_rows(model: Any, rows: Rows, metric: Metric) -> Float[Tensor, " batch"]:
+    """The metric of each row of one batch."""
+    stream, found = run_up_to(model, rows, metric, metric.end(model))
+    if stream is not None:
+        read_logits(model, metric, stream, rows, found)
+    return metric.value(found)
+
+
+def run_up_to(model: Any, rows: Rows, metric: Metric, layer: int) -> tuple[Tensor | None, dict[int, Tensor]]:
+    """The stream before a layer, and what the metric reads below it; no stream where that is all it reads."""
+    found: dict[int, Tensor] = {}
+    with contextlib.suppress(Complete):
         hooks = reading_hooks(metric, rows, found)
-        with contextlib.suppress(Complete):
-            stream = forward(model, rows.ids, rows.mask, hooks=hooks, stop_at_layer=stop)
-            read_logits(model, metric, stream, rows, found)
-        values.append(metric.value(found).cpu())
-    return torch.cat(values)
+        return forward(model, rows.ids, rows.mask, hooks=hooks, stop_at_layer=layer), found
+    return None, found
 
 
 def batches(model: Any, prompts: PromptSet, place: Int[Tensor, " batch"]) -> list[Rows]:

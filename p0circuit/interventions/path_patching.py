@@ -32,9 +32,16 @@ from torch import Tensor
 from p0circuit.console import track
 from p0circuit.intervals import bootstrap
 from p0circuit.interventions.closed_form import KeyEdges, NotOfTheClosedForm, key_edges, key_hook, query_hook
-from p0circuit.interventions.metrics import Complete, Metric, Rows, read_logits, reading_hooks
+from p0circuit.interventions.metrics import Complete, Metric, Rows, measure_rows, run_up_to
 from p0circuit.interventions.nodes import InterventionError, Node, nodes_of
-from p0circuit.interventions.side_by_side import Through, by_slot, check_value, repeated, sender_hooks
+from p0circuit.interventions.side_by_side import (
+    Through,
+    by_slot,
+    check_value,
+    measure_slots,
+    repeated,
+    sender_hooks,
+)
 from p0circuit.models import ModelInfo, describe, device_of, forward, resume
 from p0circuit.models.forward import Hook
 from p0circuit.prompts import PromptSet
@@ -179,19 +186,20 @@ def path_patch(
     rows = _rows(model, prompts, prompts.p0 if position is None else position)
     rows.at(0)  # refuses a position outside the prompts
     per_batch = max(1, TOKENS_AT_ONCE // rows.ids.numel())
-    clean = _clean(model, rows, metric)
+    clean = measure_rows(model, rows, metric)
     edges: list[tuple[str, str]] = []
     patched: list[Tensor] = []
     for layer in track(sorted({receiver.layer for receiver in listening}), "path patching"):
         here = [receiver for receiver in listening if receiver.layer == layer]
-        below = _up_to(model, rows, metric, layer)
+        below = run_up_to(model, rows, metric, layer)
         for some in (chosen[start : start + per_batch] for start in range(0, len(chosen), per_batch)):
             heard = _hear(model, rows, some, values, here, through)
             pairs = [(s, r) for s in some for r in here if r.hears(s, info)]
             for first in range(0, len(pairs), per_batch):
                 part = pairs[first : first + per_batch]
                 news = [(receiver, heard[receiver.kind][some.index(sender)]) for sender, receiver in part]
-                patched += _answer(model, rows, below, news, metric, layer).split(prompts.n)
+                answers = measure_slots(model, rows, metric, below, layer, len(news), _tell(news, layer, rows))
+                patched += answers.split(prompts.n)
                 edges += [(str(sender), receiver.name) for sender, receiver in part]
     return PathEffects(tuple(edges), clean, torch.stack(patched), metric.name, through)
 
@@ -257,55 +265,8 @@ def _hear(
     return heard
 
 
-def _up_to(model: Any, rows: Rows, metric: Metric, layer: int) -> tuple[Tensor | None, dict[int, Tensor]]:
-    """The clean run's stream before a layer, and what the metric reads below; no stream where that is all it reads."""
-    found: dict[int, Tensor] = {}
-    with contextlib.suppress(Complete):
-        hooks = reading_hooks(metric, rows, found)
-        return forward(model, rows.ids, rows.mask, hooks=hooks, stop_at_layer=layer), found
-    return None, found
-
-
-def _end_of(model: Any, metric: Metric) -> int:
-    """The layer before which the metric has read everything but logits."""
-    return describe(model).layers if metric.last_layer is None else metric.last_layer + 1
-
-
-def _clean(model: Any, rows: Rows, metric: Metric) -> Float[Tensor, " batch"]:
-    """The metric of the clean run."""
-    stream, found = _up_to(model, rows, metric, _end_of(model, metric))
-    if stream is not None:
-        read_logits(model, metric, stream, rows, found)
-    return metric.value(found)
-
-
-def _answer(
-    model: Any,
-    rows: Rows,
-    below: tuple[Tensor | None, dict[int, Tensor]],
-    news: Sequence[tuple[Receiver, Tensor]],
-    metric: Metric,
-    layer: int,
-) -> Float[Tensor, " rows"]:
-    """Step 3: the metric of the clean run with each receiver's news put in, in a slot of its own.
-
-    All receivers are of one layer, and the run starts there, from what `_up_to` gives.
-    """
-    stream, slots = below[0], len(news)
-    found = {number: repeated(value, slots) for number, value in below[1].items()}
-    if stream is None:
-        return metric.value(found)
-    copies = Rows(*(repeated(part, slots) for part in rows))
-    hooks = _tell(news, layer, rows) + reading_hooks(metric, copies, found)
-    with contextlib.suppress(Complete):
-        stop = _end_of(model, metric)
-        end = resume(model, repeated(stream, slots), layer, copies.mask, hooks=hooks, stop_at_layer=stop)
-        read_logits(model, metric, end, copies, found)
-    return metric.value(found)
-
-
 def _tell(news: Sequence[tuple[Receiver, Tensor]], layer: int, rows: Rows) -> list[Hook]:
-    """The hooks that put what each receiver of a layer heard into its own slot of a side-by-side run."""
+    """Step 3: the hooks that put what each receiver of a layer heard into its own slot of a side-by-side run."""
     batch, place = len(rows.ids), rows.place
     index = torch.arange(batch, device=place.device)
     told: dict[Kind, list[tuple[slice, tuple[int, ...], Tensor]]] = {}

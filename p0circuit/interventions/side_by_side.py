@@ -11,16 +11,18 @@ others: P0 attends to itself alone, so its stream is that of a sequence of one t
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from p0circuit.interventions.metrics import Complete, Metric, Rows, read_logits, reading_hooks
 from p0circuit.interventions.nodes import InterventionError, Node
-from p0circuit.models import describe
+from p0circuit.models import describe, resume
 from p0circuit.models.forward import Hook
 
 Through = Literal["direct", "mlps", "all"]
@@ -71,6 +73,28 @@ def sender_hooks(
             if through not in (carries, "all"):
                 hooks.append((node.hook, functools.partial(cut, depth=node.depth)))
     return hooks
+
+
+def measure_slots(
+    model: Any,
+    rows: Rows,
+    metric: Metric,
+    below: tuple[Tensor | None, Mapping[int, Tensor]],
+    layer: int,
+    slots: int,
+    hooks: Sequence[Hook],
+) -> Float[Tensor, " slot_rows"]:
+    """The metric of each row in `slots` slots, run on with hooks from a layer that all enter with what is `below`."""
+    stream, found = below[0], {number: repeated(reading, slots) for number, reading in below[1].items()}
+    if stream is None:
+        return metric.value(found)
+    copies = Rows(*(repeated(part, slots) for part in rows))
+    every = [*hooks, *reading_hooks(metric, copies, found)]
+    with contextlib.suppress(Complete):
+        stop = metric.end(model)
+        end = resume(model, repeated(stream, slots), layer, copies.mask, hooks=every, stop_at_layer=stop)
+        read_logits(model, metric, end, copies, found, at_once=len(rows.ids))
+    return metric.value(found)
 
 
 def check_value(node: Node, values: Mapping[Node, Tensor], batch: int, info: Any) -> None:
