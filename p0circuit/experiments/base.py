@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 
 LARGE_MODEL = 20_000_000
 """From so many weights in its blocks on a model is large: quick runs then take smaller configurations."""
+CLEAN_PASSES = 2
+"""What the clean recording takes: the text as it is, and after BOS."""
 ORDINARY = (4, 16, 32)
 """Positions after P0 whose streams, scores and directions stand for ordinary ones."""
 
