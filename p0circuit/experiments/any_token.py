@@ -180,7 +180,7 @@ class AnyToken(Experiment):
         ids[torch.arange(len(ids)), p0 + place] = tokens.repeat_interleave(prompts.n)
         mask = prompts.attention_mask.repeat(len(tokens), 1)
         quantity = score_at(place)
-        rows = replace(prompts, ids=ids, attention_mask=mask)
+        rows = replace(prompts, ids=ids, attention_mask=mask, cut_off=None)
         scores = self.record(model, rows, [quantity], f"tokens at {place}")[quantity].double()
         layers, numbers = map(list, zip(*heads, strict=True))
         return scores[:, layers, numbers].mean(1).view(len(tokens), -1).mean(1).numpy()
