@@ -56,7 +56,7 @@ class PromptSet:
     attention_mask: Bool[Tensor, "batch pos"] = field(repr=False)
     description: dict[str, Any]
     seed: int = 0
-    cut_off: Int[Tensor, "batch cut"] | None = field(default=None, repr=False)
+    cut_off: Int[Tensor, "rows cut"] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         _check_rows(self.ids, self.attention_mask)

@@ -33,6 +33,7 @@ from p0circuit.experiments import RUN_EXPERIMENTS
 from p0circuit.experiments.base import Experiment, NotApplicable
 from p0circuit.experiments.claim import Judgement
 from p0circuit.experiments.over_runs import RunsExperiment
+from p0circuit.experiments.sink_condition import find_condition
 from p0circuit.files import write_json
 from p0circuit.models import ModelError, describe, device_of, forward, list_checkpoints, load_model
 from p0circuit.models.controls import shuffled_neurons, untrained
@@ -42,6 +43,9 @@ from p0circuit.prompts import PromptSet, random_tokens
 from p0circuit.results import Result, write_manifest
 from p0circuit.training.runs import Run
 
+SAMPLES = 1024
+"""Prompts of a full run."""
+QUICK_SAMPLES, QUICK_SAMPLES_LARGE, LARGE_PARAMETERS = 128, 32, 20_000_000
 CONTROL_SAMPLES = 128
 """Prompts of a control: enough to see that there is nothing, a fraction of the time."""
 FORWARD_PASSES = 200
@@ -60,12 +64,16 @@ def reproduce(
 ) -> list[dict[str, Any]]:
     """Run the experiments and their controls on one model, leave everything in `directory`, return the claims.
 
+    The prompts are put after BOS first where the model has its sink only there (`find_condition`).
     `beginner` is the model's own first checkpoint, as `beginner_of` gives it; without one its architecture is given
     new weights. An experiment that breaks off is told of in its claim's entry; `failed` finds those. Without `controls`
     the claims are not tried where they must fail.
     """
     started = time.time()
     (directory / "manifest.json").unlink(missing_ok=True)
+    condition = find_condition(model, prompts)
+    prompts = condition.prompts
+    say(condition.summary)
     say(f"{describe(model).name}: {_estimate(model, prompts)}")
     entries: list[dict[str, Any]] = []
     left_out: dict[str, str] = {}
@@ -99,6 +107,10 @@ def reproduce(
         model=describe(model).name,
         weights=weights_fingerprint(model),
         prompts=prompts.fingerprint(),
+        text=prompts.description.get("source", prompts.description.get("builder")),
+        samples=prompts.n,
+        length=prompts.length,
+        condition=condition.to_json(),
         seed=prompts.seed,
         device=str(device_of(model)),
         experiments=[experiment.id for experiment in experiments if experiment.id not in left_out | broken],
@@ -106,6 +118,11 @@ def reproduce(
         broken=broken,
     )
     return entries
+
+
+def quick_samples(parameters: int) -> int:
+    """How many prompts a quick run takes: decided by the size of the model alone, before anything is measured."""
+    return QUICK_SAMPLES if parameters <= LARGE_PARAMETERS else QUICK_SAMPLES_LARGE
 
 
 def beginner_of(source: str | Path, load: Callable[[int], Any]) -> Any:
@@ -253,6 +270,8 @@ def result_key(experiment: Experiment, model: Any, prompts: PromptSet) -> str:
         "weights": weights_fingerprint(model),
         "hooks": sorted(f"{name} {len(point.fwd_hooks)}" for name, point in model.hook_dict.items() if point.fwd_hooks),
         "prompts": prompts.fingerprint(),
+        # What an experiment may put back at the end of a row when it takes BOS away.
+        "cut_off": None if prompts.cut_off is None else prompts.cut_off.tolist(),
         "config": repr(experiment.config),
         # That of the experiment too, which need not be one of the package's own.
         "code": [code_fingerprint(), inspect.getsource(sys.modules[type(experiment).__module__])],
