@@ -3,7 +3,8 @@
 1. Text becomes crops of exactly T tokens, spread over the files evenly: without overlap while the text lasts, with as
    little overlap as possible after that, never from one file into the next.
 2. A first token, where one is asked for, stands before the crop, which then loses its last token. With the same seed
-   the crops are the same whatever stands before them: with and without BOS make pairs.
+   the crops are the same whatever stands before them: with and without BOS make pairs. The tokenizer itself adds
+   nothing: whether a row begins with BOS is decided here alone.
 3. Every set of prompts carries its description and seed, and has a fingerprint by which results are filed.
 """
 
@@ -22,12 +23,15 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from p0circuit.paths import data_dir
-from p0circuit.training.corpus import SourceFile, standard_library_files, text_files
+from p0circuit.training.corpus import SourceFile, TextInMemory, standard_library_files, text_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SHIPPED_TEXTS = ("english", "code")
+PYTHON_TEXTS = ("docs", "stdlib")
+"""Texts that come with Python itself, and differ from one version of it to another."""
+NAMED_TEXTS = (*SHIPPED_TEXTS, *PYTHON_TEXTS)
 # More than any experiment needs; it bounds the time and memory that a large text file or directory can take.
 LONGEST_TEXT = 16_000_000
 
@@ -41,6 +45,7 @@ class PromptSet:
         attention_mask: true where the token is real.
         description: how the set was made; goes into the results as JSON.
         seed: of everything that was drawn to make it.
+        cut_off: the tokens that `behind` pushed off the end of each row, in the order of the text; None for none.
 
     Raises:
         ValueError: shapes differ, there is no row, ids are not whole numbers from 0 on, padding stands after a real
@@ -51,9 +56,15 @@ class PromptSet:
     attention_mask: Bool[Tensor, "batch pos"] = field(repr=False)
     description: dict[str, Any]
     seed: int = 0
+    cut_off: Int[Tensor, "rows cut"] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         _check_rows(self.ids, self.attention_mask)
+        if self.cut_off is not None and len(self.cut_off) != len(self.ids):
+            raise ValueError(
+                f"expected the tokens cut off each of {len(self.ids)} rows, got those of {len(self.cut_off)}: "
+                "replace(prompts, ids=..., cut_off=None) makes rows whose end is not known"
+            )
 
     @property
     def n(self) -> int:
@@ -98,7 +109,14 @@ class PromptSet:
         """Some of the rows, given as for indexing."""
         index = torch.arange(self.n)[rows]
         description = {**self.description, "n": len(index), "subset_of": self.fingerprint()}
-        return replace(self, ids=self.ids[index], attention_mask=self.attention_mask[index], description=description)
+        cut_off = None if self.cut_off is None else self.cut_off[index]
+        return replace(
+            self,
+            ids=self.ids[index],
+            attention_mask=self.attention_mask[index],
+            description=description,
+            cut_off=cut_off,
+        )
 
     def split(self, fractions: Sequence[float] = (0.5, 0.5)) -> tuple[PromptSet, ...]:
         """Disjoint parts drawn by the set's seed, such as one to choose heads on and another to measure them on.
@@ -117,6 +135,8 @@ class PromptSet:
     def behind(self, first: int | Int[Tensor, " batch"]) -> PromptSet:
         """The same rows with another token (one for all, or one for each) before them and their last token left out.
 
+        `without_first` undoes it.
+
         Raises:
             ValueError: rows are padded, or `first` is not one token id per row.
         """
@@ -127,7 +147,45 @@ class PromptSet:
             raise ValueError(f"expected one first token for each of {self.n} rows, got shape {list(tokens.shape)}")
         ids = torch.cat([tokens[:, None], self.ids[:, :-1]], dim=1)
         one = int(tokens[0]) if len(tokens.unique()) == 1 else "one per row"
-        return replace(self, ids=ids, description={**self.description, "behind": one})
+        before = self.description.get("behind")
+        told = one if before is None else [one, *(before if isinstance(before, list) else [before])]
+        ends = [self.ids[:, -1:]] if self.cut_off is None else [self.ids[:, -1:], self.cut_off]
+        return replace(self, ids=ids, description={**self.description, "behind": told}, cut_off=torch.cat(ends, dim=1))
+
+    def without_first(self) -> PromptSet:
+        """The same rows without their first token.
+
+        Where `behind` put it there, the rows get back the token that they lost for it; others become one token shorter.
+
+        Raises:
+            ValueError: rows are padded, or nothing would be left to attend to P0.
+        """
+        if not bool(self.attention_mask.all()):
+            raise ValueError("these rows are padded: take the first token away before padding them")
+        ids, cut_off = self.ids[:, 1:], self.cut_off
+        if cut_off is not None:
+            ids, cut_off = torch.cat([ids, cut_off[:, :1]], dim=1), cut_off[:, 1:]
+        if cut_off is not None and not cut_off.shape[1]:
+            cut_off = None
+        before = self.description.get("behind")
+        description = {name: value for name, value in self.description.items() if name != "behind"}
+        if isinstance(before, list):
+            description["behind"] = before[1] if len(before) == 2 else before[1:]
+        elif before is None:
+            description |= {"length": ids.shape[1], "without_first": True}
+        return replace(
+            self,
+            ids=ids,
+            attention_mask=torch.ones_like(ids, dtype=torch.bool),
+            description=description,
+            cut_off=cut_off,
+        )
+
+    def leading(self, token: int) -> Int[Tensor, " batch"]:
+        """How many times a token, such as BOS, stands at the beginning of each row, padding aside."""
+        real = torch.arange(self.length) - self.p0[:, None]
+        stands = (self.ids == token) | (real < 0)
+        return (stands.cumprod(dim=1) * (real >= 0)).sum(dim=1)
 
     def left_padded(self, lengths: Sequence[int] | None = None, pad_token: int = 0, seed: int = 0) -> PromptSet:
         """The beginning of each row, `lengths` tokens of it (drawn from 2 to all if not given), moved to the right end.
@@ -176,7 +234,9 @@ def pooled(parts: Sequence[PromptSet]) -> PromptSet:
         raise ValueError(f"expected sets of one length, got lengths {[part.length for part in parts]}")
     ids = torch.cat([part.ids for part in parts])
     description = parts[0].description | {"n": len(ids), "seeds": [part.seed for part in parts]}
-    return PromptSet(ids, torch.cat([part.attention_mask for part in parts]), description, parts[0].seed)
+    ends = [part.cut_off for part in parts if part.cut_off is not None]
+    cut_off = torch.cat(ends) if len(ends) == len(parts) else None
+    return PromptSet(ids, torch.cat([part.attention_mask for part in parts]), description, parts[0].seed, cut_off)
 
 
 def natural_text(
@@ -191,8 +251,9 @@ def natural_text(
 
     Args:
         tokenizer: the model's own, from transformers.
-        source: "english" or "code" (shipped), "stdlib" (modules of the standard library that our models were not
-            trained on, character tables left out), a text file, or a directory of .txt, .md and .py files.
+        source: "english" or "code" (shipped), "docs" (the language reference that comes with Python, English prose),
+            "stdlib" (modules of the standard library that our models were not trained on, character tables left out), a
+            text file, or a directory of .txt, .md and .py files.
         first_token: what stands at position 0: "text" (the crop as it is), "bos", "random" (drawn uniformly, special
             tokens excepted) or a token id.
 
@@ -226,10 +287,13 @@ def natural_text(
         "text_tokens": text_tokens,
         "new_tokens_per_crop": stride,
     }
-    if source == "stdlib":
+    if source in PYTHON_TEXTS:
         description["python"] = platform.python_version()
     prompts = _unpadded(rng.permutation(crops)[:n], description, seed)
-    return prompts if first_token == "text" else prompts.behind(_first_tokens(tokenizer, first_token, n, rng))
+    if first_token == "text":
+        return prompts
+    # The description has `first_token`; "behind" tells of what is put before the rows later.
+    return replace(prompts.behind(_first_tokens(tokenizer, first_token, n, rng)), description=description)
 
 
 def random_tokens(
@@ -340,13 +404,28 @@ def _source_files(source: str | Path) -> list[SourceFile]:
     if source == "stdlib":
         # Tables of character codes would be two fifths of it.
         return [file for file in standard_library_files() if file.held_out and "/encodings/" not in file.name]
+    if source == "docs":
+        return _language_reference()
     if source in SHIPPED_TEXTS:
         return [SourceFile(path.name, path) for path in sorted((data_dir() / "prompts" / source).iterdir())]
     if not Path(source).exists():
         raise ValueError(
-            f"no text at {str(source)!r}: expected a text file, a directory, or one of 'english', 'code', 'stdlib'"
+            f"no text at {str(source)!r}: expected a text file, a directory, or one of "
+            + ", ".join(map(repr, NAMED_TEXTS))
         )
     return text_files(Path(source))
+
+
+def _language_reference() -> list[SourceFile]:
+    """What `help("topics")` shows, a document for each topic: part of every full installation of Python."""
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        raise ValueError(
+            "this Python comes without its language reference (the module pydoc_data), which the text 'docs' is; "
+            "use 'english', or a text file"
+        ) from None
+    return [TextInMemory(f"docs/{name}", Path(name), topics[name]) for name in sorted(topics)]
 
 
 def _documents(
@@ -355,8 +434,7 @@ def _documents(
     """The tokens of each file, in random order so that the limit on the whole favours none."""
     allowance = LONGEST_TEXT
     for number in rng.permutation(len(files)):
-        with files[number].path.open(encoding="utf-8", errors="ignore") as file:
-            text = file.read(allowance)
+        text = files[number].text(allowance)
         allowance -= len(text)
         # What looks like a special token in the text is text.
         yield tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]

@@ -34,6 +34,7 @@ from p0circuit.experiments import RUN_EXPERIMENTS
 from p0circuit.experiments.base import CLEAN_PASSES, Experiment, NotApplicable, is_large, record_clean
 from p0circuit.experiments.claim import Judgement
 from p0circuit.experiments.over_runs import RunsExperiment
+from p0circuit.experiments.sink_condition import find_condition
 from p0circuit.files import write_json
 from p0circuit.models import ModelError, describe, device_of, forward, list_checkpoints, load_model
 from p0circuit.models.controls import shuffled_neurons, untrained
@@ -45,6 +46,9 @@ from p0circuit.results import Result, write_manifest
 from p0circuit.row_memory import remember_rows
 from p0circuit.training.runs import Run
 
+SAMPLES = 1024
+"""Prompts of a full run."""
+QUICK_SAMPLES, QUICK_SAMPLES_LARGE, LARGE_PARAMETERS = 128, 32, 20_000_000
 CONTROL_SAMPLES = 128
 """Prompts of a control: enough to see that there is nothing, a fraction of the time."""
 FEW_CONTROL_SAMPLES = 8
@@ -65,13 +69,16 @@ def reproduce(
 ) -> list[dict[str, Any]]:
     """Run the experiments and their controls on one model, leave everything in `directory`, return the claims.
 
+    The prompts are put after BOS first where the model has its sink only there (`find_condition`).
     `beginner` is the model's own first checkpoint, as `beginner_of` gives it; without one its architecture is given
     new weights. An experiment that breaks off is told of in its claim's entry; `failed` finds those. Without `controls`
     the claims are not tried where they must fail.
     """
     started = time.time()
     (directory / "manifest.json").unlink(missing_ok=True)
-    info = describe(model)
+    condition = find_condition(model, prompts)
+    prompts, info = condition.prompts, describe(model)
+    say(condition.summary)
     declared = {experiment.id: experiment.passes(model, prompts) for experiment in experiments}
     say(f"{info.name}: {_estimate(model, prompts, CLEAN_PASSES + sum(declared.values()))}")
     entries: list[dict[str, Any]] = []
@@ -115,6 +122,10 @@ def reproduce(
         model=describe(model).name,
         weights=weights_fingerprint(model),
         prompts=prompts.fingerprint(),
+        text=prompts.description.get("source", prompts.description.get("builder")),
+        samples=prompts.n,
+        length=prompts.length,
+        condition=condition.to_json(),
         seed=prompts.seed,
         device=str(device_of(model)),
         experiments=[experiment.id for experiment in experiments if experiment.id not in left_out | broken],
@@ -127,6 +138,11 @@ def reproduce(
     )
     say(f"{info.name}: {sum(used.values()):.1f} passes over {prompts.n} prompts in {time.time() - started:.0f} s")
     return entries
+
+
+def quick_samples(parameters: int) -> int:
+    """How many prompts a quick run takes: decided by the size of the model alone, before anything is measured."""
+    return QUICK_SAMPLES if parameters <= LARGE_PARAMETERS else QUICK_SAMPLES_LARGE
 
 
 def beginner_of(source: str | Path, load: Callable[[int], Any]) -> Any:
@@ -275,6 +291,8 @@ def result_key(experiment: Experiment, model: Any, prompts: PromptSet) -> str:
         "weights": weights_fingerprint(model),
         "hooks": sorted(f"{name} {len(point.fwd_hooks)}" for name, point in model.hook_dict.items() if point.fwd_hooks),
         "prompts": prompts.fingerprint(),
+        # What an experiment may put back at the end of a row when it takes BOS away.
+        "cut_off": None if prompts.cut_off is None else prompts.cut_off.tolist(),
         "config": repr(experiment.config),
         # That of the experiment too, which need not be one of the package's own.
         "code": [code_fingerprint(), inspect.getsource(sys.modules[type(experiment).__module__])],

@@ -138,6 +138,19 @@ def key_query_cosine(
     return (cosines * weights).sum(1) / weights.sum(1)
 
 
+def uniform_score(length: int) -> float:
+    """The sink score of heads that attend to all they see alike, on prompts of this length: high on short ones."""
+    return float((1 / torch.arange(1, length + 1, dtype=torch.float64)).mean())
+
+
+def shortest_for(eps: float = SINK_THRESHOLD) -> int:
+    """The fewest tokens at which uniform attention scores no more than `eps`, so that a sink rate means something."""
+    length = 1
+    while uniform_score(length) > eps:
+        length += 1
+    return length
+
+
 def uniform_excess(length: int) -> float:
     """The excess score of heads that attend to all they see alike, on prompts of this length."""
     weights = 1 / torch.arange(1, length + 1, dtype=torch.float64)

@@ -31,16 +31,15 @@ from p0circuit.experiments import find_experiment
 from p0circuit.experiments.base import Experiment, NotApplicable
 from p0circuit.files import write_atomically
 from p0circuit.models import ModelError, load_model
-from p0circuit.models.load import (
-    _WIRED,
-    Backend,
-    _checkpoints,
-    _count_parameters,
-    _hub_id,
-    _resolve,
-    _revision,
-    bytes_while_loading,
+from p0circuit.models.load import Backend, bytes_while_loading
+from p0circuit.models.source import (
+    WIRED,
+    checkpoints_in,
+    count_parameters,
+    hub_id_of,
     local_folder,
+    resolve,
+    revision_of,
 )
 from p0circuit.paths import data_dir
 from p0circuit.prompts import PromptSet
@@ -227,18 +226,18 @@ def memory_of(model: str, checkpoint: int | str | None, dtype: torch.dtype | Non
 def _parameters(model: str, checkpoint: int | str | None) -> int:
     from safetensors import SafetensorError
 
-    if model in _WIRED:
+    if model in WIRED:
         return 0
     # What cannot be loaded is told by the worker, as that of its task alone.
     with contextlib.suppress(ModelError, SafetensorError):
         if local_folder(model) is not None:
-            return _count_parameters(_resolve(model, checkpoint).folder)
+            return count_parameters(resolve(model, checkpoint).folder)
         from huggingface_hub import get_safetensors_metadata
 
-        hub_id = _hub_id(model)
+        hub_id = hub_id_of(model)
         # No network, in whatever words the hub's client has for it.
         with contextlib.suppress(Exception):
-            revision = _revision(hub_id, checkpoint)
+            revision = revision_of(hub_id, checkpoint)
             return sum(get_safetensors_metadata(hub_id, revision=revision).parameter_count.values())
     return 0
 
@@ -252,22 +251,22 @@ def _places(models: Sequence[str], checkpoints: Sequence[int | str]) -> list[tup
     found: list[tuple[str, int | str | None]] = []
     names: dict[str, str] = {}
     for given in dict.fromkeys(models):
-        folder = None if given in _WIRED else local_folder(given)
+        folder = None if given in WIRED else local_folder(given)
         shipped = folder is not None and folder.parent == data_dir() / "models"
         # A worker need not have the driver's working directory, nor its copy of the package.
         model = given if folder is None else folder.name if shipped else str(folder)
         name = _name(given)
         if names.setdefault(name, model) != model:
             raise ValueError(f"{names[name]!r} and {model!r} are both called {name!r}: sweep them into an --out each")
-        once = given in _WIRED or (folder is not None and not _checkpoints(folder))
+        once = given in WIRED or (folder is not None and not checkpoints_in(folder))
         found += [(model, checkpoint) for checkpoint in ([None] if once else dict.fromkeys(checkpoints) or [None])]
     return found
 
 
 def _name(model: str) -> str:
     """A model's name, as `describe` gives it."""
-    folder = None if model in _WIRED else local_folder(model)
-    return folder.name if folder else _hub_id(model)
+    folder = None if model in WIRED else local_folder(model)
+    return folder.name if folder else hub_id_of(model)
 
 
 def _work(task: Task, kept: Kept | None) -> tuple[Outcome, dict[str, bytes]]:
@@ -403,7 +402,7 @@ def _package(folder: Path, models: Sequence[str]) -> Path:
             (package / path.name).symlink_to(path)
     (package / "data" / "prompts").symlink_to(data_dir() / "prompts")
     for model in set(models):
-        if model not in _WIRED and (local := local_folder(model)) and local.parent == data_dir() / "models":
+        if model not in WIRED and (local := local_folder(model)) and local.parent == data_dir() / "models":
             (package / "data" / "models" / local.name).symlink_to(local)
     return package
 

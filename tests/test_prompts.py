@@ -5,13 +5,18 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import platform
+from dataclasses import replace
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -23,6 +28,7 @@ from p0circuit.prompts import (
     PromptSet,
     from_ids,
     natural_text,
+    pooled,
     random_tokens,
     repeated_token,
     special_ids,
@@ -132,6 +138,27 @@ def test_the_standard_library_source_is_the_held_out_part(tokenizer: PreTrainedT
     assert prompts.description["text_tokens"] == sum(map(len, held_out))
 
 
+def test_the_language_reference_is_a_text_of_many_documents(tokenizer: PreTrainedTokenizerFast) -> None:
+    prompts = natural_text(tokenizer, "docs", n=1024, length=64)
+    # Every row is new text, and a stretch of one topic.
+    assert prompts.description["new_tokens_per_crop"] == 64
+    assert prompts.description["python"] == platform.python_version()
+    documents = [tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids for text in topics.values()]
+    assert prompts.description["text_files"] == len(documents) > 50
+    assert len(places(prompts.subset(slice(0, 32)).ids, documents)) == 32
+
+
+def test_a_tokenizer_that_puts_bos_before_text_is_not_let(tokenizer: PreTrainedTokenizerFast) -> None:
+    inner = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    inner.post_processor = TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", 0)])
+    eager = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<|bos|>", eos_token="<|eos|>")
+    assert eager("A lock")["input_ids"][0] == eager.bos_token_id == 0
+    plain, after = (natural_text(eager, "english", n=20, length=16, first_token=first) for first in ("text", "bos"))
+    assert plain.fingerprint() == natural_text(tokenizer, "english", n=20, length=16).fingerprint()
+    assert not bool((plain.ids == 0).any())
+    assert after.leading(0).tolist() == [1] * 20
+
+
 def test_a_file_and_a_directory_are_sources(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "a.txt").write_text((ENGLISH / "10-compost.txt").read_text())
@@ -184,7 +211,7 @@ def test_too_little_text_says_how_much_there_is_and_how_much_is_needed(
     [
         ({"n": 0}, "at least 1 row, got n = 0"),
         ({"length": 1}, "at least 2 tokens.*length = 1"),
-        ({"source": "no/such/place"}, "no text at 'no/such/place'.*'stdlib'"),
+        ({"source": "no/such/place"}, "no text at 'no/such/place'.*'docs', 'stdlib'"),
         ({"first_token": "BOS"}, "first_token must be.*got 'BOS'"),
         ({"first_token": 600}, "token id below 600, got 600"),
         ({"first_token": -1}, "token id below 600, got -1"),
@@ -356,6 +383,52 @@ def test_another_token_before_the_rows() -> None:
         prompts.left_padded([2, 3, 4]).behind(7)
 
 
+def test_taking_the_first_token_away_undoes_putting_one_there() -> None:
+    prompts = random_tokens(30, n=4, length=6)
+    after = prompts.behind(0)
+    assert after.without_first().fingerprint() == prompts.fingerprint()
+    assert after.without_first().description == prompts.description
+    twice = after.behind(torch.tensor([3, 4, 5, 6]))
+    assert twice.description["behind"] == ["one per row", 0]
+    assert twice.without_first().fingerprint() == after.fingerprint()
+    assert twice.without_first().description == after.description
+    assert twice.without_first().without_first().fingerprint() == prompts.fingerprint()
+    # Parts and pools of the rows carry what was cut off with them.
+    part = pooled([after.subset([2, 0]), after.split()[1]])
+    rows = [2, 0, *prompts.subset(range(4)).split()[1].ids.tolist()]
+    assert part.without_first().ids[:2].tolist() == prompts.ids[rows[:2]].tolist()
+    assert part.without_first().ids[2:].tolist() == rows[2:]
+
+
+def test_a_row_that_was_given_with_its_first_token_becomes_shorter_without_it() -> None:
+    prompts = from_ids([[0, 5, 6, 7], [0, 8, 9, 1]])
+    bare = prompts.without_first()
+    assert bare.ids.tolist() == [[5, 6, 7], [8, 9, 1]] and bare.description["length"] == 3
+    with pytest.raises(ValueError, match="rows are padded"):
+        prompts.left_padded([2, 3]).without_first()
+    with pytest.raises(ValueError, match="at least 2 tokens"):
+        from_ids([[0, 5]]).without_first()
+    with pytest.raises(ValueError, match=r"cut off each of 3 rows, got those of 2"):
+        replace(prompts.behind(0), ids=prompts.ids[[0, 0, 1]], attention_mask=prompts.attention_mask[[0, 0, 1]])
+
+
+@given(st.data())
+def test_leading_tokens_are_counted_from_the_first_real_one(data: st.DataObject) -> None:
+    row = st.lists(st.integers(0, 2), min_size=4, max_size=4)
+    rows = data.draw(st.lists(row, min_size=1, max_size=4))
+    padding = [data.draw(st.integers(0, 2)) for _ in rows]
+    mask = [[position >= start for position in range(4)] for start in padding]
+    prompts = from_ids(rows, mask)
+    for token in (0, 1):
+        expected = []
+        for ids, start in zip(rows, padding, strict=True):
+            count = 0
+            while start + count < 4 and ids[start + count] == token:
+                count += 1
+            expected.append(count)
+        assert prompts.leading(token).tolist() == expected
+
+
 def test_a_subset_keeps_its_rows_and_says_where_it_comes_from() -> None:
     prompts = random_tokens(30, n=6, length=5).left_padded([5, 4, 3, 2, 5, 4])
     for rows in ([4, 1], torch.tensor([4, 1])):
@@ -390,7 +463,8 @@ def test_impossible_splits_are_refused_and_halves_are_not_the_order_of_the_rows(
 
 def test_descriptions_go_to_json(tokenizer: PreTrainedTokenizerFast) -> None:
     natural = natural_text(tokenizer, Path(ENGLISH), n=6, length=8, first_token="random")
-    for prompts in (natural, natural.split()[0], natural.left_padded(), random_tokens(9, bos=1), from_ids([[1, 2]])):
+    several = (natural.split()[0], natural.left_padded(), random_tokens(9, bos=1), natural.behind(1).behind(2))
+    for prompts in (natural, *several, from_ids([[1, 2]])):
         assert json.loads(json.dumps(prompts.description)) == prompts.description
         assert "tensor" not in repr(prompts)
 

@@ -6,7 +6,9 @@
 3. The share of tokens that draw at least half of what the median token draws; the others are listed.
 4. Some tokens drawn at random are put into full runs as well, where the queries may answer to them, once at P0 and, as
    the control, once at position 8.
-5. A linear probe: how much of the token's identity P0's stream still has, layer by layer, beside position 8.
+5. Where the prompts begin with BOS, other tokens take its place, and the median of what they draw has to be at least
+   half of what BOS draws: a sink that depends on BOS is not one of any token.
+6. A linear probe: how much of the token's identity P0's stream still has, layer by layer, beside position 8.
 
 Decided before measuring:
 
@@ -41,9 +43,9 @@ from p0circuit.activations import residual_at, score_at
 from p0circuit.console import track
 from p0circuit.experiments.base import Experiment, NotApplicable, is_large, second_half
 from p0circuit.experiments.claim import Claim, Clause
-from p0circuit.experiments.conditions import drawable
+from p0circuit.experiments.conditions import WITH_BOS, bos_id, condition_of, drawable
 from p0circuit.experiments.heads import find_sink_heads
-from p0circuit.intervals import LEVEL, Interval, bootstrap
+from p0circuit.intervals import LEVEL, Interval, bootstrap, ratio_interval
 from p0circuit.interventions.closed_form import NotOfTheClosedForm, QueryScores, query_side
 from p0circuit.interventions.vocabulary import CHUNK, vocabulary_sweep
 from p0circuit.models import ModelError, ModelInfo, describe
@@ -89,9 +91,13 @@ class AnyToken(Experiment):
         title="No semantics needed",
         source="Peng et al., arXiv 2603.06591, section on recognition",
         statement="Which token stands at position zero makes next to no difference: every one becomes the sink.",
-        measure="The sink score of sink heads that every token of the vocabulary draws as P0 from the queries of fixed "
-        "continuations; the share of tokens with at least half of the median score.",
-        clauses=(Clause("share_of_tokens_with_half_the_median_score", ">=", 0.9),),
+        measure="The sink score of sink heads that every token of the vocabulary draws as P0 from the queries of "
+        "fixed continuations; the share of tokens with at least half of the median score. On prompts that begin with "
+        "BOS also the median score over that of BOS.",
+        clauses=(
+            Clause("share_of_tokens_with_half_the_median_score", ">=", 0.9),
+            Clause("median_score_over_that_of_bos", ">=", 0.5, if_measured=True),
+        ),
         control="The same tokens at position 8 of full runs, held against the same median.",
     )
 
@@ -161,8 +167,16 @@ class AnyToken(Experiment):
             "share_in_full_runs": bootstrap(full >= needed),
             "share_at_position_8_in_full_runs": bootstrap(beside >= needed),
         }
-        notes = [
-            found.note,
+        notes = [found.note]
+        if condition_of(model, prompts) == WITH_BOS:
+            bos = scores_by_token(model, continuations, torch.tensor([bos_id(model)]), found.heads)[0]
+            metrics["median_score_over_that_of_bos"] = over = ratio_interval(np.median(drawn, axis=0), bos)
+            bound = "is bound" if over.value < config.half else "is not bound"
+            notes.append(
+                f"the prompts begin with BOS, which draws {bos.mean():.3f}; the median token in its place draws {over} "
+                f"of that: the sink {bound} to BOS"
+            )
+        notes += [
             f"{len(exceptions)} of {len(tokens)} tokens draw less than half of the median score of {median:.3f}"
             + (f", the lowest: {_listed(exceptions)}" if len(exceptions) else ""),
         ]
@@ -208,7 +222,7 @@ class AnyToken(Experiment):
         ids[torch.arange(len(ids)), p0 + place] = tokens.repeat_interleave(prompts.n)
         mask = prompts.attention_mask.repeat(len(tokens), 1)
         quantity = score_at(place)
-        rows = replace(prompts, ids=ids, attention_mask=mask)
+        rows = replace(prompts, ids=ids, attention_mask=mask, cut_off=None)
         scores = self.record(model, rows, [quantity], f"tokens at {place}")[quantity].double()
         layers, numbers = map(list, zip(*heads, strict=True))
         return scores[:, layers, numbers].mean(1).view(len(tokens), -1).mean(1).numpy()

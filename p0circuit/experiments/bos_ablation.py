@@ -1,6 +1,7 @@
 """Does the sink need BOS? The same text with and without it (paper, section on BOS).
 
-1. Without BOS the text's own first token stands at P0; with BOS the whole text moves one place to the right.
+1. Without BOS the text's own first token stands at P0; with BOS the whole text moves one place to the right. Both are
+   made from the prompts, whether these begin with BOS or not, so that the same is measured in either case.
 2. Compare sink rate, `Sink[2:]`, the score of the heads that are sinks with BOS, and the first layer with a sink.
 3. Compare the loss on the very same predicted tokens, those from the third token of the text on.
 """
@@ -14,13 +15,16 @@ from p0circuit import sink
 from p0circuit.activations import SINK_SCORE, TOKEN_LOSSES
 from p0circuit.experiments.base import Experiment, NotApplicable, mean_over_samples
 from p0circuit.experiments.claim import Claim, Clause
-from p0circuit.experiments.conditions import WITH_BOS, WITHOUT_BOS, bos_id
+from p0circuit.experiments.conditions import WITH_BOS, WITHOUT_BOS, bos_id, with_and_without_bos
 from p0circuit.experiments.heads import find_sink_heads, scores_of
-from p0circuit.intervals import bootstrap, ratio_interval
+from p0circuit.intervals import Interval, bootstrap, ratio_interval
 from p0circuit.models import describe
 from p0circuit.prompts import PromptSet
 from p0circuit.results import Result
 from p0circuit.sink import CONTROL
+
+DEPENDS = 0.5
+"""A sink depends on BOS where less than this share of its score is left without; as in the advice."""
 
 
 @dataclass(frozen=True)
@@ -62,14 +66,16 @@ class BosAblation(Experiment):
 
         from p0circuit.report.figures import bars
 
-        bos = bos_id(model)
-        if bos is None:
+        if bos_id(model) is None:
             raise NotApplicable("this model has no BOS token, so there is nothing to remove; run sink-map instead")
         if prompts.length < 4:
             raise NotApplicable(f"needs prompts of at least 4 tokens, got {prompts.length}")
         # Targets 2..T-2 of the text are predicted in both conditions, from contexts that differ in BOS alone.
         shift = {WITHOUT_BOS: 0, WITH_BOS: 1}
-        sets = {WITHOUT_BOS: prompts, WITH_BOS: prompts.behind(bos)}
+        sets = with_and_without_bos(model, prompts)
+        if WITH_BOS not in sets:
+            raise NotApplicable("these rows are padded, so BOS cannot be put before them; give rows without padding")
+        shared = min(sets[WITHOUT_BOS].length - 2, sets[WITH_BOS].length - 3)
         values: dict[str, dict[str, Any]] = {}
         layers = []
         info = describe(model)
@@ -77,7 +83,7 @@ class BosAblation(Experiment):
         for name, condition in sets.items():
             recording = self.record(model, condition, [SINK_SCORE, TOKEN_LOSSES], name)
             scores, losses = recording[SINK_SCORE], recording[TOKEN_LOSSES]
-            common = losses[:, 1 + shift[name] : losses.shape[1] - 1 + shift[name]]
+            common = losses[:, 1 + shift[name] :][:, :shared]
             values[name] = {
                 "sink_rate": sink.sink_rate(scores, self.config.eps).numpy(),
                 f"sink_rate_from_layer_{start}": sink.sink_rate(scores, self.config.eps, start).numpy(),
@@ -97,17 +103,17 @@ class BosAblation(Experiment):
         heads = [f"head_{head}" for head in range(len(layers[0]) - 2)]
         notes = _first_layers(layers, self.config.eps)
         try:
-            found = find_sink_heads(model, prompts.behind(bos))
+            found = find_sink_heads(model, sets[WITH_BOS])
         except NotApplicable as reason:
             # The rest of the comparison is worth having also where there is no sink.
             notes.append(f"with BOS, {reason}")
         else:
             # `split` draws by the seed: the same rows of the same text, without BOS before them.
-            bare = prompts.split()[1]
+            bare = sets[WITHOUT_BOS].split()[1]
             with_bos, without = scores_of(model, found.prompts, found.heads), scores_of(model, bare, found.heads)
-            metrics["score_without_over_with_bos"] = ratio_interval(without, with_bos)
+            metrics["score_without_over_with_bos"] = left = ratio_interval(without, with_bos)
             metrics["score_of_position_8_without_bos"] = bootstrap(scores_of(model, bare, found.heads, CONTROL))
-            notes.append(found.note)
+            notes += [found.note, _depends(left)]
         tables = {
             "summary": pd.DataFrame(rows, columns=["quantity", "condition", "value", "low", "high", "n"]),
             "heads": pd.DataFrame(layers, columns=["condition", "layer", *heads]),
@@ -117,6 +123,16 @@ class BosAblation(Experiment):
         labels = ["share of heads", "share of heads", "nats per token"]
         figure = bars(drawn, f"{info.name}: what removing BOS changes", labels)
         return Result(self.id, self.title, metrics, tables, {"bars": figure}, notes=notes)
+
+
+def _depends(left: Interval) -> str:
+    """In words, what the sink depends on; `left` is the share of the score with BOS that is there without."""
+    told = f"without BOS {left} of the score that these heads give to BOS at position zero is left"
+    if left.high < DEPENDS:
+        return f"the sink depends on BOS: {told}"
+    if left.low >= DEPENDS:
+        return f"the sink does not depend on BOS: {told}"
+    return f"whether the sink depends on BOS cannot be said: {told}, on both sides of {DEPENDS:g}"
 
 
 def _first_layers(layers: list[tuple[Any, ...]], eps: float) -> list[str]:

@@ -1,20 +1,76 @@
-"""The prompts an experiment compares, all made from one set of natural text without BOS."""
+"""The prompts an experiment compares: the same text with and without BOS, whichever of the two it is given.
+
+1. *BOS* is the token that the model's tokenizer names, whatever its id: 0 is an id like any other.
+2. Rows are told apart by what they begin with: no BOS, one, two or more, or BOS in some of them only.
+3. *Text as it is* is what stands after all BOS at a row's beginning; *after BOS*, one BOS stands before that. Where
+   `behind` put BOS there, the text gets back the token that it lost for it, so that both conditions come out the same
+   whichever of them an experiment was given.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
+from p0circuit.experiments.base import NotApplicable
 from p0circuit.models import StoredModel, describe
 from p0circuit.prompts import PromptSet, natural_text, pooled, random_tokens, repeated_token, special_ids
+from p0circuit.training.corpus import BOS_ID, BOS_TOKEN
 
 WITHOUT_BOS, WITH_BOS, RANDOM_FIRST = "without BOS", "with BOS", "random first"
 RANDOM_TOKENS, REPEATED_TOKEN = "random tokens", "repeated token"
+TWO_BOS, SOME_BOS = "with two BOS or more", "with BOS in some rows only"
 
 
 def bos_id(model: Any) -> int | None:
     """The BOS token of the model's tokenizer; None where there is no tokenizer or it has none."""
     return getattr(getattr(model, "tokenizer", None), "bos_token_id", None)
+
+
+def condition_of(model: Any, prompts: PromptSet) -> str:
+    """What the rows begin with: WITHOUT_BOS, WITH_BOS, TWO_BOS or SOME_BOS."""
+    bos = bos_id(model)
+    if bos is None:
+        return WITHOUT_BOS
+    counts = prompts.leading(bos)
+    if not bool(counts.any()):
+        return WITHOUT_BOS
+    if not bool(counts.all()):
+        return SOME_BOS
+    return WITH_BOS if bool((counts == 1).all()) else TWO_BOS
+
+
+def text_as_it_is(model: Any, prompts: PromptSet) -> PromptSet:
+    """The text without any BOS before it; the prompts themselves where they have none.
+
+    Raises:
+        NotApplicable: not all rows begin with the same number of BOS.
+        ValueError: rows are padded and begin with BOS.
+    """
+    bos = bos_id(model)
+    while bos is not None and bool((counts := prompts.leading(bos)).any()):
+        if not bool((counts == counts[0]).all()):
+            raise NotApplicable(
+                f"{int((counts > 0).sum())} of {prompts.n} rows begin with BOS, and not all with the same number of "
+                "them; give rows that all begin with one BOS, or none that does"
+            )
+        prompts = prompts.without_first()
+    return prompts
+
+
+def with_and_without_bos(model: Any, prompts: PromptSet) -> dict[str, PromptSet]:
+    """The same text as it is and, where there is a BOS token and no padding, after one BOS.
+
+    Raises:
+        NotApplicable: not all rows begin with the same number of BOS.
+    """
+    text, bos = text_as_it_is(model, prompts), bos_id(model)
+    pair = {WITHOUT_BOS: text}
+    if bos is not None and bool(text.attention_mask.all()):
+        # Rows that have their one BOS are left alone: they need not have come from `behind`.
+        pair[WITH_BOS] = prompts if condition_of(model, prompts) == WITH_BOS else text.behind(bos)
+    return pair
 
 
 def drawable(model: Any) -> tuple[int, Collection[int]]:
@@ -34,32 +90,52 @@ def conditions(model: Any, prompts: PromptSet) -> dict[str, PromptSet]:
     """The same text as it is, behind BOS and behind a random token; random tokens; one repeated token.
 
     A model without a BOS token has no condition "with BOS". All have the number of rows and the length of `prompts`.
+
+    Raises:
+        NotApplicable: not all rows begin with the same number of BOS.
     """
+    made = with_and_without_bos(model, prompts)
+    text = made[WITHOUT_BOS]
     size, special = drawable(model)
     # Another seed than that of the prompts, which may be random tokens themselves.
     seed = prompts.seed + 1
     drawn = random_tokens(size, prompts.n, prompts.length, seed, special=special)
-    made = {WITHOUT_BOS: prompts}
-    if (bos := bos_id(model)) is not None:
-        made[WITH_BOS] = prompts.behind(bos)
-    made[RANDOM_FIRST] = prompts.behind(drawn.ids[:, 0])
+    made[RANDOM_FIRST] = text.behind(drawn.ids[:, 0])
     made[RANDOM_TOKENS] = drawn
     made[REPEATED_TOKEN] = repeated_token(size, prompts.n, prompts.length, seed, special=special)
     return made
 
 
-def readable(model: Any, text: str, n: int, length: int, seed: int = 0, first_token: str | int = "text") -> PromptSet:
+def default_text(model: Any) -> str:
+    """The text that a model is given where none is asked for.
+
+    1. A named model of the catalog: the text that its entry names.
+    2. A model with a tokenizer made by `p0circuit train`, as the shipped ones have: "stdlib", Python source.
+    3. Any other: "docs", English prose.
+    """
+    tokenizer = model.tokenizer
+    trained_here = tokenizer is not None and tokenizer.bos_token == BOS_TOKEN and tokenizer.bos_token_id == BOS_ID
+    return "stdlib" if trained_here else "docs"
+
+
+def readable(
+    model: Any, text: str | None, n: int, length: int, seed: int = 0, first_token: str | int = "text"
+) -> PromptSet:
     """Crops of a text (as `natural_text` names it), or random tokens for a model without a tokenizer.
 
-    Tokenizer and size are all it takes: `model` may be one as it is stored, its weights unread.
+    Without a `text` the model decides (`default_text`). Tokenizer and size are all it takes: `model` may be one as it
+    is stored, its weights unread.
     """
     if model.tokenizer is None:
         size = model.vocab_size if isinstance(model, StoredModel) else describe(model).vocab_size
         return random_tokens(size, n=n, length=length, seed=seed)
-    return natural_text(model.tokenizer, text, n=n, length=length, seed=seed, first_token=first_token)
+    source = default_text(model) if text is None else text
+    prompts = natural_text(model.tokenizer, source, n=n, length=length, seed=seed, first_token=first_token)
+    chosen_by = "the model" if text is None else "the caller"
+    return replace(prompts, description=prompts.description | {"text_chosen_by": chosen_by})
 
 
-def readable_by_seeds(model: Any, text: str, n: int, length: int, seed: int = 0) -> PromptSet:
+def readable_by_seeds(model: Any, text: str | None, n: int, length: int, seed: int = 0) -> PromptSet:
     """What a reproduction reads: as `readable`, drawn in equal parts by three seeds, the first of them `seed`."""
     shares = [share for share in (n - 2 * (n // 3), n // 3, n // 3) if share]
     return pooled([readable(model, text, share, length, seed + i) for i, share in enumerate(shares)])
@@ -78,4 +154,7 @@ def text_like(model: Any, prompts: PromptSet, length: int, count: int) -> Prompt
     else:
         size, special = drawable(model)
         text = random_tokens(size, count, length, prompts.seed, special=special)
-    return text.behind(about["behind"]) if isinstance(about.get("behind"), int) else text
+    before = about.get("behind", [])
+    for token in reversed(before if isinstance(before, list) else [before]):
+        text = text.behind(token) if isinstance(token, int) else text
+    return text

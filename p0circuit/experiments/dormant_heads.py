@@ -31,7 +31,7 @@ from torch import Tensor
 from p0circuit.activations import SINK_SCORE, TOKEN_LOSSES, batch_size_for, record
 from p0circuit.experiments.base import Experiment, is_large, second_half
 from p0circuit.experiments.claim import Claim, Clause
-from p0circuit.experiments.conditions import RANDOM_TOKENS, WITH_BOS, WITHOUT_BOS, bos_id, drawable
+from p0circuit.experiments.conditions import RANDOM_TOKENS, drawable, with_and_without_bos
 from p0circuit.experiments.practice import find_used_sink, under
 from p0circuit.intervals import Interval, bootstrap, ratio_interval
 from p0circuit.interventions.ablation import remove_heads
@@ -348,12 +348,9 @@ def _other_texts(model: Any, prompts: PromptSet, condition: str, count: int, not
             notes.append(f"{source}: left out, {reason}")
     size, special = drawable(model)
     texts[RANDOM_TOKENS] = random_tokens(size, count, prompts.length, prompts.seed + 1, special=special)
-    some = prompts.subset(slice(0, count))
-    if condition == WITH_BOS:
-        return {WITHOUT_BOS: some} | {name: under(model, text, condition) for name, text in texts.items()}
-    if (bos := bos_id(model)) is not None and bool(prompts.attention_mask.all()):
-        return {WITH_BOS: some.behind(bos)} | texts
-    return texts
+    others = with_and_without_bos(model, prompts.subset(slice(0, count)))
+    del others[condition]
+    return others | {name: under(model, text, condition) for name, text in texts.items()}
 
 
 def _told(metrics: Mapping[str, Interval]) -> str:

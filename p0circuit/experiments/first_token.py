@@ -36,8 +36,8 @@ from torch.nn.functional import cross_entropy
 from p0circuit.activations import TOKEN_LOSSES, kept, record
 from p0circuit.experiments.base import Experiment, NotApplicable, is_large, second_half
 from p0circuit.experiments.claim import Claim, Clause
-from p0circuit.experiments.conditions import bos_id, drawable
-from p0circuit.experiments.practice import find_used_sink
+from p0circuit.experiments.conditions import WITHOUT_BOS, bos_id, drawable
+from p0circuit.experiments.practice import find_used_sink, under
 from p0circuit.intervals import Interval, bootstrap, ratio_interval
 from p0circuit.interventions.ablation import ablate
 from p0circuit.interventions.attribution import rows_with_gradients
@@ -129,8 +129,8 @@ class FirstToken(Experiment):
         if prompts.length < SHORTEST:
             raise NotApplicable(f"needs rows of at least {SHORTEST} tokens, got {prompts.length}")
         config = self.config
-        # The halves of `find_used_sink`, without a BOS that it may have put before them.
-        others, chosen = prompts.split()
+        # The halves of `find_used_sink`, without BOS before them.
+        others, chosen = under(model, prompts, WITHOUT_BOS).split()
         text = chosen.subset(slice(0, config.samples))
         prefixes = prefixes_of(model, others, config)
         sensitivity = first_token_losses(model, text, prefixes, config.tokens)

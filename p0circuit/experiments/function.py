@@ -194,7 +194,9 @@ def _pairs(prompts: PromptSet, place: int) -> PromptSet:
     ids = prompts.ids.repeat_interleave(2, dim=0)
     ids[1::2, place] = column[row_of_another_token(column)]
     description = {**prompts.description, "pairs_that_differ_at": place}
-    return replace(prompts, ids=ids, attention_mask=torch.ones_like(ids, dtype=torch.bool), description=description)
+    return replace(
+        prompts, ids=ids, attention_mask=torch.ones_like(ids, dtype=torch.bool), description=description, cut_off=None
+    )
 
 
 def _relative_change(residual: Tensor, batch: Batch, start: int) -> Tensor:

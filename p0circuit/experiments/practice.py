@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from p0circuit.experiments.base import NotApplicable
-from p0circuit.experiments.conditions import WITH_BOS, WITHOUT_BOS, bos_id
+from p0circuit.experiments.conditions import WITH_BOS, WITHOUT_BOS, condition_of, with_and_without_bos
 from p0circuit.experiments.heads import SinkHeads, find_sink_heads
 from p0circuit.prompts import PromptSet
 
@@ -13,27 +13,26 @@ from p0circuit.prompts import PromptSet
 def find_used_sink(model: Any, prompts: PromptSet) -> tuple[SinkHeads, str]:
     """The sink heads on the text as it is; where there is no sink, on the text behind BOS. With the condition's name.
 
-    A sink that hangs on BOS is of use to whoever gives the model its BOS.
+    A sink that depends on BOS is of use to whoever gives the model its BOS. Prompts that begin with BOS are taken as
+    they are: whoever made them chose the condition.
 
     Raises:
         NotApplicable: there is no sink in either, or none in the text and it cannot be put behind a BOS.
     """
+    if condition_of(model, prompts) == WITH_BOS:
+        return find_sink_heads(model, prompts), WITH_BOS
+    sets = with_and_without_bos(model, prompts)
     try:
-        return find_sink_heads(model, prompts), WITHOUT_BOS
+        return find_sink_heads(model, sets[WITHOUT_BOS]), WITHOUT_BOS
     except NotApplicable as reason:
-        bos = bos_id(model)
-        if bos is None or not bool(prompts.attention_mask.all()):
+        if WITH_BOS not in sets:
             raise
         try:
-            return find_sink_heads(model, prompts.behind(bos)), WITH_BOS
+            return find_sink_heads(model, sets[WITH_BOS]), WITH_BOS
         except NotApplicable as other:
             raise NotApplicable(f"{reason}; behind BOS: {other}") from None
 
 
 def under(model: Any, prompts: PromptSet, condition: str) -> PromptSet:
-    """The prompts in the condition that `find_used_sink` names: as they are, or behind BOS."""
-    if condition == WITHOUT_BOS:
-        return prompts
-    bos = bos_id(model)
-    assert bos is not None, "a sink was found behind BOS"
-    return prompts.behind(bos)
+    """The text in the condition that `find_used_sink` names, whichever of the two the prompts are in."""
+    return with_and_without_bos(model, prompts)[condition]

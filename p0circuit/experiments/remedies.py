@@ -33,7 +33,7 @@ from torch import Tensor
 
 from p0circuit.activations import NORM_RATIO, TOKEN_LOSSES, batch_size_for, record, score_at
 from p0circuit.experiments.base import Experiment, NotApplicable, is_large, second_half
-from p0circuit.experiments.conditions import WITH_BOS, bos_id
+from p0circuit.experiments.conditions import WITH_BOS, WITHOUT_BOS, bos_id
 from p0circuit.experiments.first_token import (
     FAR,
     NO_REGISTER,
@@ -46,7 +46,7 @@ from p0circuit.experiments.first_token import (
     spread,
 )
 from p0circuit.experiments.heads import Heads, over_heads
-from p0circuit.experiments.practice import find_used_sink
+from p0circuit.experiments.practice import find_used_sink, under
 from p0circuit.experiments.streaming import FIRST, WINDOWS_PER_ROW
 from p0circuit.experiments.surgery import require_attention
 from p0circuit.intervals import Interval, bootstrap
@@ -144,8 +144,8 @@ class Remedies(Experiment):
             raise NotApplicable(f"needs rows of at least {SHORTEST} tokens, got {prompts.length}")
         require_attention(model)
         config, name = self.config, describe(model).name
-        # The halves of `find_used_sink`, without a BOS that it may have put before them.
-        others, chosen = prompts.split()
+        # The halves of `find_used_sink`, without BOS before them.
+        others, chosen = under(model, prompts, WITHOUT_BOS).split()
         rows = chosen.subset(slice(0, config.samples))
         register = prefixes_of(model, others, FirstTokenConfig(steps=config.register_steps)).get(REGISTER)
         notes = [found.note, f"that sink is in text {condition}; measured on {rows.n} rows"]

@@ -17,7 +17,7 @@ from p0circuit import sink
 from p0circuit.activations import PATTERNS, SINK_SCORE, HooksByRow, record, score_at
 from p0circuit.experiments.base import Experiment, mean_over_samples
 from p0circuit.experiments.claim import Claim, Clause
-from p0circuit.experiments.conditions import RANDOM_TOKENS, WITH_BOS, WITHOUT_BOS, conditions
+from p0circuit.experiments.conditions import RANDOM_TOKENS, WITH_BOS, WITHOUT_BOS, condition_of, conditions
 from p0circuit.intervals import bootstrap
 from p0circuit.models import describe
 from p0circuit.prompts import PromptSet
@@ -107,11 +107,14 @@ class SinkMap(Experiment):
                 layer, head = divmod(int(maps[name].argmax()), scores.shape[2])
                 key = "best_head" if name == WITHOUT_BOS else "best_head_with_bos"
                 metrics[key] = bootstrap(scores[:, layer, head].numpy())
+        given = WITH_BOS if condition_of(model, prompts) == WITH_BOS else WITHOUT_BOS
         notes = [] if WITH_BOS in maps else ["There is no BOS token: the condition with BOS is left out."]
         notes.append(
             f"{info.layers * info.heads} heads are looked at and no interval of a single head is corrected for that; "
             "the claim's rates are over all of them"
         )
+        if given == WITH_BOS:
+            notes.append("the claim is about text without BOS; these prompts were given after BOS, where the sink is")
         if late < 2:
             notes.append(f"{info.name} has {info.layers} layers: 'from layer 2' is from its last one")
         columns = ["condition", "layer", "head", "sink_score", "standard_deviation", f"score_at_{place}"]
@@ -123,7 +126,7 @@ class SinkMap(Experiment):
             {"scores": pd.DataFrame(rows, columns=columns), "rates": pd.DataFrame(rates, columns=rate_columns)},
             {"map": heat_maps(maps, f"{info.name}: attention to position zero, mean over queries", "sink score")},
             notes=notes,
-            view=_view(model, prompts, maps[WITHOUT_BOS]),
+            view=_view(model, prompts, maps[given]),
         )
 
 

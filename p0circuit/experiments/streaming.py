@@ -31,7 +31,13 @@ from jaxtyping import Float
 from p0circuit.activations import TOKEN_LOSSES, record
 from p0circuit.experiments.base import Experiment, NotApplicable, is_large
 from p0circuit.experiments.claim import Claim, Clause
-from p0circuit.experiments.conditions import WITH_BOS, WITHOUT_BOS, bos_id, text_like
+from p0circuit.experiments.conditions import (
+    WITH_BOS,
+    WITHOUT_BOS,
+    condition_of,
+    text_like,
+    with_and_without_bos,
+)
 from p0circuit.experiments.practice import find_used_sink
 from p0circuit.experiments.surgery import lines
 from p0circuit.intervals import Interval, bootstrap, ratio_interval
@@ -269,10 +275,9 @@ def _conditions(model: Any, prompts: PromptSet, most: int) -> tuple[PromptSet, d
         found, condition = find_used_sink(model, prompts)
         note = f"{condition}; {found.note}"
     except NotApplicable as reason:
-        condition, note = WITHOUT_BOS, f"{reason}: here this is a control"
-    sets = {WITHOUT_BOS: prompts}
-    if (bos := bos_id(model)) is not None and bool(prompts.attention_mask.all()):
-        sets[WITH_BOS] = prompts.behind(bos)
+        note = f"{reason}: here this is a control"
+        condition = WITH_BOS if condition_of(model, prompts) == WITH_BOS else WITHOUT_BOS
+    sets = with_and_without_bos(model, prompts)
     given = sets.pop(condition)
     return given, {name: rows.subset(slice(0, most)) for name, rows in sets.items()}, note
 

@@ -29,15 +29,8 @@ from __future__ import annotations
 
 from p0circuit.models.forward import Hook, forward, hook_point, hooked, one_thread_if_small, resume
 from p0circuit.models.info import ModelError, ModelInfo, describe, device_of
-from p0circuit.models.load import (
-    ShippedModel,
-    StoredModel,
-    list_checkpoints,
-    list_models,
-    load_model,
-    plan_model,
-    stored_model,
-)
+from p0circuit.models.load import StoredModel, load_model, plan_model, stored_model
+from p0circuit.models.source import ShippedModel, list_checkpoints, list_models
 
 __all__ = [
     "Hook",

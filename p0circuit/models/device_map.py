@@ -32,7 +32,8 @@ from torch import Tensor, nn
 from p0circuit.cache import cache_directory
 from p0circuit.models.bridge import to_bridge
 from p0circuit.models.info import ModelError, experts
-from p0circuit.models.load import free_memory, stored_shapes
+from p0circuit.models.load import free_memory
+from p0circuit.models.source import stored_shapes
 
 DeviceMap = str | Mapping[str, int | str]
 """`auto`, `cpu`, `disk`, or the place of each module: the number of a GPU, `cpu` or `disk`."""

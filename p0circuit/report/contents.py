@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from p0circuit.files import write_json
 from p0circuit.report.published import Comparison, beside_ours
 from p0circuit.results import Result
 
 CLAIMS = "claims.json"
+OVERVIEW = "overview.json"
 BROKE_OFF = "broke off"
 """Shown as the verdict of a claim whose measurement ended in an error."""
 
@@ -42,6 +44,33 @@ class Run:
         return list(dict.fromkeys(control["control"] for claim in self.claims for control in claim.get("controls", ())))
 
     @property
+    def about_training(self) -> bool:
+        """Whether this is about training runs and not about a model."""
+        return "runs" in self.manifest
+
+    @property
+    def quantisation(self) -> str | None:
+        """How the model's weights were rounded before they were loaded, as in "Q4_1"; None for plain weights."""
+        described = (result.provenance.get("model") for result in self.results.values())
+        return next((model["quantisation"] for model in described if model and model.get("quantisation")), None)
+
+    @property
+    def samples(self) -> int | None:
+        """The number of prompts, of which an experiment may take fewer; None where it is not known."""
+        counts = [result.provenance["samples"] for result in self.results.values() if "samples" in result.provenance]
+        return self.manifest.get("samples") or max(counts, default=None)
+
+    @property
+    def condition(self) -> str | None:
+        """What the rows begin with: "without BOS", "with BOS"; None where it is not known."""
+        return self.manifest.get("condition", {}).get("name")
+
+    @property
+    def control_cells(self) -> Counter[str]:
+        """How many tests of a claim on a control came to which verdict."""
+        return Counter(shown_verdict(entry) for claim in self.claims for entry in claim.get("controls", ()))
+
+    @property
     def has_views(self) -> bool:
         """Whether any result has attention patterns to click through."""
         return any(result.view is not None for result in self.results.values())
@@ -66,11 +95,25 @@ def find_runs(directory: Path) -> list[Run]:
     """
     alone = (directory / CLAIMS).is_file()
     places = [directory] if alone else sorted(path.parent for path in directory.glob(f"*/{CLAIMS}"))
+    order = read_overview(directory)["models"]
+    places.sort(key=lambda place: order.index(place.name) if place.name in order else len(order))
     if not places:
         raise ValueError(
             f"no {CLAIMS} in {str(directory)!r} or in a directory in it; name one `p0circuit reproduce` has written"
         )
     return [_read_run(place) for place in places]
+
+
+def write_overview(directory: Path, runs: Sequence[Path], left_out: Mapping[str, str]) -> Path:
+    """Write down, for the page over several models, in which order they come and which are missing for what reason."""
+    return write_json(directory / OVERVIEW, {"models": [run.name for run in runs], "left_out": dict(left_out)})
+
+
+def read_overview(directory: Path) -> dict[str, Any]:
+    """What `write_overview` wrote; nothing where it did not."""
+    empty: dict[str, Any] = {"models": [], "left_out": {}}
+    path = directory / OVERVIEW
+    return empty | (json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {})
 
 
 def _read_run(directory: Path) -> Run:
@@ -109,6 +152,12 @@ def shown_verdict(entry: Mapping[str, Any]) -> str:
 def verdict_of_control(claim: dict[str, Any], control: str) -> str:
     """What a claim came to on a control; empty where it was not tried."""
     return next((shown_verdict(entry) for entry in claim.get("controls", ()) if entry["control"] == control), "")
+
+
+def condition_in_words(condition: str | None) -> str:
+    """The condition that claims were tested in, as a reader is told it."""
+    words = {None: "–", "without BOS": "text as it is", "with BOS": "text after BOS"}
+    return words.get(condition, str(condition))
 
 
 def tally(claims: Iterable[dict[str, Any]]) -> str:

@@ -47,7 +47,8 @@ def write_report(directory: Path) -> list[Path]:
     for run in runs:
         written += _write(run.directory, render("model.html.j2", run=run, script=script), to_markdown([run]))
     if [run.directory for run in runs] != [directory]:
-        written += _write(directory, render("overview.html.j2", runs=runs), to_markdown(runs))
+        left_out = contents.read_overview(directory)["left_out"]
+        written += _write(directory, render("overview.html.j2", runs=runs, left_out=left_out), to_markdown(runs))
     return written
 
 
@@ -74,6 +75,7 @@ def render(template: str, **values: Any) -> str:
         "plain": contents.plain,
         "tally": contents.tally,
         "shown_verdict": contents.shown_verdict,
+        "condition": contents.condition_in_words,
         "picture": _picture,
         "cell": _cell,
         "breakable": _breakable,

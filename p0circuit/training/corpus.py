@@ -68,8 +68,10 @@ class SourceFile:
         """Whether the file is kept from training: decided by a hash of its name, about one file in 32."""
         return hashlib.sha256(self.name.encode()).digest()[0] < 256 * HELD_OUT_SHARE
 
-    def text(self) -> str:
-        return self.path.read_text(encoding="utf-8", errors="ignore")
+    def text(self, most: int = -1) -> str:
+        """The text, or its first `most` characters."""
+        with self.path.open(encoding="utf-8", errors="ignore") as file:
+            return file.read(most)
 
 
 def standard_library_files() -> list[SourceFile]:
@@ -134,13 +136,13 @@ def text_files(path: Path) -> list[SourceFile]:
 
 
 @dataclass(frozen=True)
-class DatasetRow(SourceFile):
-    """A row of a data set: its text is at hand and not in a file of its own."""
+class TextInMemory(SourceFile):
+    """A text that has no file of its own, such as a row of a data set."""
 
     content: str
 
-    def text(self) -> str:
-        return self.content
+    def text(self, most: int = -1) -> str:
+        return self.content if most < 0 else self.content[:most]
 
 
 def dataset_rows(name: str, most: int = MOST_ROWS) -> list[SourceFile]:
@@ -161,7 +163,7 @@ def dataset_rows(name: str, most: int = MOST_ROWS) -> list[SourceFile]:
             break
         if "text" not in row:
             raise ValueError(f"the data set {name!r} has the columns {sorted(row)}; expected one named 'text'")
-        found.append(DatasetRow(f"{name}/{number}", Path(name), row["text"]))
+        found.append(TextInMemory(f"{name}/{number}", Path(name), row["text"]))
     return found
 
 

@@ -49,7 +49,7 @@ from p0circuit.interventions.contrast import contrast, replacements
 from p0circuit.interventions.nodes import InterventionError
 from p0circuit.models import ModelError, StoredModel, describe, list_checkpoints, load_model, stored_model
 from p0circuit.models.labels import STEP, Label, parse_label
-from p0circuit.models.load import local_folder
+from p0circuit.models.source import local_folder
 from p0circuit.paths import code_fingerprint
 from p0circuit.prompts import PromptSet, from_ids, random_tokens
 from p0circuit.results import library_versions

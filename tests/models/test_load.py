@@ -35,7 +35,7 @@ PARAMETERS = 96 * 32 + 3 * (4 * 32 * 32 + 3 * 32 * 48 + 2 * 32) + 32
 @pytest.fixture
 def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A data folder with one shipped model, `tiny`, that keeps three checkpoints."""
-    monkeypatch.setattr("p0circuit.models.load.data_dir", lambda: tmp_path / "data")
+    monkeypatch.setattr("p0circuit.models.source.data_dir", lambda: tmp_path / "data")
     folder = write("llama", tmp_path / "data" / "models" / "tiny")
     save_tokenizer(folder)
     for step in (1000, 0, 20):
