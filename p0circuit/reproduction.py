@@ -31,8 +31,9 @@ import torch
 from p0circuit.activations import batch_size_for, weights_fingerprint
 from p0circuit.console import say
 from p0circuit.experiments import RUN_EXPERIMENTS
-from p0circuit.experiments.base import CLEAN_PASSES, Experiment, NotApplicable, is_large, record_clean
+from p0circuit.experiments.base import Experiment, NotApplicable, is_large
 from p0circuit.experiments.claim import Judgement
+from p0circuit.experiments.clean_recording import CLEAN_PASSES, record_clean
 from p0circuit.experiments.over_runs import RunsExperiment
 from p0circuit.experiments.sink_condition import find_condition
 from p0circuit.files import write_json
@@ -76,15 +77,17 @@ def reproduce(
     """
     started = time.time()
     (directory / "manifest.json").unlink(missing_ok=True)
-    condition = find_condition(model, prompts)
-    prompts, info = condition.prompts, describe(model)
+    info = describe(model)
+    with count_passes() as count:
+        condition = find_condition(model, prompts)
+    prompts = condition.prompts
     say(condition.summary)
+    used = {"condition": count.passes(prompts.n, prompts.length, info.layers)}
     declared = {experiment.id: experiment.passes(model, prompts) for experiment in experiments}
     say(f"{info.name}: {_estimate(model, prompts, CLEAN_PASSES + sum(declared.values()))}")
     entries: list[dict[str, Any]] = []
     left_out: dict[str, str] = {}
     broken: dict[str, str] = {}
-    used: dict[str, float] = {}
     with remember_rows(), count_passes() as count:
         record_clean(model, prompts)
         used["clean recording"] = count.passes(prompts.n, prompts.length, info.layers)

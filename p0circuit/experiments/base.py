@@ -2,7 +2,7 @@
 
 Cost is counted in passes (`models.passes`): one pass is all prompts of the experiment through all blocks. Every
 experiment declares what it takes (`passes`) beyond the clean recording that all experiments of a run share
-(`record_clean`), says it before it starts, and keeps what it used beside what it declared.
+(`clean_recording`), says it before it starts, and keeps what it used beside what it declared.
 """
 
 from __future__ import annotations
@@ -15,27 +15,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from p0circuit.activations import (
-    ATTENTION_OUT_NORMS,
-    MLP_OUT_NORMS,
-    NORM_RATIO,
-    TOKEN_LOSSES,
-    Quantity,
-    Recording,
-    component_at,
-    record,
-    residual_at,
-    score_at,
-)
+from p0circuit.activations import Quantity, Recording, record
 from p0circuit.console import say
 from p0circuit.experiments.claim import Claim
-from p0circuit.experiments.conditions import bos_id
 from p0circuit.models import ModelInfo, describe
 from p0circuit.models.passes import count_passes
 from p0circuit.prompts import PromptSet
 from p0circuit.results import Result
 from p0circuit.row_memory import remember_rows
-from p0circuit.sink import CONTROL
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,8 +30,6 @@ if TYPE_CHECKING:
 
 LARGE_MODEL = 20_000_000
 """From so many weights in its blocks on a model is large: quick runs then take smaller configurations."""
-CLEAN_PASSES = 2
-"""What the clean recording takes: the text as it is, and after BOS."""
 ORDINARY = (4, 16, 32)
 """Positions after P0 whose streams, scores and directions stand for ordinary ones."""
 
@@ -143,21 +128,6 @@ class Experiment(ABC):
             kept = self._cached if quantity.name in recording.cached else self._recorded
             kept.add(f"{condition}/{quantity.name}")
         return recording
-
-
-def record_clean(model: Any, prompts: PromptSet) -> None:
-    """Record, in one pass over the text and one over the text after BOS, what most experiments read of clean runs.
-
-    Inside `remember_rows()` they then find it there, whatever part of the prompts they look at.
-    """
-    positions = [offset for offset in (0, *ORDINARY, CONTROL) if offset < int(prompts.attention_mask.sum(1).min())]
-    scores = [score_at(offset) for offset in positions]
-    what = [*scores, TOKEN_LOSSES, NORM_RATIO, ATTENTION_OUT_NORMS, MLP_OUT_NORMS]
-    what += [residual_at(offset) for offset in positions]
-    what += [component_at(name, offset) for name in ("hook_attn_out", "hook_mlp_out") for offset in positions]
-    record(model, prompts, what)
-    if (bos := bos_id(model)) is not None and bool(prompts.attention_mask.all()):
-        record(model, prompts.behind(bos), [*scores, TOKEN_LOSSES, NORM_RATIO, residual_at()])
 
 
 def mean_over_samples(values: Tensor) -> np.ndarray:
