@@ -35,6 +35,8 @@ from p0circuit.row_memory import row_memory
 _FINGERPRINTS: weakref.WeakKeyDictionary[Any, tuple[str, str]] = weakref.WeakKeyDictionary()
 # Numbers of eight bytes that are summed up to see whether weights have changed.
 _STRETCH = 61
+# Weights up to this size are hashed whole each time.
+_SMALL_BYTES = 2**18
 # Fields of a TransformerLens configuration that decide nothing.
 _NAMES_AND_PLACES = {"model_name", "tokenizer_name", "device", "n_devices"}
 # One layer's scores, mask and pattern exist side by side while it is computed.
@@ -233,17 +235,18 @@ def _settings(model: Any) -> bytes:
 
 
 def _weights_glance(model: Any) -> str:
-    """A hash of sums over short stretches of every weight: it tells a changed weight ten times as fast as a full hash.
+    """A hash of small weights and of sums over short stretches of large ones: ten times as fast as a full hash.
 
     Weights may be changed in ways that torch's version counters do not see (through `.data`), so all of them are read.
-    Stretches are of odd length: where rows or columns of a matrix change places, some stretch gets another sum.
+    Stretches are of odd length: where rows or columns of a matrix change places, some stretch gets another sum. Only
+    numbers that change places within a stretch, and nothing else anywhere, would go unnoticed.
     """
     digest = hashlib.sha256(_settings(model))
     for name, tensor in weights_of(model):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} {tensor.device}".encode())
         data = tensor.detach().contiguous().flatten().view(torch.uint8)
         summed = len(data) // (8 * _STRETCH) * (8 * _STRETCH)
-        if tensor.ndim > 1 and data.storage_offset() % 8 == 0:
+        if len(data) > _SMALL_BYTES and data.storage_offset() % 8 == 0:
             sums = data[:summed].view(torch.int64).view(-1, _STRETCH).sum(1)
             digest.update(sums.cpu().numpy().tobytes())
             data = data[summed:]

@@ -31,7 +31,7 @@ import torch
 from p0circuit.activations import batch_size_for, weights_fingerprint
 from p0circuit.console import say
 from p0circuit.experiments import RUN_EXPERIMENTS
-from p0circuit.experiments.base import Experiment, NotApplicable, is_large
+from p0circuit.experiments.base import Experiment, NotApplicable
 from p0circuit.experiments.claim import Judgement
 from p0circuit.experiments.clean_recording import CLEAN_PASSES, record_clean
 from p0circuit.experiments.over_runs import RunsExperiment
@@ -51,9 +51,8 @@ SAMPLES = 1024
 """Prompts of a full run."""
 QUICK_SAMPLES, QUICK_SAMPLES_LARGE, LARGE_PARAMETERS = 128, 32, 20_000_000
 CONTROL_SAMPLES = 128
-"""Prompts of a control: enough to see that there is nothing, a fraction of the time."""
-FEW_CONTROL_SAMPLES = 8
-"""The same for a large model (`experiments.base.is_large`)."""
+"""The most prompts of a control, which takes a quarter of the prompts: enough to see that there is nothing."""
+FEWEST_CONTROL_SAMPLES = 8
 FORWARD_PASSES = 200
 """About how many forward passes over all prompts the experiments amount to, before a model is loaded and known."""
 LONG_MINUTES = 20.0
@@ -264,7 +263,7 @@ Control = Callable[[], AbstractContextManager[tuple[Any, PromptSet]]]
 
 
 def _controls(model: Any, prompts: PromptSet, beginner: Any) -> dict[str, Control]:
-    fewer = prompts.subset(slice(0, FEW_CONTROL_SAMPLES if is_large(describe(model)) else CONTROL_SAMPLES))
+    fewer = prompts.subset(slice(0, min(CONTROL_SAMPLES, max(FEWEST_CONTROL_SAMPLES, prompts.n // 4))))
 
     @contextlib.contextmanager
     def on_untrained() -> Iterator[tuple[Any, PromptSet]]:
@@ -283,7 +282,7 @@ def _controls(model: Any, prompts: PromptSet, beginner: Any) -> dict[str, Contro
     def on_decoy() -> Iterator[tuple[Any, PromptSet]]:
         decoy = load_model("wired-decoy", device=model.cfg.device)
         size = describe(decoy).vocab_size
-        yield decoy, random_tokens(size, n=min(prompts.n, CONTROL_SAMPLES), length=fewer.length, seed=prompts.seed)
+        yield decoy, random_tokens(size, n=fewer.n, length=fewer.length, seed=prompts.seed)
 
     return {"untrained": on_untrained, "shuffled neurons": on_shuffled, DECOY: on_decoy}
 

@@ -316,6 +316,40 @@ def test_every_weight_that_matters_is_in_the_fingerprint(
         assert weights_fingerprint(model) == before
 
 
+def test_weights_are_hashed_once_and_again_when_any_of_them_changed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hashed: list[int] = []
+    full = activations._weights_fingerprint
+    monkeypatch.setattr(activations, "_weights_fingerprint", lambda model: hashed.append(1) or full(model))
+    model = load_model("p0-nano")
+    before = weights_fingerprint(model)
+    assert weights_fingerprint(model) == before and len(hashed) == 1
+    weight = model.embed.W_E if available() else next(w for w in model.parameters() if w.numel() > 2**17)
+    bias = next(w for w in model.parameters() if w.ndim < 2)
+    assert weight.nbytes > activations._SMALL_BYTES
+
+    def one_number() -> None:
+        weight.data.view(-1)[-1] += 1e-3
+
+    def two_change_places() -> None:
+        weight.data[[6, 7]] = weight.data[[7, 6]]
+
+    def order_of_a_vector() -> None:
+        bias.data[:] = torch.arange(len(bias)).flip(0)
+
+    def under_no_grad() -> None:
+        with torch.no_grad():
+            weight[0].mul_(2)
+
+    # Through `.data` torch counts no change.
+    for number, change in enumerate((one_number, two_change_places, order_of_a_vector, under_no_grad), 2):
+        change()
+        after = weights_fingerprint(model)
+        assert after != before and after == full(model) and len(hashed) == number, change
+        before = after
+
+
 @pytest.mark.parametrize("backend", ["hooked", "bridge"])
 def test_settings_count_and_names_do_not(backend: str, tmp_path: Path) -> None:
     if backend == "hooked" and not available():

@@ -33,6 +33,9 @@ class Breaks(Experiment):
 
     id, title, claim = "breaks", "Breaks", CLAIM
 
+    def passes(self, model, prompts):
+        return 0.0
+
     def measure(self, model, prompts):
         raise RuntimeError("a matrix is singular")
 
@@ -41,6 +44,9 @@ class Counts(Experiment):
     """An experiment that tells how often it ran, and that a decoy is nothing for it."""
 
     id, title, claim = "counts", "Counts", CLAIM
+
+    def passes(self, model, prompts):
+        return 0.0
 
     def measure(self, model, prompts):
         self.config.seen.append(model.cfg.model_name)

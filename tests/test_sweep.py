@@ -63,6 +63,9 @@ class Tells(Experiment):
         super().__init__(config)
         self.id = config.name
 
+    def passes(self, model: Any, prompts: PromptSet) -> float:
+        return 0.0
+
     def measure(self, model: Any, prompts: PromptSet) -> Result:
         began = begun(self.config.diary).count(self.id)
         with open(self.config.diary, "a") as file:
