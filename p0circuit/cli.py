@@ -57,7 +57,10 @@ FIRST_IN_WORDS = {
     First.bos: "BOS, before the text",
     First.random: "a random token",
 }
-MODEL_HELP = "A shipped model, a local Hugging Face directory, a hub id, or 'wired', whose weights are constructed."
+MODEL_HELP = (
+    "A name that 'p0circuit models' lists, a local Hugging Face directory, a GGUF file, a hub id, or 'wired', whose "
+    "weights are constructed."
+)
 
 ModelArgument = Annotated[str, typer.Argument(help=MODEL_HELP)]
 BackendOption = Annotated[Backend, typer.Option(help="Which TransformerLens class holds the model.")]
@@ -307,22 +310,45 @@ def advise(
 
 
 @app.command()
+def fetch(
+    names: Annotated[list[str], typer.Argument(help="Named models, as 'p0circuit models' lists them.")],
+) -> None:
+    """Download named models into the cache folder, checked by hash; what is there already is not downloaded again."""
+    from p0circuit.models import CATALOG
+    from p0circuit.models import fetch as fetch_model
+
+    if unknown := [name for name in names if name not in CATALOG]:
+        raise ValueError(f"no named model {unknown[0]!r}; there are: {', '.join(CATALOG)}")
+    for name in names:
+        say(f"{name}: {fetch_model(CATALOG[name])}")
+
+
+@app.command()
 def models(as_json: JsonOption = False) -> None:
-    """List the shipped models and their training checkpoints."""
+    """List the models with names: shipped with the package, fetched, and those that can be fetched."""
     from dataclasses import asdict
 
-    from p0circuit.models import list_models
+    from p0circuit.models import known_models
 
-    found = [asdict(entry) for entry in list_models()]
+    known = known_models()
     if as_json:
-        _print_json(found, True)
+        _print_json([asdict(entry) for entry in known], True)
         return
+    from rich import box
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table("name", "parameters", "checkpoints")
-    for entry in found:
-        table.add_row(entry["name"], f"{entry['parameters']:,}", ", ".join(map(str, entry["checkpoints"])))
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in ("name", "status", "weights", "parameters"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("what it is")
+    for entry in known:
+        steps = f"; {len(entry.checkpoints)} checkpoints" if entry.checkpoints else ""
+        licence = "" if entry.status == "shipped" else f"; {entry.licence}"
+        parameters = f"{entry.parameters / 1e6:.1f} M"
+        columns = (entry.name, entry.status, entry.quantisation or "plain", parameters)
+        table.add_row(*map(escape, (*columns, f"{entry.description}{steps}{licence}")))
     Console().print(table)
 
 
@@ -539,17 +565,20 @@ def cache(
     clear: Annotated[bool, typer.Option("--clear", help="Remove every file.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what the cache of recordings holds, or clear it."""
+    """Show what the cache holds, recordings and models converted from GGUF, or clear it (fetched files stay)."""
     from p0circuit.cache import Cache
+    from p0circuit.models.gguf import clear_converted, list_converted
 
     store = Cache()
     if clear:
-        freed = store.clear()
+        freed = store.clear() + clear_converted()
         say(f"freed {freed / 2**20:.1f} MiB in {store.directory}")
     entries = [entry | store.about(entry["key"]) for entry in store.entries()]
     total = sum(entry["bytes"] for entry in entries)
+    models = list_converted()
     if as_json:
-        _print_json({"directory": str(store.directory), "limit": store.limit, "bytes": total, "entries": entries}, True)
+        held = {"directory": str(store.directory), "limit": store.limit, "bytes": total, "entries": entries}
+        _print_json(held | {"converted": models}, True)
         return
     from rich.console import Console
     from rich.table import Table
@@ -562,9 +591,13 @@ def cache(
             str(entry.get("samples")),
             f"{entry['bytes'] / 1024:.0f}",
         )
+    for model in models:
+        table.add_row(str(model["file"]), "plain weights", "", f"{model['bytes'] / 1024:.0f}")
     console = Console()
     console.print(table)
-    console.print(f"{total / 2**20:.1f} of {store.limit / 2**20:.0f} MiB in use")
+    console.print(f"{total / 2**20:.1f} of {store.limit / 2**20:.0f} MiB in use by recordings")
+    if models:
+        console.print(f"{sum(model['bytes'] for model in models) / 2**20:.1f} MiB in use by converted models")
 
 
 @app.command()

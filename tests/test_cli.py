@@ -130,7 +130,7 @@ def expected_files(*experiments: str) -> set[str]:
 def test_help_names_every_command(p0: Run) -> None:
     shown = p0("--help")
     assert shown.code == 0 and shown.err == ""
-    for command in ("reproduce", "run", "sink", "models", "train", "trace", "sweep", "cache"):
+    for command in ("reproduce", "run", "sink", "models", "fetch", "train", "trace", "sweep", "cache"):
         assert command in shown.out
         assert p0(command, "--help").code == 0
 
@@ -505,13 +505,15 @@ def test_an_interrupted_reproduction_leaves_nothing_half_written(tiny_model_dir:
 def test_models_lists_what_is_shipped(p0: Run) -> None:
     shown = p0("models", "--json")
     assert shown.code == 0 and shown.err == ""
-    found = json.loads(shown.out)
+    known = json.loads(shown.out)
+    found = [entry for entry in known if entry["status"] == "shipped"]
     assert [entry["name"] for entry in found] == sorted(
         path.parent.name for path in (data_dir() / "models").glob("*/config.json")
     )
     table = p0("models").out
     for entry in found:
-        assert list(entry) == ["name", "parameters", "checkpoints"]
+        keys = ["name", "status", "parameters", "quantisation", "checkpoints", "licence", "description"]
+        assert list(entry) == keys and entry["quantisation"] is None and entry["description"]
         folder = data_dir() / "models" / entry["name"]
         # Gates are parameters too, and `transformers` knows nothing of them.
         weights = load_file(folder / "model.safetensors")
@@ -519,6 +521,15 @@ def test_models_lists_what_is_shipped(p0: Run) -> None:
         assert entry["parameters"] == AutoModelForCausalLM.from_pretrained(folder).num_parameters() + gates
         assert entry["checkpoints"] == sorted(entry["checkpoints"])
         assert entry["name"] in table
+    named = {entry["name"]: entry for entry in known if entry not in found}
+    assert set(named) == {"smollm2-135m", "gemma3-270m"}
+    assert {entry["status"] for entry in named.values()} == {"fetchable"}
+    assert all(name in table and str(entry["quantisation"]) in table for name, entry in named.items())
+
+
+def test_only_named_models_are_fetched(p0: Run) -> None:
+    refused = p0("fetch", "smollm2-135m", "p0-nano")
+    assert refused.code == 2 and "no named model 'p0-nano'; there are: smollm2-135m, gemma3-270m" in refused.err
 
 
 def test_a_trained_model_can_be_measured_and_its_trace_too(p0: Run, tmp_path: Path) -> None:
