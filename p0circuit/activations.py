@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -26,10 +27,14 @@ from p0circuit.cache import Cache, checksum, key_of
 from p0circuit.console import track
 from p0circuit.models import describe, device_of, forward
 from p0circuit.models.device_map import placement_of, weights_of
-from p0circuit.models.forward import Hook, hook_points
+from p0circuit.models.forward import Hook, hook_points, layer_of
 from p0circuit.paths import code_fingerprint
 from p0circuit.prompts import PromptSet
+from p0circuit.row_memory import row_memory
 
+_FINGERPRINTS: weakref.WeakKeyDictionary[Any, tuple[str, str]] = weakref.WeakKeyDictionary()
+# Numbers of eight bytes that are summed up to see whether weights have changed.
+_STRETCH = 61
 # Fields of a TransformerLens configuration that decide nothing.
 _NAMES_AND_PLACES = {"model_name", "tokenizer_name", "device", "n_devices"}
 # One layer's scores, mask and pattern exist side by side while it is computed.
@@ -71,12 +76,14 @@ class Quantity:
         reduce: gets one activation per hook and the `Batch`; returns a tensor whose first axis is the batch.
         scope: "layer": once per block; "residual": the stream before every block and after the last, stacked to
             layers + 1; "model": hooks are names of the whole model; "logits": the model's output.
+        by_row: whether the value of a row is the same whatever rows are recorded beside it.
     """
 
     name: str
     hooks: tuple[str, ...]
     reduce: Callable[..., Tensor]
     scope: str = "layer"
+    by_row: bool = True
 
     def fingerprint(self) -> str:
         """A hash of the definition, code included: a changed reduction never reads what the old one left.
@@ -173,6 +180,8 @@ TOKEN_LOSSES = Quantity("token_losses", (), _token_losses, "logits")
 
 def score_at(offset: int) -> Quantity:
     """[sample, layer, head]: the sink score of the position `offset` places after P0, the control for P0 itself."""
+    if offset == 0:
+        return SINK_SCORE
     return Quantity(f"score_at_{offset}", ("attn.hook_pattern",), functools.partial(_score, offset=offset))
 
 
@@ -203,19 +212,47 @@ def key_query_cosine_at(model: Any, offset: int = 0) -> Quantity:
 def weights_fingerprint(model: Any) -> str:
     """A hash of every weight and buffer and of the configuration: of all that decides what the model computes.
 
-    A model with a device map is hashed once: that it is large is why it has one, and nothing here changes its weights.
+    It is computed once per model, and again only when a weight or setting has changed (`_weights_glance`). The weights
+    of a model with a device map are hashed once and taken to be unchanged: reading them all again takes too long.
     """
     placement = placement_of(model)
     if placement is None:
-        return _weights_fingerprint(model)
+        glance = _weights_glance(model)
+        if (known := _FINGERPRINTS.get(model)) is None or known[0] != glance:
+            _FINGERPRINTS[model] = known = (glance, _weights_fingerprint(model))
+        return known[1]
     if not placement.fingerprints:
         placement.fingerprints.append(_weights_fingerprint(model))
     return placement.fingerprints[0]
 
 
-def _weights_fingerprint(model: Any) -> str:
+def _settings(model: Any) -> bytes:
+    """All that decides what a model computes beside its weights."""
     settings = {name: value for name, value in vars(model.cfg).items() if name not in _NAMES_AND_PLACES}
-    digest = hashlib.sha256(repr((replace(describe(model), name=""), sorted(settings.items()))).encode())
+    return repr((replace(describe(model), name=""), sorted(settings.items()))).encode()
+
+
+def _weights_glance(model: Any) -> str:
+    """A hash of sums over short stretches of every weight: it tells a changed weight ten times as fast as a full hash.
+
+    Weights may be changed in ways that torch's version counters do not see (through `.data`), so all of them are read.
+    Stretches are of odd length: where rows or columns of a matrix change places, some stretch gets another sum.
+    """
+    digest = hashlib.sha256(_settings(model))
+    for name, tensor in weights_of(model):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} {tensor.device}".encode())
+        data = tensor.detach().contiguous().flatten().view(torch.uint8)
+        summed = len(data) // (8 * _STRETCH) * (8 * _STRETCH)
+        if tensor.ndim > 1 and data.storage_offset() % 8 == 0:
+            sums = data[:summed].view(torch.int64).view(-1, _STRETCH).sum(1)
+            digest.update(sums.cpu().numpy().tobytes())
+            data = data[summed:]
+        digest.update(data.cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _weights_fingerprint(model: Any) -> str:
+    digest = hashlib.sha256(_settings(model))
     # One tensor at a time: a weight that waits on disk is read to be hashed.
     sums = {name: checksum(tensor) for name, tensor in weights_of(model)}
     for name in sorted(sums):
@@ -239,6 +276,12 @@ def hook_names(quantity: Quantity, layers: int) -> list[tuple[str, ...]]:
     if quantity.scope == "layer":
         return [tuple(f"blocks.{layer}.{hook}" for hook in quantity.hooks) for layer in range(layers)]
     return [quantity.hooks]
+
+
+def last_layer(quantities: Sequence[Quantity], layers: int) -> int:
+    """The last block that has to run for these quantities to be read (logits not among them)."""
+    names = [name for quantity in quantities for place in hook_names(quantity, layers) for name in place]
+    return max(min(layer_of(name, layers), layers - 1) for name in names)
 
 
 @dataclass
@@ -276,7 +319,8 @@ def _record_batch(
         quantity.name: [_Place(quantity, names, batch) for names in hook_names(quantity, layers)] for quantity in inside
     }
     hooks = [*edits, *(hook for group in places.values() for place in group for hook in place.hooks())]
-    stop = layers if len(inside) == len(quantities) else None
+    # Nothing above the last place that is read, unless logits are wanted.
+    stop = last_layer(quantities, layers) + 1 if len(inside) == len(quantities) else None
     output = forward(model, batch.ids, batch.mask, hooks=hooks, stop_at_layer=stop)
     values = {}
     for quantity in quantities:
@@ -357,13 +401,25 @@ def record(
         if intervention.prompts.fingerprint() != prompts.fingerprint():
             raise ValueError("an intervention was made for other prompts than those to record: make it for these")
     store = (Cache() if cache == "default" else cache) if not (interventions or has_hooks(model)) else None
+    memory = row_memory() if store is not None else None
     keys: dict[str, str] = {}
+    row_keys: dict[str, str] = {}
     values: dict[str, Tensor] = {}
+    rows = prompts.row_fingerprints() if memory is not None else []
     if store is not None:
-        shared = _shared_key(model, prompts)
-        keys = {quantity.name: key_of(shared | {"quantity": quantity.fingerprint()}) for quantity in quantities}
-        found = {name: store.read(key) for name, key in keys.items()}
-        values = {name: value for name, value in found.items() if value is not None}
+        model_key = _model_key(model)
+        for quantity in quantities:
+            name, of_quantity = quantity.name, model_key | {"quantity": quantity.fingerprint()}
+            keys[name] = key_of(of_quantity | {"prompts": prompts.fingerprint()})
+            if memory is not None and quantity.by_row:
+                row_keys[name] = key_of(of_quantity)
+                if (value := memory.read(row_keys[name], rows)) is not None:
+                    values[name] = value
+                    continue
+            if (value := store.read(keys[name])) is not None:
+                values[name] = value
+                if memory is not None and quantity.by_row:
+                    memory.write(row_keys[name], rows, value)
     cached = frozenset(values)
     missing = [quantity for quantity in quantities if quantity.name not in values]
     if missing:
@@ -373,9 +429,9 @@ def record(
         layers, device = describe(model).layers, device_of(model)
         parts: dict[str, list[Tensor]] = {quantity.name: [] for quantity in missing}
         for start in track(range(0, prompts.n, size), "recording"):
-            rows = slice(start, start + size)
-            batch = Batch(*(part[rows].to(device) for part in (prompts.ids, prompts.attention_mask, prompts.p0)))
-            edits = [hook for intervention in interventions for hook in intervention.hooks(rows)]
+            part = slice(start, start + size)
+            batch = Batch(*(whole[part].to(device) for whole in (prompts.ids, prompts.attention_mask, prompts.p0)))
+            edits = [hook for intervention in interventions for hook in intervention.hooks(part)]
             for name, value in _record_batch(model, layers, missing, batch, edits).items():
                 parts[name].append(value)
         for quantity in missing:
@@ -388,6 +444,8 @@ def record(
             if store is not None:
                 about = {"quantity": quantity.name, "model": describe(model).name, "samples": prompts.n}
                 store.write(keys[quantity.name], value, about)
+            if quantity.name in row_keys and memory is not None:
+                memory.write(row_keys[quantity.name], rows, value)
     return Recording(values, cached)
 
 
@@ -399,18 +457,18 @@ def kept(model: Any, prompts: PromptSet, what: str, compute: Callable[[], Tensor
     """
     if has_hooks(model):
         return compute()
-    store, key = Cache(), key_of(_shared_key(model, prompts) | {"quantity": what, "code": code_fingerprint()})
+    parts = {"prompts": prompts.fingerprint(), "quantity": what, "code": code_fingerprint()}
+    store, key = Cache(), key_of(_model_key(model) | parts)
     if (value := store.read(key)) is None:
         value = compute()
         store.write(key, value, {"quantity": what, "model": describe(model).name, "samples": prompts.n})
     return value.to(device_of(model))
 
 
-def _shared_key(model: Any, prompts: PromptSet) -> dict[str, str]:
-    """What all quantities recorded from these prompts have in common."""
+def _model_key(model: Any) -> dict[str, str]:
+    """What all quantities recorded from a model have in common."""
     return {
         "weights": weights_fingerprint(model),
-        "prompts": prompts.fingerprint(),
         "dtype": str(next(model.parameters()).dtype),
         "libraries": " ".join(f"{name} {version(name)}" for name in ("torch", "transformer-lens", "transformers")),
         "p0circuit": __version__,

@@ -88,6 +88,11 @@ class PromptSet:
         digest.update(self.attention_mask.cpu().numpy().tobytes())
         return digest.hexdigest()
 
+    def row_fingerprints(self) -> list[str]:
+        """A hash of each row's token ids and mask: equal for a row that is also part of another set."""
+        rows = zip(self.ids.cpu().numpy().astype("<i8"), self.attention_mask.cpu().numpy(), strict=True)
+        return [hashlib.sha256(ids.tobytes() + mask.tobytes()).hexdigest() for ids, mask in rows]
+
     def check_vocabulary(self, vocab_size: int) -> None:
         """Make sure that a model of `vocab_size` tokens can read these prompts.
 

@@ -1,10 +1,11 @@
 """The whole reproduction of one model: every experiment, the controls, and `claims.json`.
 
-1. Every experiment runs on the model's prompts; its result is on disk before the next one starts. A result that is
+1. One clean recording is made for all experiments; what they will take, in passes, is said before they start.
+2. Every experiment runs on the model's prompts; its result is on disk before the next one starts. A result that is
    there already, of the same weights, prompts, settings and code, is read instead of measured again.
-2. The claims run again where they must fail: on the model untrained, on the model with its neurons shuffled, and on
+3. The claims run again where they must fail: on the model untrained, on the model with its neurons shuffled, and on
    the decoy, whose P0 has a high norm and no sink. (A random position instead of P0 is a control inside each claim.)
-3. Every claim gets its entry in `claims.json`. One that breaks off is named there and loses none of the others.
+4. Every claim gets its entry in `claims.json`. One that breaks off is named there and loses none of the others.
 
     <out>/<model>/<experiment>.json, tables/, figures/      <out>/<model>/claims.json, report.html, report.md
     <out>/<model>/controls/<control>/<experiment>.json      <out>/<model>/manifest.json (last: the run came to its end)
@@ -30,17 +31,20 @@ import torch
 from p0circuit.activations import batch_size_for, weights_fingerprint
 from p0circuit.console import say
 from p0circuit.experiments import RUN_EXPERIMENTS
-from p0circuit.experiments.base import Experiment, NotApplicable
+from p0circuit.experiments.base import Experiment, NotApplicable, is_large
 from p0circuit.experiments.claim import Judgement
+from p0circuit.experiments.clean_recording import CLEAN_PASSES, record_clean
 from p0circuit.experiments.over_runs import RunsExperiment
 from p0circuit.experiments.sink_condition import find_condition
 from p0circuit.files import write_json
 from p0circuit.models import ModelError, describe, device_of, forward, list_checkpoints, load_model
 from p0circuit.models.controls import shuffled_neurons, untrained
 from p0circuit.models.device_map import placement_of
+from p0circuit.models.passes import count_passes
 from p0circuit.paths import code_fingerprint
 from p0circuit.prompts import PromptSet, random_tokens
 from p0circuit.results import Result, write_manifest
+from p0circuit.row_memory import remember_rows
 from p0circuit.training.runs import Run
 
 SAMPLES = 1024
@@ -48,8 +52,10 @@ SAMPLES = 1024
 QUICK_SAMPLES, QUICK_SAMPLES_LARGE, LARGE_PARAMETERS = 128, 32, 20_000_000
 CONTROL_SAMPLES = 128
 """Prompts of a control: enough to see that there is nothing, a fraction of the time."""
+FEW_CONTROL_SAMPLES = 8
+"""The same for a large model (`experiments.base.is_large`)."""
 FORWARD_PASSES = 200
-"""About how many forward passes over all prompts the experiments amount to; for the estimate of time alone."""
+"""About how many forward passes over all prompts the experiments amount to, before a model is loaded and known."""
 LONG_MINUTES = 20.0
 """From here on a person is told how to make it shorter."""
 
@@ -71,32 +77,44 @@ def reproduce(
     """
     started = time.time()
     (directory / "manifest.json").unlink(missing_ok=True)
-    condition = find_condition(model, prompts)
+    info = describe(model)
+    with count_passes() as count:
+        condition = find_condition(model, prompts)
     prompts = condition.prompts
     say(condition.summary)
-    say(f"{describe(model).name}: {_estimate(model, prompts)}")
+    used = {"condition": count.passes(prompts.n, prompts.length, info.layers)}
+    declared = {experiment.id: experiment.passes(model, prompts) for experiment in experiments}
+    say(f"{info.name}: {_estimate(model, prompts, CLEAN_PASSES + sum(declared.values()))}")
     entries: list[dict[str, Any]] = []
     left_out: dict[str, str] = {}
     broken: dict[str, str] = {}
-    for number, experiment in enumerate(experiments, 1):
-        measured = partial(run_or_read, experiment, model, prompts, directory)
-        entry = _entry(experiment, describe(model).name, measured, f"{number}/{len(experiments)} ")
-        if experiment.claim is not None:
-            entries.append(entry | {"controls": []})
-        if entry["error"]:
-            broken[experiment.id] = entry["error"]
-        elif entry["verdict"] == "not applicable":
-            left_out[experiment.id] = entry["why"]
-        _write_claims(directory, entries)
+    with remember_rows(), count_passes() as count:
+        record_clean(model, prompts)
+        used["clean recording"] = count.passes(prompts.n, prompts.length, info.layers)
+        for number, experiment in enumerate(experiments, 1):
+            measured = partial(run_or_read, experiment, model, prompts, directory)
+            with count_passes() as own:
+                entry = _entry(experiment, info.name, measured, f"{number}/{len(experiments)} ")
+            used[experiment.id] = own.passes(prompts.n, prompts.length, info.layers)
+            if experiment.claim is not None:
+                entries.append(entry | {"controls": []})
+            if entry["error"]:
+                broken[experiment.id] = entry["error"]
+            elif entry["verdict"] == "not applicable":
+                left_out[experiment.id] = entry["why"]
+            _write_claims(directory, entries)
     tested = [experiment for experiment in experiments if experiment.claim is not None]
     for name, opened in _controls(model, prompts, beginner).items() if controls else ():
         try:
-            with opened() as (control, its_prompts):
+            with opened() as (control, its_prompts), remember_rows(), count_passes() as count:
                 for experiment, entry in zip(tested, entries, strict=True):
                     place = directory / "controls" / name.replace(" ", "-")
                     measured = partial(run_or_read, experiment, control, its_prompts, place, figures=False)
                     found = _entry(experiment, describe(control).name, measured, f"control, {name}: ")
                     entry["controls"].append(_as_control(name, found))
+                # The decoy is another, smaller model, whose blocks are not this one's.
+                if name != DECOY:
+                    used[f"control, {name}"] = count.passes(prompts.n, prompts.length, info.layers)
         except ModelError as reason:
             say(f"control, {name}: left out: {reason}")
         _write_claims(directory, entries)
@@ -116,7 +134,12 @@ def reproduce(
         experiments=[experiment.id for experiment in experiments if experiment.id not in left_out | broken],
         left_out=left_out,
         broken=broken,
+        passes={
+            name: {"declared": round(declared[name], 2) if name in declared else None, "used": round(value, 2)}
+            for name, value in used.items()
+        },
     )
+    say(f"{info.name}: {sum(used.values()):.1f} passes over {prompts.n} prompts in {time.time() - started:.0f} s")
     return entries
 
 
@@ -236,11 +259,12 @@ def _write_claims(directory: Path, entries: list[dict[str, Any]]) -> None:
     write_json(directory / "claims.json", entries)
 
 
+DECOY = "decoy"
 Control = Callable[[], AbstractContextManager[tuple[Any, PromptSet]]]
 
 
 def _controls(model: Any, prompts: PromptSet, beginner: Any) -> dict[str, Control]:
-    fewer = prompts.subset(slice(0, CONTROL_SAMPLES))
+    fewer = prompts.subset(slice(0, FEW_CONTROL_SAMPLES if is_large(describe(model)) else CONTROL_SAMPLES))
 
     @contextlib.contextmanager
     def on_untrained() -> Iterator[tuple[Any, PromptSet]]:
@@ -261,7 +285,7 @@ def _controls(model: Any, prompts: PromptSet, beginner: Any) -> dict[str, Contro
         size = describe(decoy).vocab_size
         yield decoy, random_tokens(size, n=min(prompts.n, CONTROL_SAMPLES), length=fewer.length, seed=prompts.seed)
 
-    return {"untrained": on_untrained, "shuffled neurons": on_shuffled, "decoy": on_decoy}
+    return {"untrained": on_untrained, "shuffled neurons": on_shuffled, DECOY: on_decoy}
 
 
 def result_key(experiment: Experiment, model: Any, prompts: PromptSet) -> str:
@@ -282,17 +306,20 @@ def result_key(experiment: Experiment, model: Any, prompts: PromptSet) -> str:
 
 
 @torch.no_grad()
-def _estimate(model: Any, prompts: PromptSet) -> str:
-    """About how long it will take and how much memory, from one timed pass over a few rows."""
+def _estimate(model: Any, prompts: PromptSet, passes: float) -> str:
+    """What so many passes will take in time and memory, from a timed pass over a few rows."""
     # Where weights are brought for every batch, it is a whole batch that tells.
     most = 16 if placement_of(model) is None else prompts.n
     rows = min(prompts.n, most, batch_size_for(model, prompts.length, with_logits=True))
     forward(model, prompts.ids[:rows], prompts.attention_mask[:rows])
     started = time.perf_counter()
     forward(model, prompts.ids[:rows], prompts.attention_mask[:rows])
-    minutes = FORWARD_PASSES * (time.perf_counter() - started) * prompts.n / rows / 60
+    minutes = passes * (time.perf_counter() - started) * prompts.n / rows / 60
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()) / 2**30
-    told = f"{prompts.n} prompts of {prompts.length} tokens; about {max(1, round(minutes))} min, {weights + 1.5:.1f} GB"
+    told = (
+        f"{prompts.n} prompts of {prompts.length} tokens; about {passes:.0f} passes, {max(1, round(minutes))} min, "
+        f"{weights + 1.5:.1f} GB"
+    )
     if minutes > LONG_MINUTES:
         told += "; fewer --samples, a smaller --dtype, a --device or the first --layers alone make it shorter"
     return told

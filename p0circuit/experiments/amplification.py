@@ -35,7 +35,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from p0circuit.experiments.base import Experiment, NotApplicable
+from p0circuit.experiments.base import Experiment, NotApplicable, is_large, second_half
 from p0circuit.experiments.claim import Claim, Clause
 from p0circuit.experiments.conditions import drawable
 from p0circuit.experiments.heads import SinkHeads, excess_scores, find_sink_heads
@@ -46,8 +46,9 @@ from p0circuit.interventions.contrast import contrast, replacements, values_at
 from p0circuit.interventions.experts import experts_at_p0
 from p0circuit.interventions.metrics import Metric, Reading, Rows
 from p0circuit.interventions.nodes import Node, components
-from p0circuit.models import ModelError, describe
+from p0circuit.models import ModelError, ModelInfo, describe
 from p0circuit.models.forward import hook_point
+from p0circuit.models.passes import WITH_GRADIENT
 from p0circuit.prompts import PromptSet
 from p0circuit.results import Result
 from p0circuit.sink import CONTROL
@@ -99,6 +100,26 @@ class Amplification(Experiment):
 
     def __init__(self, config: AmplificationConfig = AmplificationConfig()) -> None:
         super().__init__(config)
+
+    def passes(self, model: Any, prompts: PromptSet) -> float:
+        info, config, rows = describe(model), self.config, second_half(prompts)
+        few = min(rows, config.shown_samples)
+        runs = len(BLOCKS) + 1  # rows with each whole MLP replaced, and with both
+        if info.experts:
+            return (runs * rows + len(BLOCKS) * 2 * few) / prompts.n
+        neurons = len(BLOCKS) * info.d_mlp
+        count = _count(config.share, neurons)
+        groups = min(config.draws, neurons // count)
+        singles = min(config.shown, neurons) + len(_numbers(count, neurons))
+        measured = (runs + 2) * rows + groups * config.draw_samples + singles * few
+        # The ranking of neurons: gradients in rows of two tokens, below the first sink heads.
+        ranked = 2 * min(config.choosing, prompts.n - rows) * (1 + len(BLOCKS) * config.steps) * WITH_GRADIENT
+        return measured / prompts.n + ranked / (prompts.n * prompts.length) * min(1, (max(BLOCKS) + 2) / info.layers)
+
+    def quick(self, info: ModelInfo) -> Amplification:
+        if not is_large(info):
+            return self
+        return Amplification(replace(self.config, draws=12, shown=3, shown_samples=8))
 
     def measure(self, model: Any, prompts: PromptSet) -> Result:
         """Raises NotApplicable where there is no sink, or no block 1."""
@@ -195,7 +216,7 @@ class Amplification(Experiment):
         ranking, at_p0, shifted = self._rank(model, chosen_on, direction, layer)
         order = ranking.mean.argsort(stable=True)
         nodes = [ranking.nodes[number] for number in order]
-        count = max(1, int(config.share * len(nodes)))
+        count = _count(config.share, len(nodes))
         values = self._all_shifted(model, found.prompts)
         top = nodes[:count]
         beside = ablate(model, found.prompts, top, "mean", CONTROL)
@@ -217,8 +238,10 @@ class Amplification(Experiment):
             )
         columns = ["neuron", "layer", "index", "change_of_projection", "at_p0", "not_first"]
         table = pd.DataFrame(rows, columns=[*columns, "excess_carried_alone", "low", "high"])
-        numbers = sorted({2**power for power in range(12) if 2**power < 4 * count} | {count, len(nodes)})
-        by_number = {number: _carried(model, few, nodes[:number], here, clean[: few.prompts.n]) for number in numbers}
+        by_number = {
+            number: _carried(model, few, nodes[:number], here, clean[: few.prompts.n])
+            for number in _numbers(count, len(nodes))
+        }
         named = ", ".join(f"{node} ({single[node].value:.2f} alone)" for node in nodes[: min(count, config.shown)])
         note = f"the top {count} of {len(nodes)} neurons carry {shares['the top neurons']} of the excess score: {named}"
         return table, _interval_table("neurons", "excess_carried", by_number), shares, note
@@ -298,6 +321,16 @@ class Amplification(Experiment):
                 carried[f"expert {block}.{expert}"] = without
         strongest = sorted(carried, key=lambda name: -carried[name].value)[:3]
         return pd.DataFrame(rows), {name: carried[name] for name in strongest}
+
+
+def _count(share: float, neurons: int) -> int:
+    """A share of the neurons as a number: rounded down, at least one."""
+    return max(1, int(share * neurons))
+
+
+def _numbers(count: int, neurons: int) -> list[int]:
+    """How many of the first neurons are ablated together: powers of two up to four times `count`, `count`, and all."""
+    return sorted({2**power for power in range(12) if 2**power < 4 * count} | {count, neurons})
 
 
 def _sum(values: Iterable[np.ndarray]) -> np.ndarray:

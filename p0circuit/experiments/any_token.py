@@ -13,7 +13,8 @@
 Decided before measuring:
 
 - *The interval* of the share is over continuations: the vocabulary is measured whole, so there is nothing to draw. All
-  ids that a token of the tokenizer leads to count, special ones too; where there is no tokenizer, all ids.
+  ids that a token of the tokenizer leads to count, special ones too; where there is no tokenizer, all ids. A quick run
+  of a large model takes a random sample of the vocabulary; the interval is then widened to Wilson's over tokens.
 - *The probe.* P0's stream depends on its token only: all occurrences of a token there are one and the same vector, and
   a classifier trained on one occurrence knows every other. So occurrences of *other tokens* are held out: a linear map
   (ridge) from what the next block reads, the stream at unit length, to the token's embedding is fitted on one half of
@@ -40,14 +41,14 @@ from torch.nn.functional import normalize
 
 from p0circuit.activations import residual_at, score_at
 from p0circuit.console import track
-from p0circuit.experiments.base import Experiment, NotApplicable
+from p0circuit.experiments.base import Experiment, NotApplicable, is_large, second_half
 from p0circuit.experiments.claim import Claim, Clause
 from p0circuit.experiments.conditions import WITH_BOS, bos_id, condition_of, drawable
 from p0circuit.experiments.heads import find_sink_heads
-from p0circuit.intervals import Interval, bootstrap, ratio_interval
+from p0circuit.intervals import LEVEL, Interval, bootstrap, ratio_interval
 from p0circuit.interventions.closed_form import NotOfTheClosedForm, QueryScores, query_side
 from p0circuit.interventions.vocabulary import CHUNK, vocabulary_sweep
-from p0circuit.models import ModelError, describe
+from p0circuit.models import ModelError, ModelInfo, describe
 from p0circuit.prompts import PromptSet, random_tokens
 from p0circuit.results import Result, metric_name
 from p0circuit.sink import CONTROL
@@ -67,7 +68,8 @@ class AnyTokenConfig:
     """`half`: the share of the median score that makes a sink; `continuations`: prompts whose queries meet every token.
 
     `full_tokens` tokens are put into full runs before `full_continuations` of them. `probe_tokens`: at most that many
-    are probed. `control`: the position (after P0) beside P0.
+    are probed. `control`: the position (after P0) beside P0. `sample`: tokens of the vocabulary to measure, drawn at
+    random; all of them if None.
     """
 
     half: float = 0.5
@@ -76,6 +78,7 @@ class AnyTokenConfig:
     full_continuations: int = 4
     probe_tokens: int = 4096
     control: int = CONTROL
+    sample: int | None = None
 
 
 class AnyToken(Experiment):
@@ -101,6 +104,23 @@ class AnyToken(Experiment):
     def __init__(self, config: AnyTokenConfig = AnyTokenConfig()) -> None:
         super().__init__(config)
 
+    def passes(self, model: Any, prompts: PromptSet) -> float:
+        config, rows, vocabulary = self.config, second_half(prompts), drawable(model)[0]
+        swept = vocabulary if config.sample is None else min(config.sample, vocabulary)
+        full = min(config.full_tokens, swept) * min(config.full_continuations, rows)
+        probed = min(config.probe_tokens, swept)
+        # Each probed token once at P0, and once behind `control` others.
+        tokens = swept + 2 * full * prompts.length + probed * (config.control + 2)
+        return min(config.continuations, rows) / prompts.n + tokens / (prompts.n * prompts.length)
+
+    def quick(self, info: ModelInfo) -> AnyToken:
+        if not is_large(info):
+            return self
+        smaller = replace(
+            self.config, sample=4096, continuations=8, full_tokens=24, full_continuations=2, probe_tokens=256
+        )
+        return AnyToken(smaller)
+
     def measure(self, model: Any, prompts: PromptSet) -> Result:
         """Raises NotApplicable where there is no sink, or attention to P0 does not follow from its key."""
         import pandas as pd
@@ -109,37 +129,39 @@ class AnyToken(Experiment):
 
         info, config = describe(model), self.config
         found = find_sink_heads(model, prompts)
-        tokens = torch.arange(drawable(model)[0])
+        generator = torch.Generator().manual_seed(prompts.seed)
+        vocabulary = torch.arange(drawable(model)[0])
+        sampled = config.sample is not None and config.sample < len(vocabulary)
+        tokens = vocabulary
+        if sampled:
+            tokens = torch.randperm(len(vocabulary), generator=generator)[: config.sample].sort().values
         continuations = found.prompts.subset(slice(0, config.continuations))
         try:
-            drawn = scores_by_token(model, continuations, tokens, found.heads)
+            drawn, norms = scores_by_token(model, continuations, tokens, found.heads)
         except (NotOfTheClosedForm, ModelError) as error:
             raise NotApplicable(f"the keys of {info.name} cannot be exchanged one by one: {error}") from error
         by_token = drawn.mean(1)
         median = float(np.median(by_token))
 
-        generator = torch.Generator().manual_seed(prompts.seed)
         shuffled = torch.randperm(len(tokens), generator=generator)
         some = tokens[shuffled[: config.full_tokens]]
         few = found.prompts.subset(slice(0, config.full_continuations))
         full, beside = (self._full_runs(model, few, some, found.heads, place) for place in (0, config.control))
         needed = config.half * np.median(full)
-        norms = vocabulary_sweep(model, tokens).norms[:, min(2, info.layers)]
         table = pd.DataFrame(
             {
                 "token": tokens.numpy(),
                 "text": _texts(model, tokens),
                 "sink_score": by_token,
                 "over_median": by_token / median,
-                "norm_after_block_1": norms.double().numpy(),
+                "norm_after_block_1": norms[:, min(2, info.layers)].double().numpy(),
             }
         )
         ranked = table.sort_values("sink_score", kind="stable")
         exceptions = ranked.loc[ranked["sink_score"].to_numpy() < config.half * median]
+        share = bootstrap(drawn.T, functools.partial(share_at_least, half=config.half))
         metrics = {
-            "share_of_tokens_with_half_the_median_score": bootstrap(
-                drawn.T, functools.partial(share_at_least, half=config.half)
-            ),
+            "share_of_tokens_with_half_the_median_score": over_tokens(share, len(tokens)) if sampled else share,
             "median_score": bootstrap(drawn.T, lambda scores: np.median(scores, axis=-1)),
             "lowest_score_over_median": bootstrap(drawn.T, lambda scores: scores.min(-1) / np.median(scores, axis=-1)),
             "share_in_full_runs": bootstrap(full >= needed),
@@ -158,6 +180,8 @@ class AnyToken(Experiment):
             f"{len(exceptions)} of {len(tokens)} tokens draw less than half of the median score of {median:.3f}"
             + (f", the lowest: {_listed(exceptions)}" if len(exceptions) else ""),
         ]
+        if sampled:
+            notes.append(f"these {len(tokens)} tokens are a random sample of a vocabulary of {len(vocabulary)}")
         probe, why_not = self._probe(model, tokens[shuffled[: config.probe_tokens]], prompts.seed)
         notes += [why_not] if why_not else []
         for place in ("P0", f"position {config.control}"):
@@ -165,7 +189,11 @@ class AnyToken(Experiment):
             metrics[f"token_share_of_the_stream_after_block_1_at_{metric_name(place)}"] = Interval(
                 last["token_share"], last["token_share_low"], last["token_share_high"], int(last["n"])
             )
-        lines = {f"P0 (all {len(tokens)} tokens)": by_token, "P0, full runs": full, "position 8, full runs": beside}
+        lines = {
+            f"P0 ({'a sample of' if sampled else 'all'} {len(tokens)} tokens)": by_token,
+            "P0, full runs": full,
+            "position 8, full runs": beside,
+        }
         figures = {
             "tokens": trajectories(
                 {"Dashed: half the median score": [_quantiles(name, values) for name, values in lines.items()]},
@@ -230,10 +258,11 @@ class AnyToken(Experiment):
 @torch.no_grad()
 def scores_by_token(
     model: Any, prompts: PromptSet, tokens: Int[Tensor, " token"], heads: Sequence[tuple[int, int]], chunk: int = CHUNK
-) -> Float[np.ndarray, "token sample"]:
+) -> tuple[Float[np.ndarray, "token sample"], Float[Tensor, "token layer_and_end"]]:
     """The mean sink score of some heads, each token's key in the place of P0's, from each prompt's queries.
 
-    As `vocabulary.sink_scores_by_token`, which gives the mean over prompts for all heads.
+    As `vocabulary.sink_scores_by_token`, which gives the mean over prompts for all heads. Beside it, from the same
+    sweep, the norms of each token's stream at P0 before each block and at the end.
 
     Raises:
         NotOfTheClosedForm: attention to P0 does not follow from query and key.
@@ -249,16 +278,27 @@ def scores_by_token(
 
     query_side(model, prompts, keep)
     scores = torch.zeros(len(tokens), prompts.n, dtype=torch.float64)
+    norms: list[Tensor] = []
     # What is scored at once is [token, prompt, head, query]: some tens of megabytes.
     at_once = max(1, 2**23 // (prompts.n * describe(model).heads * prompts.length))
     for start in track(range(0, len(tokens), chunk), "sweeping the vocabulary"):
         sweep = vocabulary_sweep(model, tokens[start : start + chunk], key_layers=list(by_layer), chunk=chunk)
+        norms.append(sweep.norms)
         for layer, key in sweep.keys.items():
             for place, part in zip(range(start, start + chunk, at_once), key.split(at_once), strict=False):
                 spread = part[:, None].expand(-1, prompts.n, -1, -1).to(sides[layer].query)
                 found = sides[layer].sink_scores(spread)[..., by_layer[layer]]
                 scores[place : place + len(part)] += found.double().sum(-1).cpu()
-    return (scores / len(heads)).numpy()
+    return (scores / len(heads)).numpy(), torch.cat(norms)
+
+
+def over_tokens(share: Interval, tokens: int) -> Interval:
+    """The interval of a share of sampled tokens: Wilson's over tokens, widened by what it was over continuations."""
+    from scipy.stats import binomtest
+
+    hits = round(share.value * tokens)
+    wilson = binomtest(hits, tokens).proportion_ci(LEVEL, method="wilson")
+    return Interval(share.value, min(share.low, float(wilson.low)), max(share.high, float(wilson.high)), tokens)
 
 
 def share_at_least(scores: Float[np.ndarray, "*draw token"], half: float) -> Float[np.ndarray, "*draw"] | np.floating:

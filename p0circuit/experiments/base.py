@@ -1,4 +1,9 @@
-"""What all experiments share: a frozen configuration in, a `Result` with its provenance out."""
+"""What all experiments share: a frozen configuration in, a `Result` with its provenance out, and a declared cost.
+
+Cost is counted in passes (`models.passes`): one pass is all prompts of the experiment through all blocks. Every
+experiment declares what it takes (`passes`) beyond the clean recording that all experiments of a run share
+(`clean_recording`), says it before it starts, and keeps what it used beside what it declared.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +18,31 @@ from torch import Tensor
 from p0circuit.activations import Quantity, Recording, record
 from p0circuit.console import say
 from p0circuit.experiments.claim import Claim
-from p0circuit.models import describe
+from p0circuit.models import ModelInfo, describe
+from p0circuit.models.passes import count_passes
 from p0circuit.prompts import PromptSet
 from p0circuit.results import Result
+from p0circuit.row_memory import remember_rows
 
 if TYPE_CHECKING:
     import numpy as np
+
+
+LARGE_MODEL = 20_000_000
+"""From so many weights in its blocks on a model is large: quick runs then take smaller configurations."""
+ORDINARY = (4, 16, 32)
+"""Positions after P0 whose streams, scores and directions stand for ordinary ones."""
+
+
+def second_half(prompts: PromptSet) -> int:
+    """Rows of the half of the prompts that is measured on; the heads are chosen on the others (`PromptSet.split`)."""
+    return prompts.n - round(prompts.n / 2)
+
+
+def is_large(info: ModelInfo) -> bool:
+    """Whether quick runs of a model of this size take smaller configurations; decided by its size alone."""
+    # Four matrices of attention and two of an MLP four times as wide, as in most models.
+    return 12 * info.layers * info.d_model**2 >= LARGE_MODEL
 
 
 class NotApplicable(ValueError):
@@ -42,6 +66,18 @@ class Experiment(ABC):
         self._recorded: set[str] = set()
 
     @abstractmethod
+    def passes(self, model: Any, prompts: PromptSet) -> float:
+        """How many passes over these prompts `measure` takes beyond the clean recording.
+
+        A declaration, made before anything runs from the shapes of model and prompts and from the configuration: what
+        it comes to is counted, and both stand in the result's provenance.
+        """
+
+    def quick(self, info: ModelInfo) -> Experiment:
+        """This experiment as a quick run of a model of this shape has it: with fewer rows, positions and blocks."""
+        return self
+
+    @abstractmethod
     def measure(self, model: Any, prompts: PromptSet) -> Result:
         """The measurement itself; `run` adds the provenance.
 
@@ -59,7 +95,11 @@ class Experiment(ABC):
         """
         started = time.monotonic()
         self._cached, self._recorded = set(), set()
-        result = self.measure(model, prompts)
+        info = describe(model)
+        declared = self.passes(model, prompts)
+        say(f"{self.id}: about {declared:.1f} passes over {prompts.n} prompts")
+        with remember_rows(), count_passes() as count:
+            result = self.measure(model, prompts)
         if self.claim is not None:
             result.claim = self.claim.record(self.claim.judge(result.metrics), result.metrics)
         if self._cached:
@@ -67,11 +107,15 @@ class Experiment(ABC):
                 f"{self.id}: {len(self._cached)} of {len(self._cached | self._recorded)} recordings read from the cache"
             )
         result.provenance |= {
-            "model": asdict(describe(model)),
+            "model": asdict(info),
             "prompts": prompts.description | {"fingerprint": prompts.fingerprint(), "seed": prompts.seed},
             "samples": prompts.n,
             "length": prompts.length,
             "config": asdict(self.config),
+            "passes": {
+                "declared": round(declared, 2),
+                "used": round(count.passes(prompts.n, prompts.length, info.layers), 2),
+            },
             "seconds": round(time.monotonic() - started, 2),
             "from_cache": sorted(self._cached),
         }

@@ -16,7 +16,7 @@ Source: Peng et al., arXiv 2603.06591.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from p0circuit.activations import record, residual_at
-from p0circuit.experiments.base import Experiment, NotApplicable
+from p0circuit.experiments.base import ORDINARY, Experiment, NotApplicable, is_large, second_half
 from p0circuit.experiments.claim import Claim, Clause
 from p0circuit.experiments.heads import excess_by_head
 from p0circuit.experiments.surgery import (
@@ -39,7 +39,7 @@ from p0circuit.experiments.surgery import (
 )
 from p0circuit.intervals import Interval, bootstrap
 from p0circuit.interventions.ablation import component, p0_direction, replace_orthogonal, set_component
-from p0circuit.models import describe
+from p0circuit.models import ModelInfo, describe
 from p0circuit.prompts import PromptSet
 from p0circuit.results import Result
 
@@ -61,7 +61,7 @@ class ContentConfig:
     The scan over blocks takes `scan_samples` rows and `scan_blocks` blocks.
     """
 
-    ordinary: tuple[int, ...] = (4, 16, 32)
+    ordinary: tuple[int, ...] = ORDINARY
     scan_samples: int = 128
     scan_blocks: int = 8
 
@@ -85,6 +85,15 @@ class Content(Experiment):
 
     def __init__(self, config: ContentConfig = ContentConfig()) -> None:
         super().__init__(config)
+
+    def passes(self, model: Any, prompts: PromptSet) -> float:
+        rows, config = second_half(prompts), self.config
+        few, blocks = min(rows, config.scan_samples), min(config.scan_blocks, describe(model).layers - 1)
+        # Four kinds of surgery, after block 1 and after each block of the scan.
+        return 4 * (rows + blocks * few) / prompts.n
+
+    def quick(self, info: ModelInfo) -> Content:
+        return Content(replace(self.config, scan_samples=8, scan_blocks=3)) if is_large(info) else self
 
     def measure(self, model: Any, prompts: PromptSet) -> Result:
         return self.measure_on(model, find_sink(model, prompts))

@@ -13,13 +13,13 @@ Source: Peng et al., arXiv 2603.06591; Sun et al. 2024 (arXiv 2402.17762) on mas
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from p0circuit.activations import NORM_RATIO, record, residual_at
-from p0circuit.experiments.base import Experiment, NotApplicable
+from p0circuit.experiments.base import ORDINARY, Experiment, NotApplicable, is_large, second_half
 from p0circuit.experiments.claim import Claim, Clause
 from p0circuit.experiments.heads import excess_by_head
 from p0circuit.experiments.surgery import (
@@ -34,7 +34,7 @@ from p0circuit.experiments.surgery import (
 )
 from p0circuit.intervals import bootstrap
 from p0circuit.interventions.ablation import Offset, replace_direction, replace_norm
-from p0circuit.models import describe
+from p0circuit.models import ModelInfo, describe
 from p0circuit.prompts import PromptSet
 from p0circuit.results import Result
 from p0circuit.sink import CONTROL
@@ -54,7 +54,7 @@ class DirectionOrNormConfig:
     The scan over blocks and the doses take `scan_samples` rows, and the scan `scan_blocks` blocks.
     """
 
-    ordinary: tuple[int, ...] = (4, 16, 32)
+    ordinary: tuple[int, ...] = ORDINARY
     doses: tuple[str, ...] = ("1/8", "1/4", "1/2", "1", "2", "4")
     scan_samples: int = 128
     scan_blocks: int = 8
@@ -82,6 +82,14 @@ class DirectionOrNorm(Experiment):
 
     def __init__(self, config: DirectionOrNormConfig = DirectionOrNormConfig()) -> None:
         super().__init__(config)
+
+    def passes(self, model: Any, prompts: PromptSet) -> float:
+        rows, config = second_half(prompts), self.config
+        few, blocks = min(rows, config.scan_samples), min(config.scan_blocks, describe(model).layers - 1)
+        return (4 * rows + (2 * blocks + len(config.doses)) * few) / prompts.n
+
+    def quick(self, info: ModelInfo) -> DirectionOrNorm:
+        return DirectionOrNorm(replace(self.config, scan_samples=8, scan_blocks=4)) if is_large(info) else self
 
     def measure(self, model: Any, prompts: PromptSet) -> Result:
         return self.measure_on(model, find_sink(model, prompts))

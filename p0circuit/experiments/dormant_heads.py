@@ -5,7 +5,7 @@
 2. *Zeroing*: on the other half, the loss with the first 1, 2, 3, 4, 6, 8, 12 … heads of an order zeroed at every
    position; what a head says is gone, the biases of its block stay.
 3. *The count*: of these numbers the largest up to which the loss has not gone beyond 1.01 times that of the whole
-   model. A later dip does not count.
+   model. A later dip does not count. A quick run of a large model follows powers of two up to a quarter of the heads.
 4. *The threshold*: the count of the sink order minus that of a random one, averaged over random orders, has to be above
    0 with its whole interval over these orders. An interval over samples stands beside it.
 5. *By domain*: the counts once more on other texts, each with orders made on text of its own kind, and which heads have
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,13 +29,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from p0circuit.activations import SINK_SCORE, TOKEN_LOSSES, batch_size_for, record
-from p0circuit.experiments.base import Experiment
+from p0circuit.experiments.base import Experiment, is_large, second_half
 from p0circuit.experiments.claim import Claim, Clause
 from p0circuit.experiments.conditions import RANDOM_TOKENS, drawable, with_and_without_bos
 from p0circuit.experiments.practice import find_used_sink, under
 from p0circuit.intervals import Interval, bootstrap, ratio_interval
 from p0circuit.interventions.ablation import remove_heads
-from p0circuit.models import describe, forward
+from p0circuit.models import ModelInfo, describe, forward
 from p0circuit.prompts import SHIPPED_TEXTS, PromptSet, natural_text, random_tokens
 from p0circuit.results import Result, metric_name
 from p0circuit.sink import SINK_THRESHOLD
@@ -59,12 +59,15 @@ GIVEN = "the prompts"
 
 @dataclass(frozen=True)
 class DormantHeadsConfig:
-    """`samples`: the most rows of each half; `orders` at random; the same for each further domain."""
+    """`samples`: the most rows of each half; `orders` at random; the same for each further domain, of which there are
+    none without `domains`. `coarse`: follow orders in powers of two up to a quarter of the heads."""
 
     samples: int = 64
     orders: int = 10
     domain_samples: int = 32
     domain_orders: int = 3
+    domains: bool = True
+    coarse: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,10 +77,12 @@ class Zeroing:
     Attributes:
         counts: how many heads were zeroed; the first is 0, the whole model.
         losses: nats per token.
+        total: heads in the order.
     """
 
     counts: tuple[int, ...]
     losses: Float[np.ndarray, "sample count"]
+    total: int = 0
 
     def within(self, tolerance: float = TOLERANCE) -> Interval:
         """How many heads can go before the loss has grown by more than this share, with its interval over samples."""
@@ -108,6 +113,22 @@ class DormantHeads(Experiment):
     def __init__(self, config: DormantHeadsConfig = DormantHeadsConfig()) -> None:
         super().__init__(config)
 
+    def passes(self, model: Any, prompts: PromptSet) -> float:
+        config, info = self.config, describe(model)
+        rows = min(config.samples, second_half(prompts))
+        counts = len(steps(info.layers * info.heads, config.coarse))
+        # One pass more for the norms of what heads add. With all heads zeroed, every order is the same.
+        runs = 1 + (2 + config.orders) * counts - (0 if config.coarse else 1 + config.orders)
+        # How far an order is followed in a further domain is not known beforehand: half of the way is assumed.
+        texts = (len(SHIPPED_TEXTS) + 1 + (bos_id(model) is not None)) if config.domains and model.tokenizer else 0
+        domain = texts * config.domain_samples * (3 + (2 + config.domain_orders) * counts / 2)
+        return (runs * rows + domain) / prompts.n
+
+    def quick(self, info: ModelInfo) -> DormantHeads:
+        if not is_large(info):
+            return self
+        return DormantHeads(replace(self.config, samples=6, orders=3, domains=False, coarse=True))
+
     def measure(self, model: Any, prompts: PromptSet) -> Result:
         """Raises NotApplicable where there is no sink, on the text as it is or behind BOS."""
         import pandas as pd
@@ -118,7 +139,7 @@ class DormantHeads(Experiment):
         # Those that the sink heads were chosen on, and the others.
         made_on, measured_on = (half.subset(slice(0, config.samples)) for half in given.split())
         orders = _orders(model, made_on, config.orders)
-        runs = zeroed(model, measured_on, orders)
+        runs = zeroed(model, measured_on, orders, coarse=config.coarse)
         metrics = _metrics(runs)
         notes = [
             f"{condition}; {found.note}",
@@ -128,7 +149,8 @@ class DormantHeads(Experiment):
         if model.tokenizer is None:
             notes.append("the prompts are random tokens: their losses say nothing about a use of the heads")
         counts, scores = {GIVEN: metrics}, {GIVEN: record(model, measured_on, SINK_SCORE)[SINK_SCORE]}
-        for name, text in _other_texts(model, prompts, condition, 2 * config.domain_samples, notes).items():
+        texts = _other_texts(model, prompts, condition, 2 * config.domain_samples, notes) if config.domains else {}
+        for name, text in texts.items():
             first, second = text.split()
             own = _orders(model, first, config.domain_orders)
             counts[name] = _metrics(zeroed(model, second, own, until=ENOUGH * TOLERANCE))
@@ -216,7 +238,7 @@ def output_norms(model: Any, prompts: PromptSet) -> Float[Tensor, "layer head"]:
 
 
 def zeroed(
-    model: Any, prompts: PromptSet, orders: Mapping[str, Order], until: float | None = None
+    model: Any, prompts: PromptSet, orders: Mapping[str, Order], until: float | None = None, coarse: bool = False
 ) -> dict[str, Zeroing]:
     """Zero the heads of each order one after the other; the losses at ever wider steps.
 
@@ -236,18 +258,20 @@ def zeroed(
 
     runs = {}
     for name, order in orders.items():
-        losses, counts = [], (0, *steps(len(order)))
+        losses, counts = [], (0, *steps(len(order), coarse))
         for count in counts:
             losses.append(loss_without(frozenset(order[:count])))
             if until is not None and losses[-1].mean() > (1 + until) * losses[0].mean():
                 break
-        runs[name] = Zeroing(counts[: len(losses)], np.stack(losses, axis=1))
+        runs[name] = Zeroing(counts[: len(losses)], np.stack(losses, axis=1), len(order))
     return runs
 
 
-def steps(total: int) -> list[int]:
-    """1, 2, 3, 4, 6, 8, 12, 16 and so on, and all of them."""
+def steps(total: int, coarse: bool = False) -> list[int]:
+    """1, 2, 3, 4, 6, 8, 12, 16 and so on, and all of them; coarse ones are powers of two up to a quarter."""
     powers = [2**exponent for exponent in range(total.bit_length())]
+    if coarse:
+        return [step for step in powers if step == 1 or 4 * step <= total]
     found = {total, *powers, *(3 * power for power in powers)}
     return sorted(step for step in found if step <= total)
 
@@ -300,8 +324,8 @@ def _over_samples(runs: Mapping[str, Zeroing], other: str) -> Interval:
 
 def _growth_at_a_quarter(runs: Mapping[str, Zeroing]) -> dict[str, Interval]:
     """By which share the loss has grown with a quarter of the heads zeroed: orders differ where no head can go, too."""
-    counts = runs[SINK].counts
-    place = int(np.searchsorted(counts, counts[-1] / 4))
+    counts, total = runs[SINK].counts, runs[SINK].total
+    place = min(int(np.searchsorted(counts, total / 4)), len(counts) - 1)
     growth = {SINK: runs[SINK].growth(place), NORM: runs[NORM].growth(place)}
     growth[RANDOM] = bootstrap(np.array([run.growth(place).value for run in _at_random(runs)]))
     return {

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from p0circuit import sink
 from p0circuit.activations import NORM_RATIO, SINK_SCORE, TOKEN_LOSSES, record, score_at
-from p0circuit.experiments.base import Experiment, NotApplicable
+from p0circuit.experiments.base import Experiment, NotApplicable, second_half
 from p0circuit.experiments.heads import SinkHeads, over_heads
 from p0circuit.experiments.practice import find_used_sink, under
 from p0circuit.intervals import Interval, bootstrap, ratio_interval
@@ -86,6 +86,15 @@ class Experts(Experiment):
 
     def __init__(self, config: ExpertsConfig = ExpertsConfig()) -> None:
         super().__init__(config)
+
+    def passes(self, model: Any, prompts: PromptSet) -> float:
+        config, info, rows = self.config, describe(model), second_half(prompts)
+        if not info.experts:
+            return 0.0
+        few, most = min(config.samples, rows), min(config.most, info.layers * info.experts)
+        # One by one at P0 and everywhere; together likewise, and random ones.
+        runs = 2 * config.alone + len(_numbers(most)) * (2 + config.draws)
+        return (rows + (1 + runs) * few) / prompts.n
 
     def measure(self, model: Any, prompts: PromptSet) -> Result:
         """Raises NotApplicable on a dense model, where there is no sink, and where experts do not add up."""
@@ -157,7 +166,7 @@ class Experts(Experiment):
         import pandas as pd
 
         experts = [expert for expert, _ in order][: self.config.most]
-        numbers = sorted({2**power for power in range(20) if 2**power <= len(experts)} | {len(experts)})
+        numbers = _numbers(len(experts))
         rng = np.random.default_rng(seed)
         draws = [_random_order(experts, layers, count, rng) for _ in range(self.config.draws)]
         rows = []
@@ -167,6 +176,11 @@ class Experts(Experiment):
             lefts = [without(drawn[:number]) for drawn in draws]
             rows.append({"removed": number, "which": _RANDOM} | _line_over_draws(lefts, clean))
         return pd.DataFrame(rows)
+
+
+def _numbers(most: int) -> list[int]:
+    """How many experts are taken away together: powers of two, and the most."""
+    return sorted({2**power for power in range(20) if 2**power <= most} | {most})
 
 
 def _norms(model: Any, prompts: PromptSet, layers: Sequence[int]) -> Float[np.ndarray, "two layer expert"]:

@@ -24,7 +24,7 @@ Sources: a token in front that need mean nothing: Xiao et al. 2023 (arXiv 2309.1
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,15 +34,16 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from p0circuit.activations import TOKEN_LOSSES, kept, record
-from p0circuit.experiments.base import Experiment, NotApplicable
+from p0circuit.experiments.base import Experiment, NotApplicable, is_large, second_half
 from p0circuit.experiments.claim import Claim, Clause
 from p0circuit.experiments.conditions import WITHOUT_BOS, bos_id, drawable
 from p0circuit.experiments.practice import find_used_sink, under
 from p0circuit.intervals import Interval, bootstrap, ratio_interval
 from p0circuit.interventions.ablation import ablate
 from p0circuit.interventions.attribution import rows_with_gradients
-from p0circuit.models import describe, forward
+from p0circuit.models import ModelInfo, describe, forward
 from p0circuit.models.device_map import placement_of
+from p0circuit.models.passes import WITH_GRADIENT
 from p0circuit.prompts import PromptSet, from_ids
 from p0circuit.results import Result, metric_name
 
@@ -63,18 +64,23 @@ Prefix = int | Tensor | None
 Losses = Float[np.ndarray, "sample token prediction"]
 """The loss of each prediction after a varied token: number 0 is made at it, whatever stands before it."""
 
+NO_REGISTER = "there is no learned register: none is trained in a quick run of a large model, nor with a device map"
 NONE, NEUTRAL, BOS, REGISTER = "no prefix", "neutral prefix", "BOS", "learned register"
 SECOND, MIDDLE = "neutral token second", "token in the middle"
 
 
 @dataclass(frozen=True)
 class FirstTokenConfig:
-    """`tokens` drawn for each of at most `samples` rows; `steps` of training on `batch` rows make the register."""
+    """`tokens` drawn for each of at most `samples` rows; `steps` of training on `batch` rows make the register.
+
+    Without steps there is no register. `places`: where in the text what is to be recalled has stood, so many of them.
+    """
 
     tokens: int = 8
     samples: int = 128
     steps: int = 40
     batch: int = 16
+    places: int = 5
 
 
 class FirstToken(Experiment):
@@ -100,6 +106,21 @@ class FirstToken(Experiment):
     def __init__(self, config: FirstTokenConfig = FirstTokenConfig()) -> None:
         super().__init__(config)
 
+    def passes(self, model: Any, prompts: PromptSet) -> float:
+        config = self.config
+        rows = min(config.samples, second_half(prompts))
+        register = bool(config.steps) and placement_of(model) is None
+        prefixes = 2 + (bos_id(model) is not None) + register
+        trained = config.steps * config.batch * WITH_GRADIENT if register else 0
+        # Every prefix and two controls with other first tokens; recall behind every prefix.
+        runs = (prefixes + 2) * config.tokens + prefixes * (1 + config.places)
+        return (runs * rows + trained) / prompts.n
+
+    def quick(self, info: ModelInfo) -> FirstToken:
+        if not is_large(info):
+            return self
+        return FirstToken(replace(self.config, tokens=3, samples=8, steps=0, places=3))
+
     def measure(self, model: Any, prompts: PromptSet) -> Result:
         """Raises NotApplicable without a sink, and where rows are padded or too short."""
         found, condition = find_used_sink(model, prompts)
@@ -118,7 +139,7 @@ class FirstToken(Experiment):
             raise NotApplicable("no prediction depends on the first token at all")
         near = {name: spread(losses) for name, losses in sensitivity.items()}
         pair = spreads_at_same_distance(sensitivity)
-        recalled = recall_by_place(model, text, prefixes)
+        recalled = recall_by_place(model, text, prefixes, config.places)
 
         metrics = {"spread_without_prefix": bootstrap(far[NONE])}
         for name in (*prefixes, SECOND):
@@ -152,7 +173,7 @@ class FirstToken(Experiment):
             + (f" ({model.tokenizer.decode([neutral])!r})" if model.tokenizer is not None else ", the most frequent"),
         ]
         if REGISTER not in prefixes:
-            notes.append("there is no learned register: the model was loaded with a device map")
+            notes.append(NO_REGISTER)
         if BOS not in prefixes:
             notes.append("there is no BOS token: the condition with BOS is left out")
         if model.tokenizer is None:
@@ -172,13 +193,14 @@ class FirstToken(Experiment):
 def prefixes_of(model: Any, others: PromptSet, config: FirstTokenConfig = FirstTokenConfig()) -> dict[str, Prefix]:
     """Nothing, the neutral token, BOS if there is one, and a register trained on `others`.
 
-    No register where the model has a device map: weights that are taken away after a pass are not there to go back.
+    No register without steps of training, nor where the model has a device map: weights that are taken away after a
+    pass are not there to go back.
     """
     neutral = neutral_token(model, others)
     found: dict[str, Prefix] = {NONE: None, NEUTRAL: neutral}
     if (bos := bos_id(model)) is not None:
         found[BOS] = bos
-    if placement_of(model) is None:
+    if config.steps and placement_of(model) is None:
         what = f"register from token {neutral} in {config.steps} steps of {config.batch} rows"
         found[REGISTER] = kept(model, others, what, lambda: trained_register(model, others, neutral, config))
     return found
@@ -265,7 +287,7 @@ def spreads_at_same_distance(losses: Mapping[str, Losses]) -> dict[str, Float[np
 
 
 def recall_by_place(
-    model: Any, prompts: PromptSet, prefixes: Mapping[str, Prefix]
+    model: Any, prompts: PromptSet, prefixes: Mapping[str, Prefix], count: int = FirstTokenConfig.places
 ) -> dict[str, dict[int, Float[np.ndarray, " sample"]]]:
     """How much of the loss of some tokens it takes off that they stood in the text before: by prefix and place.
 
@@ -275,7 +297,7 @@ def recall_by_place(
     length = text.shape[1]
     size = min(SNIPPET, length // 5)
     last = length - 3 * size
-    places = [round(last * quarter / 4) for quarter in range(5)]
+    places = [round(last * number / (count - 1)) for number in range(count)]
     generator = torch.Generator().manual_seed(prompts.seed + 2)
     snippet = drawn_tokens(model, prompts, size, generator)
     unseen = text.clone()

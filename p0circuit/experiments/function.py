@@ -26,13 +26,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from p0circuit.activations import TOKEN_LOSSES, Batch, Quantity, batch_size_for, record
-from p0circuit.experiments.base import Experiment, NotApplicable
+from p0circuit.experiments.base import Experiment, NotApplicable, is_large, second_half
 from p0circuit.experiments.claim import Claim, Clause
 from p0circuit.experiments.heads import SinkHeads, find_sink_heads
 from p0circuit.experiments.surgery import lines, random_offsets, require_attention, row_of_another_token
 from p0circuit.intervals import Interval, bootstrap, ratio_interval
 from p0circuit.interventions.ablation import Intervention, mask_key, redirect, zero_value
-from p0circuit.models import describe
+from p0circuit.models import ModelInfo, describe
 from p0circuit.prompts import PromptSet
 from p0circuit.results import Result
 
@@ -77,6 +77,14 @@ class Function(Experiment):
 
     def __init__(self, config: FunctionConfig = FunctionConfig()) -> None:
         super().__init__(config)
+
+    def passes(self, model: Any, prompts: PromptSet) -> float:
+        rows, config = second_half(prompts), self.config
+        # P0 or a random position hidden, either value zeroed, attention moved; then pairs of rows in three runs.
+        return ((config.draws + 4) * rows + 3 * 2 * min(rows, config.spread_samples)) / prompts.n
+
+    def quick(self, info: ModelInfo) -> Function:
+        return Function(replace(self.config, spread_samples=8)) if is_large(info) else self
 
     def measure(self, model: Any, prompts: PromptSet) -> Result:
         return self.measure_on(model, find_sink_heads(model, prompts))
@@ -201,7 +209,7 @@ def _relative_change(residual: Tensor, batch: Batch, start: int) -> Tensor:
 def relative_change_after(start: int) -> Quantity:
     """[sample, layer + 1, later position]: `|x' - x| / |x|` of the stream, rows 2 i and 2 i + 1 making a pair."""
     reduce = functools.partial(_relative_change, start=start)
-    return Quantity(f"relative_change_after_{start}", ("resid",), reduce, "residual")
+    return Quantity(f"relative_change_after_{start}", ("resid",), reduce, "residual", by_row=False)
 
 
 def _table(spread: dict[str, dict[str, np.ndarray]], column: str) -> pd.DataFrame:

@@ -34,7 +34,7 @@ from torch.nn.functional import normalize
 
 from p0circuit import sink
 from p0circuit.activations import VALUE_NORM_RATIO, Batch, Quantity, Recording
-from p0circuit.experiments.base import Experiment, NotApplicable
+from p0circuit.experiments.base import Experiment, NotApplicable, second_half
 from p0circuit.experiments.claim import Claim, Clause
 from p0circuit.experiments.heads import find_sink_heads
 from p0circuit.intervals import Interval, bootstrap, ratio_interval
@@ -95,6 +95,10 @@ class KeySide(Experiment):
 
     def __init__(self, config: KeySideConfig = KeySideConfig()) -> None:
         super().__init__(config)
+
+    def passes(self, model: Any, prompts: PromptSet) -> float:
+        # The mean query on one half of the prompts, all else on the other.
+        return 1 + min(self.config.tested, second_half(prompts)) / prompts.n
 
     def measure(self, model: Any, prompts: PromptSet) -> Result:
         """Raises NotApplicable where there is no sink, or scores are no product of query and key."""

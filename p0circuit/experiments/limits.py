@@ -35,7 +35,7 @@ from torch import Tensor
 
 from p0circuit import sink
 from p0circuit.activations import ATTENTION_COPIES, Batch, Quantity, score_at
-from p0circuit.experiments.base import Experiment, NotApplicable
+from p0circuit.experiments.base import Experiment, NotApplicable, is_large, second_half
 from p0circuit.experiments.claim import Claim, Clause
 from p0circuit.experiments.conditions import drawable, text_like
 from p0circuit.experiments.heads import SinkHeads, find_sink_heads
@@ -95,6 +95,22 @@ class Limits(Experiment):
     def __init__(self, config: LimitsConfig = LimitsConfig()) -> None:
         super().__init__(config)
 
+    def passes(self, model: Any, prompts: PromptSet) -> float:
+        config, rows, length, info = self.config, second_half(prompts), prompts.length, describe(model)
+        few = min(rows, config.samples)
+        repeated = 2 * (len(_counts(config.repetitions, length)) - 1) * rows * length
+        prefixes = sum(few * (length + shift) for shift in config.prefixes if _fits(info, length + shift))
+        texts = (1 + (len(SHIPPED_TEXTS) if model.tokenizer is not None else 0)) * few * length
+        others = [other for other in config.lengths if CONTROL + 1 < other != length and _fits(info, other)]
+        lengths = sum(_rows_of(other, few, config.tokens) * other for other in others)
+        return (repeated + prefixes + texts + lengths) / (prompts.n * length)
+
+    def quick(self, info: ModelInfo) -> Limits:
+        if not is_large(info):
+            return self
+        lengths = (16, 32, 64, 128, 256, 512)
+        return Limits(LimitsConfig((1, 2, 8), (1, 8, 32), lengths, samples=8, tokens=2048))
+
     def measure(self, model: Any, prompts: PromptSet) -> Result:
         """Raises NotApplicable without a sink, and where no query sees both P0 and position 8."""
         import pandas as pd
@@ -147,7 +163,7 @@ class Limits(Experiment):
         import pandas as pd
 
         prompts, learned = found.prompts, describe(model).positions == "learned"
-        counts = sorted({r for r in self.config.repetitions if r < prompts.length} | {1, prompts.length})
+        counts = _counts(self.config.repetitions, prompts.length)
         others = different_tokens(model, prompts)
         rows, excess, imitated = [], {}, None
         for kind, fill in (("repeated", prompts.ids[torch.arange(prompts.n), prompts.p0, None]), ("different", others)):
@@ -187,10 +203,10 @@ class Limits(Experiment):
         import pandas as pd
 
         vocabulary, special = drawable(model)
-        context = describe(model).context
+        info = describe(model)
         rows = []
         for shift in (0, *self.config.prefixes):
-            if context is not None and prompts.length + shift > context:
+            if not _fits(info, prompts.length + shift):
                 continue
             shifted = contrast(prompts, shift, vocabulary, prompts.seed, tuple(special)).shifted if shift else prompts
             scores = self._scores(model, shifted, found, [0, shift], f"prefix {shift}")
@@ -229,13 +245,13 @@ class Limits(Experiment):
         for length in sorted({*config.lengths, prompts.length}):
             if length <= CONTROL + 1:
                 left_out[length] = f"there is no position {CONTROL} with a query behind it"
-            elif info.context is not None and length > info.context:
+            elif not _fits(info, length):
                 left_out[length] = f"the context is {info.context} tokens"
             elif 4 * ATTENTION_COPIES * info.heads * length**2 > _ROW_BYTES:
                 left_out[length] = "the attention of one row would not fit in memory"
             if length in left_out:
                 continue
-            count = max(1, min(config.samples, found.prompts.n, config.tokens // length))
+            count = _rows_of(length, min(config.samples, found.prompts.n), config.tokens)
             try:
                 text = _of_length(model, found, prompts, length, count)
             except ValueError as reason:
@@ -281,6 +297,21 @@ class Limits(Experiment):
         recording = self.record(model, prompts, [score_at(place) for place in sorted(set(places))], condition)
         layers, heads = map(list, zip(*found.heads, strict=True))
         return {place: recording[score_at(place)].double()[:, layers, heads].mean(1).numpy() for place in places}
+
+
+def _counts(repetitions: Sequence[int], length: int) -> list[int]:
+    """How often the first token stands: once, from end to end, and the numbers between that are asked for."""
+    return sorted({count for count in repetitions if count < length} | {1, length})
+
+
+def _fits(info: ModelInfo, length: int) -> bool:
+    """Whether the model has positions for so many tokens."""
+    return info.context is None or length <= info.context
+
+
+def _rows_of(length: int, most: int, tokens: int) -> int:
+    """Rows of a length, `most` of them or as many as hold so many tokens together."""
+    return max(1, min(most, tokens // length))
 
 
 def blind_queries(window: int) -> Quantity:

@@ -57,6 +57,9 @@ class NormDirection(Experiment):
     def __init__(self, config: NormDirectionConfig = NormDirectionConfig()) -> None:
         super().__init__(config)
 
+    def passes(self, model: Any, prompts: PromptSet) -> float:
+        return 0.0  # all of it is in the clean recording
+
     def measure(self, model: Any, prompts: PromptSet) -> Result:
         import pandas as pd
 

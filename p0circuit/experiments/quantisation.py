@@ -40,7 +40,7 @@ from torch.nn.functional import one_hot
 
 from p0circuit.activations import TOKEN_LOSSES, Batch, batch_size_for
 from p0circuit.console import track
-from p0circuit.experiments.base import Experiment, NotApplicable
+from p0circuit.experiments.base import Experiment, NotApplicable, is_large, second_half
 from p0circuit.experiments.claim import Claim, Clause
 from p0circuit.experiments.practice import find_used_sink, under
 from p0circuit.experiments.surgery import random_offsets
@@ -58,7 +58,7 @@ from p0circuit.interventions.int8 import (
     rounded_weights,
     with_weights,
 )
-from p0circuit.models import describe, device_of, forward
+from p0circuit.models import ModelInfo, describe, device_of, forward
 from p0circuit.models.device_map import placement_of
 from p0circuit.prompts import PromptSet
 from p0circuit.results import Result, metric_name
@@ -205,6 +205,17 @@ class Quantisation(Experiment):
 
     def __init__(self, config: QuantisationConfig = QuantisationConfig()) -> None:
         super().__init__(config)
+
+    def passes(self, model: Any, prompts: PromptSet) -> float:
+        config, rows = self.config, second_half(prompts)
+        measured, calibrated_on = (min(config.samples, half) for half in (rows, prompts.n - rows))
+        # The exact pass, and one for each scheme in use, two of them calibrated.
+        runs = 1 + len(SCHEMES) + 2
+        drawn = min(config.draw_samples, measured) if calibrated_on > 4 else 0
+        return (runs * measured + calibrated_on + drawn) / prompts.n
+
+    def quick(self, info: ModelInfo) -> Quantisation:
+        return Quantisation(QuantisationConfig(samples=8, draws=2, draw_samples=4)) if is_large(info) else self
 
     def measure(self, model: Any, prompts: PromptSet) -> Result:
         found, condition = find_used_sink(model, prompts)

@@ -42,7 +42,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from p0circuit.activations import Batch, Quantity
-from p0circuit.experiments.base import Experiment, NotApplicable
+from p0circuit.experiments.base import Experiment, NotApplicable, second_half
 from p0circuit.experiments.claim import Claim, Clause
 from p0circuit.experiments.heads import find_sink_heads
 from p0circuit.intervals import Interval, bootstrap, ratio_interval
@@ -137,6 +137,10 @@ class Recognition(Experiment):
 
     def __init__(self, config: RecognitionConfig = RecognitionConfig()) -> None:
         super().__init__(config)
+
+    def passes(self, model: Any, prompts: PromptSet) -> float:
+        blocks = sum(block + 1 for block in BLOCKS)
+        return blocks / describe(model).layers * second_half(prompts) / prompts.n
 
     def measure(self, model: Any, prompts: PromptSet) -> Result:
         """Raises NotApplicable where there is no sink, no block 1, padding, or attention that cannot be read."""

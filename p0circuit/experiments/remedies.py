@@ -31,11 +31,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from p0circuit.activations import NORM_RATIO, TOKEN_LOSSES, batch_size_for, record
-from p0circuit.experiments.base import Experiment, NotApplicable
+from p0circuit.activations import NORM_RATIO, TOKEN_LOSSES, batch_size_for, record, score_at
+from p0circuit.experiments.base import Experiment, NotApplicable, is_large, second_half
 from p0circuit.experiments.conditions import WITH_BOS, WITHOUT_BOS, bos_id
 from p0circuit.experiments.first_token import (
     FAR,
+    NO_REGISTER,
     REGISTER,
     SHORTEST,
     FirstTokenConfig,
@@ -44,7 +45,7 @@ from p0circuit.experiments.first_token import (
     prefixes_of,
     spread,
 )
-from p0circuit.experiments.heads import Heads, excess_scores
+from p0circuit.experiments.heads import Heads, over_heads
 from p0circuit.experiments.practice import find_used_sink, under
 from p0circuit.experiments.streaming import FIRST, WINDOWS_PER_ROW
 from p0circuit.experiments.surgery import require_attention
@@ -52,9 +53,12 @@ from p0circuit.intervals import Interval, bootstrap
 from p0circuit.interventions.ablation import Intervention, ablate, mask_key, zero_logit, zero_value
 from p0circuit.interventions.int8 import Site, largest_in_row, on_inputs, rounded
 from p0circuit.interventions.streaming import streamed, why_not_streamed
-from p0circuit.models import describe, forward
+from p0circuit.models import ModelInfo, describe, forward
+from p0circuit.models.device_map import placement_of
+from p0circuit.models.passes import WITH_GRADIENT
 from p0circuit.prompts import PromptSet, from_ids
 from p0circuit.results import Result, metric_name
+from p0circuit.sink import CONTROL
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -116,6 +120,21 @@ class Remedies(Experiment):
     def __init__(self, config: RemediesConfig = RemediesConfig()) -> None:
         super().__init__(config)
 
+    def passes(self, model: Any, prompts: PromptSet) -> float:
+        config, half = self.config, second_half(prompts)
+        rows, int8, spread_over = (
+            min(most, config.samples, half) for most in (half, config.int8_samples, config.spread_samples)
+        )
+        register = bool(config.register_steps) and placement_of(model) is None
+        remedies = 1 + (bos_id(model) is not None) + register + 4 + 2 * (not why_not_streamed(model, prompts))
+        trained = config.register_steps * FirstTokenConfig.batch * WITH_GRADIENT if register else 0
+        return (remedies * (rows + int8 + spread_over * config.tokens) + trained) / prompts.n
+
+    def quick(self, info: ModelInfo) -> Remedies:
+        if not is_large(info):
+            return self
+        return Remedies(RemediesConfig(samples=8, int8_samples=8, spread_samples=4, tokens=3, register_steps=0))
+
     def measure(self, model: Any, prompts: PromptSet) -> Result:
         """Raises NotApplicable without a sink, where attention cannot be edited, and where rows are padded or short."""
         found, condition = find_used_sink(model, prompts)
@@ -164,7 +183,7 @@ def remedies_for(
     if register is not None:
         remedies[BEHIND_REGISTER] = Remedy(register)
     else:
-        notes.append("there is no learned register: the model was loaded with a device map")
+        notes.append(NO_REGISTER)
     base, prefix = (BEHIND_BOS, bos) if condition == WITH_BOS else (AS_IS, None)
     everywhere = [f"attn.{layer}" for layer in range(describe(model).layers)]
     length = prompts.length if prefix is not None else prompts.length - 1
@@ -191,10 +210,12 @@ def measured_with(
     """Every quantity of `QUANTITIES` for the samples it was measured on."""
     text = prompts.ids[:, :-1]
     rows, changes = remedy.applied(model, text)
+    recording = record(model, rows, [TOKEN_LOSSES, NORM_RATIO, score_at(0), score_at(CONTROL)], interventions=changes)
+    excess = recording[score_at(0)].double() - recording[score_at(CONTROL)].double()
     return {
-        "loss": text_losses(model, text, remedy).mean(1),
-        "excess": excess_scores(model, rows, heads, interventions=changes),
-        "norm_ratio": record(model, rows, NORM_RATIO, interventions=changes)[NORM_RATIO].double().amax(1).numpy(),
+        "loss": _of_text(recording[TOKEN_LOSSES].double().numpy(), text).mean(1),
+        "excess": over_heads(excess, heads),
+        "norm_ratio": recording[NORM_RATIO].double().amax(1).numpy(),
         "int8_error": int8_errors(model, text[: config.int8_samples], remedy),
         "spread": _spread(model, prompts.subset(slice(0, config.spread_samples)), remedy, config.tokens),
     }
@@ -203,8 +224,14 @@ def measured_with(
 def text_losses(model: Any, text: Int[Tensor, "row pos"], remedy: Remedy) -> Float[np.ndarray, "row prediction"]:
     """The losses of the predictions made from 8 tokens into the text on."""
     rows, changes = remedy.applied(model, text)
-    losses = record(model, rows, TOKEN_LOSSES, interventions=changes)[TOKEN_LOSSES].double().numpy()
-    return losses[:, rows.length - text.shape[1] + FAR :]
+    return _of_text(record(model, rows, TOKEN_LOSSES, interventions=changes)[TOKEN_LOSSES].double().numpy(), text)
+
+
+def _of_text(
+    losses: Float[np.ndarray, "row position"], text: Int[Tensor, "row pos"]
+) -> Float[np.ndarray, "row prediction"]:
+    """Of the losses of rows, whatever stands before their text, those from 8 tokens into the text on."""
+    return losses[:, losses.shape[1] + 1 - text.shape[1] + FAR :]
 
 
 @torch.no_grad()

@@ -22,14 +22,14 @@ Source: Xiao et al. 2023, arXiv 2309.17453 (attention sinks; sections 3.1 and 3.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float
 
 from p0circuit.activations import TOKEN_LOSSES, record
-from p0circuit.experiments.base import Experiment, NotApplicable
+from p0circuit.experiments.base import Experiment, NotApplicable, is_large
 from p0circuit.experiments.claim import Claim, Clause
 from p0circuit.experiments.conditions import (
     WITH_BOS,
@@ -43,7 +43,7 @@ from p0circuit.experiments.surgery import lines
 from p0circuit.intervals import Interval, bootstrap, ratio_interval
 from p0circuit.interventions.nodes import InterventionError
 from p0circuit.interventions.streaming import streamed, why_not_streamed
-from p0circuit.models import describe
+from p0circuit.models import ModelInfo, describe
 from p0circuit.prompts import PromptSet
 from p0circuit.results import Result, metric_name
 from p0circuit.sink import CONTROL
@@ -70,12 +70,13 @@ BINS = 8
 
 @dataclass(frozen=True)
 class StreamingConfig:
-    """`window` in tokens, a quarter of the rows if None; the most rows in the other condition; the long stream's size.
+    """`window` in tokens, a quarter of the rows if None; the most rows, here and in the other condition.
 
     The long stream is `long_windows` times as long as the prompts, in as many rows as make `long_tokens` tokens.
     """
 
     window: int | None = None
+    samples: int = 10**9
     other_samples: int = 128
     long_windows: int = 8
     long_tokens: int = 8_192
@@ -131,6 +132,19 @@ class Streaming(Experiment):
     def __init__(self, config: StreamingConfig = StreamingConfig()) -> None:
         super().__init__(config)
 
+    def passes(self, model: Any, prompts: PromptSet) -> float:
+        config, n, length, info = self.config, prompts.n, prompts.length, describe(model)
+        given = min(n, config.samples) * length * (len(SINKS) + 1 + len(DROPPED))
+        other = min(n, config.other_samples) * length * (1 + len(DROPPED)) if bos_id(model) is not None else 0
+        long = min(length * config.long_windows, info.context or 10**9)
+        rows = max(1, min(n, config.long_tokens // long)) if long >= 2 * length else 0
+        return (given + other + rows * long * (1 + len(SINKS))) / (n * length)
+
+    def quick(self, info: ModelInfo) -> Streaming:
+        if not is_large(info):
+            return self
+        return Streaming(replace(self.config, samples=16, other_samples=4, long_windows=4, long_tokens=1024))
+
     def measure(self, model: Any, prompts: PromptSet) -> Result:
         """Raises NotApplicable where decoding cannot be followed exactly, or the rows are too short for the window."""
         import pandas as pd
@@ -144,6 +158,7 @@ class Streaming(Experiment):
                 f"need at least {start + 2} tokens"
             )
         given, other, note = _conditions(model, prompts, self.config.other_samples)
+        given = given.subset(slice(0, self.config.samples)) if given.n > self.config.samples else given
         losses = decoded(model, given, window, [None, *SINKS, OTHER, *DROPPED])
         costs = costs_of(losses, window)
         added = {_name(kept): bootstrap(_late(losses, kept, start, None)) for kept in (*SINKS, OTHER)}

@@ -17,12 +17,12 @@ Scores are those of sink heads above the last block with surgery. Source: Peng e
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from p0circuit.experiments.base import Experiment, NotApplicable
+from p0circuit.experiments.base import Experiment, NotApplicable, is_large, second_half
 from p0circuit.experiments.claim import Claim, Clause
 from p0circuit.experiments.heads import ByHead, Heads, excess_by_head, over_heads
 from p0circuit.experiments.surgery import (
@@ -36,7 +36,7 @@ from p0circuit.experiments.surgery import (
 )
 from p0circuit.intervals import Interval, bootstrap, ratio_interval
 from p0circuit.interventions.ablation import Intervention, isolate, match_statistics, mix
-from p0circuit.models import describe
+from p0circuit.models import ModelInfo, describe
 from p0circuit.prompts import PromptSet
 from p0circuit.results import Result
 from p0circuit.sink import CONTROL
@@ -109,6 +109,17 @@ class Structure(Experiment):
 
     def __init__(self, config: StructureConfig = StructureConfig()) -> None:
         super().__init__(config)
+
+    def passes(self, model: Any, prompts: PromptSet) -> float:
+        rows, config = second_half(prompts), self.config
+        few = min(rows, config.samples_beside)
+        positions = sum(t < prompts.length - 1 for t in config.positions)
+        blocks = min(config.scan_blocks, describe(model).layers - 1)
+        verdict, beside = 2 * positions * rows, (len(_AT_T) + len(_AT_P0) - 2) * positions * few
+        return (verdict + beside + (4 * blocks - 2) * few) / prompts.n
+
+    def quick(self, info: ModelInfo) -> Structure:
+        return Structure(replace(self.config, samples_beside=6, scan_blocks=3)) if is_large(info) else self
 
     def measure(self, model: Any, prompts: PromptSet) -> Result:
         return self.measure_on(model, find_sink(model, prompts))

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from p0circuit.models import describe, resume
+from p0circuit.models.passes import add_blocks
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu_,
@@ -48,6 +49,7 @@ class P0Block:
 
     def __call__(self, stream: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_model"]:
         """The stream after the block."""
+        add_blocks(len(stream), 1)
         value = _affine(self.norm_attention(stream), self.value)
         after_attention = _affine(value, self.output).add_(stream)
         read = self.norm_mlp(stream if self.parallel else after_attention)

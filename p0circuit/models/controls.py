@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -53,7 +53,8 @@ def shuffled_neurons(model: Any, seed: int = 0) -> Iterator[Any]:
     """The model with every MLP neuron writing what another one of its layer should write, inside a `with`.
 
     All weights are still there, and each layer's outputs have their usual size; what reads and what writes no longer
-    belong together.
+    belong together. A HookedTransformer has its output matrices permuted, so that clean runs can be recorded and shared
+    like those of any model; a bridge, whose matrices have many names, has its hidden activations permuted by hooks.
 
     Raises:
         ModelError: its neurons cannot be reached, as in a mixture of experts.
@@ -65,8 +66,28 @@ def shuffled_neurons(model: Any, seed: int = 0) -> Iterator[Any]:
     generator = torch.Generator().manual_seed(seed)
     width, device = describe(model).d_mlp, model.cfg.device
     orders = [torch.randperm(width, generator=generator).to(device) for _ in layers]
+    if describe(model).backend == "hooked":
+        with _shuffled_weights([block.mlp.W_out for block in model.blocks], orders):
+            yield model
+        return
     with hooked(model, [(name, partial(_shuffle, order=order)) for name, order in zip(names, orders, strict=True)]):
         yield model
+
+
+@contextlib.contextmanager
+@torch.no_grad()
+def _shuffled_weights(
+    weights: Sequence[Float[Tensor, "d_mlp d_model"]], orders: Sequence[Int[Tensor, " d_mlp"]]
+) -> Iterator[None]:
+    """Give each neuron the output of another inside a `with`: hidden[order] @ W is hidden @ W[argsort(order)]."""
+    kept = [weight.clone() for weight in weights]
+    try:
+        for weight, order in zip(weights, orders, strict=True):
+            weight.copy_(weight[order.argsort()])
+        yield
+    finally:
+        for weight, own in zip(weights, kept, strict=True):
+            weight.copy_(own)
 
 
 def _shuffle(

@@ -17,6 +17,7 @@ from torch import Tensor
 from p0circuit.models.bridge import HookPoints, bridge_points
 from p0circuit.models.changes import p0_placed
 from p0circuit.models.info import BLOCK_HOOKS, ModelError, backend_of, describe
+from p0circuit.models.passes import add_blocks
 
 Hook = tuple[str, Callable[..., Any]]
 
@@ -58,6 +59,7 @@ def forward(
     stop = _check_layer("stop_at_layer", stop_at_layer, 0, info.layers)
     ids = ids.to(model.cfg.device)
     hooks = _between(model, hooks, -1, stop)
+    add_blocks(ids.numel(), info.layers if stop is None else stop)
     with p0_placed(model, mask):
         if info.backend == "hooked":
             with hooked(model, hooks):
@@ -94,6 +96,7 @@ def resume(
     hooks = _between(model, hooks, start, stop)
     if stop == start:
         return residual
+    add_blocks(residual.shape[0] * residual.shape[1], (info.layers if stop is None else stop) - start)
     if info.backend == "hooked":
         with hooked(model, hooks), p0_placed(model, mask):
             return model(residual, start_at_layer=start, attention_mask=mask, stop_at_layer=stop)
@@ -207,7 +210,7 @@ def _left_out(model: Any, start: int, residual: Tensor) -> Iterator[None]:
                 block.__dict__["forward"] = forward
 
 
-def _layer_of(name: str, layers: int) -> int:
+def layer_of(name: str, layers: int) -> int:
     """The block a hook name belongs to: -1 for the embedding's, the number of layers for what follows the blocks."""
     if block := re.match(r"blocks\.(\d+)\.", name):
         return int(block.group(1))
@@ -219,13 +222,13 @@ def _between(model: Any, hooks: Sequence[Hook], start: int, stop: int | None) ->
     for name, _ in hooks:
         hook_point(model, name)
     end = len(model.blocks) + 1 if stop is None else stop
-    return [hook for hook in hooks if start <= _layer_of(hook[0], len(model.blocks)) < end]
+    return [hook for hook in hooks if start <= layer_of(hook[0], len(model.blocks)) < end]
 
 
 def _why_missing(model: Any, name: str) -> str:
     info = describe(model)
     hook = re.sub(r"^blocks\.\d+\.", "", name)
-    if hook != name and _layer_of(name, info.layers) >= info.layers:
+    if hook != name and layer_of(name, info.layers) >= info.layers:
         return f": it has blocks 0 to {info.layers - 1}"
     if hook == "hook_resid_mid" and info.parallel_blocks:
         return ": attention and MLP of its blocks read the same input, there is no stream between them"
