@@ -158,7 +158,10 @@ def reproduce(
             beginner = beginner_of(source.name, lambda step, source=source: _load(source, step))
             label = describe(model).name
             directory = out / label.replace("/", "--")
-            claims = reproduce_model(model, prompts, directory, [make() for make in EXPERIMENTS.values()], beginner)
+            experiments = [make() for make in EXPERIMENTS.values()]
+            if few:
+                experiments = [experiment.quick(describe(model)) for experiment in experiments]
+            claims = reproduce_model(model, prompts, directory, experiments, beginner)
         write_report(directory)
         _show_claims(label, claims)
         for published in find_runs(directory)[0].beside:
