@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: help reproduce test test-tl4 lint bench notebooks clean
+.PHONY: help reproduce reproduce-all models test test-tl4 lint bench notebooks clean
 
 RECENT := import sys; sys.exit(sys.version_info < (3, 10))
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python3.10; do \
@@ -20,13 +20,21 @@ define install
 endef
 
 help:
-	@echo "make reproduce   measure the P0 sink of the shipped models; tables, figures and a manifest in out/"
+	@echo "make reproduce   test every claim on SmolLM2-135M (downloaded once), p0-nano and the training runs; see out/report.html"
+	@echo "make reproduce-all   the same on Gemma 3 270M, wired and all shipped models too, with 1,024 prompts: hours"
+	@echo "make models      download the named real models, checked by hash (about 330 MB)"
 	@echo "make test        lint, types and tests;  make test-tl4: models and backends on TransformerLens 4"
 	@echo "make lint        ruff and pyright alone; make bench: speed and memory;  make clean: remove what make made"
 	@echo "make notebooks   the shipped notebooks anew from their Python sources, with outputs"
 
 reproduce: .venv/.runtime
 	.venv/bin/p0circuit reproduce
+
+reproduce-all: .venv/.runtime
+	.venv/bin/p0circuit reproduce --all
+
+models: .venv/.runtime
+	.venv/bin/p0circuit fetch smollm2-135m gemma3-270m
 
 # One process per core, one thread in each: the models are small.
 test: lint

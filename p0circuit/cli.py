@@ -5,6 +5,7 @@ Exit codes: 0 when the job was done, 2 for wrong use, 1 for anything else.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -51,8 +52,15 @@ class Backend(str, Enum):
     bridge = "bridge"
 
 
-QUICK_SAMPLES = 128
-MODEL_HELP = "A shipped model, a local Hugging Face directory, a hub id, or 'wired', whose weights are constructed."
+FIRST_IN_WORDS = {
+    First.text: "the text's own first token",
+    First.bos: "BOS, before the text",
+    First.random: "a random token",
+}
+MODEL_HELP = (
+    "A name that 'p0circuit models' lists, a local Hugging Face directory, a GGUF file, a hub id, or 'wired', whose "
+    "weights are constructed."
+)
 
 ModelArgument = Annotated[str, typer.Argument(help=MODEL_HELP)]
 BackendOption = Annotated[Backend, typer.Option(help="Which TransformerLens class holds the model.")]
@@ -72,8 +80,14 @@ OffloadOption = Annotated[
     typer.Option(file_okay=False, help="Where weights that wait on disk are written, if they must be; removed again."),
 ]
 TextOption = Annotated[
-    str,
-    typer.Option(help="stdlib, english, code, or a text file or directory; random tokens if there is no tokenizer."),
+    str | None,
+    typer.Option(
+        help="docs (Python's language reference), english, code, stdlib, or a text file or directory. Chosen by the "
+        "model if not given; random tokens if it has no tokenizer."
+    ),
+]
+FirstOption = Annotated[
+    First, typer.Option(help="What stands at position zero: the text's own first token, BOS, or a random token.")
 ]
 SamplesOption = Annotated[int, typer.Option(min=1, help="Number of prompts.")]
 LengthOption = Annotated[int, typer.Option(min=2, help="Tokens per prompt.")]
@@ -87,14 +101,19 @@ def reproduce(
     models: Annotated[
         list[str] | None,
         typer.Argument(
-            help=f"{MODEL_HELP} 'training': the claims about training. If none is named, p0-nano and those."
+            help=f"{MODEL_HELP} 'training': the claims about training. If none is named: smollm2-135m with as many "
+            "prompts as --quick takes, p0-nano, and training."
         ),
     ] = None,
-    every: Annotated[bool, typer.Option("--all", help="Every shipped model, and the claims about training.")] = False,
+    every: Annotated[
+        bool, typer.Option("--all", help="Every named, constructed and shipped model, and the claims about training.")
+    ] = False,
     out: OutOption = Path("out"),
-    text: TextOption = "stdlib",
-    quick: Annotated[bool, typer.Option("--quick", help=f"{QUICK_SAMPLES} prompts instead of --samples.")] = False,
-    samples: SamplesOption = 1024,
+    text: TextOption = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Few prompts: 128, or 32 for a model of more than 20 million parameters.")
+    ] = False,
+    samples: Annotated[int | None, typer.Option(min=1, help="Number of prompts; 1,024 if not given.")] = None,
     length: LengthOption = 64,
     seed: Annotated[int, typer.Option(help="First of the three seeds of the prompts.")] = 0,
     checkpoint: CheckpointOption = None,
@@ -108,34 +127,41 @@ def reproduce(
 ) -> None:
     """Test every claim on each model, with its controls; leave claims, figures and a report in OUT/MODEL."""
     from p0circuit.experiments import EXPERIMENTS
-    from p0circuit.models import describe, list_models
-    from p0circuit.report.contents import find_runs
+    from p0circuit.models import describe
+    from p0circuit.report.contents import find_runs, write_overview
     from p0circuit.report.page import write_report
-    from p0circuit.reproduction import FORWARD_PASSES, TRAINING, beginner_of, failed, reproduce_training
+    from p0circuit.reproduction import FORWARD_PASSES, SAMPLES, TRAINING, beginner_of, failed, reproduce_training
     from p0circuit.reproduction import reproduce as reproduce_model
     from p0circuit.training.runs import as_trained, shipped_runs
 
-    shipped = [entry.name for entry in list_models()] if every else ["p0-nano"]
-    given = models or [*shipped, TRAINING]
+    if quick and samples is not None:
+        raise ValueError(
+            f"--quick decides the number of prompts by the model's size and --samples asks for {samples}: leave one out"
+        )
+    given, left_out = _fetched(models or _default_models(every), required=bool(models))
     names = [Path(name).absolute().name if Path(name).is_dir() else name for name in given]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"two of these models are called {twice[0]!r}: give each an --out, in a call of its own")
     summary: dict[str, Any] = {}
     broken: list[str] = []
-    samples = QUICK_SAMPLES if quick else samples
     for name in given:
         if name == TRAINING:
             label, directory = TRAINING, out / TRAINING
             claims = reproduce_training(as_trained(shipped_runs()), directory)
         else:
             source = Source(name, backend, device, dtype, layers, device_map, offload_folder)
-            _forecast(source, [checkpoint], samples, length, FORWARD_PASSES)
+            few = quick or (samples is None and not models and not every and _named_model(name) is not None)
+            count = _quick_samples(source, checkpoint) if few else samples or SAMPLES
+            _forecast(source, [checkpoint], count, length, FORWARD_PASSES)
             model = _load(source, checkpoint)
-            prompts = _three_seeds(model, text, samples, length, seed)
+            prompts = _three_seeds(model, text, count, length, seed)
             beginner = beginner_of(source.name, lambda step, source=source: _load(source, step))
             label = describe(model).name
             directory = out / label.replace("/", "--")
-            claims = reproduce_model(model, prompts, directory, [make() for make in EXPERIMENTS.values()], beginner)
+            experiments = [make() for make in EXPERIMENTS.values()]
+            if few:
+                experiments = [experiment.quick(describe(model)) for experiment in experiments]
+            claims = reproduce_model(model, prompts, directory, experiments, beginner)
         write_report(directory)
         _show_claims(label, claims)
         for published in find_runs(directory)[0].beside:
@@ -143,7 +169,8 @@ def reproduce(
         say(f"claims, tables, figures, manifest and report.html are in {directory}")
         broken += [f"{label} {claim}" for claim in failed(claims)]
         summary[label] = {"directory": str(directory), "claims": claims}
-    if len(given) > 1:
+    if len(given) > 1 or left_out:
+        write_overview(out, [entry["directory"] for entry in summary.values()], left_out)
         write_report(out)
         say(f"an overview is in {out / 'report.html'}")
     _print_json(summary, as_json)
@@ -158,7 +185,7 @@ def run(
     model: Annotated[str, typer.Option(help=MODEL_HELP)] = "p0-nano",
     checkpoint: CheckpointOption = None,
     out: OutOption = Path("out"),
-    text: TextOption = "stdlib",
+    text: TextOption = None,
     samples: SamplesOption = 128,
     length: LengthOption = 64,
     seed: SeedOption = 0,
@@ -174,8 +201,9 @@ def run(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Run one experiment on one model, or on the traces of training runs."""
+    """Run one experiment on one model, in the condition in which it has its sink, or on the traces of training runs."""
     from p0circuit.experiments import find_experiment, over_runs
+    from p0circuit.experiments.sink_condition import find_condition
     from p0circuit.reproduction import TRAINING
     from p0circuit.training.runs import as_trained, shipped_runs
 
@@ -187,18 +215,17 @@ def run(
     source = Source(model, backend, device, dtype, layers, device_map, offload_folder)
     _forecast(source, [checkpoint], samples, length)
     loaded = _load(source, checkpoint)
-    prompts = _three_seeds(loaded, text, samples, length, seed)
-    _print_json(_run_one(chosen, loaded, prompts, out), as_json)
+    condition = find_condition(loaded, _three_seeds(loaded, text, samples, length, seed))
+    say(condition.summary)
+    _print_json(_run_one(chosen, loaded, condition.prompts, out), as_json)
 
 
 @app.command()
 def sink(
     model: ModelArgument,
     checkpoint: CheckpointOption = None,
-    first: Annotated[
-        First, typer.Option(help="What stands at position zero: the text's own token, BOS, or a random token.")
-    ] = First.random,
-    text: TextOption = "stdlib",
+    first: FirstOption = First.text,
+    text: TextOption = None,
     samples: SamplesOption = 128,
     length: LengthOption = 64,
     seed: SeedOption = 0,
@@ -210,18 +237,28 @@ def sink(
     as_json: JsonOption = False,
 ) -> None:
     """Measure the sink of one model: sink scores, sink rate, norm ratio and direction consistency of P0."""
-    from p0circuit.experiments.sink_summary import sink_summary
+    from p0circuit.experiments.sink_summary import after_bos, sink_summary
+    from p0circuit.sink import SINK_THRESHOLD, shortest_for
 
     given = Source(model, backend, device, dtype, None, device_map, offload_folder)
     _forecast(given, [checkpoint], samples, length, passes=1)
     loaded = _load(given, checkpoint)
     prompts = _prompts(loaded, text, samples, length, seed, first)
-    source = prompts.description.get("source", "random tokens")
-    summary = sink_summary(loaded, prompts, bos=first is First.bos) | {"first_token": first.value, "text": source}
+    # Without a tokenizer the prompts are random tokens, the first one too.
+    first = First.random if loaded.tokenizer is None else first
+    summary = sink_summary(loaded, prompts, bos=first is First.bos)
+    summary |= {"first_token": first.value, "text": prompts.description.get("source", "random tokens")}
+    summary["after_bos"] = after_bos(loaded, prompts)
+    if summary["sink_rate"] is None:
+        say(
+            f"no sink rate: at {length} tokens attention spread evenly scores {summary['uniform_score']:.2f}, above "
+            f"the threshold of {SINK_THRESHOLD:g}; give --length {shortest_for()} or more"
+        )
     if as_json:
         _print_json(summary, True)
         return
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table("layer", "sink scores of its heads", "norm ratio before", "direction before", title=summary["model"])
@@ -230,10 +267,20 @@ def sink(
         table.add_row(str(layer), " ".join(f"{score:.2f}" for score in scores), f"{ratio:.2f}", f"{direction:.2f}")
     console = Console()
     console.print(table)
-    later = summary["sink_rate_from_layer_2"]
     console.print(
-        f"sink rate {summary['sink_rate']:.3f}" + (f", from layer 2 {later:.3f}" if later is not None else "")
+        f"{_rates(summary)}, of {prompts.n} prompts of {length} tokens of {escape(str(summary['text']))}; at position "
+        f"zero: {FIRST_IN_WORDS[first]}. Attention spread evenly would score {summary['uniform_score']:.3f}."
     )
+    if summary["after_bos"] is not None:
+        console.print(f"Its sink depends on BOS. After BOS: {_rates(summary['after_bos'])} (--first bos).")
+
+
+def _rates(summary: dict[str, Any]) -> str:
+    """The sink rates in words."""
+    whole, later = summary["sink_rate"], summary["sink_rate_from_layer_2"]
+    if whole is None:
+        return "no sink rate"
+    return f"sink rate {whole:.3f}" + (f", from layer 2 {later:.3f}" if later is not None else "")
 
 
 @app.command()
@@ -241,7 +288,7 @@ def advise(
     model: ModelArgument,
     checkpoint: CheckpointOption = None,
     out: OutOption = Path("out"),
-    text: TextOption = "stdlib",
+    text: TextOption = None,
     samples: SamplesOption = 128,
     length: LengthOption = 64,
     seed: SeedOption = 0,
@@ -266,22 +313,45 @@ def advise(
 
 
 @app.command()
+def fetch(
+    names: Annotated[list[str], typer.Argument(help="Named models, as 'p0circuit models' lists them.")],
+) -> None:
+    """Download named models into the cache folder, checked by hash; what is there already is not downloaded again."""
+    from p0circuit.models import CATALOG
+    from p0circuit.models import fetch as fetch_model
+
+    if unknown := [name for name in names if name not in CATALOG]:
+        raise ValueError(f"no named model {unknown[0]!r}; there are: {', '.join(CATALOG)}")
+    for name in names:
+        say(f"{name}: {fetch_model(CATALOG[name])}")
+
+
+@app.command()
 def models(as_json: JsonOption = False) -> None:
-    """List the shipped models and their training checkpoints."""
+    """List the models with names: shipped with the package, fetched, and those that can be fetched."""
     from dataclasses import asdict
 
-    from p0circuit.models import list_models
+    from p0circuit.models import known_models
 
-    found = [asdict(entry) for entry in list_models()]
+    known = known_models()
     if as_json:
-        _print_json(found, True)
+        _print_json([asdict(entry) for entry in known], True)
         return
+    from rich import box
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table("name", "parameters", "checkpoints")
-    for entry in found:
-        table.add_row(entry["name"], f"{entry['parameters']:,}", ", ".join(map(str, entry["checkpoints"])))
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in ("name", "status", "weights", "parameters"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("what it is")
+    for entry in known:
+        steps = f"; {len(entry.checkpoints)} checkpoints" if entry.checkpoints else ""
+        licence = "" if entry.status == "shipped" else f"; {entry.licence}"
+        parameters = f"{entry.parameters / 1e6:.1f} M"
+        columns = (entry.name, entry.status, entry.quantisation or "plain", parameters)
+        table.add_row(*map(escape, (*columns, f"{entry.description}{steps}{licence}")))
     Console().print(table)
 
 
@@ -331,7 +401,7 @@ def trace(
     checkpoints: Annotated[
         str | None, typer.Option(help="Steps or revisions, separated by commas; all that are kept if not given.")
     ] = None,
-    first: Annotated[First, typer.Option(help="What stands at position zero.")] = First.text,
+    first: FirstOption = First.text,
     table: Annotated[
         Path | None,
         typer.Option(
@@ -341,7 +411,7 @@ def trace(
         ),
     ] = None,
     out: OutOption = Path("out"),
-    text: TextOption = "stdlib",
+    text: TextOption = None,
     samples: SamplesOption = 128,
     length: LengthOption = 64,
     seed: SeedOption = 0,
@@ -357,9 +427,11 @@ def trace(
     A run whose checkpoints are not kept, but whose trace comes with the package, is shown from that trace.
 
     --json prints an object with the keys model, checkpoints, formation_step,
-    stages and missing. A checkpoint has step, tokens, loss, sink_rate,
-    sink_rate_from_layer_2, norm_ratio, largest_norm_ratio,
-    direction_consistency, concentration_observed, concentration_causal,
+    stages, missing, first_token (what stood at position zero: text, bos or
+    random) and text (null for a trace that comes with the package). A
+    checkpoint has step, tokens, loss, sink_rate, sink_rate_from_layer_2,
+    norm_ratio, largest_norm_ratio, direction_consistency,
+    concentration_observed, concentration_causal,
     induction_score and excess, and if it was measured now scores_first_half and
     excess_second_half by layer and head; null is what is not defined or not
     known. A stage has from_step, to_step, and the means of excess,
@@ -380,6 +452,13 @@ def trace(
             raise ValueError(f"traces in tables are of {LENGTH} tokens, so that they compare, and --length is {length}")
     given = Source(source, backend, device, dtype, None, device_map, offload_folder)
     begins = first.value
+    texts: set[str] = set()
+
+    def read(stored: Any) -> PromptSet:
+        made = _prompts(stored, text, samples, length, seed, first, announce=False)
+        texts.add(made.description.get("source", "random tokens"))
+        return made
+
     try:
         labels = [label.strip() for label in checkpoints.split(",")] if checkpoints else checkpoints_of(source)
     except ModelError:
@@ -393,7 +472,7 @@ def trace(
         _forecast(given, labels, samples, length, PASSES, LARGE)
         found = trace_run(
             source,
-            lambda stored: _prompts(stored, text, samples, length, seed, first),
+            read,
             labels,
             out / "checkpoints",
             lambda label: _load(given, label),
@@ -412,8 +491,12 @@ def trace(
     if table is not None:
         say(f"its lines are in {keep_run(table, lines)}")
     formed = f"formed at step {found.formation_step}" if found.formation_step is not None else "has no sink at its end"
-    say(f"{found.model} {formed}; {len(found.stages)} stages; table and figure are in {path.parent}")
-    _print_json(found.to_json(), as_json)
+    read_text = ", ".join(texts) or "the text of its trace"
+    say(
+        f"{found.model} {formed}; {len(found.stages)} stages; on {read_text}, at position zero "
+        f"{FIRST_IN_WORDS[First(begins)]}; table and figure are in {path.parent}"
+    )
+    _print_json(found.to_json() | {"first_token": begins, "text": read_text if texts else None}, as_json)
 
 
 @app.command()
@@ -431,7 +514,7 @@ def sweep(
     workers: Annotated[int | None, typer.Option(min=1, help="Tasks at a time, if Ray is started here.")] = None,
     cpus: Annotated[int, typer.Option(min=1, help="Cores of a task.")] = 1,
     gpus: Annotated[float | None, typer.Option(min=0, help="GPUs of a task; 1 if torch sees one here.")] = None,
-    text: TextOption = "stdlib",
+    text: TextOption = None,
     samples: SamplesOption = 128,
     length: LengthOption = 64,
     seed: SeedOption = 0,
@@ -446,14 +529,14 @@ def sweep(
     from rich.console import Console
     from rich.table import Table
 
-    from p0circuit.prompts import SHIPPED_TEXTS
+    from p0circuit.prompts import NAMED_TEXTS
     from p0circuit.sweep import sweep as sweep_models
 
     def listed(given: str | None) -> list[str]:
         return [item.strip() for item in (given or "").split(",") if item.strip()]
 
     # Workers need not have this working directory.
-    text = text if text in ("stdlib", *SHIPPED_TEXTS) else str(Path(text).absolute())
+    text = text if text is None or text in NAMED_TEXTS else str(Path(text).absolute())
     found = sweep_models(
         listed(models),
         [int(label) if label.isdecimal() else label for label in listed(checkpoints)],
@@ -485,17 +568,20 @@ def cache(
     clear: Annotated[bool, typer.Option("--clear", help="Remove every file.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what the cache of recordings holds, or clear it."""
+    """Show what the cache holds, recordings and models converted from GGUF, or clear it (fetched files stay)."""
     from p0circuit.cache import Cache
+    from p0circuit.models.gguf import clear_converted, list_converted
 
     store = Cache()
     if clear:
-        freed = store.clear()
+        freed = store.clear() + clear_converted()
         say(f"freed {freed / 2**20:.1f} MiB in {store.directory}")
     entries = [entry | store.about(entry["key"]) for entry in store.entries()]
     total = sum(entry["bytes"] for entry in entries)
+    models = list_converted()
     if as_json:
-        _print_json({"directory": str(store.directory), "limit": store.limit, "bytes": total, "entries": entries}, True)
+        held = {"directory": str(store.directory), "limit": store.limit, "bytes": total, "entries": entries}
+        _print_json(held | {"converted": models}, True)
         return
     from rich.console import Console
     from rich.table import Table
@@ -508,9 +594,13 @@ def cache(
             str(entry.get("samples")),
             f"{entry['bytes'] / 1024:.0f}",
         )
+    for model in models:
+        table.add_row(str(model["file"]), "plain weights", "", f"{model['bytes'] / 1024:.0f}")
     console = Console()
     console.print(table)
-    console.print(f"{total / 2**20:.1f} of {store.limit / 2**20:.0f} MiB in use")
+    console.print(f"{total / 2**20:.1f} of {store.limit / 2**20:.0f} MiB in use by recordings")
+    if models:
+        console.print(f"{sum(model['bytes'] for model in models) / 2**20:.1f} MiB in use by converted models")
 
 
 @app.command()
@@ -554,6 +644,71 @@ def bench(
         if not isinstance(value, list):
             table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
     Console().print(table)
+
+
+def _default_models(every: bool) -> list[str]:
+    """What is reproduced where no model is named: a real one, the teaching model and the training runs, or all."""
+    from p0circuit.models import list_models
+    from p0circuit.models.catalog import CATALOG
+    from p0circuit.reproduction import TRAINING
+
+    if not every:
+        return ["smollm2-135m", "p0-nano", TRAINING]
+    return [*CATALOG, "wired", *(entry.name for entry in list_models()), TRAINING]
+
+
+def _named_model(name: str) -> Any:
+    from p0circuit.models.catalog import named_model
+
+    return named_model(name)
+
+
+def _fetched(names: list[str], required: bool) -> tuple[list[str], dict[str, str]]:
+    """The models whose files are here or could be fetched, and why the others could not, by name.
+
+    Raises:
+        ModelError: one cannot be fetched and is required.
+    """
+    from p0circuit.models import ModelError
+    from p0circuit.models.fetch import fetch
+
+    here, left_out = [], {}
+    for name in names:
+        try:
+            if (entry := _named_model(name)) is not None:
+                fetch(entry)
+            here.append(name)
+        except ModelError as reason:
+            if required:
+                raise
+            left_out[name] = str(reason)
+            say(f"going on without {name}: {reason}")
+    return here, left_out
+
+
+def _quick_samples(source: Source, checkpoint: str | None) -> int:
+    """How many prompts a quick run takes, said with its reason; known from the files, before anything is loaded."""
+    from p0circuit.reproduction import quick_samples
+
+    parameters = _parameters(source, checkpoint)
+    samples = quick_samples(parameters)
+    say(f"{source.name} has {parameters / 1e6:.3g} million parameters: a quick run takes {samples} prompts")
+    return samples
+
+
+def _parameters(source: Source, checkpoint: str | None) -> int:
+    """The number of a model's weights, from the headers of its files; those of a constructed one are counted."""
+    from safetensors import SafetensorError
+
+    from p0circuit.models.source import WIRED, count_parameters, resolve
+
+    if (entry := _named_model(source.name)) is not None:
+        return entry.parameters
+    with contextlib.suppress(SafetensorError):
+        if source.name not in WIRED:
+            return count_parameters(resolve(source.name, checkpoint).folder)
+    # Constructed, or damaged, which loading says in its own words.
+    return sum(weight.numel() for weight in _load(source, checkpoint).parameters())
 
 
 class Source(NamedTuple):
@@ -643,27 +798,35 @@ def _dtype(name: str | None) -> Any:
     return kinds[name] if name else None
 
 
-def _prompts(model: Any, text: str, samples: int, length: int, seed: int, first: First) -> PromptSet:
+def _prompts(
+    model: Any, text: str | None, samples: int, length: int, seed: int, first: First, announce: bool = True
+) -> PromptSet:
     """Crops of the text, or random tokens for a model that has no tokenizer to read text with."""
     from p0circuit.experiments.conditions import readable
 
     if model.tokenizer is None and first is First.bos:
         raise ValueError(f"{_name(model)} has no tokenizer, and so no BOS token that is known: use --first random")
-    _say_if_random(model)
+    if announce:
+        _say_what_it_reads(model, text)
     return readable(model, text, samples, length, seed, first.value)
 
 
-def _three_seeds(model: Any, text: str, samples: int, length: int, seed: int) -> PromptSet:
+def _three_seeds(model: Any, text: str | None, samples: int, length: int, seed: int) -> PromptSet:
     """The prompts of a reproduction: as many as asked for, drawn in equal parts by three seeds."""
     from p0circuit.experiments.conditions import readable_by_seeds
 
-    _say_if_random(model)
+    _say_what_it_reads(model, text)
     return readable_by_seeds(model, text, samples, length, seed)
 
 
-def _say_if_random(model: Any) -> None:
+def _say_what_it_reads(model: Any, text: str | None) -> None:
+    """Say which text was chosen by the model, or that there is none it can read."""
+    from p0circuit.experiments.conditions import default_text
+
     if model.tokenizer is None:
         say(f"{_name(model)} has no tokenizer: its prompts are random tokens")
+    elif text is None:
+        say(f"{_name(model)} reads {default_text(model)!r}, as no --text is given")
 
 
 def _name(model: Any) -> str:

@@ -31,11 +31,15 @@ from p0circuit.experiments import find_experiment
 from p0circuit.experiments.base import Experiment, NotApplicable
 from p0circuit.files import write_atomically
 from p0circuit.models import ModelError, load_model
-from p0circuit.models.load import Backend, bytes_while_loading
+from p0circuit.models.catalog import CATALOG
+from p0circuit.models.load import Backend
+from p0circuit.models.memory import bytes_while_loading
 from p0circuit.models.source import (
     WIRED,
     checkpoints_in,
     count_parameters,
+    gguf_name,
+    holds_no_checkpoints,
     hub_id_of,
     local_folder,
     resolve,
@@ -228,9 +232,11 @@ def _parameters(model: str, checkpoint: int | str | None) -> int:
 
     if model in WIRED:
         return 0
+    if model in CATALOG:
+        return CATALOG[model].parameters
     # What cannot be loaded is told by the worker, as that of its task alone.
     with contextlib.suppress(ModelError, SafetensorError):
-        if local_folder(model) is not None:
+        if holds_no_checkpoints(model) or local_folder(model) is not None:
             return count_parameters(resolve(model, checkpoint).folder)
         from huggingface_hub import get_safetensors_metadata
 
@@ -251,21 +257,27 @@ def _places(models: Sequence[str], checkpoints: Sequence[int | str]) -> list[tup
     found: list[tuple[str, int | str | None]] = []
     names: dict[str, str] = {}
     for given in dict.fromkeys(models):
-        folder = None if given in WIRED else local_folder(given)
+        whole = given in WIRED or holds_no_checkpoints(given)
+        folder = None if whole else local_folder(given)
         shipped = folder is not None and folder.parent == data_dir() / "models"
         # A worker need not have the driver's working directory, nor its copy of the package.
-        model = given if folder is None else folder.name if shipped else str(folder)
+        path = given if given in WIRED or given in CATALOG or not whole else str(Path(given).expanduser().absolute())
+        model = path if folder is None else folder.name if shipped else str(folder)
         name = _name(given)
         if names.setdefault(name, model) != model:
             raise ValueError(f"{names[name]!r} and {model!r} are both called {name!r}: sweep them into an --out each")
-        once = given in WIRED or (folder is not None and not checkpoints_in(folder))
+        once = whole or (folder is not None and not checkpoints_in(folder))
         found += [(model, checkpoint) for checkpoint in ([None] if once else dict.fromkeys(checkpoints) or [None])]
     return found
 
 
 def _name(model: str) -> str:
     """A model's name, as `describe` gives it."""
-    folder = None if model in WIRED else local_folder(model)
+    if model in WIRED:
+        return model
+    if holds_no_checkpoints(model):
+        return gguf_name(model)
+    folder = local_folder(model)
     return folder.name if folder else hub_id_of(model)
 
 
@@ -401,9 +413,8 @@ def _package(folder: Path, models: Sequence[str]) -> Path:
         if path.name not in ("data", "__pycache__"):
             (package / path.name).symlink_to(path)
     (package / "data" / "prompts").symlink_to(data_dir() / "prompts")
-    for model in set(models):
-        if model not in WIRED and (local := local_folder(model)) and local.parent == data_dir() / "models":
-            (package / "data" / "models" / local.name).symlink_to(local)
+    for model in set(models) & {path.name for path in (data_dir() / "models").iterdir()}:
+        (package / "data" / "models" / model).symlink_to(data_dir() / "models" / model)
     return package
 
 

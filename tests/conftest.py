@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 # Hub clients read it when they are imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -14,8 +16,12 @@ import numpy as np
 import pytest
 import torch
 
+from p0circuit.cache import cache_directory
 from tests.families import family_folder, family_model
 from tests.tiny import tiny_model_dir
+
+# The user's own: what was fetched stays fetched, from one run of the tests to the next.
+OWN_CACHE = cache_directory()
 
 __all__ = ["family_folder", "family_model", "tiny_model_dir"]
 
@@ -39,3 +45,26 @@ def fixed_seeds_and_an_empty_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_fac
     np.random.seed(0)
     torch.manual_seed(0)
     monkeypatch.setenv("P0CIRCUIT_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(scope="session")
+def smollm2_file() -> Path:
+    """The GGUF file of SmolLM2-135M in the user's own cache, fetched if need be; without it the test is skipped."""
+    from p0circuit.models import CATALOG, ModelError, fetch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("P0CIRCUIT_CACHE", str(OWN_CACHE))
+        try:
+            return fetch(CATALOG["smollm2-135m"])
+        except ModelError as reason:
+            pytest.skip(str(reason))
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_file: Path) -> Any:
+    """SmolLM2-135M as a hooked model; without it the test is skipped. Tests must leave it as it was."""
+    from p0circuit.models import load_model
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("P0CIRCUIT_CACHE", str(OWN_CACHE))
+        return load_model("smollm2-135m", device="cpu")

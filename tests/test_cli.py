@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from p0circuit import cli
+from p0circuit import cli, reproduction
 from p0circuit.activations import weights_fingerprint
 from p0circuit.cli import main
 from p0circuit.experiments import EXPERIMENTS
@@ -41,6 +43,8 @@ KEYS = [
     "n",
     "length",
     "bos",
+    "condition",
+    "uniform_score",
     "sink_rate",
     "sink_rate_from_layer_2",
     "sink_score",
@@ -48,6 +52,7 @@ KEYS = [
     "direction_consistency",
     "first_token",
     "text",
+    "after_bos",
 ]
 FILES = {
     "sink-map": {"tables/sink-map-scores.csv", "tables/sink-map-rates.csv", "figures/sink-map-map"},
@@ -125,7 +130,7 @@ def expected_files(*experiments: str) -> set[str]:
 def test_help_names_every_command(p0: Run) -> None:
     shown = p0("--help")
     assert shown.code == 0 and shown.err == ""
-    for command in ("reproduce", "run", "sink", "models", "train", "trace", "sweep", "cache"):
+    for command in ("reproduce", "run", "sink", "models", "fetch", "train", "trace", "sweep", "cache"):
         assert command in shown.out
         assert p0(command, "--help").code == 0
 
@@ -139,8 +144,8 @@ def test_sink_prints_json_and_nothing_else(tiny_model_dir: Path, tmp_path: Path)
     found = json.loads(out)
     assert list(found) == KEYS
     model = load_model(tiny_model_dir)
-    prompts = natural_text(model.tokenizer, "english", n=4, length=12, first_token="random")
-    expected = sink_summary(model, prompts, bos=False) | {"first_token": "random", "text": "english"}
+    prompts = natural_text(model.tokenizer, "english", n=4, length=12)
+    expected = sink_summary(model, prompts, bos=False) | {"first_token": "text", "text": "english", "after_bos": None}
     for key in KEYS:
         if isinstance(expected[key], list):
             np.testing.assert_allclose(found[key], expected[key], atol=1e-5)
@@ -164,7 +169,47 @@ def test_sink_puts_first_what_is_asked_for(p0: Run, tiny_model_dir: Path, first:
 def test_sink_without_json_is_a_table(p0: Run, tiny_model_dir: Path) -> None:
     shown = p0("sink", tiny_model_dir, *QUICK)
     assert shown.code == 0
-    assert "tiny" in shown.out and "sink rate 0.0" in shown.out and "from layer 2" in shown.out
+    told = " ".join(shown.out.split())
+    assert "tiny" in told and "sink rate 0.0" in told and "from layer 2" in told
+    assert "4 prompts of 12 tokens of english; at position zero: the text's own first token" in told
+    assert "Attention spread evenly would score 0.259" in told and "after BOS" not in told
+
+
+def test_one_default_for_what_stands_first_and_for_the_text() -> None:
+    commands = [command.callback for command in cli.app.registered_commands if command.callback is not None]
+    defaults = [inspect.signature(command).parameters for command in commands]
+    assert [of["first"].default for of in defaults if "first" in of] == [cli.First.text] * 2
+    assert [of["text"].default for of in defaults if "text" in of] == [None] * 6
+
+
+def test_sink_says_what_would_be_after_bos_where_the_sink_depends_on_it(p0: Run) -> None:
+    options = ("--samples", 40, "--length", 40, "--seed", 1)
+    found = json.loads(p0("sink", "bos-0", "--json", *options).out)
+    model = load_model("bos-0")
+    text = natural_text(model.tokenizer, "stdlib", n=40, length=40, seed=1)
+    rows = text.behind(model.tokenizer.bos_token_id).subset(slice(0, 32))
+    expected = sink_summary(model, rows, bos=True)
+    assert found["sink_rate"] < 0.05 and (found["condition"], expected["condition"]) == ("without BOS", "with BOS")
+    assert found["after_bos"] == {"n": 32, **{key: expected[key] for key in ("sink_rate", "sink_rate_from_layer_2")}}
+    shown = p0("sink", "bos-0", *options)
+    told = " ".join(shown.out.split())
+    assert f"Its sink depends on BOS. After BOS: sink rate {expected['sink_rate']:.3f}" in told
+    # Asked for by nobody, the text is the model's own.
+    assert shown.err == "bos-0 reads 'stdlib', as no --text is given\n"
+    after = json.loads(p0("sink", "bos-0", "--json", *options, "--first", "bos").out)
+    assert (after["first_token"], after["condition"], after["after_bos"]) == ("bos", "with BOS", None)
+    assert json.loads(p0("sink", "p0-nano", "--json", *options).out)["after_bos"] is None
+
+
+def test_a_rate_that_uniform_attention_would_reach_is_not_given(p0: Run) -> None:
+    short = p0("sink", "wired", "--json", "--samples", 4, "--length", 9)
+    found = json.loads(short.out)
+    assert found["uniform_score"] == pytest.approx(sum(1 / k for k in range(1, 10)) / 9)
+    assert found["sink_rate"] is None and found["sink_rate_from_layer_2"] is None and found["sink_score"]
+    assert "at 9 tokens attention spread evenly scores 0.31, above the threshold of 0.3; give --length 10" in short.err
+    assert "no sink rate" in p0("sink", "wired", "--samples", 4, "--length", 8).out
+    enough = p0("sink", "wired", "--json", "--samples", 4, "--length", 10)
+    assert json.loads(enough.out)["sink_rate"] is not None and "no sink rate" not in enough.err
 
 
 def test_sink_in_half_precision_and_on_the_other_backend(p0: Run, tiny_model_dir: Path) -> None:
@@ -259,6 +304,53 @@ def test_reproduce_tests_every_claim_on_every_model(p0: Run, tiny_model_dir: Pat
     assert set(scores[scores["sink_score"] > 0.8]["layer"]) == {2}
 
 
+def test_without_names_a_real_model_comes_first_and_is_missed_without_a_network(
+    p0: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # pip's own switch; the cache of a test is empty.
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setattr("p0circuit.experiments.EXPERIMENTS", {"sink-map": EXPERIMENTS["sink-map"]})
+    ended = p0("reproduce", "--out", tmp_path, "--samples", 12, "--length", 20, "--json")
+    assert ended.code == 0, ended.err
+    assert list(json.loads(ended.out)) == ["p0-nano", "training"]
+    (line,) = [line for line in ended.err.splitlines() if line.startswith("going on without smollm2-135m: ")]
+    assert "p0circuit fetch smollm2-135m" in line
+    page = (tmp_path / "report.html").read_text()
+    assert "Missing:" in page and "p0circuit fetch smollm2-135m" in page
+    overview = json.loads((tmp_path / "overview.json").read_text())
+    assert overview["models"] == ["p0-nano", "training"] and list(overview["left_out"]) == ["smollm2-135m"]
+    # By its own name it is what was asked for.
+    refused = p0("reproduce", "p0-nano", "smollm2-135m", "--out", tmp_path / "named")
+    assert refused.code == 2 and "smollm2-135m cannot be fetched" in refused.err
+    assert not (tmp_path / "named").exists()
+
+
+def test_a_quick_run_takes_as_many_prompts_as_the_size_says(
+    p0: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("p0circuit.experiments.EXPERIMENTS", {"sink-map": EXPERIMENTS["sink-map"]})
+    monkeypatch.setattr(reproduction, "LARGE_PARAMETERS", 500_000)
+    for name, parameters, samples in (("p0-nano", "0.91", 32), ("wired", "0.", 128)):
+        ended = p0("reproduce", name, "--quick", "--length", 20, "--out", tmp_path)
+        assert ended.code == 0
+        assert re.search(
+            rf"{name} has {parameters}\d* million parameters: a quick run takes {samples} prompts", ended.err
+        )
+        manifest = json.loads((tmp_path / name / "manifest.json").read_text())
+        assert (manifest["samples"], manifest["length"]) == (samples, 20)
+    ended = p0("reproduce", "wired", "--quick", "--samples", 64, "--out", tmp_path / "none")
+    assert ended.code == 2 and "--quick decides the number of prompts" in ended.err
+    assert not (tmp_path / "none").exists()
+
+
+def test_one_experiment_runs_in_the_condition_of_the_sink(p0: Run, tmp_path: Path) -> None:
+    ended = p0("run", "C5", "--model", "bos-0", "--out", tmp_path, "--samples", 24, "--length", 40)
+    assert ended.code == 0, ended.err
+    assert "bos-0 has its sink in text after BOS" in ended.err
+    result = Result.load(tmp_path / "bos-0" / "structure.json")
+    assert result.provenance["prompts"]["behind"] == 0 and result.claim is not None
+
+
 def test_a_claim_runs_by_its_number(p0: Run, tmp_path: Path) -> None:
     ended = p0("run", "c1", "--model", "wired", "--out", tmp_path, "--samples", 6, "--length", 12)
     assert ended.code == 0 and "C1 reproduced" in ended.err
@@ -298,6 +390,8 @@ def test_trace_prints_the_promised_keys(p0: Run, tmp_path: Path) -> None:
     keys = {"step", "tokens", "loss", "sink_rate", "sink_rate_from_layer_2", "norm_ratio", "concentration_observed"}
     assert keys | {"concentration_causal"} <= set(found["checkpoints"][0])
     assert "formation_step" in found and found["stages"]
+    assert (found["first_token"], found["text"]) == ("text", "stdlib")
+    assert "on stdlib, at position zero the text's own first token" in ended.err
     assert (tmp_path / "p0-nano" / "figures" / "trace-development.png").is_file()
     # Small, and so its needs are not told.
     assert "Needs" not in ended.err
@@ -322,6 +416,7 @@ def test_a_trace_that_comes_with_the_package(p0: Run, tmp_path: Path, name: str)
     assert [row["excess"] for row in found["checkpoints"]] == run["excess"].tolist()
     formed = None if run.formation is None else run["step"][run.formation]
     assert found["formation_step"] == formed and found["stages"] and not found["missing"]
+    assert (found["first_token"], found["text"]) == (run.first, None)
     assert (tmp_path / name / "figures" / "trace-development.png").is_file()
     (kept,) = shipped_runs(tmp_path / "runs")
     pd.testing.assert_frame_equal(kept.table, run.table, check_dtype=False)
@@ -410,13 +505,15 @@ def test_an_interrupted_reproduction_leaves_nothing_half_written(tiny_model_dir:
 def test_models_lists_what_is_shipped(p0: Run) -> None:
     shown = p0("models", "--json")
     assert shown.code == 0 and shown.err == ""
-    found = json.loads(shown.out)
+    known = json.loads(shown.out)
+    found = [entry for entry in known if entry["status"] == "shipped"]
     assert [entry["name"] for entry in found] == sorted(
         path.parent.name for path in (data_dir() / "models").glob("*/config.json")
     )
     table = p0("models").out
     for entry in found:
-        assert list(entry) == ["name", "parameters", "checkpoints"]
+        keys = ["name", "status", "parameters", "quantisation", "checkpoints", "licence", "description"]
+        assert list(entry) == keys and entry["quantisation"] is None and entry["description"]
         folder = data_dir() / "models" / entry["name"]
         # Gates are parameters too, and `transformers` knows nothing of them.
         weights = load_file(folder / "model.safetensors")
@@ -424,6 +521,15 @@ def test_models_lists_what_is_shipped(p0: Run) -> None:
         assert entry["parameters"] == AutoModelForCausalLM.from_pretrained(folder).num_parameters() + gates
         assert entry["checkpoints"] == sorted(entry["checkpoints"])
         assert entry["name"] in table
+    named = {entry["name"]: entry for entry in known if entry not in found}
+    assert set(named) == {"smollm2-135m", "gemma3-270m"}
+    assert {entry["status"] for entry in named.values()} == {"fetchable"}
+    assert all(name in table and str(entry["quantisation"]) in table for name, entry in named.items())
+
+
+def test_only_named_models_are_fetched(p0: Run) -> None:
+    refused = p0("fetch", "smollm2-135m", "p0-nano")
+    assert refused.code == 2 and "no named model 'p0-nano'; there are: smollm2-135m, gemma3-270m" in refused.err
 
 
 def test_a_trained_model_can_be_measured_and_its_trace_too(p0: Run, tmp_path: Path) -> None:

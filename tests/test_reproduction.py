@@ -7,14 +7,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from p0circuit.experiments import BosAblation, NormDirection, SinkMap, SinkMapConfig
+from p0circuit.experiments import BosAblation, KeySide, NormDirection, SinkMap, SinkMapConfig
 from p0circuit.experiments.base import Experiment, NotApplicable
 from p0circuit.experiments.claim import Claim, Clause
+from p0circuit.experiments.conditions import readable_by_seeds
 from p0circuit.intervals import Interval
 from p0circuit.models import load_model
 from p0circuit.prompts import pooled, random_tokens
-from p0circuit.reproduction import failed, reproduce, reproduce_training, run_or_read
+from p0circuit.report.page import write_report
+from p0circuit.reproduction import failed, quick_samples, reproduce, reproduce_training, result_key, run_or_read
 from p0circuit.results import Result
 from p0circuit.training.runs import as_trained, shipped_runs
 
@@ -77,6 +80,39 @@ def test_entries_controls_and_files(wired, tmp_path):
     assert manifest["experiments"] == ["sink-map", "norm-direction"] and list(manifest["left_out"]) == ["bos-ablation"]
     assert (tmp_path / "controls" / "untrained" / "sink-map.json").is_file()
     assert failed(entries) == []
+
+
+def test_claims_are_tested_in_the_condition_of_the_sink(tmp_path):
+    names = {"p0-nano": "without BOS", "bos-0": "with BOS"}
+    for name, condition in names.items():
+        model = load_model(name)
+        prompts = readable_by_seeds(model, None, 24, 40)
+        entries = reproduce(model, prompts, tmp_path / name, [SinkMap(), BosAblation(), KeySide()], controls=False)
+        manifest = json.loads((tmp_path / name / "manifest.json").read_text())
+        assert manifest["condition"]["name"] == condition and manifest["text"] == "stdlib"
+        assert f"{name} has its sink in" in manifest["condition"]["summary"]
+        # Without the choice there is no sink to explain in bos-0.
+        assert entries[2]["verdict"] != "not applicable", entries[2]["why"]
+        kept = Result.load(tmp_path / name / "key-side.json").provenance["prompts"]
+        assert kept.get("behind") == (0 if condition == "with BOS" else None)
+    write_report(tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert "text as it is</td>" in page and "text after BOS</td>" in page and "24 of stdlib</td>" in page
+
+
+def test_rows_that_lost_another_token_to_bos_are_another_run():
+    model = load_model("bos-0")
+    text = random_tokens(64, n=4, length=12)
+    changed = replace(text, ids=torch.cat([text.ids[:, :-1], text.ids[:, -1:] + 1], dim=1))
+    after, other = text.behind(0), changed.behind(0)
+    assert after.fingerprint() == other.fingerprint()
+    keys = {result_key(BosAblation(), model, prompts) for prompts in (after, other)}
+    assert len(keys) == 2
+
+
+@pytest.mark.parametrize(("parameters", "samples"), [(900_000, 128), (20_000_000, 128), (20_000_001, 32)])
+def test_the_size_of_a_model_decides_the_prompts_of_a_quick_run(parameters, samples):
+    assert quick_samples(parameters) == samples
 
 
 def test_a_claim_that_breaks_off_loses_none_of_the_others(wired, tmp_path):

@@ -97,3 +97,15 @@ def test_key_query_cosine_pairs_each_query_head_with_the_key_of_its_group(kv_hea
             after = range(int(position[row]) + 1, 6)
             literal = [float(queries[row, t, head] @ key / queries[row, t, head].norm() / key.norm()) for t in after]
             assert got[row, head].item() == pytest.approx(sum(literal) / len(literal), abs=1e-6)
+
+
+def test_what_uniform_attention_scores() -> None:
+    for length in (1, 8, 30):
+        pattern = torch.ones(length, length).tril()
+        pattern = (pattern / pattern.sum(-1, keepdim=True))[None, None]
+        score = float(sink.sink_score(pattern, torch.zeros(1, dtype=torch.long)))
+        assert sink.uniform_score(length) == pytest.approx(score, rel=1e-6)
+    assert sink.uniform_score(8) == pytest.approx(0.34, abs=0.005)
+    # The least length at which a head that attends to all alike is no sink head.
+    shortest = sink.shortest_for()
+    assert sink.uniform_score(shortest) <= sink.SINK_THRESHOLD < sink.uniform_score(shortest - 1)

@@ -137,7 +137,7 @@ class AnyToken(Experiment):
             tokens = torch.randperm(len(vocabulary), generator=generator)[: config.sample].sort().values
         continuations = found.prompts.subset(slice(0, config.continuations))
         try:
-            drawn, norms = scores_by_token(model, continuations, tokens, found.heads)
+            drawn, norms, of_bos = self._swept(model, continuations, tokens, found.heads)
         except (NotOfTheClosedForm, ModelError) as error:
             raise NotApplicable(f"the keys of {info.name} cannot be exchanged one by one: {error}") from error
         by_token = drawn.mean(1)
@@ -168,13 +168,12 @@ class AnyToken(Experiment):
             "share_at_position_8_in_full_runs": bootstrap(beside >= needed),
         }
         notes = [found.note]
-        if condition_of(model, prompts) == WITH_BOS:
-            bos = scores_by_token(model, continuations, torch.tensor([bos_id(model)]), found.heads)[0]
-            metrics["median_score_over_that_of_bos"] = over = ratio_interval(np.median(drawn, axis=0), bos)
+        if of_bos is not None:
+            metrics["median_score_over_that_of_bos"] = over = ratio_interval(np.median(drawn, axis=0), of_bos)
             bound = "is bound" if over.value < config.half else "is not bound"
             notes.append(
-                f"the prompts begin with BOS, which draws {bos.mean():.3f}; the median token in its place draws {over} "
-                f"of that: the sink {bound} to BOS"
+                f"the prompts begin with BOS, which draws {of_bos.mean():.3f}; the median token in its place draws "
+                f"{over} of that: the sink {bound} to BOS"
             )
         notes += [
             f"{len(exceptions)} of {len(tokens)} tokens draw less than half of the median score of {median:.3f}"
@@ -207,6 +206,16 @@ class AnyToken(Experiment):
         }
         tables = {"tokens": table, "exceptions": exceptions, "probe": probe}
         return Result(self.id, self.title, metrics, tables, figures, notes=notes)
+
+    def _swept(
+        self, model: Any, prompts: PromptSet, tokens: Int[Tensor, " token"], heads: Sequence[tuple[int, int]]
+    ) -> tuple[np.ndarray, Tensor, np.ndarray | None]:
+        """`scores_by_token`, and the scores of BOS by sample where the prompts begin with it."""
+        if condition_of(model, prompts) != WITH_BOS:
+            return *scores_by_token(model, prompts, tokens, heads), None
+        # In the same sweep: the tokens may be a sample without BOS.
+        drawn, norms = scores_by_token(model, prompts, torch.cat([tokens, torch.tensor([bos_id(model)])]), heads)
+        return drawn[:-1], norms[:-1], drawn[-1]
 
     def _full_runs(
         self,

@@ -15,6 +15,7 @@ from typing import Any
 
 from p0circuit.experiments.base import NotApplicable
 from p0circuit.models import StoredModel, describe
+from p0circuit.models.catalog import named_model
 from p0circuit.prompts import PromptSet, natural_text, pooled, random_tokens, repeated_token, special_ids
 from p0circuit.training.corpus import BOS_ID, BOS_TOKEN
 
@@ -113,7 +114,9 @@ def default_text(model: Any) -> str:
     2. A model with a tokenizer made by `p0circuit train`, as the shipped ones have: "stdlib", Python source.
     3. Any other: "docs", English prose.
     """
-    tokenizer = model.tokenizer
+    name, tokenizer = model.name if isinstance(model, StoredModel) else describe(model).name, model.tokenizer
+    if (entry := named_model(name)) is not None:
+        return entry.text
     trained_here = tokenizer is not None and tokenizer.bos_token == BOS_TOKEN and tokenizer.bos_token_id == BOS_ID
     return "stdlib" if trained_here else "docs"
 

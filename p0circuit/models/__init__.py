@@ -27,25 +27,33 @@ TransformerLens leaves to transformers' own code, `hook_pattern` can be read but
 
 from __future__ import annotations
 
+from p0circuit.models.catalog import CATALOG, NamedModel, named_model
+from p0circuit.models.fetch import fetch
 from p0circuit.models.forward import Hook, forward, hook_point, hooked, one_thread_if_small, resume
 from p0circuit.models.info import ModelError, ModelInfo, describe, device_of
 from p0circuit.models.load import StoredModel, load_model, plan_model, stored_model
-from p0circuit.models.source import ShippedModel, list_checkpoints, list_models
+from p0circuit.models.source import KnownModel, ShippedModel, known_models, list_checkpoints, list_models
 
 __all__ = [
+    "CATALOG",
     "Hook",
+    "KnownModel",
     "ModelError",
     "ModelInfo",
+    "NamedModel",
     "ShippedModel",
     "StoredModel",
     "describe",
     "device_of",
+    "fetch",
     "forward",
     "hook_point",
     "hooked",
+    "known_models",
     "list_checkpoints",
     "list_models",
     "load_model",
+    "named_model",
     "one_thread_if_small",
     "plan_model",
     "resume",

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from p0circuit.cache import cache_directory
 from p0circuit.models.bridge import to_bridge
 from p0circuit.models.info import ModelError, experts
-from p0circuit.models.load import free_memory
+from p0circuit.models.memory import free_memory
 from p0circuit.models.source import stored_shapes
 
 DeviceMap = str | Mapping[str, int | str]

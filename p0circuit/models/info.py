@@ -52,6 +52,7 @@ class ModelInfo:
     query sees, itself included, or None for all of them. `context` is the longest sequence in tokens, None where
     nothing limits it. `d_mlp` is the width of one expert in a mixture of experts; `experts` is then their number, and
     0 for dense models. In `parallel_blocks` the MLP reads the block's input instead of the stream after attention.
+    `quantisation` is how the weights were rounded before they were loaded, as in "Q4_1"; None for plain weights.
     """
 
     name: str
@@ -69,6 +70,23 @@ class ModelInfo:
     window: tuple[int | None, ...]
     experts: int
     parallel_blocks: bool
+    quantisation: str | None = None
+
+    @property
+    def title(self) -> str:
+        """What people are shown: the name, and how the weights were rounded if they were."""
+        return titled(self.name, self.quantisation)
+
+
+def titled(name: str, quantisation: str | None) -> str:
+    """A model's name with the quantisation of its weights, as in "smollm2-135m (Q4_1)"."""
+    return f"{name} ({quantisation})" if quantisation else name
+
+
+def note_quantisation(model: Any, quantisation: str | None) -> Any:
+    """The hooked model, with what `describe` will say of its quantisation."""
+    model.__dict__["quantisation"] = quantisation
+    return model
 
 
 def describe(model: Any) -> ModelInfo:
@@ -97,6 +115,7 @@ def describe(model: Any) -> ModelInfo:
         window=_hooked_windows(cfg) if hf is None else layer_windows(hf),
         experts=(cfg.num_experts or 0) if hf is None else experts(hf),
         parallel_blocks=bool(getattr(cfg, "parallel_attn_mlp", False)) if hf is None else _is_parallel(model),
+        quantisation=model.__dict__.get("quantisation"),
     )
 
 

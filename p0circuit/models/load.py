@@ -19,7 +19,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from p0circuit.models.info import ModelError
+from p0circuit.models.info import ModelError, note_quantisation
+from p0circuit.models.memory import bytes_while_loading, free_memory
 from p0circuit.models.source import (
     WIRED,
     Source,
@@ -49,6 +50,7 @@ class StoredModel:
         tokenizer: None where there is none.
         vocab_size: of its embedding.
         fingerprint: a hash of its config and weight files; a commit of the hub stands for the files in it.
+        quantisation: how its weights were rounded, as `describe` gives it.
     """
 
     name: str
@@ -57,6 +59,7 @@ class StoredModel:
     tokenizer: Any
     vocab_size: int
     fingerprint: str
+    quantisation: str | None = None
 
 
 def load_model(
@@ -69,10 +72,12 @@ def load_model(
     device_map: DeviceMap | None = None,
     offload_folder: str | Path | None = None,
 ) -> Any:
-    """Load a shipped model by name, a local Hugging Face directory, or a hub id, as a raw hooked model in eval mode.
+    """Load a model by name, directory, GGUF file or hub id, as a raw hooked model in eval mode.
 
-    A name is looked up in this order; `wired`, `wired-learned`, `wired-decoy` and `wired-decoy-learned` are the models
-    of wired.py, and TransformerLens's short names (`pythia-70m`) stand for the hub ids they mean.
+    A name is looked up in this order: a shipped model; one of the catalog (`smollm2-135m`, `gemma3-270m`), fetched on
+    first use; a local Hugging Face directory, a GGUF file, or a directory with one; a hub id. `wired`, `wired-learned`,
+    `wired-decoy` and `wired-decoy-learned` are the models of wired.py, and TransformerLens's short names (`pythia-70m`)
+    stand for the hub ids they mean.
     `checkpoint` is a training step, or the label or hub revision that names it. `backend` "auto" is HookedTransformer
     for the families it computes exactly and TransformerBridge for everything else. `device` defaults to CUDA where
     there is one and the CPU otherwise, `dtype` to float32 whatever the file holds. `layers` loads the first blocks
@@ -101,7 +106,8 @@ def load_model(
         source = _truncate(source, config, layers)
     dtype = torch.float32 if dtype is None else dtype
     if device_map is not None:
-        return _load_placed(source, config, device_map, device, dtype, offload_folder)
+        placed = _load_placed(source, config, device_map, device, dtype, offload_folder)
+        return note_quantisation(placed, source.quantisation)
     _check_memory(source, share, _device(device), dtype)
     tokenizer = _load_tokenizer(source)
     hf = _load_hf(source, config, dtype, _device(device))
@@ -117,12 +123,14 @@ def load_model(
         raise ModelError("this TransformerLens has no HookedTransformer any more; use backend='bridge'")
     if backend == "hooked" or (backend == "auto" and available() and type(hf).__name__ in FAMILIES):
         try:
-            return _checked(change_hooked(to_hooked(hf, source.name, tokenizer), changes, gates), logits)
+            model = _checked(change_hooked(to_hooked(hf, source.name, tokenizer), changes, gates), logits)
+            return note_quantisation(model, source.quantisation)
         except ModelError as error:
             if backend == "hooked":
                 raise
             logging.getLogger(__name__).info("%s; using TransformerBridge", error)
-    return _checked(change_hooked(to_bridge(hf, source.name, tokenizer), changes, gates), logits)
+    model = _checked(change_hooked(to_bridge(hf, source.name, tokenizer), changes, gates), logits)
+    return note_quantisation(model, source.quantisation)
 
 
 def plan_model(
@@ -169,6 +177,7 @@ def stored_model(name: str | Path, checkpoint: int | str | None = None) -> Store
         _load_tokenizer(source),
         config.get_text_config().vocab_size,
         fingerprint,
+        source.quantisation,
     )
 
 
@@ -283,28 +292,6 @@ def _check_memory(source: Source, share: float, device: Any, dtype: Any) -> None
             f"{source.name} needs about {needed / 2**30:.1f} GB on {device} and {free / 2**30:.1f} are free; load it "
             "with a smaller dtype (bfloat16), fewer layers, or on another device"
         )
-
-
-def bytes_while_loading(parameters: int, dtype: Any) -> int:
-    """Bytes that weights take at most: HookedTransformer has its own, made beside those of `transformers`."""
-    import torch
-
-    return 2 * parameters * torch.finfo(dtype).bits // 8
-
-
-def free_memory(device: Any) -> int | None:
-    """Bytes that can still be had on a device; None where the system does not say."""
-    import torch
-
-    if device.type == "cuda":
-        # What torch holds without using it can be had too.
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return None
 
 
 def _load_tokenizer(source: Source) -> Any:

@@ -1,7 +1,7 @@
 """Which files a model's name stands for, and whether they hold a causal language model, before any weight is read.
 
-1. Look the name up: a shipped model, the caller's own directory, or the hub's snapshot (from the local cache when
-   offline).
+1. Look the name up: a shipped model, one of the catalog (fetched on first use), the caller's own directory or GGUF
+   file, or the hub's snapshot (from the local cache when offline). GGUF files are converted once (gguf.py).
 2. Find the checkpoint in it, if one is asked for.
 3. Check it before anything heavy: config, weights as safetensors, a causal mask.
 """
@@ -11,10 +11,15 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from p0circuit.models.catalog import CATALOG, NamedModel
+from p0circuit.models.fetch import fetch, is_fetched, sha256_of
+from p0circuit.models.gguf import Converted, converted, gguf_in, is_gguf, read_sidecar
 from p0circuit.models.info import ModelError
 from p0circuit.models.labels import STEP, by_step, parse_label
 from p0circuit.paths import data_dir
@@ -50,13 +55,40 @@ class ShippedModel:
 
 
 @dataclass(frozen=True)
+class KnownModel:
+    """A model that can be loaded by a short name, as `p0circuit models` lists it.
+
+    Attributes:
+        name: what to call it.
+        status: "shipped" with the package, "fetched" into the cache folder, or "fetchable" by `p0circuit fetch`.
+        parameters: the number of weights.
+        quantisation: how they were rounded before they came here; None for plain weights.
+        checkpoints: the training steps it keeps.
+        licence: of the weights.
+        description: what it is, in one line.
+    """
+
+    name: str
+    status: Literal["shipped", "fetched", "fetchable"]
+    parameters: int
+    quantisation: str | None
+    checkpoints: tuple[int, ...]
+    licence: str
+    description: str
+
+
+@dataclass(frozen=True)
 class Source:
-    """A resolved model: the folder to read, where its tokenizer may lie, what to call it, and its checkpoint's name."""
+    """A resolved model: the folder to read, where its tokenizer may lie, what to call it, and its checkpoint's name.
+
+    `quantisation` is how its weights were rounded before they came here, as in "Q4_1"; None for plain weights.
+    """
 
     name: str
     folder: Path
     tokenizers: tuple[Path, ...]
     label: str | None = None
+    quantisation: str | None = None
 
 
 def list_models() -> list[ShippedModel]:
@@ -68,6 +100,37 @@ def list_models() -> list[ShippedModel]:
     ]
 
 
+def known_models() -> list[KnownModel]:
+    """The models that can be loaded by a short name: those that come with the package, then those of the catalog."""
+    shipped = [
+        KnownModel(model.name, "shipped", model.parameters, None, model.checkpoints, "MIT", _first_sentence(model.name))
+        for model in list_models()
+    ]
+    named = [
+        KnownModel(
+            entry.name,
+            "fetched" if is_fetched(entry) else "fetchable",
+            entry.parameters,
+            entry.quantisation,
+            (),
+            entry.licence,
+            entry.title,
+        )
+        for entry in CATALOG.values()
+    ]
+    return shipped + named
+
+
+def _first_sentence(shipped: str) -> str:
+    """Of a shipped model's card, up to what it says after a colon or a comma; empty where there is no card."""
+    path = data_dir() / "models" / shipped / "README.md"
+    if not path.is_file():
+        return ""
+    paragraphs = path.read_text().split("\n\n")
+    text = next((part for part in paragraphs if part and part[0] not in "-#|"), "")
+    return re.split(r"[.:](?:\s|$)", " ".join(text.split()))[0]
+
+
 def list_checkpoints(source: str | Path) -> list[int]:
     """The training steps a shipped model, directory or hub id keeps checkpoints of, in order.
 
@@ -76,6 +139,8 @@ def list_checkpoints(source: str | Path) -> list[int]:
     Raises:
         ModelError: if there is no such model.
     """
+    if holds_no_checkpoints(source):
+        return []
     folder = local_folder(source)
     if folder is not None:
         return list(checkpoints_in(folder))
@@ -83,27 +148,79 @@ def list_checkpoints(source: str | Path) -> list[int]:
 
 
 def resolve(name: str | Path, checkpoint: int | str | None) -> Source:
+    """The files of a model and of its checkpoint; what has to be fetched or converted for that is.
+
+    Raises:
+        ModelError: there is no such model or checkpoint, or it cannot be had.
+    """
+    entry, file = _catalog_entry(name), _gguf_file(name)
+    if (entry or file) and checkpoint is not None:
+        raise ModelError(f"{name} is one GGUF file: it has no checkpoint {checkpoint!r}")
+    if entry is not None:
+        return _from_gguf(entry.name, converted(entry.name, entry.sha256, partial(fetch, entry)))
+    if file is not None:
+        called = gguf_name(name)
+        return _from_gguf(called, converted(called, sha256_of(file), lambda: file))
     folder = local_folder(name)
     if folder is None:
         return _from_hub(str(name), checkpoint)
     if checkpoint is None:
-        return Source(folder.name, folder, _tokenizer_folders(folder))
+        about = read_sidecar(folder)
+        return Source(folder.name, folder, _tokenizer_folders(folder), None, about.quantisation if about else None)
     chosen = _find_checkpoint(folder, checkpoint)
     return Source(f"{folder.name}@{checkpoint}", chosen, (chosen, folder), chosen.name)
 
 
+def _from_gguf(name: str, made: Converted) -> Source:
+    return Source(name, made.folder, (made.folder,), None, made.quantisation)
+
+
+def _catalog_entry(name: str | Path) -> NamedModel | None:
+    return None if _shipped_folder(name) else CATALOG.get(str(name))
+
+
+def _gguf_file(name: str | Path) -> Path | None:
+    """The GGUF file that a path means, itself or as the only one in a directory."""
+    if _shipped_folder(name) or str(name) in CATALOG:
+        return None
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return gguf_in(path)
+    return Path(os.path.abspath(path)) if is_gguf(path) else None
+
+
+def holds_no_checkpoints(name: str | Path) -> bool:
+    """Whether a name stands for one GGUF file, of the catalog or the caller's own."""
+    return (_catalog_entry(name) or _gguf_file(name)) is not None
+
+
+def gguf_name(name: str | Path) -> str:
+    """What the model of a GGUF file is called: as in the catalog, else after its directory or file."""
+    path = Path(os.path.abspath(Path(name).expanduser()))
+    return str(name) if str(name) in CATALOG else path.name if path.is_dir() else path.stem
+
+
+def _shipped_folder(name: str | Path) -> Path | None:
+    folder = data_dir() / "models" / name
+    return folder if len(Path(name).parts) == 1 and (folder / "config.json").is_file() else None
+
+
 def local_folder(name: str | Path) -> Path | None:
-    """The folder of a shipped model or of the caller's own, None for what can only be a hub id."""
-    shipped = data_dir() / "models" / name
-    if len(Path(name).parts) == 1 and (shipped / "config.json").is_file():
+    """The folder of a shipped model or of the caller's own, None for what can only be a hub id or in the catalog."""
+    if shipped := _shipped_folder(name):
         return shipped
+    if str(name) in CATALOG:
+        return None
     path = Path(name).expanduser()
     if path.is_dir():
         return Path(os.path.abspath(path))
     looks_like_a_path = isinstance(name, Path) or str(name).startswith((".", "/", "~")) or len(path.parts) > 2
     if path.exists() or looks_like_a_path:
         found = "a file" if path.exists() else "nothing"
-        raise ModelError(f"{str(name)!r}: expected a directory with config.json and safetensors weights, found {found}")
+        raise ModelError(
+            f"{str(name)!r}: expected a directory with config.json and safetensors weights, or a GGUF file, "
+            f"found {found}"
+        )
     return None
 
 
@@ -210,7 +327,7 @@ def _near(name: str) -> str:
     from transformer_lens.supported_models import MODEL_ALIASES, OFFICIAL_MODEL_NAMES
 
     shipped = [*(model.name for model in list_models()), *WIRED]
-    known = {*shipped, *OFFICIAL_MODEL_NAMES, *(short for names in MODEL_ALIASES.values() for short in names)}
+    known = {*shipped, *CATALOG, *OFFICIAL_MODEL_NAMES, *(short for names in MODEL_ALIASES.values() for short in names)}
     lowered = {candidate.lower(): candidate for candidate in sorted(known)}
     near = [lowered[key] for key in difflib.get_close_matches(name.lower(), lowered, n=4)]
     return f"did you mean {listed(near)}?" if near else f"shipped are {listed(shipped) or 'none'}"
@@ -227,7 +344,10 @@ def check_folder(source: Source) -> Any:
     from transformers import AutoConfig
 
     if not (source.folder / "config.json").is_file():
-        raise ModelError(f"{source.name}: no config.json in {source.folder}; expected a Hugging Face model directory")
+        raise ModelError(
+            f"{source.name}: no config.json in {source.folder}; expected a Hugging Face model directory, or "
+            "one GGUF file in it"
+        )
     _check_weight_files(source)
     try:
         config = AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
