@@ -14,8 +14,12 @@ computation on rows of one token, and the effect of a new key of P0 on a head's 
    keys and values it gives there are scored as in 4. Groups come first: all heads of a block as one sender, V of all
    heads of a block as one receiver. Members are run only where the group's estimate, or the sum of the sizes of the
    members' first-order estimates (members can cancel), reaches the threshold over the safety factor.
+   Where that is done on a few rows, everything that reaches the threshold over `SAFETY_OF_FEW_ROWS` is estimated again
+   on all of them: effects differ from row to row.
 6. *Verify.* Every edge one of whose two estimates reaches the threshold over the safety factor is patched exactly on
-   all rows, and so is a random sample of the others: the result states the error of the estimates on both.
+   all rows, strongest first, within a budget of passes. With `members`, an edge into a group of heads that reaches the
+   threshold is followed by edges into its heads. What is left of the budget goes to a random sample of the edges that
+   were left out: the result states the error of the estimates on both.
 
 Sets of receivers (K of all sink heads, whatever their block) are receivers like any others; their estimate is the sum
 of their members'. Exhaustive search is `path_patching.path_patch`; the tests hold the two together.
@@ -25,7 +29,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -42,10 +47,17 @@ from p0circuit.interventions.closed_form import (
     key_hook,
     query_side,
 )
-from p0circuit.interventions.metrics import Complete, Rows, measure_rows, reading_hooks, sink_score_of
+from p0circuit.interventions.metrics import Complete, Metric, Rows, reading_hooks, sink_score_of
 from p0circuit.interventions.nodes import InterventionError, Node, nodes_of
 from p0circuit.interventions.path_patching import PathEffects, Receiver
-from p0circuit.interventions.receiver_inputs import InputPatch, InputsAtP0, Variant, measure_inputs, read_at_p0
+from p0circuit.interventions.receiver_inputs import (
+    InputPatch,
+    InputsAtP0,
+    Variant,
+    clean_streams,
+    measure_inputs,
+    read_at_p0,
+)
 from p0circuit.interventions.side_by_side import by_slot, check_value, repeated
 from p0circuit.models import ModelInfo, describe, device_of, forward, resume
 from p0circuit.models.forward import Hook
@@ -58,6 +70,8 @@ if TYPE_CHECKING:
 Edge = tuple[str, str]
 POINTS = 2
 """Where gradients are taken: in the clean run and halfway."""
+SAFETY_OF_FEW_ROWS = 8.0
+"""Estimates from a few rows leave out what is this many times below the threshold."""
 SAFETY = 2.0
 """An estimate is trusted to lie within this factor of the exact effect where it leaves an edge out."""
 
@@ -68,8 +82,9 @@ class EdgeSearch:
 
     Attributes:
         threshold: the least size of an effect, in units of the metric.
-        edges: all edges with an effect to be estimated, in the order of `estimate`.
-        estimate: the estimated change of the metric on the screening rows, the mean of the two estimates.
+        edges: all edges with an effect to be estimated, in the order of `means`.
+        means: the estimated mean change of the metric, the mean of the two estimates.
+        by_row: the same for each row; None where most edges were estimated on a few rows only.
         exact: exact effects of the verified edges, those of the random sample included.
         sampled: the edges of the random sample; every other verified edge passed the screen.
         unverified: edges that passed the screen but were beyond the limit on exact runs.
@@ -79,7 +94,8 @@ class EdgeSearch:
 
     threshold: float
     edges: tuple[Edge, ...]
-    estimate: Float[Tensor, "edge row"]
+    means: Float[Tensor, " edge"]
+    by_row: Float[Tensor, "edge batch"] | None
     exact: PathEffects
     sampled: frozenset[Edge]
     unverified: tuple[Edge, ...]
@@ -89,11 +105,6 @@ class EdgeSearch:
     @functools.cached_property
     def _number(self) -> dict[Edge, int]:
         return {edge: number for number, edge in enumerate(self.edges)}
-
-    @functools.cached_property
-    def means(self) -> Float[Tensor, " edge"]:
-        """The mean estimate of each edge."""
-        return self.estimate.double().mean(1)
 
     @property
     def found(self) -> list[Edge]:
@@ -128,15 +139,15 @@ class EdgeSearch:
         """The summed sizes of the effects of all edges into these receivers: exact where verified, else estimated.
 
         Raises:
-            InterventionError: estimates and exact effects are not of the same rows.
+            InterventionError: the estimates are not of all rows.
         """
-        if self.estimate.shape[1] != self.exact.effect.shape[1]:
+        if self.by_row is None:
             raise InterventionError(
-                f"estimates are of {self.estimate.shape[1]} rows, exact effects of {self.exact.effect.shape[1]}; "
-                "search with screening_rows=None to add them up"
+                "most edges were estimated on a few rows, and single rows cannot be added up; search with "
+                "screening_rows=None"
             )
         chosen = {*receivers}
-        best = self.estimate.clone()
+        best = self.by_row.clone()
         for edge, effect in zip(self.exact.edges, self.exact.effect, strict=True):
             best[self._number[edge]] = effect
         into = torch.tensor([receiver in chosen for _, receiver in self.edges])
@@ -169,6 +180,14 @@ class EdgeSearch:
         pairs = zip(table["sender"], table["receiver"], strict=True)
         return table.assign(estimate=[float(self.means[self._number[pair]]) for pair in pairs])
 
+    def estimates_table(self, least: float) -> pd.DataFrame:
+        """All edges whose mean estimate has at least this size: sender, receiver, estimate; largest first."""
+        import pandas as pd
+
+        rows = [(*edge, float(mean)) for edge, mean in zip(self.edges, self.means, strict=True) if abs(mean) >= least]
+        table = pd.DataFrame(rows, columns=["sender", "receiver", "estimate"])
+        return table.sort_values("estimate", key=lambda estimate: -estimate.abs(), kind="stable", ignore_index=True)
+
 
 @torch.no_grad()
 def search_edges(
@@ -182,8 +201,9 @@ def search_edges(
     sets: Mapping[str, Sequence[str]] | None = None,
     screening_rows: int | None = None,
     safety: float = SAFETY,
+    members: bool = False,
     sample: int = 8,
-    most: int | None = None,
+    budget: float | None = None,
     seed: int = 0,
 ) -> EdgeSearch:
     """Search all edges from senders at P0 to receivers for those that change the heads' sink score by `threshold`.
@@ -195,57 +215,135 @@ def search_edges(
         heads: (layer, head) of the sink heads; the metric is their mean sink score.
         threshold: the least size of a mean effect.
         sets: names for sets of receivers, all K or all V, that are patched together.
-        screening_rows: how many of the first rows are used for estimates; all if None.
+        screening_rows: how many of the first rows are used for the first estimates; all if None.
         safety: edges are left out where their estimate is below `threshold / safety`.
+        members: whether the single heads of a group are receivers where an edge into the group reaches the threshold.
         sample: how many of those left out are patched exactly as well, drawn at random.
-        most: the most edges to patch exactly beside the sample, largest estimates first; no limit if None.
+        budget: passes over the prompts for exact runs; what is left of it makes the sample larger. No limit if None.
 
     Raises:
         InterventionError: a name, value, threshold or number that does not fit.
         NotOfTheClosedForm: the model's attention is of another kind; use `path_patch`.
     """
-    if not threshold > 0 or not safety >= 1 or sample < 0 or (most is not None and most < 0):
+    if not threshold > 0 or not safety >= 1 or sample < 0 or (budget is not None and budget < 0):
         raise InterventionError(
-            f"threshold={threshold}, safety={safety}, sample={sample}, most={most}: expected a threshold above 0, a "
-            "safety factor of at least 1, and no negative number of edges"
+            f"threshold={threshold}, safety={safety}, sample={sample}, budget={budget}: expected a threshold above 0, "
+            "a safety factor of at least 1, and no negative number of edges or passes"
         )
     nodes, info = nodes_of(senders, model), describe(model)
     for node in nodes:
         check_value(node, values, prompts.n, info)
-    targets = {name: (Receiver.parse(name, info),) for name in receivers}
-    for name, members in (sets or {}).items():
-        targets[name] = tuple(Receiver.parse(member, info) for member in members)
+    targets: dict[str, tuple[Receiver, ...]] = {name: (Receiver.parse(name, info),) for name in receivers}
+    for name, parts in (sets or {}).items():
+        targets[name] = tuple(Receiver.parse(part, info) for part in parts)
     _check_targets(targets)
     metric = sink_score_of(heads).check(model)
-    few = slice(0, screening_rows if screening_rows is None else max(1, screening_rows))
-    screening = prompts.subset(few)
-    screen = _Screen.of(model, screening, nodes, {node: values[node][few] for node in nodes}, heads, threshold / safety)
-    estimates = screen.estimates(targets)
+    exact = _Exact(model, prompts, metric, nodes, values, targets, math.inf if budget is None else budget)
+    least, number = threshold / safety, prompts.n if screening_rows is None else max(1, screening_rows)
+    if few := number < prompts.n:
+        rows = slice(0, number)
+        some = {node: values[node][rows] for node in nodes}
+        first = _Screen.of(model, prompts.subset(rows), nodes, some, heads, threshold / SAFETY_OF_FEW_ROWS)
+        estimates = _Estimates(first.estimates(targets))
+        again = estimates.from_size(threshold / SAFETY_OF_FEW_ROWS)
+        screen = _Screen.of(
+            model, prompts, [node for node in nodes if any(node == s for s, _ in again)], values, heads, least
+        )
+        estimates.update(screen.estimates(targets, {*again}))
+        screen.single += first.single
+    else:
+        screen = _Screen.of(model, prompts, nodes, values, heads, least)
+        estimates = _Estimates(screen.estimates(targets))
 
-    pairs = list(estimates)
-    both = torch.stack([estimates[pair] for pair in pairs]).cpu() if pairs else torch.zeros(0, POINTS, screening.n)
-    estimate = both.mean(1)
-    size = both.double().mean(2).abs().amax(1)
-    order = [number for number in size.argsort(descending=True, stable=True).tolist() if size[number] > 0]
-    passing = [number for number in order if size[number] >= threshold / safety]
-    left = sorted({*range(len(pairs))} - {*passing})
+    passing = estimates.from_size(least)
+    # A random sample, and the members of groups, need a part of the budget.
+    reserve = sample * exact.cost(None) + (exact.budget / 4 if members and budget is not None else 0)
+    exact.run(passing, reserve)
+    if members:
+        finer = {}
+        for (node, name), effect in exact.effects.items():
+            if abs(float(effect.double().mean())) >= threshold and len(targets[name]) == 1:
+                (group,) = targets[name]
+                for head in group.heads if len(group.heads) > 1 else ():
+                    member = f"attn.{group.layer}.{head}.{group.kind}"
+                    targets[member] = (Receiver.parse(member, info),)
+                    finer[node, member] = None
+        finer = {pair for pair in finer if pair not in estimates.by_edge}
+        estimates.update(screen.estimates({name: targets[name] for _, name in finer}, finer))
+        passing += [pair for pair in estimates.from_size(least) if pair in finer]
+        exact.run(passing, sample * exact.cost(None))
+    left = [pair for pair in estimates.by_edge if pair not in {*passing}]
     generator = torch.Generator().manual_seed(seed)
-    drawn = [left[place] for place in torch.randperm(len(left), generator=generator)[:sample].tolist()]
-    verified = passing[:most]
-    exact = _exact(model, prompts, metric, nodes, values, targets, [pairs[number] for number in [*verified, *drawn]])
+    order = [left[place] for place in torch.randperm(len(left), generator=generator).tolist()]
+    drawn = exact.run(order if budget is not None else order[:sample], 0.0, at_least=min(sample, len(order)))
+    clean, pairs = exact.clean.cpu(), list(exact.effects)
+    effects = torch.stack([exact.effects[pair] for pair in pairs]) if pairs else torch.zeros(0, prompts.n)
     without = sum(
         receiver.hears(node, info) for node in nodes for (receiver, *_) in targets.values() if receiver.kind == "q"
     )
     return EdgeSearch(
         threshold,
-        tuple((str(sender), receiver) for sender, receiver in pairs),
-        estimate,
-        exact,
-        frozenset((str(pairs[number][0]), pairs[number][1]) for number in drawn),
-        tuple((str(pairs[number][0]), pairs[number][1]) for number in passing[len(verified) :]),
+        tuple(map(_named, estimates.by_edge)),
+        torch.tensor([float(both.mean()) for both in estimates.by_edge.values()], dtype=torch.float64),
+        None if few else torch.stack([both.mean(0).cpu() for both in estimates.by_edge.values()]),
+        PathEffects(tuple(map(_named, pairs)), clean, clean + effects, metric.name, "direct"),
+        frozenset(map(_named, drawn)),
+        tuple(_named(pair) for pair in passing if pair not in exact.effects),
         without,
-        {"one-token": screen.single, "exact": len(verified) + len(drawn)},
+        {"one-token": screen.single, "exact": len(pairs)},
     )
+
+
+Pair = tuple[Node, str]
+
+
+def _named(pair: Pair) -> Edge:
+    return str(pair[0]), pair[1]
+
+
+@dataclass(eq=False)
+class _Estimates:
+    """Both estimates of every edge."""
+
+    by_edge: dict[Pair, Float[Tensor, "point batch"]]
+
+    def update(self, more: Mapping[Pair, Float[Tensor, "point batch"]]) -> None:
+        """Put estimates of more edges, or better ones, beside those there are."""
+        self.by_edge |= more
+
+    def from_size(self, least: float) -> list[Pair]:
+        """The edges one of whose mean estimates has at least this size, the largest first."""
+        sizes = {pair: float(both.mean(1).abs().max()) for pair, both in self.by_edge.items()}
+        return [pair for pair in sorted(sizes, key=lambda pair: -sizes[pair]) if sizes[pair] >= least]
+
+
+def expected_passes(
+    info: ModelInfo,
+    length: int,
+    rows: int,
+    screening_rows: int,
+    budget: float,
+    heads: bool,
+    kinds: Collection[str] = ("v", "mlp"),
+) -> float:
+    """About how many passes over one row of `length` tokens a search takes that spends all of its budget.
+
+    Args:
+        rows, screening_rows: of the prompts, and of those that are screened.
+        budget: passes over the prompts for exact runs.
+        heads: whether single heads send; their blocks then send as groups first.
+        kinds: the receivers that are screened by rows of one token.
+    """
+    layers = info.layers
+    senders = 1 + layers * (2 + (info.heads if heads else 0))
+    few = screening_rows < rows
+    clean = 3.0 * (screening_rows + rows * few)
+    read = screening_rows * (senders + 1) / length
+    # By receiver: the senders below it, each a row of one token through the blocks above.
+    coarse = sum(
+        (1 + 2 * layer + (kind == "mlp")) * (layers - layer) / layers for layer in range(layers) for kind in kinds
+    )
+    return clean + read + screening_rows * coarse / length + rows * (1 + budget)
 
 
 Targets = Mapping[str, tuple[Receiver, ...]]
@@ -264,29 +362,55 @@ def _check_targets(targets: Targets) -> None:
             raise InterventionError(f"the set {name} mixes {sorted(kinds)}; expected one kind")
 
 
-def _exact(
-    model: Any,
-    prompts: PromptSet,
-    metric: Any,
-    nodes: Sequence[Node],
-    values: Mapping[Node, Tensor],
-    targets: Targets,
-    pairs: Sequence[tuple[Node, str]],
-) -> PathEffects:
-    """Step 6: the edges of `pairs`, each in a run of its own, on all rows."""
-    device = device_of(model)
-    rows = Rows(*(part.to(device) for part in (prompts.ids, prompts.attention_mask, prompts.p0)))
-    clean = measure_rows(model, rows, metric).cpu()
-    names = tuple((str(sender), receiver) for sender, receiver in pairs)
-    if not pairs:
-        return PathEffects((), clean, torch.zeros(0, prompts.n), metric.name, "direct")
-    used = [node for node in nodes if any(node == sender for sender, _ in pairs)]
-    end = 1 + max(member.layer for _, name in pairs for member in targets[name])
-    tokens = rows.ids[torch.arange(prompts.n, device=device), rows.place]
-    inputs = read_at_p0(model, tokens, used, values, end)
-    variants = [_variant(inputs, 1 + used.index(sender), targets[name]) for sender, name in pairs]
-    patched = measure_inputs(model, rows, metric, variants).cpu()
-    return PathEffects(names, clean, patched, metric.name, "direct")
+@dataclass(eq=False)
+class _Exact:
+    """Step 6: edges patched each in a run of its own, on all rows, while the budget of passes lasts."""
+
+    model: Any
+    prompts: PromptSet
+    metric: Metric
+    nodes: Sequence[Node]
+    values: Mapping[Node, Tensor]
+    targets: Targets
+    budget: float
+    spent: float = 0.0
+    effects: dict[Pair, Float[Tensor, " batch"]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        device = device_of(self.model)
+        parts = (self.prompts.ids, self.prompts.attention_mask, self.prompts.p0)
+        self.rows = Rows(*(part.to(device) for part in parts))
+        end = self.metric.end(self.model)
+        self.below = dict(clean_streams(self.model, self.rows, self.metric, range(end + 1)))
+        self.clean = self.metric.value(self.below[end][1])
+
+    def cost(self, pair: Pair | None) -> float:
+        """The passes of an edge, from its first receiver to the metric's last block; None: of half of the blocks."""
+        end, layers = self.metric.end(self.model), describe(self.model).layers
+        start = end / 2 if pair is None else min(member.layer for member in self.targets[pair[1]])
+        return max(0.0, end - start) / layers
+
+    def run(self, pairs: Sequence[Pair], reserve: float, at_least: int = 0) -> list[Pair]:
+        """Patch those that were not patched yet, in their order, until no more than `reserve` of the budget is left."""
+        chosen = []
+        for pair in pairs:
+            if pair in self.effects:
+                continue
+            cost = self.cost(pair)
+            if self.spent + cost > self.budget - reserve and len(chosen) >= at_least:
+                break
+            self.spent += cost
+            chosen.append(pair)
+        if not chosen:
+            return []
+        used = [node for node in self.nodes if any(node == sender for sender, _ in chosen)]
+        end = 1 + max(member.layer for _, name in chosen for member in self.targets[name])
+        tokens = self.rows.ids[torch.arange(self.prompts.n, device=self.rows.place.device), self.rows.place]
+        inputs = read_at_p0(self.model, tokens, used, self.values, end)
+        variants = [_variant(inputs, 1 + used.index(sender), self.targets[name]) for sender, name in chosen]
+        effects = measure_inputs(self.model, self.rows, self.metric, variants, self.below) - self.clean
+        self.effects |= dict(zip(chosen, effects.cpu(), strict=True))
+        return chosen
 
 
 def _variant(inputs: InputsAtP0, slot: int, members: Sequence[Receiver]) -> Variant:
@@ -389,8 +513,10 @@ class _Screen:
         layers, slope_mlp = _clean_side(model, prompts, rows, heads, end, values_together)
         return cls(model, info, nodes, inputs, layers, slope_mlp, least, groups, senders, len(senders))
 
-    def estimates(self, targets: Targets) -> dict[tuple[Node, str], Float[Tensor, "point batch"]]:
-        """The estimates of every edge that can have an effect."""
+    def estimates(
+        self, targets: Targets, only: Collection[Pair] | None = None
+    ) -> dict[tuple[Node, str], Float[Tensor, "point batch"]]:
+        """The estimates of every edge that can have an effect, or of some of them."""
         inputs, layers = self.inputs, self.layers
         # Step 4, for all senders, blocks and heads; where a sender comes later the key is the clean one.
         keys = {layer: side.effect(inputs.key[1:, :, layer], None) for layer, side in layers.items()}
@@ -411,7 +537,9 @@ class _Screen:
             kind = members[0].kind
             for node in self.nodes:
                 reached = [m for m in members if m.hears(node, self.info) and m.layer in layers]
-                if not any(m.hears(node, self.info) for m in members) or kind == "q":
+                if kind == "q" or not any(m.hears(node, self.info) for m in members):
+                    continue
+                if only is not None and (node, name) not in only:
                     continue
                 slot, total = number[node], torch.zeros(POINTS, inputs.key.shape[1], device=inputs.key.device)
                 for member in reached:
@@ -425,6 +553,11 @@ class _Screen:
                 if kind in ("v", "mlp") and len(members) == 1 and reached:
                     group = self.groups.get(node.layer, node) if node.kind == "head" else node
                     groups.setdefault((group, (kind, members[0].layer)), []).append((node, name))
+        if only is not None:
+            asked = [pair for edges in groups.values() for pair in edges]
+            place = {node: slot for slot, node in enumerate(self.nodes)}
+            singles = [(place[node], targets[name][0]) for node, name in asked]
+            return found | dict(zip(asked, self._through_p0(singles, changes), strict=True))
         # Step 5: groups first.
         place = {node: slot for slot, node in enumerate(self.senders)}
         heads_of: dict[tuple[str, int], set[int]] = {}

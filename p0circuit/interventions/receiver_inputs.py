@@ -103,17 +103,29 @@ class InputPatch:
 
 Variant = Sequence[InputPatch]
 """What is patched together in one run."""
+Below = tuple[Tensor | None, dict[int, Tensor]]
+"""The stream before a block, and what a metric has read below it; no stream where that is all it reads."""
 
 
 @torch.no_grad()
 def measure_inputs(
-    model: Any, rows: Rows, metric: Metric, variants: Sequence[Variant], per_batch: int | None = None
+    model: Any,
+    rows: Rows,
+    metric: Metric,
+    variants: Sequence[Variant],
+    streams: Mapping[int, Below] | None = None,
 ) -> Float[Tensor, "variant batch"]:
-    """The metric of each row with each variant's patches at the rows' place, every variant in a run of its own."""
-    per_batch = per_batch or max(1, TOKENS_AT_ONCE // rows.ids.numel())
+    """The metric of each row with each variant's patches at the rows' place, every variant in a run of its own.
+
+    `streams` are those of `clean_streams` at (at least) the first block of every variant, if the caller has them.
+    """
+    per_batch = max(1, TOKENS_AT_ONCE // rows.ids.numel())
     starts = [min(patch.layer for patch in variant) for variant in variants]
+    if streams is None:
+        streams = dict(clean_streams(model, rows, metric, starts))
     measured: dict[int, Tensor] = {}
-    for layer, below in clean_streams(model, rows, metric, starts):
+    for layer in sorted({*starts}):
+        below = streams[layer]
         here = [number for number, start in enumerate(starts) if start == layer]
         for first in range(0, len(here), per_batch):
             some = here[first : first + per_batch]
@@ -123,13 +135,8 @@ def measure_inputs(
     return torch.stack([measured[number] for number in range(len(variants))])
 
 
-def clean_streams(
-    model: Any, rows: Rows, metric: Metric, layers: Iterable[int]
-) -> Iterator[tuple[int, tuple[Tensor | None, dict[int, Tensor]]]]:
-    """Walk up the clean run once: at each of these layers, the stream before it and what the metric has read below it.
-
-    The stream is None from where the metric has read all it reads.
-    """
+def clean_streams(model: Any, rows: Rows, metric: Metric, layers: Iterable[int]) -> Iterator[tuple[int, Below]]:
+    """Walk up the clean run once: at each of these layers, the stream before it and what the metric has read below."""
     readings: dict[int, Tensor] = {}
     stream: Tensor | None = None
     reached: int | None = None
