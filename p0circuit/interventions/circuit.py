@@ -18,8 +18,11 @@ if TYPE_CHECKING:
 
 
 def owner(receiver: str) -> str:
-    """The component an input belongs to: `attn.2.1` for `attn.2.1.k`; MLPs and streams are named like their inputs."""
-    return receiver[:-2] if receiver.startswith("attn.") else receiver
+    """The component an input belongs to: `attn.2.1` for `attn.2.1.k`; MLPs and streams are named like their inputs.
+
+    A group of heads is a component (`attn.2` for `attn.2.k`), and so is a set (`sink` for `sink.k`).
+    """
+    return receiver[:-2] if receiver[-2:] in (".q", ".k", ".v") else receiver
 
 
 def circuit_graph(edges: pd.DataFrame, ends: Collection[str], threshold: float) -> nx.DiGraph:

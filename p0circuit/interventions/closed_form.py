@@ -133,7 +133,10 @@ class ScoreForm:
     ) -> Float[Tensor, "*slot batch head query"]:
         """The scores of all queries at one key per row, without what does not depend on the key."""
         key = key.repeat_interleave(query.shape[2] // key.shape[-2], dim=-2)
-        score = self.scale * torch.einsum("bqhd,...bhd->...bhq", query, key)
+        return self.capped(self.scale * torch.einsum("bqhd,...bhd->...bhq", query, key))
+
+    def capped(self, score: Tensor) -> Tensor:
+        """A scaled product under the soft cap, if there is one."""
         return score if self.cap is None else self.cap * torch.tanh(score / self.cap)
 
 
@@ -190,9 +193,15 @@ class QueryScores:
 
 @torch.no_grad()
 def query_side(
-    model: Any, prompts: PromptSet, read: Callable[[int, QueryScores], None] | None = None
+    model: Any,
+    prompts: PromptSet,
+    read: Callable[[int, QueryScores], None] | None = None,
+    hooks: Sequence[Hook] = (),
+    layers: int | None = None,
 ) -> dict[int, QueryScores]:
     """Run the clean prompts once and keep each layer's queries and scores, or hand each to `read` and keep none.
+
+    `hooks` read whatever else the caller wants of this run; `layers` is how many blocks it goes through, all if None.
 
     Raises:
         NotOfTheClosedForm: the model's attention is of another kind.
@@ -231,12 +240,13 @@ def query_side(
         else:
             read(layer, side)
 
-    hooks: list[Hook] = []
-    for layer in range(info.layers):
+    end = info.layers if layers is None else layers
+    hooks = [*hooks]
+    for layer in range(end):
         hooks += [(query_hook(model, layer), read_query), (key_hook(model, layer), read_key)]
         hooks.append((f"blocks.{layer}.attn.hook_attn_scores", read_scores))
         hooks.append((f"blocks.{layer}.attn.hook_pattern", functools.partial(read_pattern, layer=layer)))
-    forward(model, prompts.ids, prompts.attention_mask, hooks=hooks, stop_at_layer=info.layers)
+    forward(model, prompts.ids, prompts.attention_mask, hooks=hooks, stop_at_layer=end)
     return kept
 
 

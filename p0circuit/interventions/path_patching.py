@@ -54,7 +54,8 @@ Kind = Literal["q", "k", "v", "mlp", "resid_pre", "resid_mid", "resid_post"]
 TOKENS_AT_ONCE = 2**13
 """Tokens in a batch of side-by-side runs."""
 
-_ATTENTION = re.compile(r"attn\.(\d+)\.(kv)?(\d+)\.([qkv])")
+# Heads of a block: one (`3`), some (`0+3`), a key/value group (`kv1`), or all of them (nothing).
+_ATTENTION = re.compile(r"attn\.(\d+)(?:\.(kv)?(\d+(?:\+\d+)*))?\.([qkv])")
 # Where in its block a receiver listens: before anything with this stage or a later one has been computed.
 _STAGE: dict[Kind, int] = {"resid_pre": 0, "q": 1, "k": 1, "v": 1, "resid_mid": 2, "mlp": 3, "resid_post": 4}
 
@@ -70,31 +71,39 @@ class Receiver:
 
     @classmethod
     def parse(cls, name: str, info: ModelInfo) -> Receiver:
-        """The receiver of a name such as `attn.2.1.k`, `attn.2.kv0.v`, `mlp.1` or `resid_post.3`.
+        """The receiver of a name.
+
+        `attn.2.1.k` is one query head's K, `attn.2.kv0.k` that of all heads of a key/value group, `attn.2.0+3.k` that
+        of heads 0 and 3 together and `attn.2.k` that of all heads of the block; likewise V and, but for key/value
+        groups, Q. The others are named like nodes: `mlp.1`, `resid_pre.2`, `resid_mid.2`, `resid_post.3`.
 
         Raises:
             InterventionError: the name is of another form, or the model has no such layer or head.
         """
         if match := _ATTENTION.fullmatch(name):
-            layer, grouped, index, kind = int(match[1]), bool(match[2]), int(match[3]), match[4]
+            layer, grouped, indices, kind = int(match[1]), bool(match[2]), match[3], match[4]
             count = info.kv_heads if grouped else info.heads
+            chosen = [*range(info.heads)] if indices is None else [int(index) for index in indices.split("+")]
             if grouped and kind == "q":
                 raise InterventionError(f"{name}: queries belong to query heads; expected attn.LAYER.HEAD.q")
-            if layer >= info.layers or index >= count:
+            if layer >= info.layers or max(chosen) >= count:
                 what = "key/value heads" if grouped else "heads"
                 raise InterventionError(
                     f"{name}: {info.name} has layers 0 to {info.layers - 1} and {what} 0 to {count - 1}"
                 )
+            if len({*chosen}) < len(chosen):
+                raise InterventionError(f"{name} names a head twice; expected each once")
             group = info.heads // info.kv_heads
-            heads = tuple(range(index * group, (index + 1) * group)) if grouped else (index,)
-            return cls(kind, layer, heads, name)  # pyright: ignore[reportArgumentType]
+            if grouped:
+                chosen = [head for index in chosen for head in range(index * group, (index + 1) * group)]
+            return cls(kind, layer, tuple(chosen), name)  # pyright: ignore[reportArgumentType]
         with contextlib.suppress(InterventionError):
             node = Node.parse(name)
             if node.kind in ("mlp", "resid_pre", "resid_mid", "resid_post"):
                 return cls(node.check(info).kind, node.layer, (), name)  # pyright: ignore[reportArgumentType]
         raise InterventionError(
             f"{name!r} names no receiver of {info.name}; expected attn.LAYER.HEAD.q (or k, v), attn.LAYER.kvHEAD.k (or "
-            "v), mlp.LAYER, resid_pre.LAYER, resid_mid.LAYER or resid_post.LAYER"
+            "v), attn.LAYER.HEAD+HEAD.k, attn.LAYER.k, mlp.LAYER, resid_pre.LAYER, resid_mid.LAYER or resid_post.LAYER"
         )
 
     def hears(self, sender: Node, info: ModelInfo) -> bool:

@@ -410,7 +410,7 @@ def draw_circuit(graph: nx.DiGraph, ends: Collection[str], title: str) -> Figure
             },
         )
         middle = [(first + second) / 2 for first, second in zip(at[start], at[end], strict=True)]
-        inputs = "/".join(sorted({name[-1].upper() for name in data["inputs"] if name.startswith("attn.")}))
+        inputs = "/".join(sorted({name[-1].upper() for name in data["inputs"] if name[-2:] in (".q", ".k", ".v")}))
         label = f"{inputs} {data['effect']:+.2f}".strip()
         axis.annotate(
             label,
@@ -441,11 +441,13 @@ def draw_circuit(graph: nx.DiGraph, ends: Collection[str], title: str) -> Figure
 
 
 def _place(name: str) -> tuple[int, int, int]:
-    """Where a component is drawn: layer, attention before MLP, index."""
+    """Where a component is drawn: layer, attention before MLP, index; a set of heads of many layers on top."""
     part, *numbers = name.split(".")
     if part == "embed":
         return -1, 0, 0
-    layer, index = int(numbers[0]), int(numbers[1]) if len(numbers) > 1 else 0
+    if not numbers:
+        return 10**6, 0, 0
+    layer, index = int(numbers[0]), int(numbers[1].split("+")[0]) if len(numbers) > 1 else 0
     return layer, 0 if part == "attn" else 1, index
 
 
