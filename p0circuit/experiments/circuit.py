@@ -82,8 +82,9 @@ class Circuit(Experiment):
         edges = _edges_up_to(info, layers[-1])
         return self._search(study, edges) if edges > config.most_edges else self._patch_all(study)
 
-    def passes(self, info: ModelInfo, n: int, length: int) -> float:
+    def passes(self, model: Any, prompts: PromptSet) -> float:
         """The passes over all `n` prompts that a run takes beside the sink scores of the first half."""
+        info, n, length = describe(model), prompts.n, prompts.length
         config, rows = self.config, min(self.config.samples, n - n // 2)
         recording = rows * (1 + config.shift / length)
         if _edges_up_to(info, info.layers - 1) > config.most_edges:

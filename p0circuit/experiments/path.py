@@ -295,8 +295,9 @@ class ThePath(Experiment):
         """Whether there are too many edges between components and single heads to patch each of them."""
         return (2 * info.layers + 1) * (3 * info.layers * info.heads + len(_BLOCKS)) // 2 > self.config.most_edges
 
-    def passes(self, info: ModelInfo, n: int, length: int) -> float:
+    def passes(self, model: Any, prompts: PromptSet) -> float:
         """The passes over all `n` prompts that a run takes beside the recordings that choose the sink heads."""
+        info, n, length = describe(model), prompts.n, prompts.length
         config, chosen, layers = self.config, min(self.config.samples, n - n // 2), info.layers
         shifts = [m for m in config.shifts if info.context is None or length + m <= info.context] or [0]
         longer = 1 + sum(shifts) / len(shifts) / length
