@@ -101,7 +101,7 @@ class Quantity:
             # Decorators, such as those that check annotations in tests, are no part of the definition.
             reduce = inspect.unwrap(reduce)
             parameters |= inspect.getclosurevars(reduce).nonlocals
-            code = _source(reduce) + _source(sink)
+            code = _source(reduce) + _METRICS
         except (OSError, TypeError) as error:
             raise ValueError(
                 f"the reduction of {self.name!r} cannot be told from another one ({error}): define it as a function in "
@@ -113,9 +113,12 @@ class Quantity:
 
 
 @functools.cache
-def _source(code: Any) -> str:
-    """The source of a function or module as it was when first asked for: files may be edited while they are in use."""
-    return inspect.getsource(code)
+def _source(function: Callable[..., Tensor]) -> str:
+    """The source of a function as it was when first asked for: its file may be edited while it is in use."""
+    return inspect.getsource(function)
+
+
+_METRICS = inspect.getsource(sink)
 
 
 def _at(offset: int, batch: Batch) -> Int[Tensor, " batch"]:
