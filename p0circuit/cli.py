@@ -134,10 +134,7 @@ def reproduce(
     from p0circuit.reproduction import reproduce as reproduce_model
     from p0circuit.training.runs import as_trained, shipped_runs
 
-    if quick and samples is not None:
-        raise ValueError(
-            f"--quick decides the number of prompts by the model's size and --samples asks for {samples}: leave one out"
-        )
+    _check_quick(quick, samples)
     given, left_out = _fetched(models or _default_models(every), required=bool(models))
     names = [Path(name).absolute().name if Path(name).is_dir() else name for name in given]
     if twice := [name for name in names if names.count(name) > 1]:
@@ -186,7 +183,10 @@ def run(
     checkpoint: CheckpointOption = None,
     out: OutOption = Path("out"),
     text: TextOption = None,
-    samples: SamplesOption = 128,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="The configuration and the prompts that `reproduce --quick` takes.")
+    ] = False,
+    samples: Annotated[int | None, typer.Option(min=1, help="Number of prompts; 128 if not given.")] = None,
     length: LengthOption = 64,
     seed: SeedOption = 0,
     backend: BackendOption = Backend.auto,
@@ -204,6 +204,7 @@ def run(
     """Run one experiment on one model, in the condition in which it has its sink, or on the traces of training runs."""
     from p0circuit.experiments import find_experiment, over_runs
     from p0circuit.experiments.sink_condition import find_condition
+    from p0circuit.models import describe
     from p0circuit.reproduction import TRAINING
     from p0circuit.training.runs import as_trained, shipped_runs
 
@@ -212,10 +213,13 @@ def run(
         _print_json(_keep(found, out / TRAINING, TRAINING, runs=found.provenance["runs"]), as_json)
         return
     chosen = find_experiment(experiment)
+    _check_quick(quick, samples)
     source = Source(model, backend, device, dtype, layers, device_map, offload_folder)
-    _forecast(source, [checkpoint], samples, length)
+    count = _quick_samples(source, checkpoint) if quick else samples or 128
+    _forecast(source, [checkpoint], count, length)
     loaded = _load(source, checkpoint)
-    condition = find_condition(loaded, _three_seeds(loaded, text, samples, length, seed))
+    chosen = chosen.quick(describe(loaded)) if quick else chosen
+    condition = find_condition(loaded, _three_seeds(loaded, text, count, length, seed))
     say(condition.summary)
     _print_json(_run_one(chosen, loaded, condition.prompts, out), as_json)
 
@@ -683,6 +687,13 @@ def _fetched(names: list[str], required: bool) -> tuple[list[str], dict[str, str
             left_out[name] = str(reason)
             say(f"going on without {name}: {reason}")
     return here, left_out
+
+
+def _check_quick(quick: bool, samples: int | None) -> None:
+    if quick and samples is not None:
+        raise ValueError(
+            f"--quick decides the number of prompts by the model's size and --samples asks for {samples}: leave one out"
+        )
 
 
 def _quick_samples(source: Source, checkpoint: str | None) -> int:
