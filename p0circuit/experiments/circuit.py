@@ -21,7 +21,7 @@ from p0circuit.activations import SINK_SCORE
 from p0circuit.experiments.base import Experiment, NotApplicable
 from p0circuit.experiments.conditions import drawable
 from p0circuit.experiments.edges import input_shares
-from p0circuit.experiments.heads import FALLBACK_HEADS, scores_of, sink_heads
+from p0circuit.experiments.heads import FALLBACK_HEADS, listed, scores_of, sink_heads
 from p0circuit.intervals import Interval, bootstrap
 from p0circuit.interventions.circuit import circuit_graph, owner
 from p0circuit.interventions.closed_form import KeyEdges, NotOfTheClosedForm
@@ -77,7 +77,7 @@ class Circuit(Experiment):
         layers = range(max(layer for layer, _ in heads) + 1)
         vocabulary, special = drawable(model)
         pair = contrast(chosen, config.shift, vocabulary, prompts.seed, tuple(special))
-        which = f"sink heads: {', '.join(names)}" + ("" if above else " (the highest; none is above the threshold)")
+        which = f"sink heads: {listed(heads)}" + ("" if above else " (the highest; none is above the threshold)")
         study = _Study(model, pair, heads, names, layers, which)
         edges = _edges_up_to(info, layers[-1])
         return self._search(study, edges) if edges > config.most_edges else self._patch_all(study)

@@ -48,7 +48,22 @@ class SinkHeads:
     def note(self) -> str:
         """For the result's notes."""
         how = "" if self.above else f" (the {len(self.heads)} highest: no head is above {SINK_THRESHOLD})"
-        return f"sink heads: {', '.join(self.names)}{how}, chosen on other samples; excess score {self.excess}"
+        return f"sink heads: {listed(self.heads)}{how}, chosen on other samples; excess score {self.excess}"
+
+
+def listed(heads: Heads, most: int = 12) -> str:
+    """Heads by name; where there are many, how many there are in which layers."""
+    if len(heads) <= most:
+        return ", ".join(f"attn.{layer}.{head}" for layer, head in heads)
+    layers = sorted({layer for layer, _ in heads})
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    spans = [f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs]
+    return f"{len(heads)} heads in layers {', '.join(spans)}"
 
 
 def sink_heads(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from p0circuit.activations import record, residual_at
 from p0circuit.experiments.base import NotApplicable
-from p0circuit.experiments.heads import ByHead, Heads, excess_by_head, find_sink_heads, over_heads
+from p0circuit.experiments.heads import ByHead, Heads, excess_by_head, find_sink_heads, listed, over_heads
 from p0circuit.intervals import Interval, bootstrap, ratio_interval
 from p0circuit.models import describe
 from p0circuit.models.forward import hook_points
@@ -67,7 +67,7 @@ def find_sink(model: Any, prompts: PromptSet, last: int = LAST_BLOCK) -> Sink:
     heads = heads_above(found.heads, last)
     if not heads:
         raise NotApplicable(
-            f"all sink heads ({', '.join(found.names)}) are in blocks 0 to {last}: none reads what surgery there "
+            f"all sink heads ({listed(found.heads)}) are in blocks 0 to {last}: none reads what surgery there "
             "leaves behind"
         )
     notes = [found.note]
@@ -79,7 +79,7 @@ def find_sink(model: Any, prompts: PromptSet, last: int = LAST_BLOCK) -> Sink:
                 f"there is no sink above block {last} to explain: the excess score of the heads there is "
                 f"{excess}, and its lower end not above {needed:.3f}"
             )
-        left_out = ", ".join(name for name, head in zip(found.names, found.heads, strict=True) if head not in heads)
+        left_out = listed([head for head in found.heads if head not in heads])
         notes.append(f"{left_out}: not above the surgery and left out; the others have an excess score of {excess}")
     # `find_sink_heads` draws the halves by the seed of the prompts: these are those that it chose on.
     return Sink(heads, found.prompts, prompts.split()[0], tuple(notes))

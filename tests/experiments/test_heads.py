@@ -8,7 +8,7 @@ import torch
 
 from p0circuit.activations import SINK_SCORE, record
 from p0circuit.experiments.base import NotApplicable
-from p0circuit.experiments.heads import excess_scores, find_sink_heads, scores_of
+from p0circuit.experiments.heads import excess_scores, find_sink_heads, listed, scores_of
 from p0circuit.interventions.ablation import mask_key
 from p0circuit.models import describe, forward
 from p0circuit.models.wired import decoy_model, wired_model, wired_truth
@@ -68,3 +68,9 @@ def test_uniform_attention_has_the_excess_it_is_said_to_have(wired):
     forward(model, prompts.ids, hooks=[(hook, uniform), (hook, lambda pattern, hook: seen.append(pattern))])
     columns = [sum(float(seen[0][0, 0, i, k]) for i in range(k, length)) / (length - k) for k in (0, 8)]
     assert uniform_excess(length) == pytest.approx(columns[0] - columns[1], abs=1e-6)
+
+
+def test_few_heads_are_named_and_many_are_counted_by_layer():
+    assert listed([(2, 0), (3, 1)]) == "attn.2.0, attn.3.1"
+    many = [(layer, head) for layer in (2, 3, 4, 7) for head in range(4)]
+    assert listed(many) == "16 heads in layers 2 to 4, 7"
