@@ -66,7 +66,7 @@ def reproduce(
     """
     started = time.time()
     (directory / "manifest.json").unlink(missing_ok=True)
-    say(f"{describe(model).name}: {_estimate(model, prompts)}")
+    say(f"{describe(model).title}: {_estimate(model, prompts)}")
     entries: list[dict[str, Any]] = []
     left_out: dict[str, str] = {}
     broken: dict[str, str] = {}
@@ -74,7 +74,7 @@ def reproduce(
         measured = partial(run_or_read, experiment, model, prompts, directory)
         entry = _entry(experiment, describe(model).name, measured, f"{number}/{len(experiments)} ")
         if experiment.claim is not None:
-            entries.append(entry | {"controls": []})
+            entries.append(entry | {"quantisation": describe(model).quantisation, "controls": []})
         if entry["error"]:
             broken[experiment.id] = entry["error"]
         elif entry["verdict"] == "not applicable":
@@ -97,6 +97,7 @@ def reproduce(
         sys.argv[1:],
         started,
         model=describe(model).name,
+        quantisation=describe(model).quantisation,
         weights=weights_fingerprint(model),
         prompts=prompts.fingerprint(),
         seed=prompts.seed,
@@ -134,7 +135,7 @@ def reproduce_training(runs: Sequence[Run], directory: Path) -> list[dict[str, A
     for experiment in (make() for make in RUN_EXPERIMENTS.values()):
         entry = _entry(experiment, TRAINING, partial(_run_and_save, experiment, runs, directory))
         control = _entry(experiment, TRAINING, partial(experiment.run, runs, PLAIN), "control, plain text: ")
-        entries.append(entry | {"controls": [_as_control("plain text", control)]})
+        entries.append(entry | {"quantisation": None, "controls": [_as_control("plain text", control)]})
         _write_claims(directory, entries)
     unmeasured = [entry for entry in entries if entry["verdict"] == "not applicable"]
     write_manifest(

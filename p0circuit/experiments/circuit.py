@@ -72,7 +72,7 @@ class Circuit(Experiment):
         senders, receivers = components(model, layers, heads=True), receivers_of(model, layers)
         if (edges := len(senders) * len(receivers) // 2) > config.most_edges:
             raise NotApplicable(
-                f"{info.name} has about {edges} edges up to layer {layers[-1]}, more than {config.most_edges}; "
+                f"{info.title} has about {edges} edges up to layer {layers[-1]}, more than {config.most_edges}; "
                 "raise most_edges, or patch chosen senders and receivers with interventions.path_patching"
             )
         vocabulary, special = drawable(model)
@@ -100,7 +100,7 @@ class Circuit(Experiment):
         if (shares := input_shares(effects, names)) is not None:
             metrics["share_of_k_among_edges_into_sink_heads"] = shares["k"]
         tables = {"edges": table, "into_keys": _key_table(keys, heads)}
-        title = f"The circuit of the P0 sink in {info.name}"
+        title = f"The circuit of the P0 sink in {info.title}"
         return Result(self.id, self.title, metrics, tables, {"graph": draw_circuit(graph, names, title)}, notes=notes)
 
 

@@ -14,9 +14,9 @@ from p0circuit.prompts import PromptSet
 def sink_summary(model: Any, prompts: PromptSet, bos: bool) -> dict[str, Any]:
     """Means over samples, ready for JSON.
 
-    Keys: model, backend, n, length, bos, sink_rate, sink_rate_from_layer_2 (None in models of one or two layers),
-    sink_score [layers][heads], norm_ratio [layers + 1] and direction_consistency [layers + 1] of the residual before
-    each block and at the end.
+    Keys: model, quantisation (None for plain weights), backend, n, length, bos, sink_rate, sink_rate_from_layer_2 (None
+    in models of one or two layers), sink_score [layers][heads], norm_ratio [layers + 1] and direction_consistency
+    [layers + 1] of the residual before each block and at the end.
     """
     info = describe(model)
     recording = record(model, prompts, [SINK_SCORE, NORM_RATIO, residual_at()])
@@ -24,6 +24,7 @@ def sink_summary(model: Any, prompts: PromptSet, bos: bool) -> dict[str, Any]:
     later = float(sink.sink_rate(scores, from_layer=2).mean()) if info.layers > 2 else None
     return {
         "model": info.name,
+        "quantisation": info.quantisation,
         "backend": info.backend,
         "n": prompts.n,
         "length": prompts.length,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from p0circuit.models.info import titled
 from p0circuit.report.published import Comparison, beside_ours
 from p0circuit.results import Result
 
@@ -35,6 +36,12 @@ class Run:
     results: dict[str, Result]
     unreadable: dict[str, str]
     manifest: dict[str, Any]
+
+    @property
+    def title(self) -> str:
+        """The model's name, and how its weights were rounded if they were."""
+        told = [self.manifest, *self.claims]
+        return titled(self.model, next((one["quantisation"] for one in told if one.get("quantisation")), None))
 
     @property
     def controls(self) -> list[str]:
