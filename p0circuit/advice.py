@@ -45,6 +45,7 @@ from p0circuit.files import write_atomically, write_json
 from p0circuit.intervals import Interval, bootstrap, ratio_interval
 from p0circuit.interventions.nodes import InterventionError
 from p0circuit.models import ModelError, describe
+from p0circuit.models.info import titled
 from p0circuit.prompts import PromptSet
 from p0circuit.results import drawn
 from p0circuit.sink import CONTROL, least_excess
@@ -110,6 +111,7 @@ class Advice:
         loss_without_sink: what keeping none adds to the loss of keeping four, in nats per token.
         quantisation_risk: "low", "high" or "cannot tell".
         dormant_heads: those that can be zeroed at 1 % more loss, beyond doubt.
+        quantisation: how the weights were rounded, as `describe` gives it; None for plain weights.
     """
 
     model: str
@@ -121,6 +123,12 @@ class Advice:
     quantisation_risk: str
     dormant_heads: tuple[str, ...] | None
     statements: tuple[Statement, ...]
+    quantisation: str | None = None
+
+    @property
+    def title(self) -> str:
+        """The model's name, and how its weights were rounded if they were."""
+        return titled(self.model, self.quantisation)
 
     def to_json(self) -> dict[str, Any]:
         lost, heads = self.loss_without_sink, self.dormant_heads
@@ -149,6 +157,7 @@ def advise(model: Any, prompts: PromptSet) -> Advice:
     dormant_said, dormant = _dormant(model, rows, sink.verdict, reads)
     return Advice(
         model=describe(model).name,
+        quantisation=describe(model).quantisation,
         has_sink={YES: True, NO: False}.get(sink.verdict),
         bos_dependent=hangs,
         first_sink_layer=layer,
@@ -191,7 +200,7 @@ def draw_costs(advice: Advice) -> Figure | None:
     panels = {statement.topic: found for statement in advice.statements if (found := costs(statement))}
     if not panels:
         return None
-    title = f"{advice.model}: loss added (dashed: the limit, {LOSS_SHARE:.0%})"
+    title = f"{advice.title}: loss added (dashed: the limit, {LOSS_SHARE:.0%})"
     return intervals(panels, title, ["% of the loss"] * len(panels), reference=100 * LOSS_SHARE)
 
 

@@ -143,7 +143,7 @@ def reproduce(
     broken: list[str] = []
     for name in given:
         if name == TRAINING:
-            label, directory = TRAINING, out / TRAINING
+            label, title, directory = TRAINING, TRAINING, out / TRAINING
             claims = reproduce_training(as_trained(shipped_runs()), directory)
         else:
             source = Source(name, backend, device, dtype, layers, device_map, offload_folder)
@@ -153,14 +153,14 @@ def reproduce(
             model = _load(source, checkpoint)
             prompts = _three_seeds(model, text, count, length, seed)
             beginner = beginner_of(source.name, lambda step, source=source: _load(source, step))
-            label = describe(model).name
+            label, title = describe(model).name, describe(model).title
             directory = out / label.replace("/", "--")
             experiments = [make() for make in EXPERIMENTS.values()]
             if few:
                 experiments = [experiment.quick(describe(model)) for experiment in experiments]
             claims = reproduce_model(model, prompts, directory, experiments, beginner)
         write_report(directory)
-        _show_claims(label, claims)
+        _show_claims(title, claims)
         for published in find_runs(directory)[0].beside:
             say(f"published: {published}")
         say(f"claims, tables, figures, manifest and report.html are in {directory}")
@@ -242,6 +242,7 @@ def sink(
 ) -> None:
     """Measure the sink of one model: sink scores, sink rate, norm ratio and direction consistency of P0."""
     from p0circuit.experiments.sink_summary import after_bos, sink_summary
+    from p0circuit.models.info import titled
     from p0circuit.sink import SINK_THRESHOLD, shortest_for
 
     given = Source(model, backend, device, dtype, None, device_map, offload_folder)
@@ -265,7 +266,8 @@ def sink(
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table("layer", "sink scores of its heads", "norm ratio before", "direction before", title=summary["model"])
+    table = Table("layer", "sink scores of its heads", "norm ratio before", "direction before")
+    table.title = titled(summary["model"], summary["quantisation"])
     rows = zip(summary["sink_score"], summary["norm_ratio"], summary["direction_consistency"], strict=False)
     for layer, (scores, ratio, direction) in enumerate(rows):
         table.add_row(str(layer), " ".join(f"{score:.2f}" for score in scores), f"{ratio:.2f}", f"{direction:.2f}")
@@ -840,10 +842,11 @@ def _say_what_it_reads(model: Any, text: str | None) -> None:
 
 
 def _name(model: Any) -> str:
-    """Of a loaded model, or of one as it is stored."""
+    """What to call a loaded model, or one as it is stored, in a message."""
     from p0circuit.models import StoredModel, describe
+    from p0circuit.models.info import titled
 
-    return model.name if isinstance(model, StoredModel) else describe(model).name
+    return titled(model.name, model.quantisation) if isinstance(model, StoredModel) else describe(model).title
 
 
 def _run_one(experiment: Experiment, model: Any, prompts: PromptSet, out: Path) -> dict[str, Any]:
@@ -851,12 +854,13 @@ def _run_one(experiment: Experiment, model: Any, prompts: PromptSet, out: Path) 
     from p0circuit.activations import weights_fingerprint
     from p0circuit.models import describe
 
-    name = describe(model).name
+    info = describe(model)
     result = experiment.run(model, prompts)
     return _keep(
         result,
-        out / name.replace("/", "--"),
-        name,
+        out / info.name.replace("/", "--"),
+        info.name,
+        info.quantisation,
         weights=weights_fingerprint(model),
         prompts=prompts.fingerprint(),
         seed=prompts.seed,
@@ -864,18 +868,21 @@ def _run_one(experiment: Experiment, model: Any, prompts: PromptSet, out: Path) 
     )
 
 
-def _keep(result: Result, directory: Path, name: str, **details: Any) -> dict[str, Any]:
+def _keep(
+    result: Result, directory: Path, name: str, quantisation: str | None = None, **details: Any
+) -> dict[str, Any]:
     """Save a result and its manifest, and print what was found."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
+    from p0circuit.models.info import titled
     from p0circuit.results import write_manifest
 
     # The manifest is written last: one that is there tells of a run that came to its end.
     (directory / "manifest.json").unlink(missing_ok=True)
     result.save(directory)
-    table = Table(title=f"{name}: {result.experiment}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(title=f"{titled(name, quantisation)}: {result.experiment}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in ("quantity", "value [95 % interval]"):
         table.add_column(column, overflow="fold")
     for key, value in result.metrics.items():
@@ -883,7 +890,8 @@ def _keep(result: Result, directory: Path, name: str, **details: Any) -> dict[st
     for note in result.notes:
         say(f"{result.experiment}: {note}")
     started = time.time() - result.provenance["seconds"]
-    write_manifest(directory, sys.argv[1:], started, model=name, experiments=[result.experiment], **details)
+    about = {"model": name, "quantisation": quantisation, "experiments": [result.experiment]}
+    write_manifest(directory, sys.argv[1:], started, **about, **details)
     Console(stderr=True).print(table)
     if result.claim is not None:
         say(f"{result.claim['id']} {result.claim['verdict']}: {result.claim['why']}")
@@ -911,7 +919,7 @@ def _show_advice(advice: Advice) -> None:
 
     console = Console(highlight=False)
     # Names and text may hold what rich would take for markup.
-    console.print(Text(f"{advice.model}: what the first token does, and what to do about it", style="bold"))
+    console.print(Text(f"{advice.title}: what the first token does, and what to do about it", style="bold"))
     for statement in advice.statements:
         console.print(Text.assemble("\n", (statement.topic, "bold"), "  ", (statement.verdict, "reverse")))
         console.print(Padding(Text(statement.text), (0, 0, 0, 2)))

@@ -85,7 +85,7 @@ def reproduce(
     declared = {experiment.id: experiment.passes(model, prompts) for experiment in experiments}
     # What the same experiments take in a run that is not quick.
     full = {name: EXPERIMENTS[name]().passes(model, prompts) for name in declared if name in EXPERIMENTS}
-    say(f"{info.name}: {_estimate(model, prompts, CLEAN_PASSES + sum(declared.values()))}")
+    say(f"{info.title}: {_estimate(model, prompts, CLEAN_PASSES + sum(declared.values()))}")
     entries: list[dict[str, Any]] = []
     left_out: dict[str, str] = {}
     broken: dict[str, str] = {}
@@ -98,7 +98,7 @@ def reproduce(
                 entry = _entry(experiment, info.name, measured, f"{number}/{len(experiments)} ")
             used[experiment.id] = own.passes(prompts.n, prompts.length, info.layers)
             if experiment.claim is not None:
-                entries.append(entry | {"controls": []})
+                entries.append(entry | {"quantisation": info.quantisation, "controls": []})
             if entry["error"]:
                 broken[experiment.id] = entry["error"]
             elif entry["verdict"] == "not applicable":
@@ -124,6 +124,7 @@ def reproduce(
         sys.argv[1:],
         started,
         model=describe(model).name,
+        quantisation=describe(model).quantisation,
         weights=weights_fingerprint(model),
         prompts=prompts.fingerprint(),
         text=prompts.description.get("source", prompts.description.get("builder")),
@@ -140,7 +141,7 @@ def reproduce(
             for name, value in used.items()
         },
     )
-    say(f"{info.name}: {sum(used.values()):.1f} passes over {prompts.n} prompts in {time.time() - started:.0f} s")
+    say(f"{info.title}: {sum(used.values()):.1f} passes over {prompts.n} prompts in {time.time() - started:.0f} s")
     return entries
 
 
@@ -175,7 +176,7 @@ def reproduce_training(runs: Sequence[Run], directory: Path) -> list[dict[str, A
     for experiment in (make() for make in RUN_EXPERIMENTS.values()):
         entry = _entry(experiment, TRAINING, partial(_run_and_save, experiment, runs, directory))
         control = _entry(experiment, TRAINING, partial(experiment.run, runs, PLAIN), "control, plain text: ")
-        entries.append(entry | {"controls": [_as_control("plain text", control)]})
+        entries.append(entry | {"quantisation": None, "controls": [_as_control("plain text", control)]})
         _write_claims(directory, entries)
     unmeasured = [entry for entry in entries if entry["verdict"] == "not applicable"]
     write_manifest(

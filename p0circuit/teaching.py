@@ -211,7 +211,7 @@ def _headings(figure: Any) -> str:
 
 def statements(advice: Advice) -> None:
     """Print what `advise` says of a model: each question with its answer, the values behind it, and what to do."""
-    print(f"{advice.model}: what the first token does, and what to do about it")
+    print(f"{advice.title}: what the first token does, and what to do about it")
     for one in advice.statements:
         print(f"\n{one.topic} {one.verdict.upper()}")
         for line in (one.text, one.advice and f"-> {one.advice}"):

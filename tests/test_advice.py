@@ -49,6 +49,7 @@ KEYS = [
     "quantisation_risk",
     "dormant_heads",
     "statements",
+    "quantisation",
 ]
 SHIPPED = [entry.name for entry in list_models()]
 KNOWN: dict[str, tuple[bool, bool | None]] = {

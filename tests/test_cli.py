@@ -27,6 +27,7 @@ from p0circuit.cli import main
 from p0circuit.experiments import EXPERIMENTS
 from p0circuit.experiments.sink_summary import sink_summary
 from p0circuit.models import load_model
+from p0circuit.models.gguf_writer import write_gguf
 from p0circuit.paths import data_dir
 from p0circuit.prompts import natural_text
 from p0circuit.results import Result
@@ -39,6 +40,7 @@ ENGLISH = data_dir() / "prompts" / "english"
 QUICK = ("--text", "english", "--samples", "4", "--length", "12")
 KEYS = [
     "model",
+    "quantisation",
     "backend",
     "n",
     "length",
@@ -497,6 +499,30 @@ def test_an_interrupted_reproduction_leaves_nothing_half_written(tiny_model_dir:
             assert len(pd.read_csv(tmp_path / name))
     cache = Path(os.environ["P0CIRCUIT_CACHE"])
     assert not [path for path in cache.iterdir() if path.name.startswith(".")]
+
+
+# GGUF files
+
+
+def test_results_on_a_gguf_file_say_how_it_was_rounded(p0: Run, tiny_model_dir: Path, tmp_path: Path) -> None:
+    path = write_gguf(tiny_model_dir, tmp_path / "tiny.gguf", "Q4_1")
+    found = json.loads(p0("sink", path, "--json", *QUICK).out)
+    assert (found["model"], found["quantisation"]) == ("tiny", "Q4_1")
+    assert "tiny (Q4_1)" in p0("sink", path, *QUICK).out
+    ended = p0("run", "sink-map", "--model", path, "--out", tmp_path / "out", *QUICK)
+    folder = tmp_path / "out" / "tiny"
+    assert ended.code == 0 and "tiny (Q4_1): sink-map" in ended.err
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert (manifest["model"], manifest["quantisation"]) == ("tiny", "Q4_1")
+    assert Result.load(folder / "sink-map.json").provenance["model"]["quantisation"] == "Q4_1"
+    drawn = (folder / "figures" / "sink-map-map.svg").read_text()
+    assert "tiny (Q4_1): attention to position zero" in drawn
+
+
+def test_a_refused_gguf_file_is_one_line(p0: Run, tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(10))
+    refused = p0("sink", tmp_path / "model.gguf")
+    assert refused.code == 2 and "no whole GGUF file" in refused.err and "Traceback" not in refused.err
 
 
 # models and training

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +16,9 @@ from p0circuit.experiments.claim import Claim, Clause
 from p0circuit.experiments.conditions import readable_by_seeds
 from p0circuit.intervals import Interval
 from p0circuit.models import load_model
+from p0circuit.models.gguf_writer import write_gguf
 from p0circuit.prompts import pooled, random_tokens
+from p0circuit.report.contents import find_runs
 from p0circuit.report.page import write_report
 from p0circuit.reproduction import failed, quick_samples, reproduce, reproduce_training, result_key, run_or_read
 from p0circuit.results import Result
@@ -184,3 +187,24 @@ def test_pooled_prompts():
     assert bool((whole.ids[4:9] == parts[1].ids).all())
     with pytest.raises(ValueError, match=r"lengths \[12, 13\]"):
         pooled([parts[0], random_tokens(40, n=2, length=13)])
+
+
+def test_a_rounded_model_says_so_in_every_entry_manifest_and_report(tiny_model_dir, tmp_path):
+    path = write_gguf(tiny_model_dir, tmp_path / "tiny.gguf", "Q8_0")
+    model = load_model(path, device="cpu")
+    prompts = random_tokens(model.cfg.d_vocab, n=8, length=16)
+    out = tmp_path / "out" / "tiny"
+    entries = reproduce(model, prompts, out, [SinkMap()], controls=False)
+    assert {(entry["model"], entry["quantisation"]) for entry in entries} == {("tiny", "Q8_0")}
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert (manifest["model"], manifest["quantisation"]) == ("tiny", "Q8_0")
+    for page in write_report(out.parent):
+        text = page.read_text()
+        assert "tiny (Q8_0)" in text
+        # No heading is without it.
+        heading = r"<(title|h1|th|a)[^>]*>(The P0 sink circuit in )?|^# "
+        assert re.search(rf"({heading})tiny", text, re.M)
+        assert not re.search(rf"({heading})tiny\b(?! \(Q8_0\))", text, re.M)
+    # A run that has not come to its end has no manifest yet.
+    (out / "manifest.json").unlink()
+    assert find_runs(out)[0].title == "tiny (Q8_0)"

@@ -127,7 +127,7 @@ class Amplification(Experiment):
 
         info = describe(model)
         if info.layers <= max(BLOCKS):
-            raise NotApplicable(f"{info.name} has {info.layers} block: there are no blocks 0 and 1")
+            raise NotApplicable(f"{info.title} has {info.layers} block: there are no blocks 0 and 1")
         found = find_sink_heads(model, prompts)
         first = prompts.split()[0]
         layer = max(max(BLOCKS) + 1, min(layer for layer, _ in found.heads))
@@ -178,7 +178,7 @@ class Amplification(Experiment):
         metrics |= {f"excess_carried_by_{name.replace('.', '_')}": carried[name] for name in ("mlp.0", "mlp.1")}
         tables["ablations"] = _interval_table("ablated", "excess_carried", carried)
         panels["Excess score lost without"] = dict(list(carried.items())[:7])
-        figure = bars(panels, f"{info.name}: who writes the P0 direction", ["share of the whole"] * 2)
+        figure = bars(panels, f"{info.title}: who writes the P0 direction", ["share of the whole"] * 2)
         figure.set_size_inches(7.0, 2.9)
         return Result(self.id, self.title, metrics, tables, {"writers": figure}, notes=notes)
 

@@ -139,7 +139,7 @@ class AnyToken(Experiment):
         try:
             drawn, norms, of_bos = self._swept(model, continuations, tokens, found.heads)
         except (NotOfTheClosedForm, ModelError) as error:
-            raise NotApplicable(f"the keys of {info.name} cannot be exchanged one by one: {error}") from error
+            raise NotApplicable(f"the keys of {info.title} cannot be exchanged one by one: {error}") from error
         by_token = drawn.mean(1)
         median = float(np.median(by_token))
 
@@ -197,12 +197,12 @@ class AnyToken(Experiment):
             "tokens": trajectories(
                 {"Dashed: half the median score": [_quantiles(name, values) for name, values in lines.items()]},
                 [str(percent) for percent in _PERCENT],
-                f"{info.name}: every token at position zero",
+                f"{info.title}: every token at position zero",
                 "% of tokens with a lower score",
                 ["sink score"],
                 reference=config.half * median,
             ),
-            "probe": _draw_probe(probe, info.name),
+            "probe": _draw_probe(probe, info.title),
         }
         tables = {"tokens": table, "exceptions": exceptions, "probe": probe}
         return Result(self.id, self.title, metrics, tables, figures, notes=notes)

@@ -121,7 +121,7 @@ class BosAblation(Experiment):
         titles = {"sink_rate": "Sink rate", "loss": "Loss"}
         drawn = {titles.get(name, f"Sink rate, layers ≥ {start}"): panel for name, panel in panels.items()}
         labels = ["share of heads", "share of heads", "nats per token"]
-        figure = bars(drawn, f"{info.name}: what removing BOS changes", labels)
+        figure = bars(drawn, f"{info.title}: what removing BOS changes", labels)
         return Result(self.id, self.title, metrics, tables, {"bars": figure}, notes=notes)
 
 

@@ -192,7 +192,7 @@ class Circuit(Experiment):
             f"{self.config.share:.0%} or more:",
             *(f"{s} -> {r}: {effect:+.3f}" for s, r, effect in sorted(found, key=lambda edge: -abs(edge[2]))),
         ]
-        title = f"The circuit of the P0 sink in {describe(study.model).name}"
+        title = f"The circuit of the P0 sink in {describe(study.model).title}"
         return Result(self.id, self.title, metrics, tables, {"graph": draw_circuit(graph, ends, title)}, notes=notes)
 
 

@@ -137,7 +137,7 @@ class Content(Experiment):
         }
         names = ", ".join(map(str, lenders))
         notes = [*sink.notes, f"ordinary positions are {names} of the next sample, in turn", *_caveats(metrics)]
-        figures = {"blocks": _draw(tables["blocks"], describe(model).name)}
+        figures = {"blocks": _draw(tables["blocks"], describe(model).title)}
         return Result(self.id, self.title, metrics, tables, figures, notes=notes)
 
     def _scan(self, model: Any, sink: Sink, clean: Tensor, own: Tensor, lent: dict[str, Tensor]) -> pd.DataFrame:

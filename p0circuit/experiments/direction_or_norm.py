@@ -129,7 +129,7 @@ class DirectionOrNorm(Experiment):
         lent = ", ".join(map(str, lenders))
         notes = [*sink.notes, f"directions are lent by positions {lent} of the next sample, in turn"]
         tables = {"surgery": pd.DataFrame(rows), "blocks": scan, "doses": doses}
-        name = describe(model).name
+        name = describe(model).title
         figures = {"blocks": _draw_scan(scan, name), "doses": _draw_doses(doses, name)}
         return Result(self.id, self.title, metrics, tables, figures, notes=notes)
 

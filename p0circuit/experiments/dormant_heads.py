@@ -179,7 +179,7 @@ class DormantHeads(Experiment):
             ),
             "heads": dormant,
         }
-        figures = {"curves": _draw_curves(runs, info.name), "domains": _draw_domains(counts, info.name)}
+        figures = {"curves": _draw_curves(runs, info.title), "domains": _draw_domains(counts, info.title)}
         metrics = metrics | {
             f"heads_beyond_{metric_name(kind)}_over_samples": _over_samples(runs, kind) for kind in (RANDOM, NORM)
         }

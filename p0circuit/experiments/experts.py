@@ -100,7 +100,7 @@ class Experts(Experiment):
         """Raises NotApplicable on a dense model, where there is no sink, and where experts do not add up."""
         info, layers = describe(model), mixture_layers(model)
         if not layers:
-            raise NotApplicable(f"{info.name} is no mixture of experts that can be taken apart")
+            raise NotApplicable(f"{info.title} is no mixture of experts that can be taken apart")
         found, condition = find_used_sink(model, prompts)
         text = under(model, prompts, condition)
         routed = routing(model, found.prompts)
@@ -108,7 +108,7 @@ class Experts(Experiment):
         heard = [layer for layer in layers if layer < max(layer for layer, _ in found.heads)]
         order = _order(norms[0], layers, heard)
         if not order:
-            raise NotApplicable(f"{info.name} has no mixture of experts below its last sink head ({found.note})")
+            raise NotApplicable(f"{info.title} has no mixture of experts below its last sink head ({found.note})")
         few = found.prompts.subset(slice(0, self.config.samples))
         # Where the sink heads read; those of blocks 0 and 1 read before there is a norm to speak of.
         reader = min(info.layers, max(EARLY, min(layer for layer, _ in found.heads)))
@@ -137,7 +137,7 @@ class Experts(Experiment):
         ]
         figures = {
             "routing": _draw_routing(shares, norms[0], layers, info),
-            "removed": _draw_removed(together, clean, reader, info.name),
+            "removed": _draw_removed(together, clean, reader, info.title),
         }
         return Result(self.id, self.title, metrics, tables, figures, notes=notes)
 
@@ -337,7 +337,7 @@ def _draw_routing(
     panels = {name: np.zeros((info.layers, info.experts)) for name in found}
     for name, values in found.items():
         panels[name][list(layers)] = values
-    return heat_maps(panels, f"{info.name}: the experts of P0", "share (of the largest norm)", x_label="expert")
+    return heat_maps(panels, f"{info.title}: the experts of P0", "share (of the largest norm)", x_label="expert")
 
 
 def _draw_removed(together: pd.DataFrame, clean: Left, reader: int, name: str) -> Figure:

@@ -178,7 +178,7 @@ class FirstToken(Experiment):
             notes.append("there is no BOS token: the condition with BOS is left out")
         if model.tokenizer is None:
             notes.append("the prompts are random tokens: their losses tell little about text")
-        name = describe(model).name
+        name = describe(model).title
         figures = {
             "spread": _draw_spread(far, pair, name),
             "reach": _draw_reach(tables["reach"], name),

@@ -136,7 +136,7 @@ class Function(Experiment):
         ]
         if getattr(model, "tokenizer", None) is None:
             notes.append("the prompts are random tokens: their losses say nothing about a use of the sink")
-        name = describe(model).name
+        name = describe(model).title
         figures = {
             "losses": _draw_losses(intervals, name),
             "blocks": _draw_spread(tables["spread_by_block"], "after_block", "after block", name),

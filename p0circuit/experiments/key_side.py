@@ -114,7 +114,7 @@ class KeySide(Experiment):
         try:
             query_side(model, found.prompts.subset(slice(0, config.tested)), lambda layer, side: None)
         except (NotOfTheClosedForm, ModelError) as error:
-            raise NotApplicable(f"scores of {info.name} cannot be taken apart: {error}") from error
+            raise NotApplicable(f"scores of {info.title} cannot be taken apart: {error}") from error
         queries = {
             layer: Quantity(f"mean_query_{layer}", (query_hook(model, layer),), mean_query, "model")
             for layer in by_layer
@@ -199,7 +199,7 @@ class KeySide(Experiment):
                 "value norm": metrics["value_norm_over_median"],
             },
         }
-        figure = bars(panels, f"{info.name}: the sink heads' scores of P0", ["logits", "share", "cosine", "ratio"])
+        figure = bars(panels, f"{info.title}: the sink heads' scores of P0", ["logits", "share", "cosine", "ratio"])
         return Result(self.id, self.title, metrics, {"heads": table}, {"scores": figure}, notes=notes)
 
 

@@ -415,4 +415,4 @@ def _sweeps(repeated: pd.DataFrame, prefixes: pd.DataFrame, lengths: pd.DataFram
         ),
     }
     x_labels = ["times it stands there", "random tokens", "tokens in a row"]
-    return sweeps(panels, f"{info.name}: the limits of the sink", x_labels, "attention, mean over queries")
+    return sweeps(panels, f"{info.title}: the limits of the sink", x_labels, "attention, mean over queries")

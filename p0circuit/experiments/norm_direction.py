@@ -93,7 +93,7 @@ class NormDirection(Experiment):
         }
         silent = [f"{row['component']} of block {row['layer']}" for row in rows if math.isnan(row["norm_ratio"])]
         notes = [f"No norm ratio where the other positions write nothing: {', '.join(silent)}."] if silent else []
-        name = describe(model).name
+        name = describe(model).title
         figures = {"layers": _draw_layers(stream, name), "components": _draw_components(table, name)}
         return Result(self.id, self.title, metrics, {"layers": table}, figures, notes=notes)
 

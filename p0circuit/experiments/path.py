@@ -136,11 +136,11 @@ class ThePath(Experiment):
         """Raises NotApplicable without blocks 0-1 or a sink, and where P0's whole stream has no effect on it."""
         info = describe(model)
         if info.layers < 2:
-            raise NotApplicable(f"{info.name} has {info.layers} block, and the claim is about blocks 0 and 1")
+            raise NotApplicable(f"{info.title} has {info.layers} block, and the claim is about blocks 0 and 1")
         shifts = [m for m in self.config.shifts if info.context is None or prompts.length + m <= info.context]
         if not shifts:
             raise NotApplicable(
-                f"{info.name} has {info.context} positions: no room for a prefix of {min(self.config.shifts)} tokens "
+                f"{info.title} has {info.context} positions: no room for a prefix of {min(self.config.shifts)} tokens "
                 f"before prompts of {prompts.length}; shorten them"
             )
         found = find_sink_heads(model, prompts)
@@ -794,7 +794,9 @@ def _component_maps(singles: pd.DataFrame, info: ModelInfo) -> Figure:
         panel = panel[[name for name in _COLUMNS if name in panel.columns]]
         panel.columns.name = "component"
         panels[places[str(direction)]] = panel
-    return effect_maps(panels, f"{info.name}: what single components at P0 do to the sink", "share of the total effect")
+    return effect_maps(
+        panels, f"{info.title}: what single components at P0 do to the sink", "share of the total effect"
+    )
 
 
 def _share_lines(metrics: dict[str, Interval], info: ModelInfo) -> Figure:
@@ -823,4 +825,4 @@ def _share_lines(metrics: dict[str, Interval], info: ModelInfo) -> Figure:
     }
     labels = ["share of the total effect", "share of the summed effects", "share of the total effect"]
     controls = ("noising elsewhere", "denoising elsewhere")
-    return intervals(panels, f"{info.name}: how the sink gets from P0 to the sink heads", labels, controls)
+    return intervals(panels, f"{info.title}: how the sink gets from P0 to the sink heads", labels, controls)

@@ -240,7 +240,7 @@ class Quantisation(Experiment):
                 for rows, drawn in draws.items()
             },
         }
-        name = describe(model).name
+        name = describe(model).title
         notes = [
             found.note,
             f"measured on text {condition}, {chosen.n} rows",

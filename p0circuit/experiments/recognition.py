@@ -150,7 +150,7 @@ class Recognition(Experiment):
 
         info, start = describe(model), self.config.others
         if info.layers <= max(BLOCKS):
-            raise NotApplicable(f"{info.name} has {info.layers} block: there are no blocks 0 and 1")
+            raise NotApplicable(f"{info.title} has {info.layers} block: there are no blocks 0 and 1")
         if not bool(prompts.attention_mask.all()):
             raise NotApplicable("these prompts are padded, and a profile over positions needs rows of one length")
         found = find_sink_heads(model, prompts)
@@ -196,7 +196,7 @@ class Recognition(Experiment):
         figure = trajectories(
             panels,
             [str(position) for position in range(prompts.length)],
-            f"{info.name}: what heads put out by position, and what the cone model predicts",
+            f"{info.title}: what heads put out by position, and what the cone model predicts",
             "position",
             ["squared norm (values: 1)"] * len(panels),
         )
@@ -218,7 +218,7 @@ class Recognition(Experiment):
                 for hook in quantity.hooks:
                     hook_point(model, hook)
         except ModelError as error:
-            raise NotApplicable(f"the attention of {describe(model).name} cannot be read: {error}") from error
+            raise NotApplicable(f"the attention of {describe(model).title} cannot be read: {error}") from error
         recording = self.record(model, prompts, [outputs, mixing, about, some], "measured on")
         parts = recording[mixing].double().numpy()
         group = parts.shape[2] // recording[about].shape[1]

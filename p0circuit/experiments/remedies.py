@@ -143,7 +143,7 @@ class Remedies(Experiment):
         if prompts.length < SHORTEST:
             raise NotApplicable(f"needs rows of at least {SHORTEST} tokens, got {prompts.length}")
         require_attention(model)
-        config, name = self.config, describe(model).name
+        config, name = self.config, describe(model).title
         # The halves of `find_used_sink`, without BOS before them.
         others, chosen = under(model, prompts, WITHOUT_BOS).split()
         rows = chosen.subset(slice(0, config.samples))

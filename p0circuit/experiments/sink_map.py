@@ -116,7 +116,7 @@ class SinkMap(Experiment):
         if given == WITH_BOS:
             notes.append("the claim is about text without BOS; these prompts were given after BOS, where the sink is")
         if late < 2:
-            notes.append(f"{info.name} has {info.layers} layers: 'from layer 2' is from its last one")
+            notes.append(f"{info.title} has {info.layers} layers: 'from layer 2' is from its last one")
         columns = ["condition", "layer", "head", "sink_score", "standard_deviation", f"score_at_{place}"]
         rate_columns = ["condition", "position", "from_layer", "sink_rate", "low", "high", "n"]
         return Result(
@@ -124,7 +124,7 @@ class SinkMap(Experiment):
             self.title,
             metrics,
             {"scores": pd.DataFrame(rows, columns=columns), "rates": pd.DataFrame(rates, columns=rate_columns)},
-            {"map": heat_maps(maps, f"{info.name}: attention to position zero, mean over queries", "sink score")},
+            {"map": heat_maps(maps, f"{info.title}: attention to position zero, mean over queries", "sink score")},
             notes=notes,
             view=_view(model, prompts, maps[given]),
         )
@@ -133,7 +133,7 @@ class SinkMap(Experiment):
 def _view(model: Any, prompts: PromptSet, scores: np.ndarray) -> AttentionView:
     """The attention of the heads with the highest scores on the first prompt."""
     chosen = sorted(divmod(int(place), scores.shape[1]) for place in scores.ravel().argsort()[::-1][:VIEWED_HEADS])
-    title = f"{describe(model).name}: the heads with the highest sink scores, on one prompt"
+    title = f"{describe(model).title}: the heads with the highest sink scores, on one prompt"
     return view_heads(model, prompts.subset([0]), chosen, title)
 
 

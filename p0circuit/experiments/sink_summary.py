@@ -22,17 +22,18 @@ PROBED = 32
 def sink_summary(model: Any, prompts: PromptSet, bos: bool) -> dict[str, Any]:
     """Means over samples, ready for JSON.
 
-    Keys: model, backend, n, length, bos, condition (what the rows begin with), uniform_score (what attention spread
-    evenly would score on prompts of this length), sink_rate, sink_rate_from_layer_2 (None in models of one or two
-    layers; both None where uniform attention is above the threshold, too, and a rate means nothing), sink_score
-    [layers][heads], norm_ratio [layers + 1] and direction_consistency [layers + 1] of the residual before each block
-    and at the end.
+    Keys: model, quantisation (None for plain weights), backend, n, length, bos, condition (what the rows begin with),
+    uniform_score (what attention spread evenly would score on prompts of this length), sink_rate,
+    sink_rate_from_layer_2 (None in models of one or two layers; both None where uniform attention is above the
+    threshold, too, and a rate means nothing), sink_score [layers][heads], norm_ratio [layers + 1] and
+    direction_consistency [layers + 1] of the residual before each block and at the end.
     """
     info = describe(model)
     recording = record(model, prompts, [SINK_SCORE, NORM_RATIO, residual_at()])
     scores = recording[SINK_SCORE]
     return {
         "model": info.name,
+        "quantisation": info.quantisation,
         "backend": info.backend,
         "n": prompts.n,
         "length": prompts.length,

@@ -203,7 +203,7 @@ class Streaming(Experiment):
                 )
                 for kept in ((), (0,), None)
             }
-        figures = {"positions": _draw_positions(panels, info.name), "costs": _draw_costs(costs, added, info.name)}
+        figures = {"positions": _draw_positions(panels, info.title), "costs": _draw_costs(costs, added, info.title)}
         return Result(self.id, self.title, metrics, tables, figures, notes=notes)
 
     def _long(self, model: Any, prompts: PromptSet, notes: list[str]) -> Losses | None:

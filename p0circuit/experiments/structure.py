@@ -173,7 +173,7 @@ class Structure(Experiment):
         notes = [*sink.notes, f"positions t: {', '.join(map(str, positions))}; the scan over blocks is for t = {t}"]
         if dropped := [t for t in self.config.positions if t not in positions]:
             notes.append(f"rows of {sink.prompts.length} tokens have no place for t = {', '.join(map(str, dropped))}")
-        name = describe(model).name
+        name = describe(model).title
         figures = {"surgery": _draw_surgery(became, lost, name), "scan": _draw_scan(scan, t, name)}
         return Result(self.id, self.title, metrics, {"surgery": table, "scan": scan}, figures, notes=notes)
 

@@ -93,7 +93,7 @@ def require_attention(model: Any) -> None:
     """
     if "blocks.0.attn.hook_pattern" in hook_points(model).read_only:
         info = describe(model)
-        raise NotApplicable(f"the attention of {info.name} ({info.architecture}) can be read, but not edited")
+        raise NotApplicable(f"the attention of {info.title} ({info.architecture}) can be read, but not edited")
 
 
 def heads_above(heads: Heads, layer: int) -> tuple[tuple[int, int], ...]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from p0circuit.files import write_json
+from p0circuit.models.info import titled
 from p0circuit.report.published import Comparison, beside_ours
 from p0circuit.results import Result
 
@@ -39,6 +40,12 @@ class Run:
     manifest: dict[str, Any]
 
     @property
+    def title(self) -> str:
+        """The model's name, and how its weights were rounded if they were."""
+        told = [self.manifest, *self.claims]
+        return titled(self.model, next((one["quantisation"] for one in told if one.get("quantisation")), None))
+
+    @property
     def controls(self) -> list[str]:
         """The names of all controls, in the order of their first appearance."""
         return list(dict.fromkeys(control["control"] for claim in self.claims for control in claim.get("controls", ())))
@@ -47,12 +54,6 @@ class Run:
     def about_training(self) -> bool:
         """Whether this is about training runs and not about a model."""
         return "runs" in self.manifest
-
-    @property
-    def quantisation(self) -> str | None:
-        """How the model's weights were rounded before they were loaded, as in "Q4_1"; None for plain weights."""
-        described = (result.provenance.get("model") for result in self.results.values())
-        return next((model["quantisation"] for model in described if model and model.get("quantisation")), None)
 
     @property
     def samples(self) -> int | None:

@@ -71,7 +71,7 @@ def claims_table(runs: Sequence[Run]) -> list[str]:
     for by_model in sorted(entries.values(), key=lambda one: claim_number(next(iter(one.values())))):
         first = next(iter(by_model.values()))
         rows.append([f"{first['id']} {first['title']}", *(_cell(by_model.get(run.model)) for run in runs)])
-    return table(["claim", *map(heading, runs)], rows)
+    return table(["claim", *(run.title for run in runs)], rows)
 
 
 def misses(runs: Sequence[Run]) -> list[str]:
@@ -81,14 +81,14 @@ def misses(runs: Sequence[Run]) -> list[str]:
         for claim in run.claims:
             if shown_verdict(claim) != "reproduced":
                 reason = claim["why"].replace("_", " ")
-                lines.append(f"- {heading(run)}, {claim['id']} {claim['title']}, {shown_verdict(claim)}: {reason}.")
+                lines.append(f"- {run.title}, {claim['id']} {claim['title']}, {shown_verdict(claim)}: {reason}.")
     return [*(lines or ["All claims are reproduced."]), ""]
 
 
 def controls_table(runs: Sequence[Run]) -> list[str]:
     """How many tests of claims on controls came to which verdict, by model."""
     verdicts = list(_MARKS)
-    rows = [[heading(run), *(str(run.control_cells[verdict]) for verdict in verdicts)] for run in runs]
+    rows = [[run.title, *(str(run.control_cells[verdict]) for verdict in verdicts)] for run in runs]
     return table(["model", *verdicts], rows)
 
 
@@ -101,13 +101,8 @@ def passes_table(runs: Sequence[Run]) -> list[str]:
         rows.append([name, *("" if value is None else f"{value:.1f}" for value in values)])
         totals = [total + (value or 0.0) for total, value in zip(totals, values, strict=True)]
     rows.append(["all", *(f"{total:.1f}" for total in totals)])
-    about = f"{heading(run)}, {run.samples} prompts of {run.manifest['length']} tokens."
+    about = f"{run.title}, {run.samples} prompts of {run.manifest['length']} tokens."
     return [about, "", *table(["experiment", "full configuration", "declared", "used"], rows)]
-
-
-def heading(run: Run) -> str:
-    """The model's name with how its weights were rounded."""
-    return f"{run.model} ({run.quantisation})" if run.quantisation else run.model
 
 
 def _cell(claim: Mapping[str, Any] | None) -> str:

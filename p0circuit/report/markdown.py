@@ -15,7 +15,7 @@ def to_markdown(runs: Sequence[Run]) -> str:
 
 
 def _section(run: Run) -> str:
-    lines = [f"# {_text(run.model)}: {tally(run.claims)}", ""]
+    lines = [f"# {_text(run.title)}: {tally(run.claims)}", ""]
     lines += table(
         ["claim", "verdict", "why"],
         (
