@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -77,5 +78,6 @@ def test_direct_path_patching_of_transformer_lens_4_gives_the_same_numbers():
 
 
 def test_the_monitor_is_timed_in_turns_with_training_steps():
-    figures = monitor.measure(rounds=1)
-    assert figures["monitor_reading_seconds"] > 0 and figures["monitor_step_seconds"] > 0
+    config = replace(TrainConfig(), layers=2, d_model=32, heads=2, d_mlp=48, vocab_size=97, length=16)
+    overhead, step, reading = monitor.compare(config, rounds=1)
+    assert overhead == pytest.approx(reading / (monitor.EVERY * step)) and step > 0 and reading > 0
