@@ -52,7 +52,7 @@ notebooks: .venv/.dev
 	.venv/bin/p0circuit notebooks build --all
 
 bench: .venv/.dev
-	.venv/bin/python -m pytest tests/benchmarks
+	.venv/bin/p0circuit bench --into docs/performance.md
 
 clean:
 	rm -rf .venv .venv-tl4 out dist .pytest_cache .ruff_cache notebooks/.ruff_cache .hypothesis

@@ -612,44 +612,32 @@ def cache(
 @app.command()
 def bench(
     model: Annotated[
-        str | None, typer.Option(help="A model to measure on; random weights of GPT-2-small shape if not given.")
+        list[str] | None,
+        typer.Option(help="A model or shape, may be repeated; gpt2-shape and smollm2-shape if not given."),
     ] = None,
     tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens of the vocabulary to sweep; all if not given.")
+    ] = None,
+    into: Annotated[
+        Path | None, typer.Option(help="A Markdown file with the marks of a benchmark table: write the table into it.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure speed and memory of the exact fast forms beside the usual ways, in one run (needs a checkout)."""
     import importlib
 
-    import torch
-
     from p0circuit import paths
 
-    root = paths.repository()
-    sys.path.insert(0, str(root))
-    names = ("closed_form", "activation_patching", "vocabulary")
-    closed, grid, vocabulary = (importlib.import_module(f"tests.benchmarks.bench_{name}") for name in names)
-    loaded = _load(Source(model)) if model else grid.gpt2_small_shape()
-    figures = {"device": str(loaded.cfg.device), "threads": torch.get_num_threads()}
-    for name, measure in (
-        ("edges into K at P0", lambda: closed.measure(loaded)),
-        ("activation-patching grid", lambda: grid.measure(loaded)),
-        ("vocabulary sweep", lambda: vocabulary.measure(loaded, tokens)),
-    ):
-        say(f"measuring: {name}")
-        figures |= measure()
+    sys.path.insert(0, str(paths.repository()))
+    run = importlib.import_module("benchmarks.run")
+    names = model or ["gpt2-shape", "smollm2-shape"]
+    results = run.measure_all(names, lambda name: _load(Source(name)), run.Size(tokens=tokens), say)
+    if into is not None:
+        run.write_into(into, results)
     if as_json:
-        _print_json(figures, True)
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("figure", "value")
-    for name, value in figures.items():
-        if not isinstance(value, list):
-            table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
-    Console().print(table)
+        _print_json(results, True)
+    else:
+        print(run.markdown(results))
 
 
 def _default_models(every: bool) -> list[str]:

@@ -45,7 +45,8 @@ class CircuitConfig:
     """`shift`: tokens of the prefix; `samples`: prompts to patch; `share` of the sink score from which an edge counts.
 
     `fallback_heads` stand in where no head is above `eps`. With more than `most_edges` edges they are searched:
-    first estimates from `screening_rows` prompts, exact runs within `budget` passes over the prompts that are patched.
+    first estimates from `screening_rows` prompts, exact runs within `budget` passes over the prompts that are patched,
+    at least `sample` of them of edges drawn at random.
     """
 
     shift: int = 8
@@ -55,6 +56,7 @@ class CircuitConfig:
     fallback_heads: int = FALLBACK_HEADS
     most_edges: int = 2_000
     screening_rows: int = 4
+    sample: int = 3
     budget: float = 15.0
 
 
@@ -143,6 +145,7 @@ class Circuit(Experiment):
                 sets,
                 screening_rows=config.screening_rows,
                 members=True,
+                sample=config.sample,
                 budget=config.budget,
                 seed=study.pair.clean.seed,
             )
@@ -160,6 +163,7 @@ class Circuit(Experiment):
             f"about {edges} edges are more than {config.most_edges}: they were searched, coarse to fine, with first "
             f"estimates from {min(config.screening_rows, chosen.n)} prompts and exact effects from {chosen.n}",
             *search.summary(),
+            f"{len(search.found)} of those patched exactly change the score by {config.share:.0%} of it or more",
         ]
         estimates = search.estimates_table(config.share / 10 * clean.value)
         tables = {"edges": table, "estimates": estimates}

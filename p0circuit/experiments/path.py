@@ -86,6 +86,8 @@ _BLOCKS = (0, 1)
 _DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
 JOINT, WHOLE, BESIDE = "blocks 0-1", "whole stream", "blocks 0-1 at a random position"
 """What is patched: the names in the tables."""
+_FEWEST_ROWS = 3
+"""Rows for exact single patches in a bounded run, at least one for each shift."""
 _COLUMNS: tuple[Component, ...] = ("embed", "attn", "mlp", "resid_pre", "resid_mid")
 _WIDTH = ("value", "low", "high")
 
@@ -303,7 +305,7 @@ class ThePath(Experiment):
         longer = 1 + sum(shifts) / len(shifts) / length
         few = len(_BLOCKS) / layers
         if self._bounded(info):
-            rows, least = min(chosen, config.rows), min(chosen, len(shifts))
+            rows, least = min(chosen, config.rows), min(chosen, max(len(shifts), _FEWEST_ROWS))
             joint = chosen * (longer + 3 + 3 * longer + 2 * few)
             singles = rows * (longer + 1 + (4 * layers + 2) / length)
             singles += 2 * least * (1 + longer + 1) + min(config.row_runs, 2 * least * layers * 3)
@@ -345,14 +347,15 @@ class ThePath(Experiment):
         # A third of the exact runs goes to a random sample, from which the error of the others is known.
         shares = abs(estimate.mean(1))
         ranked = sorted(range(len(nodes)), key=lambda place: (nodes[place].kind.startswith("resid"), -shares[place]))
-        chosen = _within(nodes, ranked, 2 / 3 * self.config.row_runs, len(pairs), info.layers)
+        few = _dealt(pairs, max(len(pairs), _FEWEST_ROWS))
+        patched_rows = len(torch.cat(few))
+        chosen = _within(nodes, ranked, 2 / 3 * self.config.row_runs, patched_rows, info.layers)
         strongest = len(chosen)
         left = [place for place in range(len(nodes)) if place not in chosen]
         generator = torch.Generator().manual_seed(pairs[0].clean.seed)
         mixed = [left[place] for place in torch.randperm(len(left), generator=generator).tolist()]
-        chosen += _within(nodes, mixed, self.config.row_runs / 3, len(pairs), info.layers)
+        chosen += _within(nodes, mixed, self.config.row_runs / 3, patched_rows, info.layers)
         exact = {}
-        few = _dealt(pairs, len(pairs))
         for direction in _DIRECTIONS:
             grids = []
             for pair, some in zip(pairs, few, strict=False):

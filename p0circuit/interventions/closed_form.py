@@ -157,6 +157,23 @@ def attention_from_score(
     return torch.where(visible, torch.sigmoid(score - others), torch.zeros_like(score))
 
 
+def attention_with_key(
+    scores: Float[Tensor, "batch head query key"],
+    key: Int[Tensor, " batch"],
+    new: Float[Tensor, "*slot batch head query"],
+    target: Int[Tensor, " batch"],
+) -> Float[Tensor, "*slot batch head query"]:
+    """The attention to a target where the scores at one key of each row are `new`, whatever key that is.
+
+    With `Z` the logsumexp of a query's scores at the other keys it is `exp(s_target - logaddexp(Z, new))`.
+    """
+    at_target = attention_to(scores, target)
+    same = (key == target)[:, None, None]
+    seen = torch.where(same, new, at_target)
+    attention = torch.exp(seen - torch.logaddexp(other_keys(scores, key), new))
+    return torch.where(seen > MASKED, attention, torch.zeros_like(attention))
+
+
 @dataclass(frozen=True)
 class QueryScores:
     """What one layer's queries bring to any key of P0: step 2 of the method.

@@ -17,7 +17,7 @@ computation on rows of one token, and the effect of a new key of P0 on a head's 
    Where that is done on a few rows, everything that reaches the threshold over `SAFETY_OF_FEW_ROWS` is estimated again
    on all of them, as are all members of a group that reaches it over the safety factor: effects differ from row to row.
 6. *Verify.* Every edge one of whose two estimates reaches the threshold over the safety factor is patched exactly on
-   all rows, within a budget of passes: strongest first, V before others of its size (the least exact estimates).
+   all rows, strongest first, within a budget of passes. Estimates for V are the least exact; they count twice.
    With `members`, an edge into a group of heads that reaches the threshold is followed by edges into its heads. What is
    left of the budget goes to a random sample of the edges that were left out: the result states the error of the
    estimates on both.
@@ -256,7 +256,7 @@ def search_edges(
         screen = _Screen.of(model, prompts, nodes, values, heads, least)
         estimates = _Estimates(screen.estimates(targets))
 
-    passing = sorted(estimates.from_size(least), key=lambda pair: -estimates.rank(pair, targets))
+    passing = estimates.from_rank(least, targets)
     # A random sample, and the members of groups, need a part of the budget.
     reserve = sample * exact.cost(None) + (exact.budget / 4 if members and budget is not None else 0)
     exact.run(passing, reserve)
@@ -271,7 +271,7 @@ def search_edges(
                     finer[node, member] = None
         finer = {pair for pair in finer if pair not in estimates.by_edge}
         estimates.update(screen.estimates({name: targets[name] for _, name in finer}, finer))
-        passing += [pair for pair in estimates.from_size(least) if pair in finer]
+        passing += [pair for pair in estimates.from_rank(least, targets) if pair in finer]
         exact.run(passing, sample * exact.cost(None))
     left = [pair for pair in estimates.by_edge if pair not in {*passing}]
     generator = torch.Generator().manual_seed(seed)
@@ -317,9 +317,12 @@ class _Estimates:
         sizes = {pair: float(both.mean(1).abs().max()) for pair, both in self.by_edge.items()}
         return [pair for pair in sorted(sizes, key=lambda pair: -sizes[pair]) if sizes[pair] >= least]
 
-    def rank(self, pair: Pair, targets: Targets) -> float:
-        """The size of an edge's larger mean estimate, twice that for V."""
-        return float(self.by_edge[pair].mean(1).abs().max()) * (1 + (targets[pair[1]][0].kind == "v"))
+    def from_rank(self, least: float, targets: Targets) -> list[Pair]:
+        """The same, with estimates for V counted twice."""
+        pairs = self.from_size(least / 2)
+        ranks = {pair: float(self.by_edge[pair].mean(1).abs().max()) for pair in pairs}
+        ranks = {pair: size * (1 + (targets[pair[1]][0].kind == "v")) for pair, size in ranks.items()}
+        return [pair for pair in sorted(pairs, key=lambda pair: -ranks[pair]) if ranks[pair] >= least]
 
 
 def expected_passes(
@@ -348,7 +351,8 @@ def expected_passes(
     coarse = sum(
         (1 + 2 * layer + (kind == "mlp")) * (layers - layer) / layers for layer in range(layers) for kind in kinds
     )
-    return clean + read + screening_rows * coarse / length + rows * (1 + budget)
+    # Members of groups, and what few rows leave to be estimated again, come on top.
+    return clean + read + 1.5 * screening_rows * coarse / length + rows * (1 + budget)
 
 
 Targets = Mapping[str, tuple[Receiver, ...]]

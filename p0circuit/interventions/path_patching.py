@@ -13,7 +13,8 @@ edges in one batch.
 Hearing at the scores and not at the keys makes K and V of a single query head possible where heads share a key/value
 head (grouped-query attention): `attn.2.1.k` is one query head's, `attn.2.kv0.k` that of all heads of the group.
 
-For the edges that end in K at P0, `edges_into_keys` needs none of these passes: see `closed_form`.
+For the edges that end in K at P0, `edges_into_keys` needs none of these passes: see `closed_form`. Where the metric is
+the sink score of the receiver's own heads, `own_scores` needs no step 3, at any position.
 """
 
 from __future__ import annotations
@@ -31,7 +32,14 @@ from torch import Tensor
 
 from p0circuit.console import track
 from p0circuit.intervals import bootstrap
-from p0circuit.interventions.closed_form import KeyEdges, NotOfTheClosedForm, key_edges, key_hook, query_hook
+from p0circuit.interventions.closed_form import (
+    KeyEdges,
+    NotOfTheClosedForm,
+    attention_with_key,
+    key_edges,
+    key_hook,
+    query_hook,
+)
 from p0circuit.interventions.metrics import Complete, Metric, Rows, measure_rows, run_up_to
 from p0circuit.interventions.nodes import InterventionError, Node, nodes_of
 from p0circuit.interventions.side_by_side import (
@@ -45,7 +53,7 @@ from p0circuit.interventions.side_by_side import (
 from p0circuit.models import ModelInfo, describe, device_of, forward, resume
 from p0circuit.models.forward import Hook
 from p0circuit.prompts import PromptSet
-from p0circuit.sink import sink_score
+from p0circuit.sink import attention_to, mean_over_queries, sink_score
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -211,6 +219,89 @@ def path_patch(
                 patched += answers.split(prompts.n)
                 edges += [(str(sender), receiver.name) for sender, receiver in part]
     return PathEffects(tuple(edges), clean, torch.stack(patched), metric.name, through)
+
+
+@dataclass(frozen=True)
+class OwnScores:
+    """The sink score of every receiver's own heads with one edge patched, beside that of the clean run.
+
+    Attributes:
+        edges: (sender, receiver) names, in the order of the first axis of the others.
+        clean, patched: the mean sink score of the receiver's heads.
+    """
+
+    edges: tuple[tuple[str, str], ...]
+    clean: Float[Tensor, "edge batch"]
+    patched: Float[Tensor, "edge batch"]
+
+    @property
+    def effect(self) -> Float[Tensor, "edge batch"]:
+        """The change of the score: negative where the edge carries the sink."""
+        return self.patched - self.clean
+
+
+@torch.no_grad()
+def own_scores(
+    model: Any,
+    prompts: PromptSet,
+    senders: Sequence[str | Node],
+    receivers: Sequence[str],
+    values: Mapping[Node, Tensor],
+    position: Int[Tensor, " batch"] | None = None,
+    through: Literal["direct", "mlps"] = "direct",
+) -> OwnScores:
+    """What edges into K and Q at any position do to the sink score of the receiver's own heads, without step 3.
+
+    A new key changes each query's score at that key, a new query all scores of that query. The softmax over the changed
+    scores is known from the clean ones, so no edge needs a run of its own. At P0 `edges_into_keys` is faster still.
+
+    Raises:
+        InterventionError: a receiver is neither K nor Q of heads, or as `path_patch`.
+    """
+    info = describe(model)
+    chosen = nodes_of(senders, model)
+    listening = [Receiver.parse(name, info) for name in receivers]
+    for receiver in listening:
+        if receiver.kind not in ("k", "q"):
+            raise InterventionError(f"{receiver.name} does not enter its heads' own scores; expected K or Q of heads")
+        if not any(receiver.hears(sender, info) for sender in chosen):
+            raise InterventionError(f"{receiver.name} comes before every sender ({', '.join(map(str, chosen))})")
+    for sender in chosen:
+        check_value(sender, values, prompts.n, info)
+    rows = _rows(model, prompts, prompts.p0 if position is None else position)
+    rows.at(0)  # refuses a position outside the prompts
+    p0, index = prompts.p0.to(rows.place.device), torch.arange(prompts.n, device=rows.place.device)
+    clean: dict[int, Tensor] = {}
+
+    def keep(scores: Tensor, hook: Any, layer: int) -> None:
+        clean[layer] = scores.clone()
+
+    layers = sorted({receiver.layer for receiver in listening})
+    hooks = [(f"blocks.{layer}.attn.hook_attn_scores", functools.partial(keep, layer=layer)) for layer in layers]
+    forward(model, rows.ids, rows.mask, hooks=hooks, stop_at_layer=max(layers) + 1)
+    per_batch = max(1, TOKENS_AT_ONCE // rows.ids.numel())
+    edges: list[tuple[str, str]] = []
+    before: list[Tensor] = []
+    patched: list[Tensor] = []
+    for layer in layers:
+        here = [receiver for receiver in listening if receiver.layer == layer]
+        attention = attention_to(clean[layer].softmax(-1), p0)
+        own = mean_over_queries(attention, p0, rows.mask)
+        for some in (chosen[start : start + per_batch] for start in range(0, len(chosen), per_batch)):
+            heard = _hear(model, rows, some, values, here, through)
+            for number, sender in enumerate(some):
+                for receiver in (receiver for receiver in here if receiver.hears(sender, info)):
+                    new = heard[receiver.kind][number]
+                    if receiver.kind == "k":
+                        changed = attention_with_key(clean[layer], rows.place, new, p0)
+                    else:
+                        changed = attention.clone()
+                        changed[index, :, rows.place] = attention_to(new.softmax(-1)[:, :, None], p0)[..., 0]
+                    heads = list(receiver.heads)
+                    patched.append(mean_over_queries(changed, p0, rows.mask)[:, heads].mean(1))
+                    before.append(own[:, heads].mean(1))
+                    edges.append((str(sender), receiver.name))
+    return OwnScores(tuple(edges), torch.stack(before), torch.stack(patched))
 
 
 def _rows(model: Any, prompts: PromptSet, place: Int[Tensor, " batch"]) -> Rows:

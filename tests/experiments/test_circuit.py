@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from p0circuit.experiments.base import NotApplicable
+from benchmarks.passes import counted_passes
 from p0circuit.experiments.circuit import Circuit, CircuitConfig
-from p0circuit.experiments.heads import sink_heads
-from p0circuit.models import load_model
+from p0circuit.experiments.heads import find_sink_heads, sink_heads
+from p0circuit.models import describe, load_model
 from p0circuit.models.wired import decoy_model, wired_model, wired_truth
 from p0circuit.prompts import natural_text, random_tokens
 
@@ -50,9 +50,51 @@ def test_the_circuit_of_p0_nano_runs_from_block_0_through_mlps_into_k():
     assert not any(arrow.endswith((".q", ".v")) and arrow.split(" -> ")[1].startswith("attn.3") for arrow in arrows)
 
 
-def test_too_many_edges_are_declined():
-    with pytest.raises(NotApplicable, match="most_edges"):
-        Circuit(CircuitConfig(most_edges=10)).run(wired_model(), random_tokens(64, n=8, length=12))
+@pytest.mark.parametrize("positions", ["rotary", "learned"])
+def test_with_too_many_edges_they_are_searched_and_the_wired_circuit_is_the_same(positions):
+    config = CircuitConfig(samples=6, most_edges=10, screening_rows=3)
+    result = Circuit(config).run(wired_model(positions), random_tokens(64, n=12, length=24))
+    arrows = {tuple(note.split(":")[0].split(" -> ")) for note in result.notes if " -> " in note}
+    heads = {f"attn.{layer}.{head}" for layer, head in wired_truth().sink_heads}
+    truth = {edge for edge in wired_truth().edges if not edge[0].startswith("neuron")}
+    # Beside the true edges, the same into the group of the block and into all sink heads.
+    groups = {("mlp.1", "attn.2.k"), ("mlp.1", "sink.k")}
+    assert arrows == truth | groups
+    assert {end for _, end in truth if end.endswith(".k")} == {f"{head}.k" for head in heads}
+    assert "searched, coarse to fine" in result.notes[1]
+    edges = result.tables["edges"].set_index(["sender", "receiver"])["effect"]
+    assert edges["mlp.1", "sink.k"] == pytest.approx(edges["mlp.1", "attn.2.k"], abs=1e-5)
+    assert "graph" in result.figures
+
+
+def test_the_search_finds_what_patching_every_edge_of_p0_nano_finds():
+    model = load_model("p0-nano")
+    prompts = natural_text(model.tokenizer, "stdlib", n=24, length=32)
+    every = Circuit(CircuitConfig(samples=8)).run(model, prompts).tables["edges"]
+    config = CircuitConfig(samples=8, most_edges=0, screening_rows=8, budget=30.0)
+    search = Circuit(config).run(model, prompts)
+    found = search.tables["edges"].set_index(["sender", "receiver"])["effect"]
+    least = config.share * search.metrics["sink_score"].value
+    exact = every.set_index(["sender", "receiver"])["effect"]
+    strong = exact[exact.abs() >= least]
+    for (sender, receiver), effect in strong.items():
+        if receiver.startswith("mlp"):
+            assert found[sender, receiver] == pytest.approx(effect, abs=1e-5), (sender, receiver)
+        else:
+            # A head is a receiver where its group has the share; what one head has, the group has.
+            assert abs(found[sender, f"{receiver[:6]}.{receiver[-1]}"]) >= 0.5 * least, (sender, receiver)
+    assert len(strong) >= 5
+
+
+@pytest.mark.parametrize("most_edges", [0, 2000])
+def test_what_it_takes_is_declared(most_edges):
+    model = load_model("p0-nano")
+    prompts = natural_text(model.tokenizer, "stdlib", n=16, length=64)
+    experiment = Circuit(CircuitConfig(most_edges=most_edges, samples=8))
+    find_sink_heads(model, prompts)
+    with counted_passes(model, prompts) as passes:
+        experiment.run(model, prompts)
+    assert passes.count == pytest.approx(experiment.passes(describe(model), 16, 64), rel=0.25)
 
 
 def test_sink_heads_are_those_above_the_threshold_or_else_the_highest():

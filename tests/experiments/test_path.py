@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.passes import counted_passes
 from p0circuit.experiments import NotApplicable
 from p0circuit.experiments.edges import input_shares
+from p0circuit.experiments.heads import find_sink_heads
 from p0circuit.experiments.path import BESIDE, JOINT, WHOLE, ThePath, ThePathConfig, at_p0, joint_changes
 from p0circuit.interventions.contrast import contrast
 from p0circuit.interventions.metrics import measure, sink_score_of
@@ -230,6 +232,65 @@ def test_the_trained_model_runs_through_blocks_0_and_1() -> None:
     result = ThePath(ThePathConfig(shifts=(8,), runs=600)).run(model, prompts)
     assert result.claim is not None and result.claim["verdict"] == "reproduced"
     assert abs(result.metrics["share_of_random_position_in_noising"].value) < 0.05
+
+
+@pytest.mark.parametrize("positions", ["rotary", "learned"])
+def test_a_bounded_run_says_of_the_wired_model_what_a_thorough_one_says(wired: Result, positions: Any) -> None:
+    config = ThePathConfig(shifts=SHIFTS, most_edges=0)
+    result = ThePath(config).run(wired_model(positions), distinct(12, LENGTH))
+    assert result.claim is not None and result.claim["verdict"] == "reproduced"
+    for name, interval in wired.metrics.items():
+        # Denoising differs between the shifts, and a bounded run has each row at one of them.
+        tolerance = 0.05 if "denoising" in name and "total" in name else 2e-3
+        assert result.metrics[name].value == pytest.approx(interval.value, abs=tolerance), name
+    shares = result.tables["components"].set_index(["direction", "node"])["share"]
+    for node in ("attn.0", "mlp.0", "mlp.1", "resid_pre.2", "resid_mid.0"):
+        assert shares["noising", node] == pytest.approx(1, abs=2e-3), node
+    for node in ("embed", "attn.1", "mlp.2"):
+        assert shares["noising", node] == pytest.approx(0, abs=2e-3), node
+    edges = result.tables["edges"]
+    found = {(sender, receiver) for sender, receiver, effect in edges.iloc[:, :3].values if abs(effect) > 0.02}
+    assert found == {("attn.0", "mlp.0"), ("mlp.0", "mlp.1"), ("mlp.1", "attn.2.0+2+3.k")}
+    assert any("error of the estimates" in note for note in result.notes)
+
+
+def test_a_bounded_run_of_p0_nano_is_near_the_thorough_one() -> None:
+    model = load_model("p0-nano")
+    prompts = natural_text(model.tokenizer, "stdlib", n=24, length=32, first_token="random")
+    config = {"shifts": (8,), "rows": 12, "row_runs": 30}
+    thorough = ThePath(ThePathConfig(shifts=(8,), runs=3072)).run(model, prompts)
+    bounded = ThePath(ThePathConfig(**config, most_edges=0)).run(model, prompts)
+    for direction in ("noising", "denoising"):
+        # With one shift the same rows are patched, and only where values are read differs.
+        for name in (f"share_of_blocks_0_1_in_{direction}", f"total_effect_of_{direction}"):
+            assert bounded.metrics[name].value == pytest.approx(thorough.metrics[name].value, abs=1e-4), name
+    joined = thorough.tables["components"].merge(bounded.tables["components"], on=["direction", "node"])
+    # Estimates are of all 12 rows, as the exact patches of the thorough run; exact ones of the first three.
+    estimates = joined[~joined["exact"]]
+    assert set(estimates["n_x"]) == set(estimates["n_y"]) == {12} and set(joined[joined["exact"]]["n_y"]) == {3}
+    assert (estimates["share_x"] - estimates["share_y"]).abs().max() < 0.1 < estimates["share_x"].max()
+    k = "share_of_k_among_edges_into_sink_heads"
+    assert bounded.metrics[k].value == pytest.approx(thorough.metrics[k].value, abs=0.02)
+
+
+@pytest.mark.parametrize("n", [2, 3, 4])
+@pytest.mark.parametrize("most_edges", [0, 2000])
+def test_a_few_prompts_are_enough_to_run_it(n: int, most_edges: int) -> None:
+    config = ThePathConfig(shifts=(2, 4, 9), most_edges=most_edges)
+    result = ThePath(config).run(wired_model(), distinct(n, LENGTH))
+    assert result.metrics["share_of_k_among_edges_into_sink_heads"].value == pytest.approx(1, abs=1e-3)
+    assert set(result.tables["edges"]["n"]) == {result.metrics["total_effect_of_noising"].n}
+
+
+@pytest.mark.parametrize("most_edges", [0, 2000])
+def test_what_it_takes_is_declared(most_edges: int) -> None:
+    model = load_model("p0-nano")
+    prompts = natural_text(model.tokenizer, "stdlib", n=24, length=64)
+    experiment = ThePath(ThePathConfig(most_edges=most_edges, row_runs=24))
+    find_sink_heads(model, prompts)
+    with counted_passes(model, prompts) as passes:
+        experiment.run(model, prompts)
+    assert passes.count == pytest.approx(experiment.passes(describe(model), 24, 64), rel=0.25)
 
 
 def test_nothing_to_explain_is_not_applicable() -> None:

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.memory import PeakMemory
 from p0circuit import activations
 from p0circuit.intervals import ratio_interval
 from p0circuit.interventions import activation_patching as ap
@@ -42,7 +43,6 @@ from p0circuit.models.forward import hook_points
 from p0circuit.models.hooked import available
 from p0circuit.models.wired import wired_model, wired_truth
 from p0circuit.prompts import random_tokens
-from tests.benchmarks.memory import PeakMemory
 from tests.families import CASES, FAMILIES, VOCAB
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")

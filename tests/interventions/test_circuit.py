@@ -27,9 +27,11 @@ def test_what_is_large_and_leads_to_the_sink_heads_is_kept():
 
 
 def test_inputs_belong_to_their_component():
-    assert [owner(name) for name in ("attn.2.1.k", "attn.2.kv0.v", "mlp.3", "resid_post.1")] == [
+    assert [owner(name) for name in ("attn.2.1.k", "attn.2.kv0.v", "attn.2.k", "sink.k", "mlp.3", "resid_post.1")] == [
         "attn.2.1",
         "attn.2.kv0",
+        "attn.2",
+        "sink",
         "mlp.3",
         "resid_post.1",
     ]

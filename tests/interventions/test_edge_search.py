@@ -7,6 +7,7 @@ import functools
 import pytest
 import torch
 
+from benchmarks.passes import counted_passes
 from p0circuit.experiments.conditions import drawable
 from p0circuit.interventions.closed_form import key_hook, query_hook
 from p0circuit.interventions.contrast import contrast, replacements
@@ -20,7 +21,6 @@ from p0circuit.models.forward import hooked
 from p0circuit.models.wired import wired_model, wired_truth
 from p0circuit.prompts import natural_text, random_tokens
 from tests.families import CASES, VOCAB
-from tests.passes import counted_passes
 
 SHARE = 0.05
 

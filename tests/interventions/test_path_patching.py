@@ -7,10 +7,11 @@ import functools
 import pytest
 import torch
 
+from p0circuit.experiments.path import at_p0
 from p0circuit.interventions.contrast import contrast, replacements
 from p0circuit.interventions.metrics import loss, measure, norm_ratio_after, sink_score_of
 from p0circuit.interventions.nodes import InterventionError, Node, components
-from p0circuit.interventions.path_patching import edges_into_keys, path_patch, receivers_of
+from p0circuit.interventions.path_patching import Receiver, edges_into_keys, own_scores, path_patch, receivers_of
 from p0circuit.models import describe, forward
 from p0circuit.models.bridge import to_bridge
 from p0circuit.models.forward import hook_point
@@ -90,6 +91,50 @@ def test_edges_equal_the_literal_way(family_model, name, backend):
         )
         assert torch.allclose(patched, literal, atol=2e-5, rtol=1e-5), (sender, receiver)
     assert float(effects.effect.abs().max()) > 1e-3
+
+
+@torch.no_grad()
+def test_a_group_of_heads_is_one_receiver(family_model):
+    """Q, K and V of all heads of a block, or of some of them, against all of them set in one run."""
+    model = family_model("llama-grouped")
+    node = Node("mlp", 0)
+    values = replacements(model, CONTRAST, [node])
+    receivers = {
+        "attn.1.k": ("k", None),
+        "attn.1.q": ("q", None),
+        "attn.2.v": ("v", None),
+        "attn.1.0+3.q": ("q", slice(0, 4, 3)),
+    }
+    effects = path_patch(model, PROMPTS, [node], list(receivers), values, loss())
+    for (_, receiver), patched in zip(effects.edges, effects.patched, strict=True):
+        kind, heads = receivers[receiver]
+        target = (int(receiver.split(".")[1]), kind, slice(None) if heads is None else heads)
+        literal = literal_path_patch(model, PROMPTS, node, target, values[node], loss(), PROMPTS.p0, "direct")
+        assert torch.allclose(patched, literal, atol=1e-5), receiver
+    assert float(effects.effect.abs().max()) > 1e-3
+
+
+@torch.no_grad()
+def test_own_scores_need_no_pass_for_an_edge_into_k_or_q_at_any_position(family_model):
+    """The closed form of a changed score, against path patching with the head's own sink score as the metric."""
+    for name in ("gpt2", "llama-grouped"):
+        model = family_model(name)
+        for place in (None, torch.tensor([4, 2])):
+            senders = [Node("mlp", 0), Node("head", 1, 0)]
+            values = replacements(model, CONTRAST, senders)
+            receivers = ["attn.2.1.k", "attn.2.0.q", "attn.2.kv1.k", "attn.2.q"]
+            own = own_scores(model, PROMPTS, senders, receivers, values, place)
+            assert len(own.edges) == len(senders) * len(receivers)
+            for number, (sender, receiver) in enumerate(own.edges):
+                heads = Receiver.parse(receiver, describe(model)).heads
+                # Read at P0, whatever position is patched.
+                metric = at_p0(sink_score_of([(2, head) for head in heads]))
+                slow = path_patch(model, PROMPTS, [sender], [receiver], values, metric, place)
+                assert torch.allclose(own.patched[number], slow.patched[0], atol=1e-6), (name, sender, receiver)
+                assert torch.allclose(own.clean[number], slow.clean, atol=1e-6)
+            assert float(own.effect.abs().max()) > 1e-3
+    with pytest.raises(InterventionError, match="expected K or Q"):
+        own_scores(model, PROMPTS, senders, ["attn.2.0.v"], values)
 
 
 @torch.no_grad()

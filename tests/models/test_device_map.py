@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from benchmarks.memory import PeakMemory
 from p0circuit.activations import (
     ATTENTION_COPIES,
     NORM_RATIO,
@@ -34,7 +35,6 @@ from p0circuit.models.device_map import Plan, parse_device_map, placement_of, pl
 from p0circuit.models.hooked import available
 from p0circuit.prompts import random_tokens
 from p0circuit.training.trace import measure_checkpoint, trace
-from tests.benchmarks.memory import PeakMemory
 from tests.families import FAMILIES, write
 
 G = 2**30

@@ -17,13 +17,14 @@ from typing import Any
 import pandas as pd
 import torch
 
+from benchmarks.memory import peak_mb
+from benchmarks.models import gpt2_shape
 from p0circuit.interventions.activation_patching import patch_components, patch_heads, patch_neurons
 from p0circuit.interventions.contrast import Contrast, contrast
 from p0circuit.interventions.metrics import loss, sink_score_of
 from p0circuit.models import describe, forward
 from p0circuit.prompts import random_tokens
 from p0circuit.sink import sink_score
-from tests.benchmarks.memory import PeakMemory
 
 COMPONENTS = {
     "resid_pre": "resid_pre",
@@ -35,32 +36,10 @@ COMPONENTS = {
 SHIFT = 8
 
 
-def gpt2_small_shape(layers: int = 12, vocab_size: int = 50_257) -> Any:
-    """A HookedTransformer of GPT-2 small's shape with random weights."""
-    from transformer_lens import HookedTransformer
-    from transformer_lens.config import HookedTransformerConfig
-
-    cfg = HookedTransformerConfig(
-        n_layers=layers,
-        d_model=768,
-        n_heads=12,
-        d_head=64,
-        d_mlp=3072,
-        n_ctx=1024,
-        d_vocab=vocab_size,
-        act_fn="gelu_new",
-        normalization_type="LN",
-        # Large enough for attention to be far from uniform, so that patches move the metric.
-        initializer_range=0.06,
-        seed=0,
-    )
-    return HookedTransformer(cfg).eval()
-
-
 @torch.no_grad()
 def measure(model: Any = None, rows: int = 2, length: int = 64, memory: bool = True) -> dict[str, Any]:
     """Time both grids on a hooked model (GPT-2-small shape if none is given), compare them, and weigh ours."""
-    model = gpt2_small_shape() if model is None else model
+    model = gpt2_shape() if model is None else model
     info = describe(model)
     pair = contrast(random_tokens(info.vocab_size, n=rows, length=length), SHIFT, info.vocab_size)
     layers = list(range(info.layers // 6, info.layers // 2)) or [info.layers - 1]
@@ -146,13 +125,6 @@ def memory_table(model: Any, rows: int, length: int) -> list[dict[str, Any]]:
             peak = peak_mb(grid)
             table.append({"grid": name, "length": tokens, "forward_mb": whole, "grid_mb": peak, "ratio": peak / whole})
     return table
-
-
-@torch.no_grad()
-def peak_mb(run: Any) -> float:
-    with PeakMemory() as memory:
-        run()
-    return memory.peak / 1e6
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How time and memory of the fast forms grow with length, layers and patches.
 
-Run it with `python -m tests.benchmarks.bench_growth`. Random weights of GPT-2 small's width, two rows. Memory is the
+Run it with `python -m benchmarks.growth`. Random weights of GPT-2 small's width, two rows. Memory is the
 peak beyond the weights; one forward over the same rows stands beside it.
 """
 
@@ -13,6 +13,9 @@ from typing import Any
 
 import torch
 
+from benchmarks.activation_patching import SHIFT
+from benchmarks.memory import peak_mb
+from benchmarks.models import gpt2_shape
 from p0circuit.interventions.activation_patching import patch_components, patch_neurons
 from p0circuit.interventions.closed_form import key_edges
 from p0circuit.interventions.contrast import contrast, replacements
@@ -20,7 +23,6 @@ from p0circuit.interventions.metrics import sink_score_of
 from p0circuit.interventions.nodes import components
 from p0circuit.models import describe, forward
 from p0circuit.prompts import random_tokens
-from tests.benchmarks.bench_activation_patching import SHIFT, gpt2_small_shape, peak_mb
 
 
 @torch.no_grad()
@@ -28,7 +30,7 @@ def measure(layers: Sequence[int] = (6, 12), lengths: Sequence[int] = (64, 128))
     """One line for each way, number of layers and length: patches or edges, seconds and MB."""
     lines = []
     for count in layers:
-        model = gpt2_small_shape(count)
+        model = gpt2_shape(count)
         info = describe(model)
         metric = sink_score_of([count // 2])
         for length in lengths:

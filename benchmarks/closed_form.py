@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 
+from benchmarks.memory import peak_mb
+from benchmarks.models import gpt2_shape
 from p0circuit.interventions.closed_form import key_edges, key_hook
 from p0circuit.interventions.contrast import contrast, replacements
 from p0circuit.interventions.nodes import Node, components, nodes_of
 from p0circuit.models import describe, forward
 from p0circuit.prompts import PromptSet, random_tokens
 from p0circuit.sink import sink_score
-from tests.benchmarks.bench_activation_patching import gpt2_small_shape, peak_mb
 
 FEW_EDGES = 1000
 
@@ -29,7 +30,7 @@ FEW_EDGES = 1000
 @torch.no_grad()
 def measure(model: Any = None, rows: int = 2, length: int = 64, edges: int = 12) -> dict[str, Any]:
     """Time both ways on a hooked model (GPT-2-small shape if none is given) and compare `edges` of their results."""
-    model = gpt2_small_shape() if model is None else model
+    model = gpt2_shape() if model is None else model
     info = describe(model)
     prompts = random_tokens(info.vocab_size, n=rows, length=length)
     senders = components(model, [0, 1], heads=True)
@@ -96,19 +97,23 @@ def hooked_edge(
     """The sink score [batch] of one head with one sender's news in its key of P0: two passes with hooks."""
     heard: dict[str, torch.Tensor] = {}
     name = key_hook(model, layer)
+    # Only this head's score is read, so it does not matter who else has its key.
+    own = head // (describe(model).heads // describe(model).kv_heads)
 
     def send(activation: torch.Tensor, hook: Any) -> torch.Tensor:
-        return sender.write(activation, prompts.p0, value)
+        activation = activation.clone()
+        sender.put(activation, prompts.p0, value)
+        return activation
 
     def freeze(activation: torch.Tensor, hook: Any, name: str) -> torch.Tensor:
         return clean[name]
 
     def hear(key: torch.Tensor, hook: Any) -> None:
-        heard["key"] = key[:, 0, head].clone()
+        heard["key"] = key[:, 0, own].clone()
 
     def tell(key: torch.Tensor, hook: Any) -> torch.Tensor:
         key = key.clone()
-        key[:, 0, head] = heard["key"]
+        key[:, 0, own] = heard["key"]
         return key
 
     def read(pattern: torch.Tensor, hook: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,6 +32,14 @@ class PeakMemory(TorchDispatchMode):
 
     def _free(self, key: int) -> None:
         self.now -= self._sizes.pop(key)
+
+
+@torch.no_grad()
+def peak_mb(run: Callable[[], Any]) -> float:
+    """The peak of the tensors that `run` makes, in megabytes."""
+    with PeakMemory() as memory:
+        run()
+    return memory.peak / 1e6
 
 
 def _storages(tree: Any) -> list[torch.UntypedStorage]:

@@ -12,16 +12,17 @@ from typing import Any
 
 import torch
 
+from benchmarks.memory import peak_mb
+from benchmarks.models import gpt2_shape
 from p0circuit.interventions.vocabulary import CHUNK, vocabulary_sweep
 from p0circuit.models import describe, forward
 from p0circuit.prompts import random_tokens
-from tests.benchmarks.bench_activation_patching import gpt2_small_shape, peak_mb
 
 
 @torch.no_grad()
 def measure(model: Any = None, tokens: int | None = None, length: int = 64) -> dict[str, Any]:
     """Time the sweep of `tokens` of the vocabulary (all if not given) beside its limit, in alternation."""
-    model = gpt2_small_shape() if model is None else model
+    model = gpt2_shape() if model is None else model
     info = describe(model)
     count = info.vocab_size if tokens is None else min(tokens, info.vocab_size)
     ids = torch.arange(count)

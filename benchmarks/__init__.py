@@ -1,0 +1,1 @@
+"""Speed, passes and memory of the fast forms beside the usual ways, in one run; `p0circuit bench` runs them."""
