@@ -101,7 +101,7 @@ class Quantity:
             # Decorators, such as those that check annotations in tests, are no part of the definition.
             reduce = inspect.unwrap(reduce)
             parameters |= inspect.getclosurevars(reduce).nonlocals
-            code = inspect.getsource(reduce) + inspect.getsource(sink)
+            code = _source(reduce) + _METRICS
         except (OSError, TypeError) as error:
             raise ValueError(
                 f"the reduction of {self.name!r} cannot be told from another one ({error}): define it as a function in "
@@ -110,6 +110,15 @@ class Quantity:
         # Printed, a large tensor is only its corners.
         exact = {name: checksum(value) if isinstance(value, Tensor) else value for name, value in parameters.items()}
         return hashlib.sha256(repr((self.name, self.hooks, self.scope, exact, code)).encode()).hexdigest()
+
+
+@functools.cache
+def _source(function: Callable[..., Tensor]) -> str:
+    """The source of a function as it was when first asked for: its file may be edited while it is in use."""
+    return inspect.getsource(function)
+
+
+_METRICS = inspect.getsource(sink)
 
 
 def _at(offset: int, batch: Batch) -> Int[Tensor, " batch"]:

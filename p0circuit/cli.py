@@ -681,8 +681,7 @@ def _fetched(names: list[str], required: bool) -> tuple[list[str], dict[str, str
     Raises:
         ModelError: one cannot be fetched and is required.
     """
-    from p0circuit.models import ModelError
-    from p0circuit.models.fetch import fetch
+    from p0circuit.models import ModelError, fetch
 
     here, left_out = [], {}
     for name in names:

@@ -14,11 +14,6 @@ from p0circuit.prompts import random_tokens
 from p0circuit.row_memory import RowMemory, remember_rows
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("P0CIRCUIT_CACHE", str(tmp_path / "cache"))
-
-
 @pytest.fixture(scope="module")
 def model():
     return load_model("p0-nano")

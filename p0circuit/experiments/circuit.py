@@ -21,13 +21,13 @@ from p0circuit.activations import SINK_SCORE
 from p0circuit.experiments.base import Experiment, NotApplicable
 from p0circuit.experiments.conditions import drawable
 from p0circuit.experiments.edges import input_shares
-from p0circuit.experiments.heads import FALLBACK_HEADS, sink_heads
+from p0circuit.experiments.heads import FALLBACK_HEADS, scores_of, sink_heads
 from p0circuit.intervals import Interval, bootstrap
 from p0circuit.interventions.circuit import circuit_graph, owner
 from p0circuit.interventions.closed_form import KeyEdges, NotOfTheClosedForm
 from p0circuit.interventions.contrast import Contrast, contrast, replacements
 from p0circuit.interventions.edge_search import expected_passes, search_edges
-from p0circuit.interventions.metrics import measure, sink_score_of
+from p0circuit.interventions.metrics import sink_score_of
 from p0circuit.interventions.nodes import components
 from p0circuit.interventions.path_patching import TOKENS_AT_ONCE, edges_into_keys, path_patch, receivers_of
 from p0circuit.models import ModelInfo, describe
@@ -55,7 +55,7 @@ class CircuitConfig:
     fallback_heads: int = FALLBACK_HEADS
     most_edges: int = 2_000
     screening_rows: int = 4
-    budget: float = 13.0
+    budget: float = 15.0
 
 
 class Circuit(Experiment):
@@ -129,7 +129,7 @@ class Circuit(Experiment):
         receivers += [f"attn.{layer}.{part}" for layer in study.layers for part in "kv"]
         sets = {f"sink.{part}": [f"{name}.{part}" for name in study.names] for part in "kv"}
         values = replacements(model, study.pair, senders)
-        clean = bootstrap(measure(model, chosen, sink_score_of(heads)).double().numpy())
+        clean = bootstrap(scores_of(model, chosen, heads))
         threshold = config.share * clean.value
         try:
             search = search_edges(

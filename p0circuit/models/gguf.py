@@ -29,7 +29,7 @@ from typing import Any
 
 from p0circuit.console import say, track
 from p0circuit.files import write_atomically, write_json
-from p0circuit.models.fetch import locked, sha256_of
+from p0circuit.models.download import locked, sha256_of
 from p0circuit.models.info import ModelError
 from p0circuit.models.memory import free_memory
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from p0circuit.models.catalog import CATALOG, NamedModel
-from p0circuit.models.fetch import fetch, is_fetched, sha256_of
+from p0circuit.models.download import fetch, is_fetched, sha256_of
 from p0circuit.models.gguf import Converted, converted, gguf_in, is_gguf, read_sidecar
 from p0circuit.models.info import ModelError
 from p0circuit.models.labels import STEP, by_step, parse_label

@@ -16,7 +16,7 @@ def to_markdown(runs: Sequence[Run]) -> str:
 
 def _section(run: Run) -> str:
     lines = [f"# {_text(run.model)}: {tally(run.claims)}", ""]
-    lines += _table(
+    lines += table(
         ["claim", "verdict", "why"],
         (
             [f"{claim['id']} {_text(claim['title'])}", f"**{shown_verdict(claim)}**", _text(claim["why"])]
@@ -30,13 +30,13 @@ def _section(run: Run) -> str:
         lines += [f"  Note: {_text(note)}" for note in claim.get("notes", ())]
     if run.controls:
         rows = ([claim["id"], *(verdict_of_control(claim, name) for name in run.controls)] for claim in run.claims)
-        lines += ["", "The same claims on controls:", "", *_table(["claim", *run.controls], rows)]
+        lines += ["", "The same claims on controls:", "", *table(["claim", *run.controls], rows)]
     if run.beside:
         lines += ["", "Published figures beside ours:", "", *(f"- {_text(str(row))}" for row in run.beside)]
     return "\n".join(lines) + "\n"
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """Markdown table, with an empty line after it."""
     cells = [list(head), ["---"] * len(head), *map(list, rows)]
     return [*("| " + " | ".join(re.sub(r"(?<!\\)\|", r"\\|", cell) for cell in row) + " |" for row in cells), ""]

@@ -18,11 +18,6 @@ NEXT_TO_NOTHING = 0.1
 FEW = 32
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("P0CIRCUIT_CACHE", str(tmp_path / "cache"))
-
-
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 @pytest.mark.parametrize("name", ["p0-nano", "wired"])
 def test_declared_is_used(name, experiment):

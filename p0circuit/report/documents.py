@@ -1,0 +1,142 @@
+"""Figures in documents come from runs: fill the marked parts of Markdown files from what `reproduce` left on disk.
+
+A part of a document is marked by comments that Markdown does not show, and everything between them is replaced:
+
+    <!-- claims: smollm2-135m, p0-nano -->  ...  <!-- end -->
+
+claims     a table of claims by models, each cell a verdict with what decided it
+misses     one line for each claim that was not reproduced, with its reason
+controls   how many tests of a claim on a control came to what
+passes     for one model, the passes that each experiment declared, used, and takes with its full configuration
+training   the claims about training runs, like `claims`
+
+    python -m p0circuit.report.documents OUT README.md docs/results.md
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from p0circuit.files import write_atomically
+from p0circuit.intervals import Interval
+from p0circuit.report.contents import Run, claim_number, find_runs, shown_verdict
+from p0circuit.report.markdown import table
+
+_PART = re.compile(r"(<!-- (claims|misses|controls|passes|training)(?:: ([^>]*?))? -->\n).*?(<!-- end -->)", re.DOTALL)
+TRAINING = "training"
+_MARKS = {"reproduced": "✓", "not reproduced": "✗", "not applicable": "–"}
+
+
+def fill_documents(directory: Path, documents: Sequence[Path]) -> list[Path]:
+    """Fill the marked parts of the documents from the runs in `directory`; returns the documents that changed.
+
+    Raises:
+        ValueError: a document has no marked part, or names a model that has no run in `directory`.
+    """
+    runs = {run.directory.name: run for run in find_runs(directory)}
+    changed = []
+    for path in documents:
+        text = path.read_text(encoding="utf-8")
+        if not _PART.search(text):
+            raise ValueError(
+                f"{path} has no part to fill; expected one such as <!-- claims: p0-nano --> … <!-- end -->"
+            )
+        filled = _PART.sub(lambda part, path=path: _filled(part, runs, path), text)
+        if filled != text:
+            write_atomically(path, lambda temporary, filled=filled: temporary.write_text(filled, encoding="utf-8"))
+            changed.append(path)
+    return changed
+
+
+def _filled(part: re.Match[str], runs: Mapping[str, Run], path: Path) -> str:
+    opening, kind, named, closing = part[1], part[2], part[3], part[4]
+    names = [TRAINING] if kind == TRAINING else [name.strip() for name in (named or "").split(",") if name.strip()]
+    if missing := [name for name in names if name not in runs]:
+        raise ValueError(f"{path} names {', '.join(missing)}, of which there is no run; there are {', '.join(runs)}")
+    lines = _KINDS[kind]([runs[name] for name in names])
+    return "\n".join([opening, *lines, closing])
+
+
+def claims_table(runs: Sequence[Run]) -> list[str]:
+    """A row for each claim, a column for each model: the verdict and the values that decided it."""
+    entries: dict[str, dict[str, Any]] = {}
+    for run in runs:
+        for claim in run.claims:
+            entries.setdefault(claim["id"], {})[run.model] = claim
+    rows = []
+    for by_model in sorted(entries.values(), key=lambda one: claim_number(next(iter(one.values())))):
+        first = next(iter(by_model.values()))
+        rows.append([f"{first['id']} {first['title']}", *(_cell(by_model.get(run.model)) for run in runs)])
+    return table(["claim", *map(heading, runs)], rows)
+
+
+def misses(runs: Sequence[Run]) -> list[str]:
+    """The claims that were not reproduced, or not tested, each with its reason in one line."""
+    lines = []
+    for run in runs:
+        for claim in run.claims:
+            if shown_verdict(claim) != "reproduced":
+                reason = claim["why"].replace("_", " ")
+                lines.append(f"- {heading(run)}, {claim['id']} {claim['title']}, {shown_verdict(claim)}: {reason}.")
+    return [*(lines or ["All claims are reproduced."]), ""]
+
+
+def controls_table(runs: Sequence[Run]) -> list[str]:
+    """How many tests of claims on controls came to which verdict, by model."""
+    verdicts = list(_MARKS)
+    rows = [[heading(run), *(str(run.control_cells[verdict]) for verdict in verdicts)] for run in runs]
+    return table(["model", *verdicts], rows)
+
+
+def passes_table(runs: Sequence[Run]) -> list[str]:
+    """What each experiment of one run took in passes, and what its full configuration would take."""
+    (run,) = runs
+    rows, totals = [], [0.0, 0.0, 0.0]
+    for name, passes in run.manifest["passes"].items():
+        values = [passes.get("full"), passes["declared"], passes["used"]]
+        rows.append([name, *("" if value is None else f"{value:.1f}" for value in values)])
+        totals = [total + (value or 0.0) for total, value in zip(totals, values, strict=True)]
+    rows.append(["all", *(f"{total:.1f}" for total in totals)])
+    about = f"{heading(run)}, {run.samples} prompts of {run.manifest['length']} tokens."
+    return [about, "", *table(["experiment", "full configuration", "declared", "used"], rows)]
+
+
+def heading(run: Run) -> str:
+    """The model's name with how its weights were rounded."""
+    return f"{run.model} ({run.quantisation})" if run.quantisation else run.model
+
+
+def _cell(claim: Mapping[str, Any] | None) -> str:
+    if claim is None:
+        return ""
+    verdict = shown_verdict(claim)
+    values = [Interval(**claim["measured"][name]) for name in deciding(claim)]
+    return f"{_MARKS.get(verdict, '!')} {verdict}" + (f"<br>{', '.join(map(_short, values[:2]))}" if values else "")
+
+
+def deciding(claim: Mapping[str, Any]) -> list[str]:
+    """The metrics that the reason of a verdict names, in its order."""
+    found = {name: re.search(rf"(?<!\w){re.escape(name)} is ", claim["why"]) for name in claim["measured"]}
+    return sorted((name for name, match in found.items() if match), key=lambda name: found[name].start())  # pyright: ignore[reportOptionalMemberAccess]
+
+
+def _short(interval: Interval) -> str:
+    return f"{interval.value:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
+
+
+_KINDS: dict[str, Callable[[Sequence[Run]], list[str]]] = {
+    "claims": claims_table,
+    "training": claims_table,
+    "misses": misses,
+    "controls": controls_table,
+    "passes": passes_table,
+}
+
+
+if __name__ == "__main__":
+    for document in fill_documents(Path(sys.argv[1]), [Path(name) for name in sys.argv[2:]]):
+        print(f"{document} was filled from {sys.argv[1]}")

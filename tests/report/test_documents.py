@@ -1,0 +1,67 @@
+"""Documents are filled from runs: what stands between the marks is what claims.json and the manifest hold."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from p0circuit.experiments import NormDirection, SinkMap
+from p0circuit.models import load_model
+from p0circuit.prompts import random_tokens
+from p0circuit.report.documents import fill_documents
+from p0circuit.reproduction import reproduce
+
+TEXT = """# Title
+<!-- claims: wired, wired-decoy -->
+old
+<!-- end -->
+between
+<!-- misses: wired-decoy --><!-- end -->
+<!-- misses: wired-decoy -->
+<!-- end -->
+<!-- controls: wired -->
+<!-- end -->
+<!-- passes: wired -->
+<!-- end -->
+after
+"""
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("out")
+    for name in ("wired", "wired-decoy"):
+        model = load_model(name)
+        prompts = random_tokens(model.cfg.d_vocab, n=12, length=16)
+        reproduce(model, prompts, folder / name, [SinkMap(), NormDirection()], controls=name == "wired")
+    return folder
+
+
+def test_marked_parts_are_filled_and_the_rest_stays(out, tmp_path):
+    document = tmp_path / "README.md"
+    document.write_text(TEXT)
+    assert fill_documents(out, [document]) == [document]
+    text = document.read_text()
+    assert "old" not in text and "between\n<!-- misses: wired-decoy --><!-- end -->\n" in text
+    assert text.startswith("# Title\n") and text.endswith("after\n")
+    (claim,) = json.loads((out / "wired" / "claims.json").read_text())
+    rate = claim["measured"]["sink_rate_from_layer_2"]
+    assert f"| C1 The sink | ✓ reproduced<br>{rate['value']:.2f} [{rate['low']:.2f}, {rate['high']:.2f}]" in text
+    assert "- wired-decoy, C1 The sink, not reproduced: sink rate from layer 2 is 0.000" in text
+    assert "| wired | 0 | 3 | 0 |" in text
+    passes = json.loads((out / "wired" / "manifest.json").read_text())["passes"]
+    assert f"| sink-map | {passes['sink-map']['full']:.1f} | {passes['sink-map']['declared']:.1f} |" in text
+    # A second time there is nothing to do.
+    assert fill_documents(out, [document]) == []
+
+
+def test_what_cannot_be_filled_is_said_and_nothing_is_written(out, tmp_path):
+    document = tmp_path / "a.md"
+    document.write_text("<!-- claims: wired, gemma -->\n<!-- end -->\n")
+    with pytest.raises(ValueError, match=r"a\.md names gemma, of which there is no run; there are wired, wired-decoy"):
+        fill_documents(out, [document])
+    assert document.read_text() == "<!-- claims: wired, gemma -->\n<!-- end -->\n"
+    document.write_text("nothing")
+    with pytest.raises(ValueError, match="has no part to fill"):
+        fill_documents(out, [document])
