@@ -27,8 +27,8 @@ from typing import TYPE_CHECKING, Any
 
 from p0circuit.activations import TOKEN_LOSSES, record, score_at
 from p0circuit.experiments.base import NotApplicable
-from p0circuit.experiments.conditions import WITH_BOS, WITHOUT_BOS, bos_id
-from p0circuit.experiments.dormant_heads import ENOUGH, SINK, TOLERANCE, by_sink_score, zeroed
+from p0circuit.experiments.conditions import WITH_BOS, WITHOUT_BOS, bos_id, text_as_it_is, with_and_without_bos
+from p0circuit.experiments.dormant_heads import ENOUGH, SINK, TOLERANCE, by_sink_score, steps, zeroed
 from p0circuit.experiments.heads import Heads, excess_by_head, over_heads, sink_heads
 from p0circuit.experiments.quantisation import P0_IN, P0_KEPT, PER_TOKEN, SCHEMES, Int8Effects, int8_effects
 from p0circuit.experiments.streaming import (
@@ -61,6 +61,8 @@ LOSS_SHARE = 0.01
 """Loss counts from this share of it on: when first tokens are dropped, and in int8."""
 ERROR_LEFT = 0.5
 """Where no loss can be read, P0 spoils int8 if keeping it in high precision leaves less of the error than this."""
+MOST_NAMES = 8
+"""More heads than this are counted, and the first of them named."""
 ALL_FIRST = tuple(range(FIRST))
 INT8_ROWS = 64
 DORMANT_ROWS = 64
@@ -97,6 +99,19 @@ class Statement:
 
     def to_json(self) -> dict[str, Any]:
         return vars(self) | {"measured": {name: interval.to_json() for name, interval in self.measured.items()}}
+
+
+def passes(model: Any, prompts: PromptSet) -> float:
+    """How many passes over the prompts `advise` takes at most: rows times blocks that run, over all rows and blocks."""
+    info, half = describe(model), prompts.n / 2
+    # The sink, and in two conditions also the loss; then full attention and windows with several tokens kept.
+    looked, streaming = 1 if bos_id(model) is None else 4, 1 + len(SINKS) + len(DROPPED)
+    # The model as it is and with three ways to round; its heads in order, and ever more of them zeroed.
+    int8, dormant = 4 * min(INT8_ROWS, half), (2 + len(steps(info.layers * info.heads))) * min(DORMANT_ROWS, half)
+    if model.tokenizer is None:
+        # Losses on random tokens tell nothing, so they are not measured.
+        return looked + int8 / prompts.n
+    return looked + streaming + (int8 + dormant) / prompts.n
 
 
 @dataclass(frozen=True)
@@ -140,11 +155,12 @@ class Advice:
 
 
 def advise(model: Any, prompts: PromptSet) -> Advice:
-    """Measure what the first-token bias does to a model on these prompts: text as it is, without BOS.
+    """Measure what the first-token bias does to a model on these prompts; BOS before them is taken away first.
 
     Without a tokenizer the prompts are taken for random tokens, whose losses tell nothing.
     """
     reads = model.tokenizer is not None
+    prompts = text_as_it_is(model, prompts)
     looked = _look(model, prompts)
     added = _added_by_bos(model, *(look.prompts for look in looked)) if reads and len(looked) > 1 else None
     used = next((look for look in _counted(looked, added) if look.verdict == YES), None)
@@ -227,18 +243,17 @@ class _Look:
 
     @property
     def names(self) -> str:
-        return _listed(self.heads)
+        if len(self.heads) <= MOST_NAMES:
+            return _listed(self.heads)
+        return f"{len(self.heads)} heads ({_listed(self.heads[:MOST_NAMES])} and others)"
 
 
 def _look(model: Any, prompts: PromptSet) -> list[_Look]:
     """The text as it is and, where it can be put there, behind BOS; nothing where there is too little of it."""
     if prompts.n < FEWEST or prompts.length <= CONTROL + 1:
         return []
-    conditions = {WITHOUT_BOS: prompts}
-    if (bos := bos_id(model)) is not None and bool(prompts.attention_mask.all()):
-        conditions[WITH_BOS] = prompts.behind(bos)
     found = []
-    for name, rows in conditions.items():
+    for name, rows in with_and_without_bos(model, prompts).items():
         first, second = rows.split()
         heads, _ = sink_heads(record(model, first, score_at(0))[score_at(0)])
         scores = excess_by_head(model, second)[0]
@@ -324,7 +339,7 @@ def _bos(
     if added:
         measured["loss added by BOS"] = added
         helps = {YES: NO, NO: YES}.get(_passes(added, 0), UNKNOWN)
-        text += f" BOS adds {added} nats per token to the loss of the text."
+        text += f" {_what_bos_does(added)}."
     kept = _passes(left, HANGS_ON_BOS)
     if helps == NO:
         advice = "Leave BOS out: this model predicts worse behind it."
@@ -336,6 +351,14 @@ def _bos(
         advice += " The loss is lower behind it."
     verdict, hangs = {YES: (NO, False), NO: (YES, True)}.get(kept, (UNKNOWN, None))
     return Statement(topic, text, verdict, advice, measured), hangs
+
+
+def _what_bos_does(added: Interval) -> str:
+    """In words, what BOS does to the loss; a negative sum is no addition."""
+    if added.high < 0:
+        lowered = Interval(-added.value, -added.high, -added.low, added.n)
+        return f"BOS lowers the loss of the text by {lowered} nats per token"
+    return f"BOS adds {added} nats per token to the loss of the text"
 
 
 def _added_by_bos(model: Any, without: PromptSet, behind: PromptSet) -> Interval:
@@ -555,7 +578,8 @@ def _dormant(model: Any, prompts: PromptSet, sink: str, reads: bool) -> tuple[St
         f"loss, the highest sink score first; the first of them, {_listed(order[:1])}, adds {_percent(run.growth(1))}."
     )
     if dormant:
-        text += f" Beyond doubt: {', '.join(dormant)}."
+        named = ", ".join(dormant[:MOST_NAMES])
+        text += f" Beyond doubt: {named}{' and others' if len(dormant) > MOST_NAMES else ''}."
         advice = "They may be pruned on text like this; check other text first."
         return Statement(topic, text, _few(dormant), advice, measured), dormant
     return Statement(topic, text, UNKNOWN if count.high else NONE, careful, measured), dormant

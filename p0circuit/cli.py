@@ -295,7 +295,10 @@ def advise(
     checkpoint: CheckpointOption = None,
     out: OutOption = Path("out"),
     text: TextOption = None,
-    samples: SamplesOption = 128,
+    samples: Annotated[
+        int | None,
+        typer.Option(min=1, help="Number of prompts; 128, or 32 for a model of more than 20 million parameters."),
+    ] = None,
     length: LengthOption = 64,
     seed: SeedOption = 0,
     backend: BackendOption = Backend.auto,
@@ -305,10 +308,19 @@ def advise(
 ) -> None:
     """Say what the first token does to a model on a text, and what to do about it; leave advice.html in OUT/MODEL."""
     from p0circuit.advice import advise as advise_on
-    from p0circuit.advice import write_advice
+    from p0circuit.advice import passes, write_advice
+    from p0circuit.models import describe
+    from p0circuit.models.passes import count_passes
 
-    loaded = _load(Source(model, backend, device, dtype), checkpoint)
-    found = advise_on(loaded, _prompts(loaded, text, samples, length, seed, First.text))
+    source = Source(model, backend, device, dtype)
+    count = samples or _quick_samples(source, checkpoint)
+    loaded = _load(source, checkpoint)
+    prompts = _prompts(loaded, text, count, length, seed, First.text)
+    say(f"at most {passes(loaded, prompts):.0f} passes over {prompts.n} prompts")
+    with count_passes() as counted:
+        found = advise_on(loaded, prompts)
+    used = counted.passes(prompts.n, prompts.length, describe(loaded).layers)
+    say(f"it took {used:.1f} passes")
     directory = out / found.model.replace("/", "--")
     written = write_advice(found, directory)
     if as_json:
@@ -692,7 +704,7 @@ def _quick_samples(source: Source, checkpoint: str | None) -> int:
 
     parameters = _parameters(source, checkpoint)
     samples = quick_samples(parameters)
-    say(f"{source.name} has {parameters / 1e6:.3g} million parameters: a quick run takes {samples} prompts")
+    say(f"{source.name} has {parameters / 1e6:.3g} million parameters: this takes {samples} prompts")
     return samples
 
 

@@ -335,9 +335,7 @@ def test_a_quick_run_takes_as_many_prompts_as_the_size_says(
     for name, parameters, samples in (("p0-nano", "0.91", 32), ("wired", "0.", 128)):
         ended = p0("reproduce", name, "--quick", "--length", 20, "--out", tmp_path)
         assert ended.code == 0
-        assert re.search(
-            rf"{name} has {parameters}\d* million parameters: a quick run takes {samples} prompts", ended.err
-        )
+        assert re.search(rf"{name} has {parameters}\d* million parameters: this takes {samples} prompts", ended.err)
         manifest = json.loads((tmp_path / name / "manifest.json").read_text())
         assert (manifest["samples"], manifest["length"]) == (samples, 20)
     ended = p0("reproduce", "wired", "--quick", "--samples", 64, "--out", tmp_path / "none")

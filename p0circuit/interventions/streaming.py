@@ -213,7 +213,9 @@ def _rotation(probes: Float[Tensor, "probe pos d_head"], where: str) -> Rotation
         for first, second in (channels.chunk(2), (channels[::2], channels[1::2])):
             found = torch.complex(wide[..., first], wide[..., second])
             start = found[:, :1]
-            turn = (found * start.conj()).sum(0) / start.abs().square().sum(0)
+            size_of_start = start.abs().square().sum(0)
+            # A norm before the rotation may take a pair of channels out altogether (Gemma 3): then it turns nothing.
+            turn = torch.where(size_of_start > 0, (found * start.conj()).sum(0) / size_of_start, 1.0)
             rest = torch.ones(width, dtype=torch.bool, device=probes.device)
             rest[:size] = False
             errors = (found - start * turn).abs(), (wide - wide[:, :1])[..., rest].abs()

@@ -226,6 +226,19 @@ def test_neighbouring_pairs_are_found_and_turned_back() -> None:
     torch.testing.assert_close(back, vectors.expand_as(back), rtol=0, atol=1e-12)
 
 
+def test_a_pair_of_channels_that_is_always_zero_turns_nothing() -> None:
+    """As in Gemma 3, some of whose norms before the rotation have gains of zero."""
+    vectors = torch.randn(3, 1, 6, dtype=torch.float64)
+    angles = torch.arange(5.0, dtype=torch.float64)[:, None] * torch.tensor([1.0, 0.3, 0.1])
+    vectors[..., [1, 4]] = 0
+    x, y = vectors[..., :3], vectors[..., 3:]
+    turned = torch.cat([x * angles.cos() - y * angles.sin(), x * angles.sin() + y * angles.cos()], dim=-1)
+    rotation = _rotation(turned, "here")
+    assert bool(rotation.cos.isfinite().all()) and bool(rotation.sin.isfinite().all())
+    back = rotation.turned_back(turned[:, :, None], torch.arange(5))[:, :, 0]
+    torch.testing.assert_close(back, vectors.expand_as(back), rtol=0, atol=1e-12)
+
+
 def test_what_does_not_turn_by_pairs_is_refused() -> None:
     with pytest.raises(InterventionError, match="block 7 does not turn its keys by pairs of channels"):
         _rotation(torch.randn(4, 5, 6), "block 7")
