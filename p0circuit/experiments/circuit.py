@@ -97,9 +97,10 @@ class Circuit(Experiment):
         total = 2.0
         for layer in range(info.layers):
             before = 1 + layer * (heads + 1)
-            edges = 3 * heads * before + before + heads
-            # The clean run up to the layer; what Q, and all else, reads from every sender; the edges themselves.
-            total += layer / info.layers + 2 * slots * (layer + 1) / info.layers
+            # Edges into Q have no effect and are not run.
+            edges = 2 * heads * before + before + heads
+            # The clean run up to the layer; what its receivers read from every sender; the edges themselves.
+            total += layer / info.layers + slots * (layer + 1) / info.layers
             total += edges * (info.layers - layer) / info.layers
         return (recording + rows * (total + (senders + 1) / length)) / n
 

@@ -319,7 +319,8 @@ class ThePath(Experiment):
         singles = least * (2 * (longer + 1) * 2 + (4 * layers + 1) / 2 * (1 + longer))
         senders, inputs = 2 * layers - 1, 3 * sink_heads
         rows = min(chosen, max(len(shifts), config.runs // (2 * senders * inputs)))
-        edges = rows * (2 * longer + 4 * senders + 2 * senders * inputs / layers + senders * len(_BLOCKS) / 2)
+        # Edges into Q have no effect at P0 and are run at the random position only.
+        edges = rows * (2 * longer + 3 * senders + 5 / 3 * senders * inputs / layers + senders * len(_BLOCKS) / 2)
         return (joint + singles + edges) / n
 
     def _few_singles(
