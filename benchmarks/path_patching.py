@@ -121,7 +121,7 @@ def search(
         differences.append(float((patched - result.exact.patched[number]).abs().max()))
     return {
         "search_edges": count,
-        "search_found": len(result.found),
+        "search_found": len(result.strong_edges),
         "search_exact_runs": len(result.exact.edges),
         "search_beyond_the_budget": len(result.unverified),
         "search_passes": passes.count,

@@ -163,7 +163,7 @@ class Circuit(Experiment):
             f"about {edges} edges are more than {config.most_edges}: they were searched, coarse to fine, with first "
             f"estimates from {min(config.screening_rows, chosen.n)} prompts and exact effects from {chosen.n}",
             *search.summary(),
-            f"{len(search.found)} of those patched exactly change the score by {config.share:.0%} of it or more",
+            f"{len(search.strong_edges)} of those patched exactly change the score by {config.share:.0%} of it or more",
         ]
         estimates = search.estimates_table(config.share / 10 * clean.value)
         tables = {"edges": table, "estimates": estimates}
