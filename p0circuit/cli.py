@@ -171,7 +171,7 @@ def reproduce(
         broken += [f"{label} {claim}" for claim in failed(claims)]
         summary[label] = {"directory": str(directory), "claims": claims}
     if len(given) > 1 or left_out:
-        write_overview(out, [entry["directory"] for entry in summary.values()], left_out)
+        write_overview(out, [Path(entry["directory"]) for entry in summary.values()], left_out)
         write_report(out)
         say(f"an overview is in {out / 'report.html'}")
     _print_json(summary, as_json)

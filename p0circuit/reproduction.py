@@ -131,6 +131,8 @@ def reproduce(
         samples=prompts.n,
         length=prompts.length,
         condition=condition.to_json(),
+        # Whether a large model's experiments ran smaller: the commands for single experiments have to say so.
+        quick=is_large(info) and all(experiment.quick(info).config == experiment.config for experiment in experiments),
         seed=prompts.seed,
         device=str(device_of(model)),
         experiments=[experiment.id for experiment in experiments if experiment.id not in left_out | broken],

@@ -168,17 +168,21 @@ def tally(claims: Iterable[dict[str, Any]]) -> str:
     return ", ".join(f"{counts[verdict]} {verdict}" for verdict in order if counts[verdict]) or "no claims"
 
 
-def command_for(experiment: str, model: str, result: Result | None) -> str:
-    """The command that runs one experiment alone, on the prompts it was run on."""
+def command_for(experiment: str, model: str, result: Result | None, quick: bool = False) -> str:
+    """The command that runs one experiment alone, on the prompts it was run on; `quick` if the whole run was.
+
+    A quick run of a large model has its number of prompts from the model's size.
+    """
     words = ["p0circuit", "run", experiment]
     if result is not None and "runs" in result.provenance:
         return shlex.join(words)
     words += ["--model", model]
     if result is not None:
         prompts = result.provenance.get("prompts", {})
-        given = {"text": prompts.get("source"), "samples": result.provenance.get("samples")}
+        given = {"text": prompts.get("source"), "samples": None if quick else result.provenance.get("samples")}
         given |= {"length": result.provenance.get("length"), "seed": prompts.get("seed")}
         words += [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
+        words += ["--quick"] if quick else []
     return shlex.join(words)
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from p0circuit import load_model, natural_text
 from p0circuit.experiments import SinkMap
-from p0circuit.report.contents import command_for, number
+from p0circuit.report.contents import command_for, number, write_overview
 from p0circuit.report.page import MOST_ROWS, write_report
 from tests.report.made_up import HOSTILE, ROWS, result, write_run
 
@@ -137,6 +137,39 @@ def test_several_models_and_an_overview(tmp_path: Path) -> None:
         file, _, anchor = link.partition("#")
         assert not anchor or anchor in Reader((tmp_path / file).read_text()).anchors
     assert (tmp_path / "report.md").read_text().count("# o") == 2
+
+
+def test_the_overview_says_what_was_measured_on_what_and_what_is_missing(tmp_path: Path) -> None:
+    for model in ("aaa", "real", "runs"):
+        write_run(tmp_path / model, model)
+    summary = "real has its sink in text after BOS"
+    condition = {"name": "with BOS", "excess": {}, "summary": summary}
+    for name, more in {
+        "real": {"condition": condition, "samples": 1024, "text": "docs", "quick": True, "quantisation": "Q4_1"},
+        "runs": {"runs": ["a"]},
+    }.items():
+        path = tmp_path / name / "manifest.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | more))
+    write_overview(tmp_path, [tmp_path / "real", tmp_path / "runs"], {"<i>gone</i>": "no <b>network</b>: <i>gone</i>"})
+    write_report(tmp_path)
+    overview = Reader((tmp_path / "report.html").read_text())
+    assert "Missing: no <b>network</b>: <i>gone</i>" in overview.text and not {"b", "i"} & set(overview.tags)
+    head, training = overview.text.split("Claims about training")
+    # The order that was asked for, then the others; claims about training stand by themselves.
+    assert re.search(r"claim\s*real \(Q4_1\)\s*aaa\s*C2", head) and "runs" not in head
+    assert re.search(r"claim\s*runs\s*C2", training)
+    row = re.search(r"real \(Q4_1\)\s*text after BOS\s*1,024 of docs\s*(.*?)\s*runs\s*–", training, re.S)
+    claims = json.loads((tmp_path / "real" / "claims.json").read_text())
+    verdicts = [control["verdict"] for claim in claims for control in claim.get("controls", ())]
+    tested = len(verdicts) - verdicts.count("not applicable")
+    assert (
+        row is not None and f"{tested} tested something ({verdicts.count('reproduced')} of them reproduced)" in row[1]
+    )
+    assert f"{verdicts.count('not applicable')} not applicable" in row[1]
+    report = (tmp_path / "real" / "report.html").read_text()
+    assert f"{summary}." in report
+    assert "p0circuit run kept --model real --text &#39;my texts/a.txt&#39; --length 16 --seed 3 --quick" in report
+    assert "--quick" not in (tmp_path / "aaa" / "report.html").read_text()
 
 
 def test_one_model_in_a_directory_of_models_gets_an_overview_too(tmp_path: Path) -> None:
