@@ -310,8 +310,7 @@ def _convert(name: str, path: Path, sha256: str, folder: Path) -> None:
             stacklevel=2,
         )
     say(f"converting {name} ({header.quantisation}) to plain weights, once: {header.parameters / 1e6:.0f} M parameters")
-    for leftover in folder.parent.glob(f".*.tmp.{folder.name}"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    _remove_leftovers(folder)
 
     def write(temporary: Path) -> None:
         _save(name, path, temporary)
@@ -322,6 +321,14 @@ def _convert(name: str, path: Path, sha256: str, folder: Path) -> None:
 
     write_atomically(folder, write)
     _evict(folder)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what killed conversions left, of this model or long ago; the caller holds the model's lock."""
+    for leftover in folder.parent.glob(".*.tmp.*"):
+        with contextlib.suppress(FileNotFoundError):
+            if leftover.name.endswith(folder.name) or time.time() - leftover.stat().st_mtime > _IN_USE_SECONDS:
+                shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _check_room(name: str, header: GgufHeader, folder: Path) -> None:

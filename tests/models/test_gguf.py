@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import struct
 import time
@@ -236,8 +237,6 @@ def test_old_conversions_make_room(files: Path, monkeypatch: pytest.MonkeyPatch)
 
     old, recent = loaded("F32"), loaded("F16")
     monkeypatch.setenv("P0CIRCUIT_CACHE_LIMIT", str(list_converted()[0]["bytes"] * 3 // 2))
-    import os
-
     os.utime(old, (time.time() - 7200,) * 2)
     newest = loaded("Q8_0")
     # What was used within the hour may be about to be read.
@@ -248,7 +247,13 @@ def test_what_a_killed_conversion_left_is_removed(q4: Path) -> None:
     folder = stored_model(q4).folders[0]
     leftover = folder.with_name(f".0123456789ab.tmp.{folder.name}")
     folder.rename(leftover)
+    # Of other models: one of a process at work, and one that was left long ago.
+    recent, old = (folder.with_name(f".{digit * 12}.tmp.{digit * 32}") for digit in "ab")
+    recent.mkdir()
+    old.mkdir()
+    os.utime(old, (time.time() - 7200,) * 2)
     assert stored_model(q4).folders == (folder,) and folder.is_dir() and not leftover.exists()
+    assert recent.is_dir() and not old.exists()
 
 
 # Refusals
