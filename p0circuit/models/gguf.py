@@ -384,6 +384,23 @@ def _save(name: str, path: Path, folder: Path) -> None:
     with _own_progress_bars():
         hf.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+    _drop_foreign_tokens(folder, hf.config.get_text_config().vocab_size)
+
+
+def _drop_foreign_tokens(folder: Path, size: int) -> None:
+    """Take out of a saved tokenizer what its class has added beyond the model's vocabulary: a token without a row."""
+    path, settings_path = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    foreign = [token["content"] for token in stored["added_tokens"] if token["id"] >= size]
+    if not foreign:
+        return
+    stored["added_tokens"] = [token for token in stored["added_tokens"] if token["id"] < size]
+    path.write_text(json.dumps(stored, ensure_ascii=False), encoding="utf-8")
+    settings = json.loads(settings_path.read_text(encoding="utf-8"))
+    settings = {name: value for name, value in settings.items() if value is not None and value not in foreign}
+    # The class would add them again.
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    settings_path.write_text(json.dumps(settings, indent=2), encoding="utf-8")
 
 
 def check_dense(name: str, hf: Any) -> None:

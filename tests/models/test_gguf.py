@@ -115,6 +115,16 @@ def test_the_tokenizer_comes_out_of_the_file(files: Path, tiny_model_dir: Path) 
     assert (tokenizer.bos_token, tokenizer.bos_token_id) == (expected.bos_token, expected.bos_token_id)
 
 
+def test_the_tokenizer_has_no_token_beyond_the_vocabulary(files: Path, tiny_model_dir: Path) -> None:
+    size = AutoConfig.from_pretrained(tiny_model_dir).vocab_size
+    # `transformers` gives a byte-level BPE an unknown token of its own.
+    as_read = AutoTokenizer.from_pretrained(files, gguf_file="tiny-Q8_0.gguf")
+    assert len(as_read) == size + 1
+    for tokenizer in (stored_model(files / "tiny-Q8_0.gguf").tokenizer, load_model(files / "tiny-Q8_0.gguf").tokenizer):
+        assert len(tokenizer) == size and max(tokenizer.added_tokens_decoder) < size
+        assert tokenizer.unk_token is None
+
+
 def test_the_tokenizer_is_the_one_that_transformer_lens_makes_of_it(files: Path, monkeypatch: Any) -> None:
     from p0circuit.models import load as load_module
 
