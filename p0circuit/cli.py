@@ -606,6 +606,7 @@ def cache(
         _print_json(held | {"converted": models}, True)
         return
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table("model", "quantity", "samples", "KiB", title=str(store.directory))
@@ -617,7 +618,7 @@ def cache(
             f"{entry['bytes'] / 1024:.0f}",
         )
     for model in models:
-        table.add_row(str(model["file"]), "plain weights", "", f"{model['bytes'] / 1024:.0f}")
+        table.add_row(escape(str(model["file"])), "plain weights", "", f"{model['bytes'] / 1024:.0f}")
     console = Console()
     console.print(table)
     console.print(f"{total / 2**20:.1f} of {store.limit / 2**20:.0f} MiB in use by recordings")

@@ -310,8 +310,7 @@ def _convert(name: str, path: Path, sha256: str, folder: Path) -> None:
             stacklevel=2,
         )
     say(f"converting {name} ({header.quantisation}) to plain weights, once: {header.parameters / 1e6:.0f} M parameters")
-    for leftover in folder.parent.glob(f".*.tmp.{folder.name}"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    _remove_leftovers(folder)
 
     def write(temporary: Path) -> None:
         _save(name, path, temporary)
@@ -322,6 +321,14 @@ def _convert(name: str, path: Path, sha256: str, folder: Path) -> None:
 
     write_atomically(folder, write)
     _evict(folder)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what killed conversions left, of this model or long ago; the caller holds the model's lock."""
+    for leftover in folder.parent.glob(".*.tmp.*"):
+        with contextlib.suppress(FileNotFoundError):
+            if leftover.name.endswith(folder.name) or time.time() - leftover.stat().st_mtime > _IN_USE_SECONDS:
+                shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _check_room(name: str, header: GgufHeader, folder: Path) -> None:
@@ -377,6 +384,23 @@ def _save(name: str, path: Path, folder: Path) -> None:
     with _own_progress_bars():
         hf.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+    _drop_foreign_tokens(folder, hf.config.get_text_config().vocab_size)
+
+
+def _drop_foreign_tokens(folder: Path, size: int) -> None:
+    """Take out of a saved tokenizer what its class has added beyond the model's vocabulary: a token without a row."""
+    path, settings_path = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    foreign = [token["content"] for token in stored["added_tokens"] if token["id"] >= size]
+    if not foreign:
+        return
+    stored["added_tokens"] = [token for token in stored["added_tokens"] if token["id"] < size]
+    path.write_text(json.dumps(stored, ensure_ascii=False), encoding="utf-8")
+    settings = json.loads(settings_path.read_text(encoding="utf-8"))
+    settings = {name: value for name, value in settings.items() if value is not None and value not in foreign}
+    # The class would add them again.
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    settings_path.write_text(json.dumps(settings, indent=2), encoding="utf-8")
 
 
 def check_dense(name: str, hf: Any) -> None:

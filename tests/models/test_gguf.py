@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import struct
 import time
@@ -112,6 +113,16 @@ def test_the_tokenizer_comes_out_of_the_file(files: Path, tiny_model_dir: Path) 
     assert ids == expected(text, add_special_tokens=False).input_ids
     assert tokenizer.decode(ids) == text
     assert (tokenizer.bos_token, tokenizer.bos_token_id) == (expected.bos_token, expected.bos_token_id)
+
+
+def test_the_tokenizer_has_no_token_beyond_the_vocabulary(files: Path, tiny_model_dir: Path) -> None:
+    size = AutoConfig.from_pretrained(tiny_model_dir).vocab_size
+    # `transformers` gives a byte-level BPE an unknown token of its own.
+    as_read = AutoTokenizer.from_pretrained(files, gguf_file="tiny-Q8_0.gguf")
+    assert len(as_read) == size + 1
+    for tokenizer in (stored_model(files / "tiny-Q8_0.gguf").tokenizer, load_model(files / "tiny-Q8_0.gguf").tokenizer):
+        assert len(tokenizer) == size and max(tokenizer.added_tokens_decoder) < size
+        assert tokenizer.unk_token is None
 
 
 def test_the_tokenizer_is_the_one_that_transformer_lens_makes_of_it(files: Path, monkeypatch: Any) -> None:
@@ -236,8 +247,6 @@ def test_old_conversions_make_room(files: Path, monkeypatch: pytest.MonkeyPatch)
 
     old, recent = loaded("F32"), loaded("F16")
     monkeypatch.setenv("P0CIRCUIT_CACHE_LIMIT", str(list_converted()[0]["bytes"] * 3 // 2))
-    import os
-
     os.utime(old, (time.time() - 7200,) * 2)
     newest = loaded("Q8_0")
     # What was used within the hour may be about to be read.
@@ -248,7 +257,13 @@ def test_what_a_killed_conversion_left_is_removed(q4: Path) -> None:
     folder = stored_model(q4).folders[0]
     leftover = folder.with_name(f".0123456789ab.tmp.{folder.name}")
     folder.rename(leftover)
+    # Of other models: one of a process at work, and one that was left long ago.
+    recent, old = (folder.with_name(f".{digit * 12}.tmp.{digit * 32}") for digit in "ab")
+    recent.mkdir()
+    old.mkdir()
+    os.utime(old, (time.time() - 7200,) * 2)
     assert stored_model(q4).folders == (folder,) and folder.is_dir() and not leftover.exists()
+    assert recent.is_dir() and not old.exists()
 
 
 # Refusals
