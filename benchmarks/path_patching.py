@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -37,7 +36,7 @@ from p0circuit.prompts import PromptSet, random_tokens
 
 SHARE = 0.05
 SHIFT = 8
-BUDGET = 200.0
+BUDGET = 60.0
 """Passes for exact runs, so that a model in which thousands of edges matter a little takes minutes and not hours."""
 
 
@@ -48,17 +47,13 @@ def measure(model: Any = None, rows: int = 2, length: int = 64, edges: int = 12)
     info = describe(model)
     prompts = random_tokens(info.vocab_size, n=rows, length=length)
     pair = contrast(prompts, SHIFT, info.vocab_size)
-    scores = record(model, prompts, SINK_SCORE, cache=None)[SINK_SCORE]
-    heads, _ = sink_heads(scores)
-    clean = clean_outputs(model, prompts)
-    return {
-        **general(model, prompts, pair, clean, edges),
-        **search(model, prompts, pair, heads, clean, edges),
-    }
+    return general(model, prompts, pair, edges) | search(model, prompts, pair, edges)
 
 
-def general(model: Any, prompts: PromptSet, pair: Contrast, clean: Any, edges: int) -> dict[str, Any]:
+@torch.no_grad()
+def general(model: Any, prompts: PromptSet, pair: Contrast, edges: int) -> dict[str, Any]:
     """Some edges into Q, V and MLPs, for the sink score of a later block and for the loss."""
+    clean = clean_outputs(model, prompts)
     info = describe(model)
     senders = components(model, [0, 1], heads=True)
     values = replacements(model, pair, senders)
@@ -94,10 +89,11 @@ def general(model: Any, prompts: PromptSet, pair: Contrast, clean: Any, edges: i
     return found
 
 
-def search(
-    model: Any, prompts: PromptSet, pair: Contrast, heads: Sequence[tuple[int, int]], clean: Any, edges: int
-) -> dict[str, Any]:
+@torch.no_grad()
+def search(model: Any, prompts: PromptSet, pair: Contrast, edges: int) -> dict[str, Any]:
     """The edges that matter among all there are, for the sink score of the sink heads."""
+    clean = clean_outputs(model, prompts)
+    heads, _ = sink_heads(record(model, prompts, SINK_SCORE, cache=None)[SINK_SCORE])
     info, metric = describe(model), sink_score_of(heads)
     senders = components(model, heads=True)
     receivers = [f"mlp.{layer}" for layer in range(info.layers)]

@@ -17,7 +17,9 @@ import torch
 
 from benchmarks import activation_patching, closed_form, path_patching, transformer_lens4, vocabulary
 from benchmarks.models import SHAPES
+from p0circuit.interventions.contrast import contrast
 from p0circuit.models import describe
+from p0circuit.prompts import random_tokens
 
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 ABSOLUTE, RELATIVE = 1e-5, 1e-4
@@ -56,11 +58,14 @@ def measure(model: Any, size: Size = FULL, say: Callable[[str], None] = lambda m
         "threads": torch.get_num_threads(),
         "machine": platform.machine(),
     }
+    prompts = random_tokens(info.vocab_size, n=size.rows, length=size.length)
+    pair = contrast(prompts, path_patching.SHIFT, info.vocab_size)
     parts: dict[str, Callable[[], dict[str, Any]]] = {
         "edges into K at P0": lambda: closed_form.measure(model, size.rows, size.length, size.edges),
         "activation-patching grid": lambda: activation_patching.measure(model, size.rows, size.length, size.memory),
         "vocabulary sweep": lambda: vocabulary.measure(model, size.tokens, size.length),
-        "path patching and edge search": lambda: path_patching.measure(model, size.rows, size.length, size.edges),
+        "path patching": lambda: path_patching.general(model, prompts, pair, size.edges),
+        "edge search": lambda: path_patching.search(model, prompts, pair, size.edges),
     }
     for name, part in parts.items():
         say(f"measuring: {name}")
@@ -70,20 +75,29 @@ def measure(model: Any, size: Size = FULL, say: Callable[[str], None] = lambda m
 
 
 def measure_all(
-    names: Sequence[str], load: Callable[[str], Any], size: Size = FULL, say: Callable[[str], None] = print
+    names: Sequence[str],
+    load: Callable[[str], Any],
+    size: Size = FULL,
+    say: Callable[[str], None] = print,
+    done: Callable[[dict[str, Any]], None] = lambda results: None,
 ) -> dict[str, Any]:
-    """The benchmarks on models and shapes by name, and beside TransformerLens 4 where that is installed."""
+    """The benchmarks on models and shapes by name, and beside TransformerLens 4 where that is installed.
+
+    `done` gets what has been measured so far, after each of them.
+    """
     found: dict[str, Any] = {}
     for name in names:
         say(f"benchmarks on {name}")
         found[name] = measure(SHAPES[name]() if name in SHAPES else load(name), size, say)
+        done(found)
     python = transformer_lens4.interpreter()
     if python is not None:
         say("measuring: direct path patching of TransformerLens 4")
         command = [str(python), "-m", "benchmarks.transformer_lens4"]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
-        found["TransformerLens 4, gpt2-shape"] = json.loads(done.stdout[done.stdout.index("{") :])
+        run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+        found["TransformerLens 4, gpt2-shape"] = json.loads(run.stdout[run.stdout.index("{") :])
         check(found["TransformerLens 4, gpt2-shape"])
+        done(found)
     return found
 
 

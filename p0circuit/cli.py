@@ -638,6 +638,7 @@ def bench(
     into: Annotated[
         Path | None, typer.Option(help="A Markdown file with the marks of a benchmark table: write the table into it.")
     ] = None,
+    memory: Annotated[bool, typer.Option(help="Whether peaks of memory are measured too, which takes a while.")] = True,
     as_json: JsonOption = False,
 ) -> None:
     """Measure speed and memory of the exact fast forms beside the usual ways, in one run (needs a checkout)."""
@@ -648,9 +649,13 @@ def bench(
     sys.path.insert(0, str(paths.repository()))
     run = importlib.import_module("benchmarks.run")
     names = model or ["gpt2-shape", "smollm2-shape"]
-    results = run.measure_all(names, lambda name: _load(Source(name)), run.Size(tokens=tokens), say)
-    if into is not None:
-        run.write_into(into, results)
+    results = run.measure_all(
+        names,
+        lambda name: _load(Source(name)),
+        run.Size(tokens=tokens, memory=memory),
+        say,
+        lambda results: None if into is None else run.write_into(into, results),
+    )
     if as_json:
         _print_json(results, True)
     else:

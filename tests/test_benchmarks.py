@@ -12,6 +12,7 @@ import pytest
 from benchmarks import monitor, run, transformer_lens4
 from benchmarks.models import tiny_shape
 from p0circuit.models.hooked import available
+from p0circuit.training.variants import TrainConfig
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "performance.md"
 TINY = run.Size(rows=2, length=16, edges=6, memory=False)
@@ -62,8 +63,9 @@ def test_the_documentation_shows_what_was_measured_and_nothing_else():
     assert shown == run.markdown(results)
     for figures in results.values():
         run.check(figures)
-    for name in ("gpt2-shape", "smollm2-shape"):
-        assert results[name]["search_fewer_passes"] >= 20 and results[name]["search_speedup"] >= 20
+        if "search_edges" in figures:
+            assert figures["search_fewer_passes"] >= 20 and figures["search_speedup"] >= 20
+    assert {"gpt2-shape", "smollm2-shape"} <= results.keys()
 
 
 def test_direct_path_patching_of_transformer_lens_4_gives_the_same_numbers():
@@ -78,6 +80,6 @@ def test_direct_path_patching_of_transformer_lens_4_gives_the_same_numbers():
 
 
 def test_the_monitor_is_timed_in_turns_with_training_steps():
-    config = replace(TrainConfig(), layers=2, d_model=32, heads=2, d_mlp=48, vocab_size=97, length=16)
+    config = replace(TrainConfig(), layers=2, d_model=32, heads=2, d_mlp=48, vocab_size=97, length=64)
     overhead, step, reading = monitor.compare(config, rounds=1)
     assert overhead == pytest.approx(reading / (monitor.EVERY * step)) and step > 0 and reading > 0
