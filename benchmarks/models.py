@@ -48,7 +48,7 @@ def tiny_shape() -> Any:
         d_head=8,
         n_key_value_heads=2,
         d_mlp=48,
-        n_ctx=64,
+        n_ctx=128,
         d_vocab=97,
         act_fn="silu",
         gated_mlp=True,

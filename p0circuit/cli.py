@@ -128,6 +128,7 @@ def reproduce(
     """Test every claim on each model, with its controls; leave claims, figures and a report in OUT/MODEL."""
     from p0circuit.experiments import EXPERIMENTS
     from p0circuit.models import describe
+    from p0circuit.models.source import gguf_name, holds_no_checkpoints
     from p0circuit.report.contents import find_runs, write_overview
     from p0circuit.report.page import write_report
     from p0circuit.reproduction import FORWARD_PASSES, SAMPLES, TRAINING, beginner_of, failed, reproduce_training
@@ -136,7 +137,10 @@ def reproduce(
 
     _check_quick(quick, samples)
     given, left_out = _fetched(models or _default_models(every), required=bool(models))
-    names = [Path(name).absolute().name if Path(name).is_dir() else name for name in given]
+    names = [
+        gguf_name(name) if holds_no_checkpoints(name) else Path(name).absolute().name if Path(name).is_dir() else name
+        for name in given
+    ]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"two of these models are called {twice[0]!r}: give each an --out, in a call of its own")
     summary: dict[str, Any] = {}

@@ -48,6 +48,12 @@ def fixed_seeds_and_an_empty_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_fac
 
 
 @pytest.fixture(scope="session")
+def own_cache() -> Path:
+    """The user's own cache folder, in which fetched models lie."""
+    return OWN_CACHE
+
+
+@pytest.fixture(scope="session")
 def smollm2_file() -> Path:
     """The GGUF file of SmolLM2-135M in the user's own cache, fetched if need be; without it the test is skipped."""
     from p0circuit.models import CATALOG, ModelError, fetch

@@ -517,6 +517,12 @@ def test_results_on_a_gguf_file_say_how_it_was_rounded(p0: Run, tiny_model_dir: 
     assert "tiny (Q4_1): attention to position zero" in drawn
 
 
+def test_two_files_of_one_name_do_not_overwrite_each_other(p0: Run, tiny_model_dir: Path, tmp_path: Path) -> None:
+    paths = [write_gguf(tiny_model_dir, tmp_path / kind / "tiny.gguf", kind) for kind in ("F16", "Q8_0")]
+    ended = p0("reproduce", *paths, "--out", tmp_path / "out")
+    assert ended.code == 2 and "two of these models are called 'tiny'" in ended.err
+
+
 def test_a_refused_gguf_file_is_one_line(p0: Run, tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(10))
     refused = p0("sink", tmp_path / "model.gguf")

@@ -1,4 +1,4 @@
-"""The README's examples run as they are printed, and its commands are those of the command line."""
+"""The examples of README and docs run as they are printed, and their commands are those of the command line."""
 
 from __future__ import annotations
 
@@ -13,43 +13,57 @@ import pytest
 import typer
 
 from p0circuit.cli import app
-from p0circuit.experiments import RUN_EXPERIMENTS
-from p0circuit.experiments.over_runs import REFERENCE
 from p0circuit.paths import repository
-from p0circuit.training.runs import as_trained, of_variant, shipped_runs
+from p0circuit.report.contents import find_runs
+from p0circuit.report.documents import claims_table
+from p0circuit.reproduction import reproduce_training
+from p0circuit.training.runs import as_trained, shipped_runs
 
-README = (repository() / "README.md").read_text(encoding="utf-8")
+PAGES = [repository() / "README.md", *sorted((repository() / "docs").glob("*.md"))]
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+def blocks(language: str) -> list[tuple[str, str]]:
+    """The blocks of a language on all pages, each with the name of its page."""
+    pattern = re.compile(rf"^```{language}\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+    return [(page.stem, block) for page in PAGES for block in pattern.findall(page.read_text(encoding="utf-8"))]
 
 
-@pytest.fixture(scope="module")
-def printed(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
-    """What the Python examples print, run one after the other in a new interpreter and an empty folder."""
-    folder = tmp_path_factory.mktemp("readme")
-    script = "\nprint('---')\n".join(blocks("python"))
+EXAMPLES = blocks("python")
+
+
+@pytest.mark.parametrize(("page", "example"), EXAMPLES, ids=[page for page, _ in EXAMPLES])
+def test_an_example_runs_alone_as_printed(page: str, example: str, tmp_path: Path) -> None:
     run = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=folder,
+        [sys.executable, "-c", example],
+        cwd=tmp_path,
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": str(repository())},
     )
     assert run.returncode == 0, run.stderr
-    return run.stdout.split("---\n"), folder
+    printed = run.stdout
+    if page == "README":
+        assert "sink_rate_from_layer_2 " in printed and (tmp_path / "sink-map.png").stat().st_size > 10_000
+    if page == "training":
+        assert printed.split()[0] in ("none", "forming", "formed") and 0 <= float(printed.split()[-1]) <= 1
+        assert len((tmp_path / "p0.csv").read_text().splitlines()) == 1 + 4
+    if page == "patching":
+        assert "sender" in printed
 
 
-def test_the_examples_run_as_printed(printed: tuple[list[str], Path]) -> None:
-    (ten_lines, monitor, patch), folder = printed
-    assert "sink_rate_from_layer_2 " in ten_lines and (folder / "sink-map.png").stat().st_size > 10_000
-    assert monitor.split()[0] in ("none", "forming", "formed") and 0 <= float(monitor.split()[-1]) <= 1
-    assert len((folder / "p0.csv").read_text().splitlines()) == 1 + 4
-    assert "sender" in patch
+def test_there_are_examples_of_the_model_its_patching_and_its_training() -> None:
+    assert {"README", "training", "patching"} <= {page for page, _ in EXAMPLES}
 
 
-LINES = [line.partition("  #")[0] for block in blocks("shell") for line in block.splitlines()]
+def test_every_link_and_picture_is_there() -> None:
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        targets = [target.partition("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", text)]
+        missing = [one for one in targets if "://" not in one and one and not (page.parent / one).exists()]
+        assert missing == [], page.name
+
+
+LINES = [line.partition("  #")[0] for _, block in blocks("shell") for line in block.splitlines()]
 
 
 @pytest.mark.parametrize("line", [line for line in LINES if line.startswith("p0circuit ")])
@@ -62,18 +76,8 @@ def test_a_printed_command_is_understood(line: str) -> None:
     assert command.make_context(name, arguments).params
 
 
-_NOT_TOLD = ("tnlm_sink_rate_difference", "tnlm_norm_ratio_difference")
-
-
-def test_the_claims_about_training_are_told_as_they_are_measured() -> None:
-    runs = as_trained(shipped_runs())
-    early, concentration, convergence, methods = (make().run(runs).metrics for make in RUN_EXPERIMENTS.values())
-    shares = [run.formation_share for run in of_variant(runs, REFERENCE)]
-    told = [
-        f"by {100 * min(shares):.0f} to {100 * max(shares):.0f} %",
-        *(str(concentration["causal_final"]), str(convergence["error_difference"])),
-        str(convergence["partial_correlation"]),
-        *(str(value) for name, value in methods.items() if "loss" not in name and name not in _NOT_TOLD),
-    ]
-    assert early["latest_formation_share"].value == max(shares)
-    assert [one for one in told if one not in README] == []
+def test_the_claims_about_training_are_as_measured(tmp_path: Path) -> None:
+    reproduce_training(as_trained(shipped_runs()), tmp_path / "training")
+    results = (repository() / "docs" / "results.md").read_text(encoding="utf-8")
+    table = claims_table(find_runs(tmp_path / "training"))
+    assert len(table) > 5 and [line for line in table if line not in results] == []

@@ -98,9 +98,10 @@ class Circuit(Experiment):
         total = 2.0
         for layer in range(info.layers):
             before = 1 + layer * (heads + 1)
-            edges = 3 * heads * before + before + heads
-            # The clean run up to the layer; what Q, and all else, reads from every sender; the edges themselves.
-            total += layer / info.layers + 2 * slots * (layer + 1) / info.layers
+            # Edges into Q have no effect and are not run.
+            edges = 2 * heads * before + before + heads
+            # The clean run up to the layer; what its receivers read from every sender; the edges themselves.
+            total += layer / info.layers + slots * (layer + 1) / info.layers
             total += edges * (info.layers - layer) / info.layers
         return (recording + rows * (total + (senders + 1) / length)) / n
 
@@ -163,7 +164,7 @@ class Circuit(Experiment):
             f"about {edges} edges are more than {config.most_edges}: they were searched, coarse to fine, with first "
             f"estimates from {min(config.screening_rows, chosen.n)} prompts and exact effects from {chosen.n}",
             *search.summary(),
-            f"{len(search.found)} of those patched exactly change the score by {config.share:.0%} of it or more",
+            f"{len(search.strong_edges)} of those patched exactly change the score by {config.share:.0%} of it or more",
         ]
         estimates = search.estimates_table(config.share / 10 * clean.value)
         tables = {"edges": table, "estimates": estimates}

@@ -180,14 +180,14 @@ class ThePath(Experiment):
 
         if bounded:
             try:
-                singles, told = self._few_singles(model, pairs, found, changes)
+                singles, notes_on_singles = self._few_singles(model, pairs, found, changes)
                 edges = self._searched_edges(model, pairs, found, changes, beside)
             except NotOfTheClosedForm as reason:
                 raise NotApplicable(
                     f"{info.name} has too many components to patch each of them, and {reason}"
                 ) from None
         else:
-            singles, told = self._singles(model, pairs, found, changes), []
+            singles, notes_on_singles = self._singles(model, pairs, found, changes), []
             edges = self._edges(model, pairs, found, changes, beside)
         if edges.shares is None:
             raise NotApplicable("no edge from a component at P0 into a sink head has any effect on its score")
@@ -207,7 +207,7 @@ class ThePath(Experiment):
             f"{chosen.n} samples, {'dealt out to' if bounded else 'each behind'} prefixes of {prefixes} tokens"
             f"{'' if bounded else ' in turn'}; edges on {edges.rows} of them",
             *_inputs_told(info, found),
-            *told,
+            *notes_on_singles,
             *edges.notes,
         ]
         if len(shifts) < len(self.config.shifts):
@@ -320,7 +320,8 @@ class ThePath(Experiment):
         singles = least * (2 * (longer + 1) * 2 + (4 * layers + 1) / 2 * (1 + longer))
         senders, inputs = 2 * layers - 1, 3 * sink_heads
         rows = min(chosen, max(len(shifts), config.runs // (2 * senders * inputs)))
-        edges = rows * (2 * longer + 4 * senders + 2 * senders * inputs / layers + senders * len(_BLOCKS) / 2)
+        # Edges into Q have no effect at P0 and are run at the random position only.
+        edges = rows * (2 * longer + 3 * senders + 5 / 3 * senders * inputs / layers + senders * len(_BLOCKS) / 2)
         return (joint + singles + edges) / n
 
     def _few_singles(
@@ -389,14 +390,14 @@ class ThePath(Experiment):
             [abs(float(estimate[place, of_few].mean() - exact["noising"][place].mean())) / whole for place in some]
             for some in (chosen[:strongest], chosen[strongest:])
         ]
-        told = [
+        notes = [
             f"single patches: {len(nodes)} noising ones estimated on {len(order)} samples, {len(chosen)} patched "
             f"exactly on {len(torch.cat(few))}, both ways",
             "mean error of the estimates of single patches, in shares of the total effect: "
             f"{np.mean(errors[0] or [0.0]):.3f} on the {strongest} strongest, {np.mean(errors[1] or [0.0]):.3f} on "
             f"{len(errors[1])} drawn at random",
         ]
-        return pd.DataFrame(rows, columns=names), told
+        return pd.DataFrame(rows, columns=names), notes
 
     def _searched_edges(
         self,
@@ -794,6 +795,8 @@ def _component_maps(singles: pd.DataFrame, info: ModelInfo) -> Figure:
     places = {"noising": "Noising, at P0: lost", "denoising": "Denoising, at m: won"}
     for direction, part in singles.groupby("direction", sort=False):
         panel = part.pivot(index="layer", columns="component", values="share")
+        # In a bounded run cells, and whole blocks, may lack an exact patch.
+        panel = panel.reindex(index=range(int(singles["layer"].max()) + 1))
         panel = panel[[name for name in _COLUMNS if name in panel.columns]]
         panel.columns.name = "component"
         panels[places[str(direction)]] = panel

@@ -108,7 +108,7 @@ class EdgeSearch:
         return {edge: number for number, edge in enumerate(self.edges)}
 
     @property
-    def found(self) -> list[Edge]:
+    def strong_edges(self) -> list[Edge]:
         """The edges whose exact effect reaches the threshold."""
         means = self.exact.effect.double().mean(1)
         return [edge for edge, mean in zip(self.exact.edges, means, strict=True) if abs(float(mean)) >= self.threshold]
@@ -226,6 +226,8 @@ def search_edges(
         InterventionError: a name, value, threshold or number that does not fit.
         NotOfTheClosedForm: the model's attention is of another kind; use `path_patch`.
     """
+    if not senders:
+        raise InterventionError("no sender to search edges from; expected at least one, such as components(model)")
     if not threshold > 0 or not safety >= 1 or sample < 0 or (budget is not None and budget < 0):
         raise InterventionError(
             f"threshold={threshold}, safety={safety}, sample={sample}, budget={budget}: expected a threshold above 0, "
@@ -247,11 +249,12 @@ def search_edges(
         first = _Screen.of(model, prompts.subset(rows), nodes, some, heads, threshold / SAFETY_OF_FEW_ROWS)
         estimates = _Estimates(first.estimates(targets))
         again = {*estimates.from_size(threshold / SAFETY_OF_FEW_ROWS), *first.members_of(least)}
-        screen = _Screen.of(
-            model, prompts, [node for node in nodes if any(node == s for s, _ in again)], values, heads, least
-        )
-        estimates.update(screen.estimates(targets, again))
-        screen.single += first.single
+        screen = first
+        if again:
+            sending = {sender for sender, _ in again}
+            screen = _Screen.of(model, prompts, [node for node in nodes if node in sending], values, heads, least)
+            screen.single += first.single
+            estimates.update(screen.estimates(targets, again))
     else:
         screen = _Screen.of(model, prompts, nodes, values, heads, least)
         estimates = _Estimates(screen.estimates(targets))
@@ -261,15 +264,16 @@ def search_edges(
     reserve = sample * exact.cost(None) + (exact.budget / 4 if members and budget is not None else 0)
     exact.run(passing, reserve)
     if members:
-        finer = {}
+        finer: set[Pair] = set()
         for (node, name), effect in exact.effects.items():
-            if abs(float(effect.double().mean())) >= threshold and len(targets[name]) == 1:
-                (group,) = targets[name]
-                for head in group.heads if len(group.heads) > 1 else ():
-                    member = f"attn.{group.layer}.{head}.{group.kind}"
-                    targets[member] = (Receiver.parse(member, info),)
-                    finer[node, member] = None
-        finer = {pair for pair in finer if pair not in estimates.by_edge}
+            group, *others = targets[name]
+            if others or len(group.heads) < 2 or abs(float(effect.double().mean())) < threshold:
+                continue
+            for head in group.heads:
+                member = f"attn.{group.layer}.{head}.{group.kind}"
+                targets[member] = (Receiver.parse(member, info),)
+                if (node, member) not in estimates.by_edge:
+                    finer.add((node, member))
         estimates.update(screen.estimates({name: targets[name] for _, name in finer}, finer))
         passing += [pair for pair in estimates.from_rank(least, targets) if pair in finer]
         exact.run(passing, sample * exact.cost(None))
@@ -286,7 +290,7 @@ def search_edges(
         threshold,
         tuple(map(_named, estimates.by_edge)),
         torch.tensor([float(both.mean()) for both in estimates.by_edge.values()], dtype=torch.float64),
-        None if few else torch.stack([both.mean(0).cpu() for both in estimates.by_edge.values()]),
+        None if few or not estimates.by_edge else torch.stack([e.mean(0).cpu() for e in estimates.by_edge.values()]),
         PathEffects(tuple(map(_named, pairs)), clean, clean + effects, metric.name, "direct"),
         frozenset(map(_named, drawn)),
         tuple(_named(pair) for pair in passing if pair not in exact.effects),
@@ -539,7 +543,7 @@ class _Screen:
             first_mlp[layer] = torch.einsum("pbd,sbd->spb", self.slope_mlp[:, :, layer], move)
 
         number = {node: place for place, node in enumerate(self.nodes)}
-        found: dict[tuple[Node, str], Tensor] = {}
+        estimates: dict[tuple[Node, str], Tensor] = {}
         singles: list[tuple[int, Receiver]] = []
         groups: dict[tuple[Node, tuple[str, int]], list[tuple[Node, str]]] = {}
         for name, members in targets.items():
@@ -558,7 +562,7 @@ class _Screen:
                         total = total + first_v[member.layer][slot][..., list(member.heads)].sum(-1)
                     else:
                         total = total + first_mlp[member.layer][slot]
-                found[node, name] = total
+                estimates[node, name] = total
                 if kind in ("v", "mlp") and len(members) == 1 and reached:
                     group = self.groups.get(node.layer, node) if node.kind == "head" else node
                     groups.setdefault((group, (kind, members[0].layer)), []).append((node, name))
@@ -566,7 +570,7 @@ class _Screen:
             asked = [pair for edges in groups.values() for pair in edges]
             place = {node: slot for slot, node in enumerate(self.nodes)}
             singles = [(place[node], targets[name][0]) for node, name in asked]
-            return found | dict(zip(asked, self._through_p0(singles, changes), strict=True))
+            return estimates | dict(zip(asked, self._through_p0(singles, changes), strict=True))
         # Step 5: groups first.
         place = {node: slot for slot, node in enumerate(self.senders)}
         heads_of: dict[tuple[str, int], set[int]] = {}
@@ -582,16 +586,16 @@ class _Screen:
         for (group, receiver), key, estimate in zip(coarse, groups, by_group, strict=True):
             edges = groups[key]
             if len(edges) == 1 and edges[0][0] == group and targets[edges[0][1]][0].heads == receiver.heads:
-                found[edges[0]] = estimate
+                estimates[edges[0]] = estimate
                 continue
-            net = sum(float(found[edge].mean(1).abs().max()) for edge in edges)
+            net = sum(float(estimates[edge].mean(1).abs().max()) for edge in edges)
             size = max(float(estimate.mean(1).abs().max()), net)
             self.group_sizes |= dict.fromkeys(edges, size)
             if size >= self.least:
                 pursued += edges
         singles = [(place[node], targets[name][0]) for node, name in pursued]
-        found |= dict(zip(pursued, self._through_p0(singles, changes), strict=True))
-        return found
+        estimates |= dict(zip(pursued, self._through_p0(singles, changes), strict=True))
+        return estimates
 
     def members_of(self, least: float) -> list[Pair]:
         """The edges whose group has at least this size."""
@@ -675,9 +679,9 @@ def _attention_outputs(
     model: Any, tokens: Int[Tensor, " batch"], sending: Mapping[int, Sequence[Node]], values: Mapping[Node, Tensor]
 ) -> dict[int, Float[Tensor, "batch d_model"]]:
     """What the attention of each block writes at P0 when all of its sending heads have their new values at once."""
-    found: dict[int, Tensor] = {}
+    outputs: dict[int, Tensor] = {}
     if not sending:
-        return found
+        return outputs
     place = torch.zeros_like(tokens)
 
     def put(z: Tensor, hook: Any, nodes: Sequence[Node]) -> Tensor:
@@ -687,7 +691,7 @@ def _attention_outputs(
         return changed
 
     def read(out: Tensor, hook: Any, layer: int) -> None:
-        found[layer] = out[:, 0].clone()
+        outputs[layer] = out[:, 0].clone()
 
     hooks: list[Hook] = []
     for layer, nodes in sending.items():
@@ -695,14 +699,14 @@ def _attention_outputs(
         hooks.append((Node("attn", layer).hook, functools.partial(read, layer=layer)))
     with torch.no_grad():
         forward(model, tokens[:, None], hooks=hooks, stop_at_layer=max(sending) + 1)
-    return found
+    return outputs
 
 
 def _values_together(
     model: Any, tokens: Int[Tensor, " batch"], nodes: Sequence[Node], values: Mapping[Node, Tensor], end: int
 ) -> dict[int, Float[Tensor, "batch kv_head d_head"]]:
     """P0's value in every block when all senders have their new values at once."""
-    found: dict[int, Tensor] = {}
+    read: dict[int, Tensor] = {}
     place = torch.zeros_like(tokens)
     by_hook: dict[str, list[Node]] = {}
     for node in nodes:
@@ -714,14 +718,14 @@ def _values_together(
             node.put(changed, place, values[node])
         return changed
 
-    def read(value: Tensor, hook: Any, layer: int) -> None:
-        found[layer] = value[:, 0].clone()
+    def note(value: Tensor, hook: Any, layer: int) -> None:
+        read[layer] = value[:, 0].clone()
 
     hooks: list[Hook] = [(name, functools.partial(put, some=some)) for name, some in by_hook.items()]
-    hooks += [(f"blocks.{layer}.attn.hook_v", functools.partial(read, layer=layer)) for layer in range(end)]
+    hooks += [(f"blocks.{layer}.attn.hook_v", functools.partial(note, layer=layer)) for layer in range(end)]
     with torch.no_grad():
         forward(model, tokens[:, None], hooks=hooks, stop_at_layer=end)
-    return found
+    return read
 
 
 def _clean_side(
@@ -818,15 +822,15 @@ def _slopes(
             with contextlib.suppress(Complete):
                 forward(model, here.ids, here.mask, hooks=[*hooks, *reading_hooks(metric, here, readings)])
             total = metric.value(readings).sum()
-            found: dict[str, Tensor] = {}
+            slope_of: dict[str, Tensor] = {}
             if added and total.requires_grad:
                 slopes = torch.autograd.grad(total, list(added.values()), allow_unused=True, materialize_grads=True)
-                found = dict(zip(added, slopes, strict=True))
+                slope_of = dict(zip(added, slopes, strict=True))
             shape = (*here.ids.shape, info.heads, info.head_size)
             for layer in range(end):
-                slope = found.get(f"blocks.{layer}.attn.hook_z")
+                slope = slope_of.get(f"blocks.{layer}.attn.hook_z")
                 z[layer].append(total.new_zeros(shape) if slope is None else slope)
-                slope = found.get(f"blocks.{layer}.hook_mlp_out")
+                slope = slope_of.get(f"blocks.{layer}.hook_mlp_out")
                 mlp[layer].append(total.new_zeros(len(some), info.d_model) if slope is None else slope[at_place])
     return (
         [torch.cat(z[layer]).detach() for layer in range(end)],

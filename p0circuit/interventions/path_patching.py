@@ -183,7 +183,8 @@ def path_patch(
     """Patch every edge from a sender to a receiver that is computed after it, one at a time.
 
     `values` are the senders' new values at `position` of each row (P0 if not given). An edge carries news of that
-    position only: a K or V edge is heard by queries at and after it, a Q edge by the query at it.
+    position only: a K or V edge is heard by queries at and after it, a Q edge by the query at it. An edge into Q at P0
+    has no effect, and is not run: P0's query sees P0 alone.
 
     Raises:
         InterventionError: a name the model does not have, a value that does not fit, no edge at all, a receiver that
@@ -202,22 +203,28 @@ def path_patch(
     metric.check(model)
     rows = _rows(model, prompts, prompts.p0 if position is None else position)
     rows.at(0)  # refuses a position outside the prompts
+    at_p0 = bool((rows.place.cpu() == prompts.p0).all())
     per_batch = max(1, TOKENS_AT_ONCE // rows.ids.numel())
     clean = measure_rows(model, rows, metric)
     edges: list[tuple[str, str]] = []
     patched: list[Tensor] = []
     for layer in track(sorted({receiver.layer for receiver in listening}), "path patching"):
         here = [receiver for receiver in listening if receiver.layer == layer]
-        below = run_up_to(model, rows, metric, layer)
+        # P0's query sees P0 alone: whatever it is, its attention is the same.
+        acting = [receiver for receiver in here if not (at_p0 and receiver.kind == "q")]
+        below = run_up_to(model, rows, metric, layer) if acting else (None, {})
         for some in (chosen[start : start + per_batch] for start in range(0, len(chosen), per_batch)):
-            heard = _hear(model, rows, some, values, here, through)
             pairs = [(s, r) for s in some for r in here if r.hears(s, info)]
-            for first in range(0, len(pairs), per_batch):
-                part = pairs[first : first + per_batch]
+            run = [(s, r) for s, r in pairs if r in acting]
+            heard = _hear(model, rows, some, values, acting, through) if run else {}
+            answered: dict[tuple[Node, Receiver], Tensor] = {}
+            for first in range(0, len(run), per_batch):
+                part = run[first : first + per_batch]
                 news = [(receiver, heard[receiver.kind][some.index(sender)]) for sender, receiver in part]
                 answers = measure_slots(model, rows, metric, below, layer, len(news), _tell(news, layer, rows))
-                patched += answers.split(prompts.n)
-                edges += [(str(sender), receiver.name) for sender, receiver in part]
+                answered |= dict(zip(part, answers.split(prompts.n), strict=True))
+            patched += [answered.get(pair, clean) for pair in pairs]
+            edges += [(str(sender), receiver.name) for sender, receiver in pairs]
     return PathEffects(tuple(edges), clean, torch.stack(patched), metric.name, through)
 
 

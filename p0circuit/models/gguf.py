@@ -346,17 +346,23 @@ def _check_room(name: str, header: GgufHeader, folder: Path) -> None:
 def _save(name: str, path: Path, folder: Path) -> None:
     """De-quantise with `transformers`, and save weights, config and tokenizer."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     given: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True, "trust_remote_code": False}
+    dense: dict[str, Any] = {}
+    # Versions without this class de-quantise always; later ones would leave the weights packed where they can.
+    with contextlib.suppress(ImportError):
+        from transformers import GgufConfig
+
+        dense["quantization_config"] = GgufConfig(dequantize=True)
     try:
         with _own_progress_bars():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path.parent,
-                quantization_config=GgufConfig(dequantize=True),
                 dtype=torch.float32,
                 output_loading_info=True,
                 **given,
+                **dense,
             )
             tokenizer = AutoTokenizer.from_pretrained(path.parent, **given)
     except Exception as error:

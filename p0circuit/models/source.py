@@ -214,7 +214,9 @@ def local_folder(name: str | Path) -> Path | None:
     path = Path(name).expanduser()
     if path.is_dir():
         return Path(os.path.abspath(path))
-    looks_like_a_path = isinstance(name, Path) or str(name).startswith((".", "/", "~")) or len(path.parts) > 2
+    named = str(name).lower()
+    looks_like_a_path = isinstance(name, Path) or named.startswith((".", "/", "~")) or len(path.parts) > 2
+    looks_like_a_path = looks_like_a_path or named.endswith(".gguf")
     if path.exists() or looks_like_a_path:
         found = "a file" if path.exists() else "nothing"
         raise ModelError(

@@ -8,6 +8,7 @@ claims     a table of claims by models, each cell a verdict with what decided it
 misses     one line for each claim that was not reproduced, with its reason
 controls   how many tests of a claim on a control came to what
 passes     for one model, the passes that each experiment declared, used, and takes with its full configuration
+mitigations  what can be done about the sink without training: loss added, and what is left of sink, norm and int8 error
 training   the claims about training runs, like `claims`
 
     python -m p0circuit.report.documents OUT README.md docs/results.md
@@ -26,7 +27,9 @@ from p0circuit.intervals import Interval
 from p0circuit.report.contents import Run, claim_number, find_runs, shown_verdict
 from p0circuit.report.markdown import table
 
-_PART = re.compile(r"(<!-- (claims|misses|controls|passes|training)(?:: ([^>]*?))? -->\n).*?(<!-- end -->)", re.DOTALL)
+_PART = re.compile(
+    r"(<!-- (claims|misses|controls|passes|mitigations|training)(?:: ([^>]*?))? -->\n).*?(<!-- end -->)", re.DOTALL
+)
 TRAINING = "training"
 _MARKS = {"reproduced": "✓", "not reproduced": "✗", "not applicable": "–"}
 
@@ -105,6 +108,25 @@ def passes_table(runs: Sequence[Run]) -> list[str]:
     return [about, "", *table(["experiment", "full configuration", "declared", "used"], rows)]
 
 
+def mitigations_table(runs: Sequence[Run]) -> list[str]:
+    """For each model a row for each mitigation: the loss that it adds, and sink, norm and int8 error with it."""
+    columns = {"loss_added": "loss added", "excess": "sink", "norm_ratio": "norm", "int8_error": "int8 error"}
+    lines = []
+    for run in runs:
+        measured = run.results["remedies"].tables["remedies"]
+        rows = []
+        for name, part in measured.groupby("remedy", sort=False):
+            of = {line["measured"]: line for line in part.to_dict("records")}
+            values = [_short(Interval(*(of[key][end] for end in ("value", "low", "high", "n")))) for key in columns]
+            rows.append([str(name), *values])
+        lines += [
+            f"{run.title}, {run.condition or 'text as it is'}:",
+            "",
+            *table(["mitigation", *columns.values()], rows),
+        ]
+    return lines
+
+
 def _cell(claim: Mapping[str, Any] | None) -> str:
     if claim is None:
         return ""
@@ -129,6 +151,7 @@ _KINDS: dict[str, Callable[[Sequence[Run]], list[str]]] = {
     "misses": misses,
     "controls": controls_table,
     "passes": passes_table,
+    "mitigations": mitigations_table,
 }
 
 

@@ -254,6 +254,25 @@ def test_a_bounded_run_says_of_the_wired_model_what_a_thorough_one_says(wired: R
     assert any("error of the estimates" in note for note in result.notes)
 
 
+def test_a_bounded_run_on_a_bridge_with_padded_rows() -> None:
+    model = to_bridge(wired_huggingface("rotary"), "wired")
+    prompts = distinct(12, LENGTH).left_padded([LENGTH - row for row in range(12)])
+    result = ThePath(ThePathConfig(shifts=SHIFTS, most_edges=0)).run(model, prompts)
+    assert result.claim is not None and result.claim["verdict"] == "reproduced"
+    assert result.metrics["share_of_k_in_total_effect"].value == pytest.approx(1, abs=2e-3)
+    assert result.metrics["edges_at_random_position_over_those_at_p0"].value == pytest.approx(0, abs=2e-3)
+
+
+def test_the_map_of_a_bounded_run_has_every_layer_in_its_place() -> None:
+    """Where most cells of denoising have no exact patch, those that have one must not move to another layer."""
+    result = ThePath(ThePathConfig(shifts=SHIFTS, most_edges=0, row_runs=20)).run(wired_model(), distinct(12, LENGTH))
+    table = result.tables["components"]
+    assert (table["direction"] == "denoising").sum() < (table["direction"] == "noising").sum()
+    maps: Any = result.figures["components"]
+    for axis in maps.axes[:2]:
+        assert axis.images[0].get_array().shape[0] == describe(wired_model()).layers
+
+
 def test_a_bounded_run_of_p0_nano_is_near_the_thorough_one() -> None:
     model = load_model("p0-nano")
     prompts = natural_text(model.tokenizer, "stdlib", n=24, length=32, first_token="random")

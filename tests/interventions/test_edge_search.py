@@ -47,8 +47,8 @@ def test_the_same_edges_as_exhaustive_search_at_a_twentieth_of_a_pass_per_edge(n
     threshold = SHARE * float(every.clean.mean())
     with counted_passes(model, prompts) as passes:
         search = search_edges(model, prompts, senders, receivers, values, heads, threshold)
-    assert set(search.found) == {edge for edge, effect in exact.items() if abs(effect) >= threshold}
-    assert len(search.found) >= 5
+    assert set(search.strong_edges) == {edge for edge, effect in exact.items() if abs(effect) >= threshold}
+    assert len(search.strong_edges) >= 5
     assert len(every.edges) / passes.count >= 20
     # What it gives are the exact effects, and no edge is lost from the count.
     for edge, effect in zip(search.exact.edges, search.exact.effect.mean(1).tolist(), strict=True):
@@ -184,7 +184,7 @@ def test_a_budget_of_passes_is_kept_and_what_it_leaves_out_is_said():
     calm = search(0.1, budget=6.0, sample=1)
     assert not calm.unverified and len(calm.sampled) > 1
     members = search(0.05, members=True)
-    assert any(end in ("attn.3.1.k", "attn.3.2.k") for _, end in members.found)
+    assert any(end in ("attn.3.1.k", "attn.3.2.k") for _, end in members.strong_edges)
     sizes = members.sizes(["attn.3.k"])
     exact = {edge: row for edge, row in zip(members.exact.edges, members.exact.effect.abs(), strict=True)}
     assert (sizes >= exact["mlp.2", "attn.3.k"].double().numpy() - 1e-6).all()
@@ -206,6 +206,10 @@ def test_bad_input_is_refused(family_model):
     ]:
         with pytest.raises(InterventionError, match=message):
             search_edges(model, prompts, [node], receivers, values, [(2, 0)], **{"threshold": 0.1, **options})
+    with pytest.raises(InterventionError, match="no sender"):
+        search_edges(model, prompts, [], ["mlp.1"], values, [(2, 0)], 0.1)
+    nothing = search_edges(model, prompts, [node], ["attn.1.0.q"], values, [(2, 0)], 0.1, screening_rows=1)
+    assert nothing.edges == () and nothing.without_effect == 1 and nothing.strong_edges == []
     with pytest.raises(InterventionError, match="no value"):
         search_edges(model, prompts, ["mlp.1"], ["mlp.2"], values, [(2, 0)], 0.1)
     assert not any(point.has_hooks() for point in model.hook_dict.values())

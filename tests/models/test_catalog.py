@@ -67,6 +67,7 @@ def test_a_named_model_is_fetchable_until_its_file_is_there() -> None:
     assert status() == "fetched"
 
 
+@pytest.mark.real
 def test_the_entry_is_true_of_the_file(smollm2_file: Path) -> None:
     from p0circuit.models.download import sha256_of
     from p0circuit.models.gguf import read_header

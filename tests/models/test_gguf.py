@@ -273,6 +273,12 @@ def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
         load_model(other, device="cpu")
 
 
+@pytest.mark.parametrize("name", ["nowhere.gguf", "org/nowhere.gguf"])
+def test_a_file_that_is_not_there_is_not_looked_for_on_the_hub(name: str) -> None:
+    with pytest.raises(ModelError, match=r"or a GGUF file, found nothing"):
+        load_model(name, device="cpu")
+
+
 def test_an_absurd_count_is_no_endless_loop(q4: Path) -> None:
     whole = q4.read_bytes()
     for position in (8, 16):
@@ -415,6 +421,7 @@ def test_what_does_not_fit_is_refused_before_it_is_read(q4: Path, monkeypatch: p
 # A real model
 
 
+@pytest.mark.real
 def test_smollm2_is_what_transformers_makes_of_the_file(smollm2: Any, smollm2_file: Path) -> None:
     info = describe(smollm2)
     assert (info.name, info.title) == ("smollm2-135m", "smollm2-135m (Q4_1)")
@@ -436,3 +443,52 @@ def test_smollm2_is_what_transformers_makes_of_the_file(smollm2: Any, smollm2_fi
     # It is a language model: English is likelier than noise.
     losses = torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:])
     assert float(losses) < 6 < float(torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:].flip(0)))
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_gemma_is_what_transformers_makes_of_the_file(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from p0circuit.models import CATALOG
+    from p0circuit.models.download import fetched_file, is_fetched
+
+    monkeypatch.setenv("P0CIRCUIT_CACHE", str(own_cache))
+    entry = CATALOG["gemma3-270m"]
+    if not is_fetched(entry):
+        pytest.skip("238 MB: it is tested once it is there (p0circuit fetch gemma3-270m)")
+    path, model = fetched_file(entry), load_model(entry.name, device="cpu")
+    info = describe(model)
+    assert (info.title, info.backend, info.layers) == ("gemma3-270m (Q4_K_M)", "bridge", 18)
+    assert [layer for layer, window in enumerate(info.window) if window is None] == [5, 11, 17]
+    assert set(info.window) == {512, None}
+    header = read_header(path)
+    assert (header.architecture, header.quantisation, header.parameters) == ("gemma3", "Q4_K_M", entry.parameters)
+    expected = AutoModelForCausalLM.from_pretrained(
+        path.parent,
+        gguf_file=path.name,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.float32,
+        attn_implementation="eager",
+    )
+    ids = model.tokenizer("The attention of a language model gathers on BOS.", return_tensors="pt").input_ids
+    assert ids[0, 0] == model.tokenizer.bos_token_id == 2
+    with torch.no_grad():
+        logits, reference = model(ids), expected(ids).logits
+    torch.testing.assert_close(logits, reference, rtol=0, atol=1e-4 * float(reference.abs().max()))
+
+
+# Two processes
+
+
+def test_two_processes_convert_it_once(q4: Path) -> None:
+    import subprocess
+    import sys
+
+    code = f"from p0circuit.models import stored_model; print(stored_model({str(q4)!r}).folders[0])"
+    both = [
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    ended = [process.communicate(timeout=300) for process in both]
+    assert [process.returncode for process in both] == [0, 0], ended
+    assert ended[0][0] == ended[1][0] and Path(ended[0][0].strip(), "model.safetensors").is_file()
+    assert sum("converting tiny" in told for _, told in ended) == 1
