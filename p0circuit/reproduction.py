@@ -31,7 +31,7 @@ import torch
 from p0circuit.activations import batch_size_for, weights_fingerprint
 from p0circuit.console import say
 from p0circuit.experiments import EXPERIMENTS, RUN_EXPERIMENTS
-from p0circuit.experiments.base import Experiment, NotApplicable
+from p0circuit.experiments.base import Experiment, NotApplicable, is_large
 from p0circuit.experiments.claim import Judgement
 from p0circuit.experiments.clean_recording import CLEAN_PASSES, record_clean
 from p0circuit.experiments.over_runs import RunsExperiment
