@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from p0circuit.models.fetch import is_fetched
+from p0circuit.models.download import is_fetched
 from transformers import AutoModelForCausalLM
 
 from p0circuit.advice import YES, _look
