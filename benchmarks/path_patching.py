@@ -19,7 +19,6 @@ import torch
 
 from benchmarks.closed_form import clean_outputs
 from benchmarks.models import gpt2_shape
-from benchmarks.passes import counted_passes
 from p0circuit.activations import SINK_SCORE, record
 from p0circuit.experiments.heads import sink_heads
 from p0circuit.interventions.ablation import ablate
@@ -32,6 +31,7 @@ from p0circuit.interventions.nodes import Node, components
 from p0circuit.interventions.path_patching import Receiver, path_patch
 from p0circuit.models import describe, forward
 from p0circuit.models.forward import hooked
+from p0circuit.models.passes import count_passes
 from p0circuit.prompts import PromptSet, random_tokens
 
 SHARE = 0.05
@@ -103,7 +103,7 @@ def search(model: Any, prompts: PromptSet, pair: Contrast, edges: int) -> dict[s
     start = time.perf_counter()
     values = replacements(model, pair, senders)
     threshold = SHARE * whole_effect(model, prompts, pair, metric)
-    with counted_passes(model, prompts) as passes:
+    with count_passes() as counted:
         result = search_edges(model, prompts, senders, receivers, values, heads, threshold, budget=BUDGET)
     ours = time.perf_counter() - start
     count = len(result.edges) + result.without_effect
@@ -120,8 +120,8 @@ def search(model: Any, prompts: PromptSet, pair: Contrast, edges: int) -> dict[s
         "search_found": len(result.strong_edges),
         "search_exact_runs": len(result.exact.edges),
         "search_beyond_the_budget": len(result.unverified),
-        "search_passes": passes.count,
-        "search_fewer_passes": count / passes.count,
+        "search_passes": counted.passes(prompts.n, prompts.length, describe(model).layers),
+        "search_fewer_passes": count / counted.passes(prompts.n, prompts.length, describe(model).layers),
         "search_seconds": ours,
         "search_loop_seconds": theirs / len(drawn) * count,
         "search_speedup": theirs / len(drawn) * count / ours,

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.passes import counted_passes
 from p0circuit.experiments.circuit import Circuit, CircuitConfig
 from p0circuit.experiments.heads import find_sink_heads, sink_heads
 from p0circuit.models import describe, load_model
+from p0circuit.models.passes import count_passes
 from p0circuit.models.wired import decoy_model, wired_model, wired_truth
 from p0circuit.prompts import natural_text, random_tokens
 
@@ -92,9 +92,11 @@ def test_what_it_takes_is_declared(most_edges):
     prompts = natural_text(model.tokenizer, "stdlib", n=16, length=64)
     experiment = Circuit(CircuitConfig(most_edges=most_edges, samples=8))
     find_sink_heads(model, prompts)
-    with counted_passes(model, prompts) as passes:
+    with count_passes() as counted:
         experiment.run(model, prompts)
-    assert passes.count == pytest.approx(experiment.passes(describe(model), 16, 64), rel=0.25)
+    assert counted.passes(prompts.n, prompts.length, describe(model).layers) == pytest.approx(
+        experiment.passes(model, prompts), rel=0.25
+    )
 
 
 def test_sink_heads_are_those_above_the_threshold_or_else_the_highest():

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.passes import counted_passes
 from p0circuit.experiments import NotApplicable
 from p0circuit.experiments.edges import input_shares
 from p0circuit.experiments.heads import find_sink_heads
@@ -20,6 +19,7 @@ from p0circuit.interventions.path_patching import PathEffects
 from p0circuit.models import describe, forward, load_model
 from p0circuit.models.bridge import to_bridge
 from p0circuit.models.hooked import available, to_hooked
+from p0circuit.models.passes import count_passes
 from p0circuit.models.wired import decoy_model, purity, residual_subspaces, wired_huggingface, wired_model, wired_truth
 from p0circuit.prompts import from_ids, natural_text, random_tokens
 from p0circuit.results import Result
@@ -307,9 +307,11 @@ def test_what_it_takes_is_declared(most_edges: int) -> None:
     prompts = natural_text(model.tokenizer, "stdlib", n=24, length=64)
     experiment = ThePath(ThePathConfig(most_edges=most_edges, row_runs=24))
     find_sink_heads(model, prompts)
-    with counted_passes(model, prompts) as passes:
+    with count_passes() as counted:
         experiment.run(model, prompts)
-    assert passes.count == pytest.approx(experiment.passes(describe(model), 24, 64), rel=0.25)
+    assert counted.passes(prompts.n, prompts.length, describe(model).layers) == pytest.approx(
+        experiment.passes(model, prompts), rel=0.25
+    )
 
 
 def test_nothing_to_explain_is_not_applicable() -> None:

@@ -7,7 +7,6 @@ import functools
 import pytest
 import torch
 
-from benchmarks.passes import counted_passes
 from p0circuit.experiments.conditions import drawable
 from p0circuit.interventions.closed_form import key_hook, query_hook
 from p0circuit.interventions.contrast import contrast, replacements
@@ -18,6 +17,7 @@ from p0circuit.interventions.path_patching import path_patch, receivers_of
 from p0circuit.interventions.receiver_inputs import InputPatch, measure_inputs, read_at_p0
 from p0circuit.models import describe, forward, load_model
 from p0circuit.models.forward import hooked
+from p0circuit.models.passes import count_passes
 from p0circuit.models.wired import wired_model, wired_truth
 from p0circuit.prompts import natural_text, random_tokens
 from tests.families import CASES, VOCAB
@@ -45,11 +45,11 @@ def test_the_same_edges_as_exhaustive_search_at_a_twentieth_of_a_pass_per_edge(n
     every = path_patch(model, prompts, senders, receivers, values, sink_score_of(heads))
     exact = dict(zip(every.edges, every.effect.mean(1).tolist(), strict=True))
     threshold = SHARE * float(every.clean.mean())
-    with counted_passes(model, prompts) as passes:
+    with count_passes() as counted:
         search = search_edges(model, prompts, senders, receivers, values, heads, threshold)
     assert set(search.strong_edges) == {edge for edge, effect in exact.items() if abs(effect) >= threshold}
     assert len(search.strong_edges) >= 5
-    assert len(every.edges) / passes.count >= 20
+    assert len(every.edges) / counted.passes(prompts.n, prompts.length, describe(model).layers) >= 20
     # What it gives are the exact effects, and no edge is lost from the count.
     for edge, effect in zip(search.exact.edges, search.exact.effect.mean(1).tolist(), strict=True):
         assert effect == pytest.approx(exact[edge], abs=1e-6)
@@ -173,10 +173,13 @@ def test_a_budget_of_passes_is_kept_and_what_it_leaves_out_is_said():
     receivers += [f"attn.{layer}.{part}" for layer in range(4) for part in "kv"]
     values = replacements(model, contrast(prompts, 8, vocabulary, 0, tuple(special)), senders)
     search = functools.partial(search_edges, model, prompts, senders, receivers, values, heads)
-    with counted_passes(model, prompts) as passes:
+    with count_passes() as counted:
         few = search(0.002, budget=3.0, sample=2, screening_rows=4)
     assert few.unverified and few.by_row is None
-    assert len(few.exact.edges) <= 12 and passes.count < 3 + 1 + 3 * 1.25 + 2
+    assert (
+        len(few.exact.edges) <= 12
+        and counted.passes(prompts.n, prompts.length, describe(model).layers) < 3 + 1 + 3 * 1.25 + 2
+    )
     assert any("beyond the limit" in line for line in few.summary())
     with pytest.raises(InterventionError, match="screening_rows=None"):
         few.sizes(["attn.3.k"])
