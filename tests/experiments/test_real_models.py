@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from p0circuit.models.download import is_fetched
 from transformers import AutoModelForCausalLM
 
 from p0circuit.advice import YES, _look
@@ -18,6 +17,7 @@ from p0circuit.experiments.conditions import WITH_BOS, WITHOUT_BOS, bos_id, cond
 from p0circuit.experiments.sink_condition import find_condition
 from p0circuit.experiments.sink_summary import after_bos, sink_summary
 from p0circuit.models import CATALOG, load_model
+from p0circuit.models.download import is_fetched
 from p0circuit.models.source import resolve
 from p0circuit.prompts import PromptSet, natural_text
 from tests.conftest import OWN_CACHE
