@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -59,3 +60,15 @@ def test_the_first_kind_holds_the_shipped_weights(script: ModuleType, tmp_path: 
     with torch.no_grad():
         expected, got = (load_model(source, device="cpu")(ids) for source in (script.MODEL, path))
     torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+def test_the_page_is_whole(script: ModuleType) -> None:
+    from p0circuit.experiments import EXPERIMENTS
+
+    text = (DOCS / "quantisation.md").read_text(encoding="utf-8")
+    claims = [make().claim for make in EXPERIMENTS.values()]
+    for claim in claims:
+        if claim is not None:
+            assert len(re.findall(rf"^\| {claim.id} [^|]*\|(?: [^|]+ \|){{{len(script.KINDS)}}}$", text, re.M)) == 1
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert {line.count(" | ") for line in rows} == {len(script.KINDS)}
