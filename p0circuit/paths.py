@@ -21,7 +21,7 @@ def repository() -> Path:
         ValueError: the package is installed without one.
     """
     root = Path(__file__).resolve().parent.parent
-    if not (root / "tests" / "benchmarks").is_dir():
+    if not (root / "benchmarks").is_dir():
         raise ValueError(f"this needs a checkout of the repository, and there is none around {root}")
     return root
 

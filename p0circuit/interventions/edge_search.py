@@ -89,7 +89,7 @@ class EdgeSearch:
         exact: exact effects of the verified edges, those of the random sample included.
         sampled: the edges of the random sample; every other verified edge passed the screen.
         unverified: edges that passed the screen but were beyond the limit on exact runs.
-        without_effect: how many edges end in Q at P0, whose effect is 0 in any model.
+        without_effect: how many edges end in Q at P0, or above the last sink heads: their effect is 0 in any model.
         variants: variants that were run, by stage: one-token rows and exact runs.
     """
 
@@ -157,7 +157,8 @@ class EdgeSearch:
     def summary(self) -> list[str]:
         """What was screened, what was verified, and how wrong the estimates were: sentences for a result's notes."""
         lines = [
-            f"{len(self.edges) + self.without_effect} edges: {self.without_effect} end in Q at P0 and have no effect, "
+            f"{len(self.edges) + self.without_effect} edges: {self.without_effect} have no effect (Q at P0, or above "
+            "the sink heads), "
             f"{self.screened_out} were screened out (largest estimate {self.largest_screened_out:.4f}), "
             f"{len(self.exact.edges) - len(self.sampled)} were patched exactly",
         ]
@@ -283,8 +284,12 @@ def search_edges(
     drawn = exact.run(order if budget is not None else order[:sample], 0.0, at_least=min(sample, len(order)))
     clean, pairs = exact.clean.cpu(), list(exact.effects)
     effects = torch.stack([exact.effects[pair] for pair in pairs]) if pairs else torch.zeros(0, prompts.n)
+    last = metric.end(model) - 1
     without = sum(
-        receiver.hears(node, info) for node in nodes for (receiver, *_) in targets.values() if receiver.kind == "q"
+        any(part.hears(node, info) for part in parts)
+        and (parts[0].kind == "q" or all(part.layer > last for part in parts if part.hears(node, info)))
+        for node in nodes
+        for parts in targets.values()
     )
     return EdgeSearch(
         threshold,
@@ -550,7 +555,8 @@ class _Screen:
             kind = members[0].kind
             for node in self.nodes:
                 reached = [m for m in members if m.hears(node, self.info) and m.layer in layers]
-                if kind == "q" or not any(m.hears(node, self.info) for m in members):
+                # Q at P0 has no effect, nor has anything that no sink head comes after.
+                if kind == "q" or not reached:
                     continue
                 if only is not None and (node, name) not in only:
                     continue

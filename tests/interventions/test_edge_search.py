@@ -152,6 +152,22 @@ def test_what_is_read_at_p0_from_one_token_is_what_full_rows_read(family_model):
 
 
 @torch.no_grad()
+def test_receivers_above_the_sink_heads_have_no_effect_and_are_not_run(family_model):
+    model = family_model("llama-grouped")
+    prompts, senders = random_tokens(VOCAB, n=2, length=9), [Node("mlp", 0), Node("mlp", 1)]
+    values = replacements(model, contrast(prompts, 3, VOCAB), senders)
+    receivers = receivers_of(model)
+    every = path_patch(model, prompts, senders, receivers[13:], values, sink_score_of([(1, 0), (1, 2)]))
+    search = search_edges(
+        model, prompts, senders, receivers[13:], values, [(1, 0), (1, 2)], 1e-6, sample=2, budget=1000.0
+    )
+    effect = dict(zip(every.edges, every.effect.abs().amax(1).tolist(), strict=True))
+    assert len(search.edges) + search.without_effect == len(every.edges)
+    assert {edge for edge in effect if effect[edge] > 0} <= {*search.edges}
+    assert not any(receiver.startswith(("attn.2", "mlp.2")) for _, receiver in search.edges)
+
+
+@torch.no_grad()
 def test_a_set_of_receivers_is_patched_together():
     """K of all sink heads of the wired model at once is the whole sink; each alone a third of it."""
     model, prompts, heads = studied("rotary")
