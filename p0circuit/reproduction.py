@@ -311,13 +311,17 @@ def result_key(experiment: Experiment, model: Any, prompts: PromptSet) -> str:
 
 @torch.no_grad()
 def _estimate(model: Any, prompts: PromptSet, passes: float) -> str:
-    """What so many passes will take in time and memory, from a timed pass over a few rows."""
+    """What so many passes will take in time and memory, from a timed pass over a few rows.
+
+    Most experiments stop before the unembedding, and so does this pass.
+    """
     # Where weights are brought for every batch, it is a whole batch that tells.
     most = 16 if placement_of(model) is None else prompts.n
     rows = min(prompts.n, most, batch_size_for(model, prompts.length, with_logits=True))
-    forward(model, prompts.ids[:rows], prompts.attention_mask[:rows])
+    end = describe(model).layers
+    forward(model, prompts.ids[:rows], prompts.attention_mask[:rows], stop_at_layer=end)
     started = time.perf_counter()
-    forward(model, prompts.ids[:rows], prompts.attention_mask[:rows])
+    forward(model, prompts.ids[:rows], prompts.attention_mask[:rows], stop_at_layer=end)
     minutes = passes * (time.perf_counter() - started) * prompts.n / rows / 60
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()) / 2**30
     told = (
