@@ -184,7 +184,7 @@ class ThePath(Experiment):
                 edges = self._searched_edges(model, pairs, found, changes, beside)
             except NotOfTheClosedForm as reason:
                 raise NotApplicable(
-                    f"{info.name} has too many components to patch each of them, and {reason}"
+                    f"{info.title} has too many components to patch each of them, and {reason}"
                 ) from None
         else:
             singles, notes_on_singles = self._singles(model, pairs, found, changes), []

@@ -68,7 +68,7 @@ def find_condition(model: Any, prompts: PromptSet, rows: PromptSet | None = None
 
     `rows`: text to choose on; drawn from the text of the prompts if not given.
     """
-    model_name, given = describe(model).name, condition_of(model, prompts)
+    model_name, given = describe(model).title, condition_of(model, prompts)
     if given != WITHOUT_BOS:
         return SinkCondition(given, prompts, {}, f"{model_name}: the prompts are given {given}, and left so")
     sets = with_and_without_bos(model, prompts)
