@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-LIMIT = 512 * 2**20
+LIMIT = 192 * 2**20
 """Bytes of recorded rows that are held at most."""
 
 

@@ -119,7 +119,7 @@ class Amplification(Experiment):
     def quick(self, info: ModelInfo) -> Amplification:
         if not is_large(info):
             return self
-        return Amplification(replace(self.config, draws=12, shown=3, shown_samples=8))
+        return Amplification(replace(self.config, draws=8, shown=3, shown_samples=8))
 
     def measure(self, model: Any, prompts: PromptSet) -> Result:
         """Raises NotApplicable where there is no sink, or no block 1."""

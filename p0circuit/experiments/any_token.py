@@ -117,7 +117,7 @@ class AnyToken(Experiment):
         if not is_large(info):
             return self
         smaller = replace(
-            self.config, sample=4096, continuations=8, full_tokens=24, full_continuations=2, probe_tokens=256
+            self.config, sample=4096, continuations=8, full_tokens=16, full_continuations=2, probe_tokens=256
         )
         return AnyToken(smaller)
 

@@ -59,6 +59,9 @@ class Experiment(ABC):
     id: ClassVar[str]
     title: ClassVar[str]
     claim: ClassVar[Claim | None] = None
+    needs_control: ClassVar[bool] = True
+    """Whether a quick run of a large model tries the claim on controls as well. Claims about what a sink costs in use
+    say nothing of a model without a use, and are tried there in full runs alone."""
 
     def __init__(self, config: Any) -> None:
         self.config = config

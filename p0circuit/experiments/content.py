@@ -93,7 +93,7 @@ class Content(Experiment):
         return 4 * (rows + blocks * few) / prompts.n
 
     def quick(self, info: ModelInfo) -> Content:
-        return Content(replace(self.config, scan_samples=8, scan_blocks=3)) if is_large(info) else self
+        return Content(replace(self.config, scan_samples=8, scan_blocks=2)) if is_large(info) else self
 
     def measure(self, model: Any, prompts: PromptSet) -> Result:
         return self.measure_on(model, find_sink(model, prompts))

@@ -98,6 +98,7 @@ class DormantHeads(Experiment):
 
     id = "dormant-heads"
     title = "Dormant heads"
+    needs_control = False
     claim = Claim(
         id="C19",
         title="Dormant heads",

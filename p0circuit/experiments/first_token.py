@@ -88,6 +88,7 @@ class FirstToken(Experiment):
 
     id = "first-token"
     title = "What hangs on the first token"
+    needs_control = False
     claim = Claim(
         id="C20",
         title="First-token sensitivity",

@@ -188,6 +188,7 @@ class Quantisation(Experiment):
 
     id = "quantisation"
     title = "Int8 and P0's outlier"
+    needs_control = False
     claim = Claim(
         id="C18",
         title="Quantisation",

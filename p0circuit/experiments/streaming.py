@@ -144,7 +144,7 @@ class Streaming(Experiment):
     def quick(self, info: ModelInfo) -> Streaming:
         if not is_large(info):
             return self
-        return Streaming(replace(self.config, samples=16, other_samples=4, long_windows=4, long_tokens=1024))
+        return Streaming(replace(self.config, samples=8, other_samples=4, long_windows=4, long_tokens=512))
 
     def measure(self, model: Any, prompts: PromptSet) -> Result:
         """Raises NotApplicable where decoding cannot be followed exactly, or the rows are too short for the window."""

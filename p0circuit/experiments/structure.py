@@ -119,7 +119,7 @@ class Structure(Experiment):
         return (verdict + beside + (4 * blocks - 2) * few) / prompts.n
 
     def quick(self, info: ModelInfo) -> Structure:
-        return Structure(replace(self.config, samples_beside=6, scan_blocks=3)) if is_large(info) else self
+        return Structure(replace(self.config, samples_beside=5, scan_blocks=3)) if is_large(info) else self
 
     def measure(self, model: Any, prompts: PromptSet) -> Result:
         return self.measure_on(model, find_sink(model, prompts))
