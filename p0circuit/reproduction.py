@@ -109,6 +109,8 @@ def reproduce(
         try:
             with opened() as (control, its_prompts), remember_rows(), count_passes() as count:
                 for experiment, entry in zip(tested, entries, strict=True):
+                    if is_large(info) and not experiment.needs_control:
+                        continue
                     place = directory / "controls" / name.replace(" ", "-")
                     measured = partial(run_or_read, experiment, control, its_prompts, place, figures=False)
                     found = _entry(experiment, describe(control).name, measured, f"control, {name}: ")

@@ -60,8 +60,8 @@ class Experiment(ABC):
     title: ClassVar[str]
     claim: ClassVar[Claim | None] = None
     needs_control: ClassVar[bool] = True
-    """Whether a quick run of a large model tries the claim on controls as well. Claims about what a sink costs in use
-    say nothing of a model without a use, and are tried there in full runs alone."""
+    """Whether the claim is tried on controls of a large model, too. Claims about the use of a sink are not: they say
+    little of a model that is of no use, and take long to say it."""
 
     def __init__(self, config: Any) -> None:
         self.config = config
