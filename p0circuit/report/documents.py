@@ -84,7 +84,8 @@ def misses(runs: Sequence[Run]) -> list[str]:
         for claim in run.claims:
             if shown_verdict(claim) != "reproduced":
                 reason = claim["why"].replace("_", " ")
-                lines.append(f"- {run.title}, {claim['id']} {claim['title']}, {shown_verdict(claim)}: {reason}.")
+                about = f"{run.title}, " if len(runs) > 1 else ""
+                lines.append(f"- {about}{claim['id']} {claim['title']}, {shown_verdict(claim)}: {reason}.")
     return [*(lines or ["All claims are reproduced."]), ""]
 
 

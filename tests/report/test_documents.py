@@ -20,6 +20,8 @@ between
 <!-- misses: wired-decoy --><!-- end -->
 <!-- misses: wired-decoy -->
 <!-- end -->
+<!-- misses: wired, wired-decoy -->
+<!-- end -->
 <!-- controls: wired -->
 <!-- end -->
 <!-- passes: wired -->
@@ -48,6 +50,7 @@ def test_marked_parts_are_filled_and_the_rest_stays(out, tmp_path):
     (claim,) = json.loads((out / "wired" / "claims.json").read_text())
     rate = claim["measured"]["sink_rate_from_layer_2"]
     assert f"| C1 The sink | ✓ reproduced<br>{rate['value']:.2f} [{rate['low']:.2f}, {rate['high']:.2f}]" in text
+    assert "- C1 The sink, not reproduced: sink rate from layer 2 is 0.000" in text
     assert "- wired-decoy, C1 The sink, not reproduced: sink rate from layer 2 is 0.000" in text
     assert "| wired | 0 | 3 | 0 |" in text
     passes = json.loads((out / "wired" / "manifest.json").read_text())["passes"]
