@@ -162,7 +162,7 @@ class EdgeSearch:
             f"{self.screened_out} were screened out (largest estimate {self.largest_screened_out:.4f}), "
             f"{len(self.exact.edges) - len(self.sampled)} were patched exactly",
         ]
-        for sampled, name in ((False, "edges that passed the screen"), (True, "a random sample of those screened out")):
+        for sampled, name in ((False, "edges that passed the screen"), (True, "edges drawn from those screened out")):
             if len(errors := abs(self.errors(sampled))):
                 lines.append(
                     f"error of the estimates on {len(errors)} {name}: mean {errors.mean():.4f}, largest "
