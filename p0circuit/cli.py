@@ -246,8 +246,8 @@ def sink(
 ) -> None:
     """Measure the sink of one model: sink scores, sink rate, norm ratio and direction consistency of P0."""
     from p0circuit.experiments.sink_summary import after_bos, sink_summary
-    from p0circuit.models.info import titled
     from p0circuit.sink import SINK_THRESHOLD, shortest_for
+    from p0circuit.titles import titled
 
     given = Source(model, backend, device, dtype, None, device_map, offload_folder)
     _forecast(given, [checkpoint], samples, length, passes=1)
@@ -854,7 +854,7 @@ def _say_what_it_reads(model: Any, text: str | None) -> None:
 def _name(model: Any) -> str:
     """What to call a loaded model, or one as it is stored, in a message."""
     from p0circuit.models import StoredModel, describe
-    from p0circuit.models.info import titled
+    from p0circuit.titles import titled
 
     return titled(model.name, model.quantisation) if isinstance(model, StoredModel) else describe(model).title
 
@@ -886,8 +886,8 @@ def _keep(
     from rich.console import Console
     from rich.table import Table
 
-    from p0circuit.models.info import titled
     from p0circuit.results import write_manifest
+    from p0circuit.titles import titled
 
     # The manifest is written last: one that is there tells of a run that came to its end.
     (directory / "manifest.json").unlink(missing_ok=True)

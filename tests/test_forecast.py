@@ -1,4 +1,4 @@
-"""What a large model takes: counted against a model that is loaded, and as the README tells it."""
+"""What a large model takes: counted against a model that is loaded, and as the documentation tells it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from p0circuit.paths import repository
 
 G = 2**30
 RATES = Rates(read=2e9, copy=12e9, compute=100e12)
-"""Those of the README."""
+"""Those of the documentation."""
 HARDWARE = {
     "a GPU of 80 GB": ("auto", {"cuda:0": 78 * G, "cpu": 58 * G, "disk": 500 * G}),
     "a GPU of 24 GB, 64 GB of memory": ("auto", {"cuda:0": 23 * G, "cpu": 58 * G, "disk": 500 * G}),
@@ -70,7 +70,7 @@ def test_the_readme_tells_what_the_command_would(thirty_billion: Callable[[str],
         f"| {hardware} | `{HARDWARE[hardware][0]}` | {planned.needed['cuda:0'] / G:.0f} GB | {waits} | "
         f"{loading:.0f} s | {one:.0f} s |"
     )
-    readme = (repository() / "README.md").read_text()
+    readme = (repository() / "docs" / "your-model.md").read_text()
     assert row in readme, row
     if planned.converted:
         assert f"{planned.converted / G:.0f} GB are written" in readme

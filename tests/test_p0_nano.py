@@ -30,7 +30,7 @@ def sink_json(*arguments: str) -> dict:
 def summary() -> dict:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_OFFLINE", "1")
-        return sink_json()
+        return sink_json("--first", "random")
 
 
 def test_it_reaches_its_target_on_held_out_code_without_bos(summary):

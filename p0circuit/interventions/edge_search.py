@@ -62,6 +62,7 @@ from p0circuit.interventions.receiver_inputs import (
 from p0circuit.interventions.side_by_side import by_slot, check_value, repeated
 from p0circuit.models import ModelInfo, describe, device_of, forward, resume
 from p0circuit.models.forward import Hook
+from p0circuit.models.passes import WITH_GRADIENT
 from p0circuit.prompts import PromptSet
 from p0circuit.sink import mean_over_queries
 
@@ -354,7 +355,8 @@ def expected_passes(
     layers = info.layers
     senders = 1 + layers * (2 + (info.heads if heads else 0))
     few = screening_rows < rows
-    clean = 3.0 * (screening_rows + rows * few)
+    # One run without a gradient, and one with it at each point.
+    clean = (1 + POINTS * WITH_GRADIENT) * (screening_rows + rows * few)
     read = screening_rows * (senders + 1) / length
     # By receiver: the senders below it, each a row of one token through the blocks above.
     coarse = sum(

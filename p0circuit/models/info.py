@@ -7,6 +7,8 @@ import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from p0circuit.titles import titled
+
 if TYPE_CHECKING:
     import torch
 
@@ -76,11 +78,6 @@ class ModelInfo:
     def title(self) -> str:
         """What people are shown: the name, and how the weights were rounded if they were."""
         return titled(self.name, self.quantisation)
-
-
-def titled(name: str, quantisation: str | None) -> str:
-    """A model's name with the quantisation of its weights, as in "smollm2-135m (Q4_1)"."""
-    return f"{name} ({quantisation})" if quantisation else name
 
 
 def note_quantisation(model: Any, quantisation: str | None) -> Any:

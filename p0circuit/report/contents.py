@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from p0circuit.files import write_json
-from p0circuit.models.info import titled
 from p0circuit.report.published import Comparison, beside_ours
 from p0circuit.results import Result
+from p0circuit.titles import titled
 
 CLAIMS = "claims.json"
 OVERVIEW = "overview.json"

@@ -19,7 +19,7 @@ from p0circuit.experiments.any_token import (
     share_at_least,
     token_share,
 )
-from p0circuit.interventions.vocabulary import sink_scores_by_token
+from p0circuit.interventions.vocabulary import sink_scores_by_token, vocabulary_sweep
 from p0circuit.models import load_model
 from p0circuit.models.wired import residual_subspaces, wired_model, wired_truth
 from p0circuit.prompts import from_ids, random_tokens
@@ -69,7 +69,8 @@ def test_scores_by_token(family_model: Callable[[str, str], Any], case: tuple[st
     prompts, heads = random_tokens(96, n=3, length=10), [(0, 1), (2, 0), (2, 3)]
     layers, numbers = map(list, zip(*heads, strict=True))
     tokens = torch.tensor([*prompts.ids[:, 0].tolist(), 7])
-    found = scores_by_token(model, prompts, tokens, heads, chunk=2)
+    found, norms = scores_by_token(model, prompts, tokens, heads, chunk=2)
+    torch.testing.assert_close(norms, vocabulary_sweep(model, tokens).norms)
     # Each prompt's own first token leaves the prompt as it is.
     own = record(model, prompts, SINK_SCORE, cache=None)[SINK_SCORE][:, layers, numbers].double().mean(1)
     np.testing.assert_allclose(found[:3].diagonal(), own, atol=1e-5)
