@@ -120,9 +120,9 @@ class DormantHeads(Experiment):
         counts = len(steps(info.layers * info.heads, config.coarse))
         # One pass more for the norms of what heads add. With all heads zeroed, every order is the same.
         runs = 1 + (2 + config.orders) * counts - (0 if config.coarse else 1 + config.orders)
-        # How far an order is followed in a further domain is not known beforehand: half of the way is assumed.
+        # How far an order is followed in a further domain is not known beforehand: a third of the way is assumed.
         texts = (len(SHIPPED_TEXTS) + 1 + (bos_id(model) is not None)) if config.domains and model.tokenizer else 0
-        domain = texts * config.domain_samples * (3 + (2 + config.domain_orders) * counts / 2)
+        domain = texts * config.domain_samples * (3 + (2 + config.domain_orders) * counts / 3)
         return (runs * rows + domain) / prompts.n
 
     def quick(self, info: ModelInfo) -> DormantHeads:

@@ -91,9 +91,11 @@ class Experts(Experiment):
         config, info, rows = self.config, describe(model), second_half(prompts)
         if not info.experts:
             return 0.0
-        few, most = min(config.samples, rows), min(config.most, info.layers * info.experts)
+        # P0 is always routed to the same few experts of a block, mostly two.
+        few, at_p0 = min(config.samples, rows), 2 * info.layers
+        most = min(config.most, at_p0)
         # One by one at P0 and everywhere; together likewise, and random ones.
-        runs = 2 * config.alone + len(_numbers(most)) * (2 + config.draws)
+        runs = 2 * min(config.alone, at_p0) + len(_numbers(most)) * (2 + config.draws)
         return (rows + (1 + runs) * few) / prompts.n
 
     def measure(self, model: Any, prompts: PromptSet) -> Result:
