@@ -88,8 +88,8 @@ def test_parameters_setup_and_links(name: str) -> None:
         assert link.startswith("https://") or (path.parent / link).exists(), link
     picture = ROOT / "docs" / "notebooks" / f"{name}.png"
     assert picture.stat().st_size < 60_000
-    readme = (ROOT / "README.md").read_text()
-    assert f"docs/notebooks/{name}.png" in readme and f"notebooks/{name}.ipynb" in readme
+    page = (ROOT / "docs" / "course.md").read_text()
+    assert f"(notebooks/{name}.png)" in page and f"(../notebooks/{name}.ipynb)" in page
 
 
 def setup(name: str) -> str:
