@@ -20,8 +20,8 @@ import torch
 from benchmarks.memory import peak_mb
 from benchmarks.models import gpt2_shape
 from p0circuit.interventions.activation_patching import patch_components, patch_heads, patch_neurons
-from p0circuit.interventions.contrast import Contrast, contrast
 from p0circuit.interventions.metrics import loss, sink_score_of
+from p0circuit.interventions.pairs import Contrast, contrast
 from p0circuit.models import describe, forward
 from p0circuit.prompts import random_tokens
 from p0circuit.sink import sink_score

@@ -18,8 +18,8 @@ import torch
 from benchmarks.memory import peak_mb
 from benchmarks.models import gpt2_shape
 from p0circuit.interventions.closed_form import key_edges, key_hook
-from p0circuit.interventions.contrast import contrast, replacements
 from p0circuit.interventions.nodes import Node, components, nodes_of
+from p0circuit.interventions.pairs import contrast, replacements
 from p0circuit.models import describe, forward
 from p0circuit.prompts import PromptSet, random_tokens
 from p0circuit.sink import sink_score

@@ -18,9 +18,9 @@ from benchmarks.memory import peak_mb
 from benchmarks.models import gpt2_shape
 from p0circuit.interventions.activation_patching import patch_components, patch_neurons
 from p0circuit.interventions.closed_form import key_edges
-from p0circuit.interventions.contrast import contrast, replacements
 from p0circuit.interventions.metrics import sink_score_of
 from p0circuit.interventions.nodes import components
+from p0circuit.interventions.pairs import contrast, replacements
 from p0circuit.models import describe, forward
 from p0circuit.prompts import random_tokens
 

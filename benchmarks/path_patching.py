@@ -19,20 +19,21 @@ import torch
 
 from benchmarks.closed_form import clean_outputs
 from benchmarks.models import gpt2_shape
-from p0circuit.activations import SINK_SCORE, record
-from p0circuit.experiments.heads import sink_heads
 from p0circuit.interventions.ablation import ablate
 from p0circuit.interventions.closed_form import key_hook, query_hook
-from p0circuit.interventions.contrast import Contrast, contrast, replacements
 from p0circuit.interventions.edge_search import search_edges
 from p0circuit.interventions.metrics import Metric, loss, sink_score_of
 from p0circuit.interventions.metrics import measure as measure_metric
 from p0circuit.interventions.nodes import Node, components
+from p0circuit.interventions.pairs import Contrast, contrast, replacements
 from p0circuit.interventions.path_patching import Receiver, path_patch
 from p0circuit.models import describe, forward
 from p0circuit.models.forward import hooked
 from p0circuit.models.passes import count_passes
 from p0circuit.prompts import PromptSet, random_tokens
+from p0circuit.recording.quantities import SINK_SCORE
+from p0circuit.recording.record import record
+from p0circuit.sink import sink_heads
 
 SHARE = 0.05
 SHIFT = 8

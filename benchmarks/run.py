@@ -17,7 +17,7 @@ import torch
 
 from benchmarks import activation_patching, closed_form, path_patching, transformer_lens4, vocabulary
 from benchmarks.models import SHAPES
-from p0circuit.interventions.contrast import contrast
+from p0circuit.interventions.pairs import contrast
 from p0circuit.models import describe
 from p0circuit.prompts import random_tokens
 

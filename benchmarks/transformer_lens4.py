@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from p0circuit.interventions.contrast import contrast, replacements
 from p0circuit.interventions.metrics import sink_score_of
 from p0circuit.interventions.nodes import Node
+from p0circuit.interventions.pairs import contrast, replacements
 from p0circuit.interventions.path_patching import path_patch
 from p0circuit.models import describe, forward
 from p0circuit.models.bridge import to_bridge

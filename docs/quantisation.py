@@ -25,9 +25,9 @@ def measure(out: Path, samples: int = SAMPLES) -> list[Run]:
     """The runs of p0-nano as each kind of GGUF file, F16 first."""
     from p0circuit.experiments import EXPERIMENTS
     from p0circuit.experiments.conditions import readable_by_seeds
+    from p0circuit.io import data_dir
     from p0circuit.models import load_model, one_thread_if_small
     from p0circuit.models.gguf_writer import write_gguf
-    from p0circuit.paths import data_dir
     from p0circuit.reproduction import reproduce
 
     runs = []

@@ -110,10 +110,10 @@ page.show(norm_direction.figures["layers"], "norm and direction of the stream at
 # ([`Structure`](../p0circuit/experiments/structure.py) tests claim C5.)
 
 # %% tags=["cover"]
-from p0circuit.experiments.heads import excess_scores
-from p0circuit.intervals import bootstrap
-from p0circuit.interventions.ablation import isolate, mix
-from p0circuit.report.figures import bars
+from p0circuit.experiments.sink_under_study import excess_scores
+from p0circuit.figures.intervals import bars
+from p0circuit.interventions.attention_edits import isolate, mix
+from p0circuit.stats import bootstrap
 from p0circuit.teaching import sink_of
 
 # The sink heads are chosen on one half of the prompts; `sink.prompts` is the other half.

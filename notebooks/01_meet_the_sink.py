@@ -63,7 +63,7 @@ layers, heads = lm.cfg.n_layers, lm.cfg.n_heads
 # *column*: look for heads whose first column is dark from top to bottom.
 
 # %%
-from p0circuit.experiments.sink_map import view_heads
+from p0circuit.experiments.paper.c01_sink_map import view_heads
 
 shown = [(layer, head) for layer in (0, layers - 1) for head in range(min(heads, 4))]
 title = "Attention of the first and the last layer on one prompt"
@@ -115,7 +115,8 @@ check_sink_score(my_sink_score)
 # for a batch of prompts. `record` does the same inside the hooks, so that no pattern has to be kept.
 
 # %%
-from p0circuit.activations import SINK_SCORE, record
+from p0circuit.recording.quantities import SINK_SCORE
+from p0circuit.recording.record import record
 from p0circuit.sink import sink_score
 
 names = [f"blocks.{layer}.attn.hook_pattern" for layer in range(layers)]
@@ -165,7 +166,7 @@ check_uniform_score(my_uniform_score, prompts.length)
 # $$\alpha_k = \frac{1}{T - k} \sum_{t \ge k} A_{t,k}, \qquad e = \alpha_0 - \alpha_8 .$$
 
 # %%
-from p0circuit.activations import score_at
+from p0circuit.recording.quantities import score_at
 
 control = record(lm, prompts, score_at(8))[score_at(8)]
 best = divmod(int(scores.mean(0).argmax()), heads)
@@ -301,7 +302,7 @@ page.show(pd.DataFrame(rows, columns=columns))
 # loss hardly moves (notebook [08](08_practice.ipynb)).
 
 # %%
-from p0circuit.activations import VALUE_NORM_RATIO
+from p0circuit.recording.quantities import VALUE_NORM_RATIO
 
 drain = record(lm, prompts, VALUE_NORM_RATIO)[VALUE_NORM_RATIO].mean(0)
 print("norm of P0's value over the median of the other positions':")

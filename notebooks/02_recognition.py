@@ -48,7 +48,8 @@ import pandas as pd
 import torch
 from torch.nn.functional import normalize
 
-from p0circuit.report.figures import Series, trajectories
+from p0circuit.figures.lines import trajectories
+from p0circuit.figures.style import Series
 from p0circuit.teaching import Page, open_model, read_prompts, sink_of, verdict
 
 page = Page(out)
@@ -154,7 +155,7 @@ check_cone(my_cone)
 # $$R^2 = 1 - \frac{\sum_t (z_t - \hat z_t)^2}{\sum_t (z_t - \bar z)^2}$$
 
 # %% tags=["cover"]
-from p0circuit.experiments.recognition import cone, variance_explained
+from p0circuit.experiments.paper.c04_recognition import cone, variance_explained
 
 panels, explained, of_p0 = {}, {}, {}
 for block in (0, 1):
@@ -269,7 +270,7 @@ check_alone(my_surgery)
 # read those of later layers, all in one run.
 
 # %%
-from p0circuit.interventions.ablation import attending_to_itself
+from p0circuit.interventions.edits import attending_to_itself
 
 t = 16
 
@@ -312,8 +313,8 @@ print(f"position {t} has become {became:.2f} of the sink that P0 still is")
 # Here is one prompt under surgery; look at the columns of both positions in the sink heads.
 
 # %%
-from p0circuit.experiments.sink_map import view_heads
-from p0circuit.interventions.ablation import isolate
+from p0circuit.experiments.paper.c01_sink_map import view_heads
+from p0circuit.interventions.attention_edits import isolate
 
 one = half.subset([0])
 operated = isolate(

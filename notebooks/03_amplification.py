@@ -113,7 +113,7 @@ page.show(pd.DataFrame(rows, columns=columns))
 # itself alone, so **a prompt of one token computes its stream exactly**.
 
 # %%
-from p0circuit.interventions.ablation import p0_direction
+from p0circuit.interventions.intervention import p0_direction
 
 read_at = min(layer for layer, _ in sink.heads)
 u = p0_direction(lm, sink.others, read_at)  # mean of unit vectors, on the other half
@@ -176,7 +176,7 @@ check_contribution(my_contribution)
 # </details>
 
 # %%
-from p0circuit.interventions.ablation import component  # the length of a projection
+from p0circuit.interventions.edits import component
 
 rows = []
 for layer in range(read_at):
@@ -258,7 +258,7 @@ check_norm_cut(my_norm_cut)
 # direction, and the excess score of the sink heads (notebook [01](01_meet_the_sink.ipynb)) measures what is left.
 
 # %%
-from p0circuit.experiments.heads import excess_scores
+from p0circuit.experiments.sink_under_study import excess_scores
 from p0circuit.experiments.surgery import ordinary_streams
 from p0circuit.interventions.ablation import replace_direction, replace_norm
 

@@ -48,8 +48,8 @@ import math
 import pandas as pd
 import torch
 
-from p0circuit.experiments.conditions import drawable
-from p0circuit.interventions.contrast import contrast
+from p0circuit.interventions.pairs import contrast
+from p0circuit.models.info import drawable
 from p0circuit.teaching import Page, open_model, read_prompts, sink_of, verdict
 
 page = Page(out)
@@ -174,9 +174,9 @@ page.show(pd.DataFrame(rows, columns=["component", "noising: change", "denoising
 # The package does the same for whole grids, in batches and with less work. First, do the numbers agree?
 
 # %% tags=["cover"]
+from p0circuit.figures.maps import effect_maps
 from p0circuit.interventions.activation_patching import patch_components
 from p0circuit.interventions.metrics import sink_score_of
-from p0circuit.report.figures import effect_maps
 
 metric = sink_score_of([(layer, head)])
 kinds = ("attn", "mlp")
@@ -279,8 +279,8 @@ print(f"effect of the whole component (section 2): {noising[sender]:+.4f}")
 # and on all others into this head's Q, K and V:
 
 # %%
-from p0circuit.interventions.contrast import replacements
 from p0circuit.interventions.nodes import components as all_components
+from p0circuit.interventions.pairs import replacements
 from p0circuit.interventions.path_patching import path_patch
 
 senders = all_components(lm, range(layer))  # embed, attn.0, mlp.0, …
@@ -430,8 +430,8 @@ print(f"effect of the edge: closed form {edge_closed:+.6f}, hooks {edge_by_hand:
 # model's attention has this form at all (`error`).
 
 # %%
+from p0circuit.figures.style import new_figure
 from p0circuit.interventions.path_patching import edges_into_keys
-from p0circuit.report.figures import new_figure
 
 with_heads = all_components(lm, range(layer), heads=True)
 new_values = replacements(lm, pair, with_heads)

@@ -49,17 +49,18 @@ import numpy as np
 import pandas as pd
 import torch
 
-from p0circuit.models.wired import (
-    model_from_weights,
+from p0circuit.figures.lines import trajectories
+from p0circuit.figures.style import Series
+from p0circuit.models.constructed.build import model_from_weights
+from p0circuit.models.constructed.truth import wired_truth
+from p0circuit.models.constructed.weights import (
     purity,
     residual_subspaces,
     set_neuron,
     silent_weights,
-    wired_truth,
     wired_weights,
 )
 from p0circuit.prompts import random_tokens
-from p0circuit.report.figures import Series, trajectories
 from p0circuit.teaching import Page, open_model, read_prompts, sink_of
 
 page = Page(out)
@@ -316,7 +317,7 @@ page.show(pd.DataFrame(rows, columns=["head", "strength", "predicted", "measured
 # two positions.) Look at it; heads 2.1 and 2.4 have had no weights and attend to all alike.
 
 # %%
-from p0circuit.experiments.sink_map import view_heads
+from p0circuit.experiments.paper.c01_sink_map import view_heads
 
 last = [(2, head) for head in range(5)]
 page.show(view_heads(lm, prompts.subset([0]), last, "A sink, built by hand"))
@@ -345,10 +346,10 @@ for part, (name, where) in parts.items():
 # Each line sets components to zero at P0.
 
 # %% tags=["cover"]
-from p0circuit.experiments.heads import scores_of
-from p0circuit.intervals import bootstrap
+from p0circuit.experiments.sink_under_study import scores_of
+from p0circuit.figures.intervals import intervals
 from p0circuit.interventions.ablation import ablate
-from p0circuit.report.figures import intervals
+from p0circuit.stats import bootstrap
 
 sink_heads = [(2, 0), (2, 2), (2, 3)]
 parts = {

@@ -47,7 +47,7 @@ if importlib.util.find_spec("p0circuit") is None:
 import pandas as pd
 import torch
 
-from p0circuit.report.figures import development
+from p0circuit.figures.training import development
 from p0circuit.teaching import Page, open_model, read_prompts, verdict
 from p0circuit.training.runs import as_trained, of_variant, shipped_runs
 
@@ -330,13 +330,14 @@ verdict(concentration)
 # 16, where nothing is first.
 
 # %%
-from p0circuit.activations import SINK_SCORE, record
-from p0circuit.experiments.conditions import bos_id, drawable
-from p0circuit.experiments.heads import excess_scores
 from p0circuit.experiments.practice import find_used_sink
-from p0circuit.interventions.contrast import contrast, values_at
+from p0circuit.experiments.sink_under_study import excess_scores
+from p0circuit.interventions.pairs import contrast, values_at
 from p0circuit.models import list_models
-from p0circuit.prompts import from_ids
+from p0circuit.models.info import drawable
+from p0circuit.prompts import bos_id, from_ids
+from p0circuit.recording.quantities import SINK_SCORE
+from p0circuit.recording.record import record
 from p0circuit.training.trace import causal_concentration
 
 place, rows = 16, {}

@@ -266,7 +266,7 @@ trained = {name: train(runs[name], bos) for name, bos in starts.items()}
 # everything alike would give (dashed), and the sink is *formed* when three in a row are; a circle marks the first of them.
 
 # %% tags=["cover"]
-from p0circuit.report.figures import Course, courses
+from p0circuit.figures.training import Course, courses
 from p0circuit.sink import least_excess
 
 lines = []
@@ -331,7 +331,7 @@ page.show(pd.DataFrame(logged)[["step", "p0/excess", "p0/sink_rate", "p0/norm_ra
 # different ways through different code, and have to agree.
 
 # %%
-from p0circuit.report.figures import development
+from p0circuit.figures.training import development
 from p0circuit.training.trace import checkpoints_of, trace
 
 run, probe = runs["behind BOS"], probes["behind BOS"]
@@ -352,9 +352,9 @@ page.show(both[["step", *sides]])
 # task, put another token in the place of BOS; or BOS at position 16, where it never stood in training.
 
 # %%
-from p0circuit.experiments.heads import excess_scores
-from p0circuit.intervals import bootstrap
-from p0circuit.report.figures import bars
+from p0circuit.experiments.sink_under_study import excess_scores
+from p0circuit.figures.intervals import bars
+from p0circuit.stats import bootstrap
 
 last = open_model(run, kept[-1])
 rng = np.random.default_rng(20_000 + seed)

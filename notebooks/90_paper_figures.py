@@ -141,7 +141,7 @@ print(f"training runs: {tally(training.claims)}")
 # compares, with a tolerance of 5 percentage points that was fixed beforehand.
 
 # %% tags=["cover"]
-from p0circuit.report.figures import intervals
+from p0circuit.figures.intervals import intervals
 from p0circuit.report.published import values_of
 
 quantities = {

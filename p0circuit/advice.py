@@ -25,13 +25,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from p0circuit.activations import TOKEN_LOSSES, record, score_at
 from p0circuit.experiments.base import NotApplicable
-from p0circuit.experiments.conditions import WITH_BOS, WITHOUT_BOS, bos_id, text_as_it_is, with_and_without_bos
-from p0circuit.experiments.dormant_heads import ENOUGH, SINK, TOLERANCE, by_sink_score, steps, zeroed
-from p0circuit.experiments.heads import Heads, excess_by_head, over_heads, sink_heads
-from p0circuit.experiments.quantisation import P0_IN, P0_KEPT, PER_TOKEN, SCHEMES, Int8Effects, int8_effects
-from p0circuit.experiments.streaming import (
+from p0circuit.experiments.conditions import text_as_it_is, with_and_without_bos
+from p0circuit.experiments.deployment.c17_streaming import (
     DROPPED,
     FIRST,
     SINKS,
@@ -41,14 +37,18 @@ from p0circuit.experiments.streaming import (
     decoded,
     first_prediction,
 )
-from p0circuit.files import write_atomically, write_json
-from p0circuit.intervals import Interval, bootstrap, ratio_interval
+from p0circuit.experiments.deployment.c19_dormant_heads import ENOUGH, SINK, TOLERANCE, by_sink_score, steps, zeroed
+from p0circuit.experiments.deployment.int8_effects import P0_IN, P0_KEPT, PER_TOKEN, SCHEMES, Int8Effects, int8_effects
+from p0circuit.experiments.sink_under_study import Heads, excess_by_head, over_heads
 from p0circuit.interventions.nodes import InterventionError
+from p0circuit.io import write_atomically, write_json
 from p0circuit.models import ModelError, describe
-from p0circuit.models.info import titled
-from p0circuit.prompts import PromptSet
-from p0circuit.results import drawn
-from p0circuit.sink import CONTROL, least_excess
+from p0circuit.prompts import WITH_BOS, WITHOUT_BOS, PromptSet, bos_id
+from p0circuit.recording.quantities import TOKEN_LOSSES, score_at
+from p0circuit.recording.record import record
+from p0circuit.results import drawn, titled
+from p0circuit.sink import CONTROL, least_excess, sink_heads
+from p0circuit.stats import Interval, bootstrap, ratio_interval
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -187,7 +187,7 @@ def advise(model: Any, prompts: PromptSet) -> Advice:
 
 def write_advice(advice: Advice, directory: Path) -> list[Path]:
     """Write `advice.json` and `advice.html`, one file that opens offline; returns their paths."""
-    from p0circuit.report.page import render
+    from p0circuit.report.html import render
 
     figure = draw_costs(advice)
     picture = figure and "data:image/svg+xml;base64," + base64.b64encode(drawn(figure, "svg")).decode()
@@ -200,7 +200,7 @@ def write_advice(advice: Advice, directory: Path) -> list[Path]:
 
 def draw_costs(advice: Advice) -> Figure | None:
     """What was found to add to the loss, question by question, against the limit; None where no loss could be read."""
-    from p0circuit.report.figures import intervals
+    from p0circuit.figures.intervals import intervals
 
     def costs(statement: Statement) -> dict[str, Interval]:
         named = {

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from p0circuit import notebooks
-from p0circuit.console import say
+from p0circuit.log import say
 
 if TYPE_CHECKING:
     from p0circuit.advice import Advice
@@ -130,7 +130,7 @@ def reproduce(
     from p0circuit.models import describe
     from p0circuit.models.source import gguf_name, holds_no_checkpoints
     from p0circuit.report.contents import find_runs, write_overview
-    from p0circuit.report.page import write_report
+    from p0circuit.report.html import write_report
     from p0circuit.reproduction import FORWARD_PASSES, SAMPLES, TRAINING, beginner_of, failed, reproduce_training
     from p0circuit.reproduction import reproduce as reproduce_model
     from p0circuit.training.runs import as_trained, shipped_runs
@@ -206,8 +206,9 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Run one experiment on one model, in the condition in which it has its sink, or on the traces of training runs."""
-    from p0circuit.experiments import find_experiment, over_runs
+    from p0circuit.experiments import find_experiment
     from p0circuit.experiments.sink_condition import find_condition
+    from p0circuit.experiments.training import runs_experiment as over_runs
     from p0circuit.models import describe
     from p0circuit.reproduction import TRAINING
     from p0circuit.training.runs import as_trained, shipped_runs
@@ -246,8 +247,8 @@ def sink(
 ) -> None:
     """Measure the sink of one model: sink scores, sink rate, norm ratio and direction consistency of P0."""
     from p0circuit.experiments.sink_summary import after_bos, sink_summary
+    from p0circuit.results import titled
     from p0circuit.sink import SINK_THRESHOLD, shortest_for
-    from p0circuit.titles import titled
 
     given = Source(model, backend, device, dtype, None, device_map, offload_folder)
     _forecast(given, [checkpoint], samples, length, passes=1)
@@ -591,8 +592,8 @@ def cache(
     as_json: JsonOption = False,
 ) -> None:
     """Show what the cache holds, recordings and models converted from GGUF, or clear it (fetched files stay)."""
-    from p0circuit.cache import Cache
     from p0circuit.models.gguf import clear_converted, list_converted
+    from p0circuit.recording.cache import Cache
 
     store = Cache()
     if clear:
@@ -644,9 +645,9 @@ def bench(
     """Measure speed and memory of the exact fast forms beside the usual ways, in one run (needs a checkout)."""
     import importlib
 
-    from p0circuit import paths
+    from p0circuit.io import repository
 
-    sys.path.insert(0, str(paths.repository()))
+    sys.path.insert(0, str(repository()))
     run = importlib.import_module("benchmarks.run")
     names = model or ["gpt2-shape", "smollm2-shape"]
     results = run.measure_all(
@@ -790,8 +791,8 @@ def _forecast(
     """Say what a model will take, from the first checkpoint that is whole: with a device map, or if it is `large`."""
     if source.device_map is None and large == math.inf:
         return
-    from p0circuit.forecast import forecast, measure_rates
     from p0circuit.models import ModelError, plan_model
+    from p0circuit.resources import forecast, measure_rates
 
     device_map, dtype = _device_map(source.device_map), _dtype(source.dtype)
     reasons = []
@@ -854,15 +855,15 @@ def _say_what_it_reads(model: Any, text: str | None) -> None:
 def _name(model: Any) -> str:
     """What to call a loaded model, or one as it is stored, in a message."""
     from p0circuit.models import StoredModel, describe
-    from p0circuit.titles import titled
+    from p0circuit.results import titled
 
     return titled(model.name, model.quantisation) if isinstance(model, StoredModel) else describe(model).title
 
 
 def _run_one(experiment: Experiment, model: Any, prompts: PromptSet, out: Path) -> dict[str, Any]:
     """Run one experiment on a model, save its result and a manifest, and print what was found."""
-    from p0circuit.activations import weights_fingerprint
     from p0circuit.models import describe
+    from p0circuit.recording.fingerprint import weights_fingerprint
 
     info = describe(model)
     result = experiment.run(model, prompts)
@@ -886,8 +887,7 @@ def _keep(
     from rich.console import Console
     from rich.table import Table
 
-    from p0circuit.results import write_manifest
-    from p0circuit.titles import titled
+    from p0circuit.results import titled, write_manifest
 
     # The manifest is written last: one that is there tells of a run that came to its end.
     (directory / "manifest.json").unlink(missing_ok=True)

@@ -22,7 +22,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from p0circuit.console import say
+from p0circuit.log import say
 
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 COVER = "cover"
@@ -333,7 +333,7 @@ def export_notebooks(
 ) -> None:
     """Make HTML pages of the shipped notebooks that open offline, formulas and attention views included."""
     _require("nbconvert", "latex2mathml")
-    from p0circuit.files import write_atomically
+    from p0circuit.io import write_atomically
     from p0circuit.report.notebook_page import notebook_page
 
     for one in _chosen(name, every):

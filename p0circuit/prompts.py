@@ -22,8 +22,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from p0circuit.paths import data_dir
-from p0circuit.training.corpus import SourceFile, TextInMemory, standard_library_files, text_files
+from p0circuit.io import data_dir
+from p0circuit.text import SourceFile, TextInMemory, standard_library_files, text_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -454,3 +454,34 @@ def _crops(document: list[int], length: int, stride: int, rng: np.random.Generat
     if room >= 0:
         for start in range(rng.integers(room % stride, endpoint=True), room + 1, stride):
             yield document[start : start + length]
+
+
+WITHOUT_BOS, WITH_BOS, RANDOM_FIRST = "without BOS", "with BOS", "random first"
+RANDOM_TOKENS, REPEATED_TOKEN = "random tokens", "repeated token"
+TWO_BOS, SOME_BOS = "with two BOS or more", "with BOS in some rows only"
+
+
+def bos_id(model: Any) -> int | None:
+    """The BOS token of the model's tokenizer; None where there is no tokenizer or it has none."""
+    return getattr(getattr(model, "tokenizer", None), "bos_token_id", None)
+
+
+def condition_of(model: Any, prompts: PromptSet) -> str:
+    """What the rows begin with: WITHOUT_BOS, WITH_BOS, TWO_BOS or SOME_BOS."""
+    bos = bos_id(model)
+    if bos is None:
+        return WITHOUT_BOS
+    counts = prompts.leading(bos)
+    if not bool(counts.any()):
+        return WITHOUT_BOS
+    if not bool(counts.all()):
+        return SOME_BOS
+    return WITH_BOS if bool((counts == 1).all()) else TWO_BOS
+
+
+def drawable_with(tokenizer: Any, vocab_size: int) -> tuple[int, Collection[int]]:
+    """`drawable` for a tokenizer, None where there is none, and the size of the embedding."""
+    if tokenizer is None:
+        return vocab_size, ()
+    # Many models have embeddings that no token of theirs leads to.
+    return min(vocab_size, len(tokenizer)), special_ids(tokenizer)

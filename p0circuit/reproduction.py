@@ -28,23 +28,23 @@ from typing import Any
 
 import torch
 
-from p0circuit.activations import batch_size_for, weights_fingerprint
-from p0circuit.console import say
 from p0circuit.experiments import EXPERIMENTS, RUN_EXPERIMENTS
 from p0circuit.experiments.base import Experiment, NotApplicable, is_large
 from p0circuit.experiments.claim import Judgement
 from p0circuit.experiments.clean_recording import CLEAN_PASSES, record_clean
-from p0circuit.experiments.over_runs import RunsExperiment
 from p0circuit.experiments.sink_condition import find_condition
-from p0circuit.files import write_json
+from p0circuit.experiments.training.runs_experiment import RunsExperiment
+from p0circuit.io import code_fingerprint, write_json
+from p0circuit.log import say
 from p0circuit.models import ModelError, describe, device_of, forward, list_checkpoints, load_model
 from p0circuit.models.controls import shuffled_neurons, untrained
 from p0circuit.models.device_map import placement_of
 from p0circuit.models.passes import count_passes
-from p0circuit.paths import code_fingerprint
 from p0circuit.prompts import PromptSet, random_tokens
+from p0circuit.recording.batch_size import batch_size_for
+from p0circuit.recording.fingerprint import weights_fingerprint
+from p0circuit.recording.memory import remember_rows
 from p0circuit.results import Result, write_manifest
-from p0circuit.row_memory import remember_rows
 from p0circuit.training.runs import Run
 
 SAMPLES = 1024

@@ -18,14 +18,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from p0circuit.files import write_atomically, write_json
-from p0circuit.intervals import Interval
+from p0circuit.io import write_atomically, write_json
+from p0circuit.stats import Interval
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-    from p0circuit.report.attention_view import AttentionView
+    from p0circuit.figures.attention_view import AttentionView
 
 FIGURE_DPI = 200
 _LIBRARIES = ("p0circuit", "torch", "transformer-lens", "transformers", "numpy", "pandas", "matplotlib")
@@ -87,7 +87,7 @@ class Result:
         for path, content in files.items():
             write_atomically(path, lambda temporary, content=content: temporary.write_bytes(content))
         if self.view is not None:
-            from p0circuit.report.attention_view import save_view
+            from p0circuit.figures.attention_view import save_view
 
             save_view(directory, self.experiment, self.view)
         return write_json(whole, summary)
@@ -101,7 +101,7 @@ class Result:
         """
         import pandas as pd
 
-        from p0circuit.report.attention_view import load_view
+        from p0circuit.figures.attention_view import load_view
 
         if not path.is_file():
             found = sorted(other.stem for other in path.parent.glob("*.json") if other.stem != "manifest")
@@ -188,3 +188,8 @@ def write_manifest(directory: Path, command: list[str], started: float, **detail
         **details,
     }
     return write_json(directory / "manifest.json", manifest)
+
+
+def titled(name: str, quantisation: str | None) -> str:
+    """A model's name with the quantisation of its weights, as in "smollm2-135m (Q4_1)"."""
+    return f"{name} ({quantisation})" if quantisation else name

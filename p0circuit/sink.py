@@ -160,3 +160,18 @@ def uniform_excess(length: int) -> float:
 def least_excess(length: int) -> float:
     """What an excess score has to be above, beyond doubt, for there to be a sink on prompts of this length."""
     return TIMES_UNIFORM * uniform_excess(length)
+
+
+FALLBACK_HEADS = 3
+
+
+def sink_heads(
+    scores: Float[Tensor, "sample layer head"], eps: float = SINK_THRESHOLD, fallback: int = FALLBACK_HEADS
+) -> tuple[list[tuple[int, int]], bool]:
+    """The heads whose mean sink score is above `eps`, and True; if there are none the highest few, and False."""
+    means = scores.double().mean(0)
+    found = [(int(layer), int(head)) for layer, head in (means > eps).nonzero()]
+    if found:
+        return found, True
+    highest = means.flatten().topk(min(fallback, means.numel())).indices.tolist()
+    return sorted(divmod(place, means.shape[1]) for place in highest), False

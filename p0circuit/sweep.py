@@ -26,10 +26,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from p0circuit.console import say
 from p0circuit.experiments import find_experiment
 from p0circuit.experiments.base import Experiment, NotApplicable
-from p0circuit.files import write_atomically
+from p0circuit.io import data_dir, write_atomically
+from p0circuit.log import say
 from p0circuit.models import ModelError, load_model
 from p0circuit.models.catalog import CATALOG
 from p0circuit.models.load import Backend
@@ -45,7 +45,6 @@ from p0circuit.models.source import (
     resolve,
     revision_of,
 )
-from p0circuit.paths import data_dir
 from p0circuit.prompts import PromptSet
 from p0circuit.reproduction import result_key
 

@@ -26,15 +26,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
-from p0circuit.console import in_notebook
 from p0circuit.experiments.base import Experiment, NotApplicable
 from p0circuit.experiments.conditions import readable
 from p0circuit.experiments.surgery import Sink, find_sink
-from p0circuit.files import write_atomically, write_json
+from p0circuit.figures.attention_view import AttentionView
 from p0circuit.interventions.nodes import Node
+from p0circuit.io import write_atomically, write_json
+from p0circuit.log import in_notebook
 from p0circuit.models import load_model, one_thread_if_small
 from p0circuit.prompts import PromptSet
-from p0circuit.report.attention_view import AttentionView
 from p0circuit.report.contents import Run, shown_verdict
 from p0circuit.results import FIGURE_DPI, Result, drawn
 from p0circuit.sink import SINK_THRESHOLD

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from p0circuit.cache import cache_directory
+from p0circuit.io import cache_directory
 from tests.families import family_folder, family_model
 from tests.tiny import tiny_model_dir
 

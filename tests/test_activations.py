@@ -14,13 +14,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from p0circuit import activations
-from p0circuit.activations import Batch, Quantity, record, score_at, weights_fingerprint
-from p0circuit.cache import Cache
 from p0circuit.models import forward, load_model
 from p0circuit.models.forward import hook_point
 from p0circuit.models.hooked import available
 from p0circuit.prompts import PromptSet, from_ids, random_tokens
+from p0circuit.recording import fingerprint, quantities
+from p0circuit.recording.cache import Cache
+from p0circuit.recording.fingerprint import weights_fingerprint
+from p0circuit.recording.quantities import Batch, Quantity, score_at
+from p0circuit.recording.record import record
 from tests.families import LAYERS, VOCAB, write
 from tests.literal import cosine, loss, norm, over_others, run_with_cache, score
 
@@ -78,21 +80,21 @@ def literal(model: Any, ids: Tensor) -> dict[str, Any]:
 
 def all_quantities(model: Any) -> list[Quantity]:
     return [
-        activations.SINK_SCORE,
-        activations.NORM_RATIO,
-        activations.RESIDUAL_NORMS,
-        activations.ATTENTION_OUT_NORMS,
-        activations.MLP_OUT_NORMS,
-        activations.VALUE_NORM_RATIO,
-        activations.TOKEN_LOSSES,
-        activations.score_at(3),
-        activations.residual_at(),
-        activations.residual_at(2),
-        activations.component_at("hook_attn_out"),
-        activations.component_at("hook_mlp_out", 1),
-        activations.embedding_at(1),
-        activations.key_query_cosine_at(model),
-        activations.key_query_cosine_at(model, 2),
+        quantities.SINK_SCORE,
+        quantities.NORM_RATIO,
+        quantities.RESIDUAL_NORMS,
+        quantities.ATTENTION_OUT_NORMS,
+        quantities.MLP_OUT_NORMS,
+        quantities.VALUE_NORM_RATIO,
+        quantities.TOKEN_LOSSES,
+        quantities.score_at(3),
+        quantities.residual_at(),
+        quantities.residual_at(2),
+        quantities.component_at("hook_attn_out"),
+        quantities.component_at("hook_mlp_out", 1),
+        quantities.embedding_at(1),
+        quantities.key_query_cosine_at(model),
+        quantities.key_query_cosine_at(model, 2),
     ]
 
 
@@ -149,9 +151,9 @@ def test_all_quantities_together_take_one_pass_over_the_rows(llama: Any, prompts
 def test_half_precision_is_recorded_in_single(family_folder: Callable[[str], Path], prompts: PromptSet) -> None:
     folder = family_folder("llama-grouped")
     exact, half = (load_model(folder, dtype=dtype) for dtype in (torch.float64, torch.bfloat16))
-    what = [activations.SINK_SCORE, activations.NORM_RATIO, activations.TOKEN_LOSSES]
+    what = [quantities.SINK_SCORE, quantities.NORM_RATIO, quantities.TOKEN_LOSSES]
     expected, recording = record(exact, prompts, what), record(half, prompts, what)
-    assert expected[activations.SINK_SCORE].dtype == torch.float64
+    assert expected[quantities.SINK_SCORE].dtype == torch.float64
     assert not recording.cached
     for quantity in what:
         assert recording[quantity].dtype == torch.float32
@@ -169,24 +171,24 @@ def halve(activation: Tensor, hook: Any) -> Tensor:
 def test_a_hooked_model_is_recorded_as_it_is_and_the_cache_left_alone(
     model: Any, prompts: PromptSet, permanent: bool
 ) -> None:
-    clean = record(model, prompts, activations.NORM_RATIO)
+    clean = record(model, prompts, quantities.NORM_RATIO)
     before = Cache().entries()
     point = hook_point(model, "blocks.1.hook_mlp_out")
     point.add_hook(halve, is_permanent=permanent)
     try:
-        assert activations.has_hooks(model)
-        edited = record(model, prompts, activations.NORM_RATIO)
+        assert fingerprint.has_hooks(model)
+        edited = record(model, prompts, quantities.NORM_RATIO)
         _, cache = run_with_cache(model, prompts.ids[0])
     finally:
         point.remove_hooks(including_permanent=True)
-    assert not activations.has_hooks(model)
+    assert not fingerprint.has_hooks(model)
     assert not edited.cached and Cache().entries() == before
-    agree(edited[activations.NORM_RATIO][0, -1], over_others(cache[f"blocks.{LAYERS - 1}.hook_resid_post"][0]))
-    same, other = edited[activations.NORM_RATIO][:, :2], edited[activations.NORM_RATIO][:, 2:]
-    assert torch.equal(same, clean[activations.NORM_RATIO][:, :2])
-    assert (other - clean[activations.NORM_RATIO][:, 2:]).abs().min() > 1e-4
-    again = record(model, prompts, activations.NORM_RATIO)
-    assert again.cached and torch.equal(again[activations.NORM_RATIO], clean[activations.NORM_RATIO])
+    agree(edited[quantities.NORM_RATIO][0, -1], over_others(cache[f"blocks.{LAYERS - 1}.hook_resid_post"][0]))
+    same, other = edited[quantities.NORM_RATIO][:, :2], edited[quantities.NORM_RATIO][:, 2:]
+    assert torch.equal(same, clean[quantities.NORM_RATIO][:, :2])
+    assert (other - clean[quantities.NORM_RATIO][:, 2:]).abs().min() > 1e-4
+    again = record(model, prompts, quantities.NORM_RATIO)
+    assert again.cached and torch.equal(again[quantities.NORM_RATIO], clean[quantities.NORM_RATIO])
 
 
 class Scale:
@@ -202,7 +204,7 @@ class Scale:
 
 def test_an_intervention_meets_its_own_rows_before_they_are_recorded(llama: Any, prompts: PromptSet) -> None:
     factors = torch.tensor([1.0, 2.0, 0.5, 3.0])
-    quantity = activations.ATTENTION_OUT_NORMS
+    quantity = quantities.ATTENTION_OUT_NORMS
     clean = record(llama, prompts, quantity)[quantity][:, 0]
     for size in (1, 3, 4):
         edited = record(llama, prompts, quantity, batch_size=size, interventions=[Scale(prompts, factors)])
@@ -217,8 +219,8 @@ def test_no_hook_outlives_an_error(model: Any, prompts: PromptSet) -> None:
         raise RuntimeError("inside the hook")
 
     with pytest.raises(RuntimeError, match="inside the hook"):
-        record(model, prompts, [activations.SINK_SCORE, Quantity("fails", ("hook_mlp_out",), fail)], cache=None)
-    assert not activations.has_hooks(model)
+        record(model, prompts, [quantities.SINK_SCORE, Quantity("fails", ("hook_mlp_out",), fail)], cache=None)
+    assert not fingerprint.has_hooks(model)
     assert not any(name for name, module in model.named_modules() if getattr(module, "fwd_hooks", None))
 
 
@@ -231,7 +233,7 @@ def test_positions_and_ids_that_do_not_exist_are_refused(llama: Any, prompts: Pr
     with pytest.raises(ValueError, match=r"position 5 lies outside .* expected 0 to 4"):
         record(llama, prompts.left_padded([9, 9, 5, 9]), score_at(5))
     with pytest.raises(ValueError, match=r"must lie in 0\.\.95"):
-        record(llama, from_ids([[1, VOCAB]]), activations.SINK_SCORE)
+        record(llama, from_ids([[1, VOCAB]]), quantities.SINK_SCORE)
 
 
 def test_values_that_are_no_numbers_are_refused_by_name(
@@ -242,7 +244,7 @@ def test_values_that_are_no_numbers_are_refused_by_name(
     weight = next(weight for name, weight in named if "mlp" in name and "blocks.1." in name)
     with torch.no_grad():
         weight.fill_(torch.nan)
-    for quantity in (activations.NORM_RATIO, activations.TOKEN_LOSSES):
+    for quantity in (quantities.NORM_RATIO, quantities.TOKEN_LOSSES):
         with pytest.raises(FloatingPointError, match=quantity.name):
             record(model, prompts.left_padded([9, 5, 5, 5]), quantity)
     assert not Cache().entries()
@@ -320,14 +322,14 @@ def test_weights_are_hashed_once_and_again_when_any_of_them_changed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     hashed: list[int] = []
-    full = activations._weights_fingerprint
+    full = fingerprint._weights_fingerprint
     monkeypatch.setattr(activations, "_weights_fingerprint", lambda model: hashed.append(1) or full(model))
     model = load_model("p0-nano")
     before = weights_fingerprint(model)
     assert weights_fingerprint(model) == before and len(hashed) == 1
     weight = model.embed.W_E if available() else next(w for w in model.parameters() if w.numel() > 2**17)
     bias = next(w for w in model.parameters() if w.ndim < 2)
-    assert weight.nbytes > activations._SMALL_BYTES
+    assert weight.nbytes > fingerprint._SMALL_BYTES
 
     def one_number() -> None:
         weight.data.view(-1)[-1] += 1e-3
@@ -367,7 +369,7 @@ def test_settings_count_and_names_do_not(backend: str, tmp_path: Path) -> None:
 MEASURE = """
 import sys
 import torch
-from p0circuit.activations import SINK_SCORE, record
+from p0circuit.recording.record import SINK_SCORE, record
 from p0circuit.models import load_model
 from p0circuit.prompts import random_tokens
 from p0circuit.results import peak_memory_mb

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from p0circuit.activations import TOKEN_LOSSES, record
 from p0circuit.advice import (
     FEWEST,
     HIGH,
@@ -31,15 +30,16 @@ from p0circuit.advice import (
 )
 from p0circuit.cli import main
 from p0circuit.experiments.base import NotApplicable
-from p0circuit.experiments.conditions import WITH_BOS
+from p0circuit.experiments.deployment.int8_effects import P0_IN, P0_KEPT, PER_TOKEN, Int8Effects
 from p0circuit.experiments.practice import find_used_sink
-from p0circuit.experiments.quantisation import P0_IN, P0_KEPT, PER_TOKEN, Int8Effects
-from p0circuit.intervals import ratio_interval
-from p0circuit.interventions.ablation import remove_heads
+from p0circuit.interventions.attention_edits import remove_heads
 from p0circuit.interventions.int8 import Site
 from p0circuit.models import describe, list_models, load_model
 from p0circuit.models.passes import count_passes
-from p0circuit.prompts import PromptSet, natural_text, random_tokens
+from p0circuit.prompts import WITH_BOS, PromptSet, natural_text, random_tokens
+from p0circuit.recording.quantities import TOKEN_LOSSES
+from p0circuit.recording.record import record
+from p0circuit.stats import ratio_interval
 from tests.report.test_figures import assert_legible
 
 KEYS = [

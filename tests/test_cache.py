@@ -17,13 +17,15 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from p0circuit import activations
-from p0circuit.activations import NORM_RATIO, SINK_SCORE, record, score_at
-from p0circuit.cache import DEFAULT_LIMIT, Cache, cache_directory, key_of
 from p0circuit.cli import app
+from p0circuit.io import DEFAULT_LIMIT, cache_directory
 from p0circuit.models import load_model
-from p0circuit.models.wired import decoy_model, wired_model
+from p0circuit.models.constructed.build import decoy_model, wired_model
 from p0circuit.prompts import PromptSet, random_tokens
+from p0circuit.recording import quantities
+from p0circuit.recording.cache import Cache, key_of
+from p0circuit.recording.quantities import NORM_RATIO, SINK_SCORE, score_at
+from p0circuit.recording.record import record
 
 ABOUT = {"model": "m", "quantity": "q", "samples": 3}
 
@@ -200,8 +202,8 @@ def test_other_models_prompts_and_parameters_are_other_entries(model: Any, promp
     assert fresh(model, prompts.left_padded([8, 8, 7]), SINK_SCORE)
     assert fresh(model, prompts, score_at(1))
     assert fresh(model, prompts, score_at(2))
-    assert fresh(model, prompts, activations.residual_at(1))
-    assert fresh(model, prompts, activations.residual_at(2))
+    assert fresh(model, prompts, quantities.residual_at(1))
+    assert fresh(model, prompts, quantities.residual_at(2))
     assert not fresh(model, prompts, SINK_SCORE)
     assert not fresh(model, prompts, score_at(2))
 

@@ -22,14 +22,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from p0circuit import cli, reproduction
-from p0circuit.activations import weights_fingerprint
 from p0circuit.cli import main
 from p0circuit.experiments import EXPERIMENTS
 from p0circuit.experiments.sink_summary import sink_summary
+from p0circuit.io import data_dir
 from p0circuit.models import load_model
 from p0circuit.models.gguf_writer import write_gguf
-from p0circuit.paths import data_dir
 from p0circuit.prompts import natural_text
+from p0circuit.recording.fingerprint import weights_fingerprint
 from p0circuit.results import Result
 from p0circuit.training.runs import as_trained, shipped_runs
 from tests.tiny import HEADS, LAYERS

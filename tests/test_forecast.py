@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from p0circuit.activations import batch_size_for
-from p0circuit.forecast import LOADING_BATCHES, Rates, batches, forecast, measure_rates, seconds
+from p0circuit.io import repository
 from p0circuit.models import load_model, plan_model
 from p0circuit.models.device_map import Plan, plan
-from p0circuit.paths import repository
+from p0circuit.recording.batch_size import batch_size_for
+from p0circuit.resources import LOADING_BATCHES, Rates, batches, forecast, measure_rates, seconds
 
 G = 2**30
 RATES = Rates(read=2e9, copy=12e9, compute=100e12)

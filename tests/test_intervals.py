@@ -5,8 +5,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from p0circuit import intervals
-from p0circuit.intervals import RESAMPLES, bootstrap, ratio_interval
+from p0circuit import stats as intervals
+from p0circuit.stats import RESAMPLES, bootstrap, ratio_interval
 
 
 def test_the_interval_of_a_mean_agrees_with_the_normal_approximation():

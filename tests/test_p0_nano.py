@@ -10,11 +10,12 @@ import torch
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from p0circuit.activations import SINK_SCORE, record, residual_at
 from p0circuit.cli import app
+from p0circuit.io import data_dir
 from p0circuit.models import list_checkpoints, load_model
-from p0circuit.paths import data_dir
 from p0circuit.prompts import natural_text
+from p0circuit.recording.quantities import SINK_SCORE, residual_at
+from p0circuit.recording.record import record
 from p0circuit.sink import direction_cosines
 
 FOLDER = data_dir() / "models" / "p0-nano"

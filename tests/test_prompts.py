@@ -21,9 +21,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from p0circuit import prompts as prompts_module
+from p0circuit.io import data_dir
 from p0circuit.models import forward
-from p0circuit.models.wired import wired_model
-from p0circuit.paths import data_dir
+from p0circuit.models.constructed.build import wired_model
 from p0circuit.prompts import (
     PromptSet,
     from_ids,
@@ -34,7 +34,8 @@ from p0circuit.prompts import (
     special_ids,
 )
 from p0circuit.sink import sink_score
-from p0circuit.training.corpus import standard_library_files, train_tokenizer
+from p0circuit.text import standard_library_files
+from p0circuit.training.corpus import train_tokenizer
 
 ENGLISH = data_dir() / "prompts" / "english"
 

@@ -13,7 +13,7 @@ import pytest
 import typer
 
 from p0circuit.cli import app
-from p0circuit.paths import repository
+from p0circuit.io import repository
 from p0circuit.report.contents import find_runs
 from p0circuit.report.documents import claims_table
 from p0circuit.reproduction import reproduce_training

@@ -14,14 +14,14 @@ from p0circuit.experiments import BosAblation, KeySide, NormDirection, SinkMap, 
 from p0circuit.experiments.base import Experiment, NotApplicable
 from p0circuit.experiments.claim import Claim, Clause
 from p0circuit.experiments.conditions import readable_by_seeds
-from p0circuit.intervals import Interval
 from p0circuit.models import load_model
 from p0circuit.models.gguf_writer import write_gguf
 from p0circuit.prompts import pooled, random_tokens
 from p0circuit.report.contents import find_runs
-from p0circuit.report.page import write_report
+from p0circuit.report.html import write_report
 from p0circuit.reproduction import failed, quick_samples, reproduce, reproduce_training, result_key, run_or_read
 from p0circuit.results import Result
+from p0circuit.stats import Interval
 from p0circuit.training.runs import as_trained, shipped_runs
 
 CLAIM = Claim("C99", "Broken", "nowhere", "It breaks.", "By breaking.", (Clause("x", ">", 0),), "None.")

@@ -18,10 +18,13 @@ import torch
 from matplotlib.figure import Figure
 
 from p0circuit import __version__
-from p0circuit.files import write_atomically, write_json
-from p0circuit.intervals import Interval
-from p0circuit.report.figures import Series, bars, heat_maps, trajectories
+from p0circuit.figures.intervals import bars
+from p0circuit.figures.lines import trajectories
+from p0circuit.figures.maps import heat_maps
+from p0circuit.figures.style import Series
+from p0circuit.io import write_atomically, write_json
 from p0circuit.results import Result, library_versions, write_manifest
+from p0circuit.stats import Interval
 
 ROOT = Path(__file__).resolve().parents[1]
 HALF = Interval(0.5, 0.4, 0.6, 12)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from p0circuit.activations import NORM_RATIO, SINK_SCORE, record, residual_at, score_at
-from p0circuit.experiments.function import relative_change_after
+from p0circuit.experiments.paper.c12_function import relative_change_after
 from p0circuit.interventions.ablation import ablate
 from p0circuit.models import describe, load_model
 from p0circuit.models.passes import count_passes
 from p0circuit.prompts import random_tokens
-from p0circuit.row_memory import RowMemory, remember_rows
+from p0circuit.recording.memory import RowMemory, remember_rows
+from p0circuit.recording.quantities import NORM_RATIO, SINK_SCORE, residual_at, score_at
+from p0circuit.recording.record import record
 
 
 @pytest.fixture(scope="module")

@@ -25,11 +25,11 @@ import torch
 import p0circuit
 from p0circuit.experiments import SinkMap, SinkMapConfig
 from p0circuit.experiments.base import Experiment, NotApplicable
-from p0circuit.intervals import Interval
 from p0circuit.models import load_model
-from p0circuit.models.wired import wired_model
+from p0circuit.models.constructed.build import wired_model
 from p0circuit.prompts import PromptSet, random_tokens
 from p0circuit.results import Result
+from p0circuit.stats import Interval
 from p0circuit.sweep import BESIDE_WEIGHTS, Sweep, _lacking, find_experiment, memory_of, sweep
 
 ray = pytest.importorskip("ray")

@@ -15,15 +15,15 @@ import torch
 from p0circuit import teaching
 from p0circuit.advice import Advice, Statement
 from p0circuit.experiments.base import NotApplicable
-from p0circuit.experiments.conditions import drawable
-from p0circuit.intervals import Interval
+from p0circuit.figures.maps import heat_maps
 from p0circuit.interventions.ablation import ablate
-from p0circuit.interventions.contrast import contrast, replacements
 from p0circuit.interventions.metrics import measure, sink_score_of
+from p0circuit.interventions.pairs import contrast, replacements
 from p0circuit.interventions.path_patching import edges_into_keys, path_patch
 from p0circuit.models import load_model
+from p0circuit.models.info import drawable
 from p0circuit.report.contents import find_runs
-from p0circuit.report.figures import heat_maps
+from p0circuit.stats import Interval
 from p0circuit.teaching import Page, read_prompts
 from tests.report.made_up import claim, result, view, write_run
 

@@ -18,7 +18,7 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory `tiny`: a Llama of 3 layers and 4 heads, and a byte-level BPE trained on the shipped texts."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from p0circuit.paths import data_dir
+    from p0circuit.io import data_dir
     from p0circuit.training.corpus import train_tokenizer
 
     folder = tmp_path_factory.mktemp("models") / "tiny"

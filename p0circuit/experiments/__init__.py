@@ -4,33 +4,33 @@ from __future__ import annotations
 
 from typing import Any
 
-from p0circuit.experiments.amplification import Amplification, AmplificationConfig
-from p0circuit.experiments.any_token import AnyToken, AnyTokenConfig
 from p0circuit.experiments.base import Experiment, NotApplicable
-from p0circuit.experiments.bos_ablation import BosAblation, BosAblationConfig
-from p0circuit.experiments.circuit import Circuit, CircuitConfig
 from p0circuit.experiments.claim import Claim, Clause
-from p0circuit.experiments.concentration import Concentration
-from p0circuit.experiments.content import Content, ContentConfig
-from p0circuit.experiments.convergence import Convergence
-from p0circuit.experiments.direction_or_norm import DirectionOrNorm, DirectionOrNormConfig
-from p0circuit.experiments.dormant_heads import DormantHeads, DormantHeadsConfig
-from p0circuit.experiments.early import Early
-from p0circuit.experiments.experts import Experts, ExpertsConfig
-from p0circuit.experiments.first_token import FirstToken, FirstTokenConfig
-from p0circuit.experiments.function import Function, FunctionConfig
-from p0circuit.experiments.key_side import KeySide, KeySideConfig
-from p0circuit.experiments.limits import Limits, LimitsConfig
-from p0circuit.experiments.methods import Methods
-from p0circuit.experiments.norm_direction import NormDirection, NormDirectionConfig
-from p0circuit.experiments.over_runs import RunsExperiment
-from p0circuit.experiments.path import ThePath, ThePathConfig
-from p0circuit.experiments.quantisation import Quantisation, QuantisationConfig
-from p0circuit.experiments.recognition import Recognition, RecognitionConfig
-from p0circuit.experiments.remedies import Remedies, RemediesConfig
-from p0circuit.experiments.sink_map import SinkMap, SinkMapConfig
-from p0circuit.experiments.streaming import Streaming, StreamingConfig
-from p0circuit.experiments.structure import Structure, StructureConfig
+from p0circuit.experiments.deployment.c17_streaming import Streaming, StreamingConfig
+from p0circuit.experiments.deployment.c18_quantisation import Quantisation, QuantisationConfig
+from p0circuit.experiments.deployment.c19_dormant_heads import DormantHeads, DormantHeadsConfig
+from p0circuit.experiments.deployment.c20_first_token import FirstToken, FirstTokenConfig
+from p0circuit.experiments.deployment.mitigations import Remedies, RemediesConfig
+from p0circuit.experiments.exploratory.circuit import Circuit, CircuitConfig
+from p0circuit.experiments.exploratory.experts import Experts, ExpertsConfig
+from p0circuit.experiments.exploratory.norm_direction import NormDirection, NormDirectionConfig
+from p0circuit.experiments.paper.c01_sink_map import SinkMap, SinkMapConfig
+from p0circuit.experiments.paper.c02_bos_ablation import BosAblation, BosAblationConfig
+from p0circuit.experiments.paper.c03_any_token import AnyToken, AnyTokenConfig
+from p0circuit.experiments.paper.c04_recognition import Recognition, RecognitionConfig
+from p0circuit.experiments.paper.c05_structure import Structure, StructureConfig
+from p0circuit.experiments.paper.c06_amplification import Amplification, AmplificationConfig
+from p0circuit.experiments.paper.c07_causal_path import ThePath, ThePathConfig
+from p0circuit.experiments.paper.c08_direction_or_norm import DirectionOrNorm, DirectionOrNormConfig
+from p0circuit.experiments.paper.c09_content import Content, ContentConfig
+from p0circuit.experiments.paper.c10_key_side import KeySide, KeySideConfig
+from p0circuit.experiments.paper.c11_limits import Limits, LimitsConfig
+from p0circuit.experiments.paper.c12_function import Function, FunctionConfig
+from p0circuit.experiments.training.c13_early import Early
+from p0circuit.experiments.training.c14_concentration import Concentration
+from p0circuit.experiments.training.c15_convergence import Convergence
+from p0circuit.experiments.training.c16_methods import Methods
+from p0circuit.experiments.training.runs_experiment import RunsExperiment
 
 EXPERIMENTS: dict[str, type[Any]] = {
     kind.id: kind

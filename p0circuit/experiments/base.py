@@ -15,14 +15,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from p0circuit.activations import Quantity, Recording, record
-from p0circuit.console import say
 from p0circuit.experiments.claim import Claim
+from p0circuit.log import say
 from p0circuit.models import ModelInfo, describe
 from p0circuit.models.passes import count_passes
 from p0circuit.prompts import PromptSet
+from p0circuit.recording.memory import remember_rows
+from p0circuit.recording.quantities import Quantity
+from p0circuit.recording.record import Recording, record
 from p0circuit.results import Result
-from p0circuit.row_memory import remember_rows
 
 if TYPE_CHECKING:
     import numpy as np

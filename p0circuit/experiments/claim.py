@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from p0circuit.intervals import Interval
+from p0circuit.stats import Interval
 
 Verdict = Literal["reproduced", "not reproduced", "not applicable"]
 Sense = Literal[">", ">=", "<", "<="]

@@ -9,19 +9,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from p0circuit.activations import (
+from p0circuit.experiments.base import ORDINARY
+from p0circuit.experiments.conditions import with_and_without_bos
+from p0circuit.prompts import PromptSet
+from p0circuit.recording.quantities import (
     ATTENTION_OUT_NORMS,
     MLP_OUT_NORMS,
     NORM_RATIO,
     TOKEN_LOSSES,
     component_at,
-    record,
     residual_at,
     score_at,
 )
-from p0circuit.experiments.base import ORDINARY
-from p0circuit.experiments.conditions import with_and_without_bos
-from p0circuit.prompts import PromptSet
+from p0circuit.recording.record import record
 from p0circuit.sink import CONTROL
 
 CLEAN_PASSES = 2

@@ -9,37 +9,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
 from p0circuit.experiments.base import NotApplicable
 from p0circuit.models import StoredModel, describe
 from p0circuit.models.catalog import named_model
-from p0circuit.prompts import PromptSet, natural_text, pooled, random_tokens, repeated_token, special_ids
-from p0circuit.training.corpus import BOS_ID, BOS_TOKEN
-
-WITHOUT_BOS, WITH_BOS, RANDOM_FIRST = "without BOS", "with BOS", "random first"
-RANDOM_TOKENS, REPEATED_TOKEN = "random tokens", "repeated token"
-TWO_BOS, SOME_BOS = "with two BOS or more", "with BOS in some rows only"
-
-
-def bos_id(model: Any) -> int | None:
-    """The BOS token of the model's tokenizer; None where there is no tokenizer or it has none."""
-    return getattr(getattr(model, "tokenizer", None), "bos_token_id", None)
-
-
-def condition_of(model: Any, prompts: PromptSet) -> str:
-    """What the rows begin with: WITHOUT_BOS, WITH_BOS, TWO_BOS or SOME_BOS."""
-    bos = bos_id(model)
-    if bos is None:
-        return WITHOUT_BOS
-    counts = prompts.leading(bos)
-    if not bool(counts.any()):
-        return WITHOUT_BOS
-    if not bool(counts.all()):
-        return SOME_BOS
-    return WITH_BOS if bool((counts == 1).all()) else TWO_BOS
+from p0circuit.models.info import drawable
+from p0circuit.prompts import (
+    RANDOM_FIRST,
+    RANDOM_TOKENS,
+    REPEATED_TOKEN,
+    WITH_BOS,
+    WITHOUT_BOS,
+    PromptSet,
+    bos_id,
+    condition_of,
+    natural_text,
+    pooled,
+    random_tokens,
+    repeated_token,
+)
+from p0circuit.text import BOS_ID, BOS_TOKEN
 
 
 def text_as_it_is(model: Any, prompts: PromptSet) -> PromptSet:
@@ -72,19 +63,6 @@ def with_and_without_bos(model: Any, prompts: PromptSet) -> dict[str, PromptSet]
         # Rows that have their one BOS are left alone: they need not have come from `behind`.
         pair[WITH_BOS] = prompts if condition_of(model, prompts) == WITH_BOS else text.behind(bos)
     return pair
-
-
-def drawable(model: Any) -> tuple[int, Collection[int]]:
-    """What random tokens are drawn from: the size of the vocabulary, and the special tokens to leave out."""
-    return drawable_with(getattr(model, "tokenizer", None), describe(model).vocab_size)
-
-
-def drawable_with(tokenizer: Any, vocab_size: int) -> tuple[int, Collection[int]]:
-    """`drawable` for a tokenizer, None where there is none, and the size of the embedding."""
-    if tokenizer is None:
-        return vocab_size, ()
-    # Many models have embeddings that no token of theirs leads to.
-    return min(vocab_size, len(tokenizer)), special_ids(tokenizer)
 
 
 def conditions(model: Any, prompts: PromptSet) -> dict[str, PromptSet]:

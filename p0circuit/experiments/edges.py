@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from p0circuit.intervals import Interval, ratio_interval
 from p0circuit.interventions.path_patching import PathEffects
+from p0circuit.stats import Interval, ratio_interval
 
 
 def input_shares(effects: PathEffects, heads: Sequence[str]) -> dict[str, Interval] | None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from p0circuit.experiments.base import NotApplicable
-from p0circuit.experiments.conditions import WITH_BOS, WITHOUT_BOS, condition_of, with_and_without_bos
-from p0circuit.experiments.heads import SinkHeads, find_sink_heads
-from p0circuit.prompts import PromptSet
+from p0circuit.experiments.conditions import with_and_without_bos
+from p0circuit.experiments.sink_under_study import SinkHeads, find_sink_heads
+from p0circuit.prompts import WITH_BOS, WITHOUT_BOS, PromptSet, condition_of
 
 
 def find_used_sink(model: Any, prompts: PromptSet) -> tuple[SinkHeads, str]:

@@ -17,17 +17,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from p0circuit.experiments.base import NotApplicable
-from p0circuit.experiments.conditions import (
-    WITH_BOS,
-    WITHOUT_BOS,
-    bos_id,
-    condition_of,
-    with_and_without_bos,
-)
-from p0circuit.experiments.heads import find_sink_heads
-from p0circuit.intervals import Interval
+from p0circuit.experiments.conditions import with_and_without_bos
+from p0circuit.experiments.sink_under_study import find_sink_heads
 from p0circuit.models import describe
-from p0circuit.prompts import PromptSet, natural_text
+from p0circuit.prompts import WITH_BOS, WITHOUT_BOS, PromptSet, bos_id, condition_of, natural_text
+from p0circuit.stats import Interval
 
 ROWS = 32
 """The most rows that the condition is chosen on: it has to cost little."""

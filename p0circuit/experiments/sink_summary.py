@@ -8,12 +8,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from p0circuit import sink
-from p0circuit.activations import NORM_RATIO, SINK_SCORE, record, residual_at
 from p0circuit.experiments.base import NotApplicable, mean_over_samples
-from p0circuit.experiments.conditions import WITH_BOS, WITHOUT_BOS, condition_of, with_and_without_bos
-from p0circuit.experiments.heads import find_sink_heads
+from p0circuit.experiments.conditions import with_and_without_bos
+from p0circuit.experiments.sink_under_study import find_sink_heads
 from p0circuit.models import describe
-from p0circuit.prompts import PromptSet
+from p0circuit.prompts import WITH_BOS, WITHOUT_BOS, PromptSet, condition_of
+from p0circuit.recording.quantities import NORM_RATIO, SINK_SCORE, residual_at
+from p0circuit.recording.record import record
 
 PROBED = 32
 """Prompts on which it is seen what a model would do after BOS."""

@@ -15,17 +15,18 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from p0circuit.activations import record, residual_at
 from p0circuit.experiments.base import NotApplicable
-from p0circuit.experiments.heads import ByHead, Heads, excess_by_head, find_sink_heads, listed, over_heads
-from p0circuit.intervals import Interval, bootstrap, ratio_interval
+from p0circuit.experiments.sink_under_study import ByHead, Heads, excess_by_head, find_sink_heads, listed, over_heads
 from p0circuit.models import describe
 from p0circuit.models.forward import hook_points
 from p0circuit.prompts import PromptSet
+from p0circuit.recording.quantities import residual_at
+from p0circuit.recording.record import record
 from p0circuit.sink import least_excess
+from p0circuit.stats import Interval, bootstrap, ratio_interval
 
 if TYPE_CHECKING:
-    from p0circuit.report.figures import Series
+    from p0circuit.figures.style import Series
 
 LAST_BLOCK = 1
 """The last of the blocks in which the paper has the sink decided."""
@@ -108,7 +109,7 @@ def left_of(changed: ByHead, clean: ByHead, heads: Heads) -> Interval:
 
 def lines(table: Any, by: str) -> Sequence[Series]:
     """The lines of a figure, one for each entry of a column, from a table with columns value, low and high."""
-    from p0circuit.report.figures import Series
+    from p0circuit.figures.style import Series
 
     return [
         Series(str(name), *(part[column].tolist() for column in ("value", "low", "high")))

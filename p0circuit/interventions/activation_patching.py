@@ -35,15 +35,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from p0circuit.activations import batch_size_for
-from p0circuit.intervals import LEVEL, RESAMPLES, Interval
-from p0circuit.interventions.contrast import Contrast, values_at
+from p0circuit.interventions.batched_runs import by_slot, measure_slots, repeated
 from p0circuit.interventions.metrics import Complete, Metric, Rows, batches, measure, read_logits, reading_hooks
 from p0circuit.interventions.nodes import InterventionError, Node, nodes_of
-from p0circuit.interventions.side_by_side import by_slot, measure_slots, repeated
+from p0circuit.interventions.pairs import Contrast, values_at
 from p0circuit.models import ModelError, describe, forward, resume
 from p0circuit.models.forward import Hook, hook_point
 from p0circuit.prompts import PromptSet
+from p0circuit.recording.batch_size import batch_size_for
+from p0circuit.stats import LEVEL, RESAMPLES, Interval
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -42,15 +42,15 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from p0circuit.activations import BATCH_BYTES
 from p0circuit.interventions.activation_patching import Patch, patch_grid
-from p0circuit.interventions.contrast import Contrast, Reference, replacements
+from p0circuit.interventions.batched_runs import check_value
 from p0circuit.interventions.metrics import Complete, Metric, Rows, read_logits, reading_hooks
 from p0circuit.interventions.nodes import InterventionError, Kind, Node, nodes_of
-from p0circuit.interventions.side_by_side import check_value
+from p0circuit.interventions.pairs import Contrast, Reference, replacements
 from p0circuit.models import ModelInfo, describe, device_of, forward
 from p0circuit.models.forward import Hook
 from p0circuit.prompts import PromptSet
+from p0circuit.recording.batch_size import BATCH_BYTES
 
 if TYPE_CHECKING:
     import pandas as pd

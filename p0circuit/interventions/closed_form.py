@@ -25,8 +25,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from p0circuit.interventions.batched_runs import Through, by_slot, repeated, sender_hooks
 from p0circuit.interventions.nodes import InterventionError, Node, nodes_of
-from p0circuit.interventions.side_by_side import Through, by_slot, repeated, sender_hooks
 from p0circuit.models import describe, device_of, forward
 from p0circuit.models.forward import Hook
 from p0circuit.prompts import PromptSet

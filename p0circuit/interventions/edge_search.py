@@ -41,6 +41,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from p0circuit.interventions.attribution import rows_with_gradients
+from p0circuit.interventions.batched_runs import by_slot, check_value, repeated
 from p0circuit.interventions.closed_form import (
     ROWS_AT_ONCE,
     QueryScores,
@@ -59,7 +60,6 @@ from p0circuit.interventions.receiver_inputs import (
     measure_inputs,
     read_at_p0,
 )
-from p0circuit.interventions.side_by_side import by_slot, check_value, repeated
 from p0circuit.models import ModelInfo, describe, device_of, forward, resume
 from p0circuit.models.forward import Hook
 from p0circuit.models.passes import WITH_GRADIENT

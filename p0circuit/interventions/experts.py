@@ -21,12 +21,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from p0circuit.activations import batch_size_for
-from p0circuit.interventions.ablation import Change, Intervention, Offset, positions_of
+from p0circuit.interventions.intervention import Change, Intervention, Offset, positions_of
 from p0circuit.interventions.nodes import InterventionError
 from p0circuit.models import describe, forward
 from p0circuit.models.forward import Hook
 from p0circuit.prompts import PromptSet
+from p0circuit.recording.batch_size import batch_size_for
 
 TOLERANCE, ROUNDINGS = 1e-3, 4
 """How far the sum of what the experts write may be from the MLP's output, relative to its largest number: this, or so

@@ -23,11 +23,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from p0circuit import sink
-from p0circuit.activations import batch_size_for
 from p0circuit.interventions.nodes import InterventionError
 from p0circuit.models import describe, device_of, forward, resume
 from p0circuit.models.forward import Hook, hook_point
 from p0circuit.prompts import PromptSet
+from p0circuit.recording.batch_size import batch_size_for
 
 LOGITS = "logits"
 """What to read logits by: it stands where a hook's name would."""

@@ -30,8 +30,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from p0circuit.console import track
-from p0circuit.intervals import bootstrap
+from p0circuit.interventions.batched_runs import Through, by_slot, check_value, measure_slots, repeated, sender_hooks
 from p0circuit.interventions.closed_form import (
     KeyEdges,
     NotOfTheClosedForm,
@@ -42,18 +41,12 @@ from p0circuit.interventions.closed_form import (
 )
 from p0circuit.interventions.metrics import Complete, Metric, Rows, measure_rows, run_up_to
 from p0circuit.interventions.nodes import InterventionError, Node, nodes_of
-from p0circuit.interventions.side_by_side import (
-    Through,
-    by_slot,
-    check_value,
-    measure_slots,
-    repeated,
-    sender_hooks,
-)
+from p0circuit.log import track
 from p0circuit.models import ModelInfo, describe, device_of, forward, resume
 from p0circuit.models.forward import Hook
 from p0circuit.prompts import PromptSet
 from p0circuit.sink import attention_to, mean_over_queries, sink_score
+from p0circuit.stats import bootstrap
 
 if TYPE_CHECKING:
     import pandas as pd

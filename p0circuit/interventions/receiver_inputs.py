@@ -21,10 +21,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from p0circuit.interventions.batched_runs import by_slot, measure_slots, repeated, sender_hooks
 from p0circuit.interventions.closed_form import ROWS_AT_ONCE, ScoreForm, key_hook, query_hook
 from p0circuit.interventions.metrics import Complete, Metric, Rows, reading_hooks
 from p0circuit.interventions.nodes import Node
-from p0circuit.interventions.side_by_side import by_slot, measure_slots, repeated, sender_hooks
 from p0circuit.models import describe, forward, resume
 from p0circuit.models.forward import Hook
 

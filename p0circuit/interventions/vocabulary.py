@@ -20,10 +20,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from p0circuit.console import track
 from p0circuit.interventions.closed_form import key_hook, query_side
 from p0circuit.interventions.nodes import InterventionError
-from p0circuit.interventions.one_row import p0_blocks
+from p0circuit.interventions.single_token import p0_blocks
+from p0circuit.log import track
 from p0circuit.models import describe, forward
 from p0circuit.models.forward import Hook
 from p0circuit.prompts import PromptSet

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from p0circuit.cache import cache_directory
+from p0circuit.io import cache_directory
 from p0circuit.models.bridge import to_bridge
 from p0circuit.models.info import ModelError, experts
 from p0circuit.models.memory import free_memory

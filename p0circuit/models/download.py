@@ -27,8 +27,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from p0circuit.console import say
-from p0circuit.files import write_atomically
+from p0circuit.io import write_atomically
+from p0circuit.log import say
 from p0circuit.models.catalog import NamedModel, Wheel
 from p0circuit.models.info import ModelError
 
@@ -38,7 +38,7 @@ _POLL_SECONDS = 0.2
 
 def fetched_file(entry: NamedModel) -> Path:
     """Where the file of a named model lies once it is fetched."""
-    from p0circuit.cache import cache_directory
+    from p0circuit.io import cache_directory
 
     return cache_directory() / "models" / entry.name / entry.file
 

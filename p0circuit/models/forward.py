@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from p0circuit.models.architecture_edits import p0_placed
 from p0circuit.models.bridge import HookPoints, bridge_points
-from p0circuit.models.changes import p0_placed
 from p0circuit.models.info import BLOCK_HOOKS, ModelError, backend_of, describe
 from p0circuit.models.passes import add_blocks
 

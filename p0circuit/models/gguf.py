@@ -27,8 +27,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from p0circuit.console import say, track
-from p0circuit.files import write_atomically, write_json
+from p0circuit.io import write_atomically, write_json
+from p0circuit.log import say, track
 from p0circuit.models.download import locked, sha256_of
 from p0circuit.models.info import ModelError
 from p0circuit.models.memory import free_memory
@@ -260,7 +260,7 @@ def converted(name: str, sha256: str, source: Callable[[], Path]) -> Converted:
 
 
 def _conversions() -> Path:
-    from p0circuit.cache import cache_directory
+    from p0circuit.io import cache_directory
 
     return cache_directory() / "converted"
 
@@ -463,7 +463,7 @@ def clear_converted() -> int:
 
 def _evict(newest: Path) -> None:
     """Remove the least recently used conversions until they are within the cache's limit; the newest always stays."""
-    from p0circuit.cache import cache_limit
+    from p0circuit.io import cache_limit
 
     entries = sorted(list_converted(), key=lambda entry: entry["used"])
     total, limit = sum(entry["bytes"] for entry in entries), cache_limit()

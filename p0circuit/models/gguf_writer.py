@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from p0circuit.files import write_atomically
+from p0circuit.io import write_atomically
 from p0circuit.models.info import ModelError
 
 KINDS = ("F32", "F16", "Q8_0", "Q4_1", "Q4_0", "Q5_0", "Q5_1")

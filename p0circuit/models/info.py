@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from p0circuit.titles import titled
+from p0circuit.prompts import drawable_with
+from p0circuit.results import titled
 
 if TYPE_CHECKING:
     import torch
@@ -192,3 +194,8 @@ def _positions(model: Any, hf: Any) -> Positions:
 
 def _is_parallel(model: Any) -> bool:
     return any(cls.__name__ == "ParallelBlockBridge" for cls in type(model.blocks[0]).__mro__)
+
+
+def drawable(model: Any) -> tuple[int, Collection[int]]:
+    """What random tokens are drawn from: the size of the vocabulary, and the special tokens to leave out."""
+    return drawable_with(getattr(model, "tokenizer", None), describe(model).vocab_size)

@@ -96,7 +96,7 @@ def load_model(
     _check_arguments(name, backend, dtype, device_map)
     if str(name) in WIRED:
         return _wired(str(name), backend, checkpoint, device, dtype)
-    from p0circuit.models.changes import change_hooked, changed
+    from p0circuit.models.architecture_edits import change_hooked, changed
 
     source = resolve(name, checkpoint)
     config = check_folder(source)
@@ -236,7 +236,7 @@ def _load_placed(
     source: Source, config: Any, device_map: DeviceMap, device: Any, dtype: Any, folder: str | Path | None
 ) -> Any:
     """The bridge of a model whose weights are spread by a device map."""
-    from p0circuit.models.changes import change_hooked, changed
+    from p0circuit.models.architecture_edits import change_hooked, changed
     from p0circuit.models.device_map import new_folder, offload_parent, to_placed_bridge
 
     planned = _plan(source, config, device_map, device, dtype, folder)
@@ -254,12 +254,12 @@ def _wired(name: str, backend: Backend, checkpoint: int | str | None, device: An
     """One of the models whose weights are constructed."""
     import torch
 
-    from p0circuit.models import wired
+    from p0circuit.models.constructed import build as constructed
 
     if checkpoint is not None:
         raise ModelError(f"{name} is constructed, not trained: it has no checkpoint {checkpoint!r}")
     build, positions = WIRED[name]
-    return getattr(wired, build)(positions, backend=backend, dtype=dtype or torch.float32, device=_device(device))
+    return getattr(constructed, build)(positions, backend=backend, dtype=dtype or torch.float32, device=_device(device))
 
 
 def _device(device: Any) -> Any:
@@ -335,7 +335,7 @@ def _load_hf(
     """Load the weights with `transformers`, and make sure that they are all there, finite, and causal."""
     from transformers import AutoModelForCausalLM
 
-    from p0circuit.models.changes import Changes
+    from p0circuit.models.architecture_edits import Changes
     from p0circuit.models.device_map import let_wait, weights_of, without_warnings
 
     # Weights that are elsewhere, and experts that no other process shares.
@@ -383,7 +383,7 @@ def _is_finite(weight: Any) -> bool:
 
 def _changes(source: Source, hf: Any, device: Any) -> tuple[Any, list[Any]]:
     """What the model's `p0circuit` field changes in its forward pass, and the gates if it has any."""
-    from p0circuit.models.changes import Changes, gate_name
+    from p0circuit.models.architecture_edits import Changes, gate_name
 
     changes, gates = Changes.of(hf.config.get_text_config(), source.name), []
     if changes.gated_attention:

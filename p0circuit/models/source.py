@@ -17,12 +17,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from p0circuit.io import data_dir
 from p0circuit.models.catalog import CATALOG, NamedModel
+from p0circuit.models.checkpoints import STEP, by_step, parse_label
 from p0circuit.models.download import fetch, is_fetched, sha256_of
 from p0circuit.models.gguf import Converted, converted, gguf_in, is_gguf, read_sidecar
 from p0circuit.models.info import ModelError
-from p0circuit.models.labels import STEP, by_step, parse_label
-from p0circuit.paths import data_dir
 
 # The models whose weights are constructed (wired.py), by the position schemes they come in.
 WIRED = {

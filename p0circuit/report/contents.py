@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from p0circuit.files import write_json
+from p0circuit.io import write_json
 from p0circuit.report.published import Comparison, beside_ours
-from p0circuit.results import Result
-from p0circuit.titles import titled
+from p0circuit.results import Result, titled
 
 CLAIMS = "claims.json"
 OVERVIEW = "overview.json"

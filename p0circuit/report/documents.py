@@ -22,10 +22,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from p0circuit.files import write_atomically
-from p0circuit.intervals import Interval
+from p0circuit.io import write_atomically
 from p0circuit.report.contents import Run, claim_number, find_runs, shown_verdict
 from p0circuit.report.markdown import table
+from p0circuit.stats import Interval
 
 _PART = re.compile(
     r"(<!-- (claims|misses|controls|passes|mitigations|training)(?:: ([^>]*?))? -->\n).*?(<!-- end -->)", re.DOTALL

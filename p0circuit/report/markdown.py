@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from p0circuit.intervals import Interval
 from p0circuit.report.contents import Run, shown_verdict, tally, verdict_of_control
+from p0circuit.stats import Interval
 
 
 def to_markdown(runs: Sequence[Run]) -> str:

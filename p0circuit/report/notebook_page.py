@@ -28,7 +28,7 @@ def notebook_page(path: Path) -> str:
     from nbconvert import HTMLExporter
     from pygments.formatters import HtmlFormatter
 
-    from p0circuit.report.page import render
+    from p0circuit.report.html import render
 
     if not path.is_file():
         raise ValueError(f"there is no notebook at {str(path)!r}")

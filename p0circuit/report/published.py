@@ -14,9 +14,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from p0circuit.intervals import Interval
-from p0circuit.paths import data_dir
+from p0circuit.io import data_dir
 from p0circuit.results import Result
+from p0circuit.stats import Interval
 
 # Fixed before any hub model was measured. The published rates come from other texts and other numbers of samples; on
 # chat models and their bases, which differ by more than a choice of text, Gu et al.'s Llama rates differ by under 1

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from p0circuit.files import write_atomically
+from p0circuit.io import write_atomically
 from p0circuit.training.runs import Run
 from p0circuit.training.variants import ABOUT, VARIANTS, TrainConfig
 

@@ -33,13 +33,12 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from p0circuit.experiments.conditions import drawable_with
-from p0circuit.files import write_atomically
-from p0circuit.interventions.contrast import contrast
+from p0circuit.interventions.pairs import contrast
+from p0circuit.io import write_atomically
 from p0circuit.models.info import ModelError
-from p0circuit.prompts import PromptSet, from_ids, natural_text, random_tokens
+from p0circuit.prompts import PromptSet, drawable_with, from_ids, natural_text, random_tokens
 from p0circuit.sink import CONTROL, least_excess
-from p0circuit.training.probe import SHIFT, Measurement, measure, same_randomness, unwrap
+from p0circuit.training.live_measurement import SHIFT, Measurement, measure, same_randomness, unwrap
 
 COLUMNS = ("step", *(field.name for field in fields(Measurement)), "formation", "formation_step", "probe")
 """Of the CSV file: the fields of `Reading`."""

@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float
 
-from p0circuit.files import write_atomically
-from p0circuit.paths import data_dir
+from p0circuit.io import data_dir, write_atomically
 from p0circuit.sink import least_excess
-from p0circuit.training.development import formation_index
+from p0circuit.training.formation import formation_index
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -29,32 +29,30 @@ from jaxtyping import Float
 from torch import Tensor
 
 from p0circuit import sink
-from p0circuit.activations import (
+from p0circuit.interventions.ablation import ablate
+from p0circuit.interventions.nodes import InterventionError
+from p0circuit.interventions.pairs import contrast, replacements
+from p0circuit.io import code_fingerprint, write_json
+from p0circuit.log import say
+from p0circuit.models import ModelError, StoredModel, describe, list_checkpoints, load_model, stored_model
+from p0circuit.models.checkpoints import STEP, Label, parse_label
+from p0circuit.models.info import drawable
+from p0circuit.models.source import holds_no_checkpoints, local_folder
+from p0circuit.prompts import PromptSet, from_ids, random_tokens
+from p0circuit.recording.quantities import (
     NORM_RATIO,
     RESIDUAL_NORMS,
     SINK_SCORE,
     TOKEN_LOSSES,
     Batch,
     Quantity,
-    record,
     residual_at,
     score_at,
 )
-from p0circuit.console import say
-from p0circuit.experiments.conditions import drawable
-from p0circuit.experiments.heads import sink_heads
-from p0circuit.files import write_json
-from p0circuit.interventions.ablation import ablate
-from p0circuit.interventions.contrast import contrast, replacements
-from p0circuit.interventions.nodes import InterventionError
-from p0circuit.models import ModelError, StoredModel, describe, list_checkpoints, load_model, stored_model
-from p0circuit.models.labels import STEP, Label, parse_label
-from p0circuit.models.source import holds_no_checkpoints, local_folder
-from p0circuit.paths import code_fingerprint
-from p0circuit.prompts import PromptSet, from_ids, random_tokens
+from p0circuit.recording.record import record
 from p0circuit.results import library_versions
-from p0circuit.sink import CONTROL, least_excess
-from p0circuit.training.development import (
+from p0circuit.sink import CONTROL, least_excess, sink_heads
+from p0circuit.training.formation import (
     EARLY_BLOCKS,
     STAGE_COLUMNS,
     formation_index,
@@ -62,7 +60,7 @@ from p0circuit.training.development import (
     observed_concentration,
     stages,
 )
-from p0circuit.training.probe import SHIFT
+from p0circuit.training.live_measurement import SHIFT
 from p0circuit.training.runs import LENGTH, Run
 
 if TYPE_CHECKING:
@@ -153,7 +151,7 @@ class Trace:
         """The development; a checkpoint that could not be measured is a gap in every line, and marked."""
         import pandas as pd
 
-        from p0circuit.report.figures import development
+        from p0circuit.figures.training import development
 
         gaps = pd.DataFrame({"step": [told.step for told in map(parse_label, self.missing) if told is not None]})
         table = pd.concat([self.to_dataframe(), gaps]) if len(gaps) else self.to_dataframe()

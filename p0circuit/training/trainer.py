@@ -26,9 +26,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from p0circuit.files import write_atomically, write_json
-from p0circuit.models.changes import change_hf, gates_of
-from p0circuit.training import corpus as corpora
+from p0circuit import text
+from p0circuit.io import write_atomically, write_json
+from p0circuit.models.architecture_edits import change_hf, gates_of
+from p0circuit.training import corpus
 from p0circuit.training.card import write_card
 from p0circuit.training.variants import TrainConfig, build_model
 
@@ -121,7 +122,7 @@ def validation_loss(config: TrainConfig, model: PreTrainedModel, held_out: np.nd
     model.eval()
     losses = []
     for number in range(batches):
-        ids = batch_at(fixed, held_out, number, corpora.BOS_ID)
+        ids = batch_at(fixed, held_out, number, text.BOS_ID)
         losses.append(next_token_loss(model(input_ids=ids).logits, ids, loss_at_p0=False).item())
     model.train()
     return float(np.mean(losses))
@@ -184,22 +185,22 @@ def prepare_corpus(config: TrainConfig, out: Path) -> tuple[PreTrainedTokenizerF
     work = out / "work"
     kind, _, name = config.corpus.partition("hub:")
     if config.corpus == "python":
-        files = corpora.corpus_files()
+        files = text.corpus_files()
     elif name and not kind:
-        files = corpora.dataset_rows(name)
+        files = text.dataset_rows(name)
     else:
-        files = corpora.text_files(Path(config.corpus))
+        files = text.text_files(Path(config.corpus))
     training = [file for file in files if not file.held_out] or files
     held_out = [file for file in files if file.held_out] or files
     if not (work / "tokenizer").exists():
-        tokenizer = corpora.train_tokenizer(corpora.tokenizer_sample(training), config.vocab_size)
+        tokenizer = corpus.train_tokenizer(corpus.tokenizer_sample(training), config.vocab_size)
         write_atomically(work / "tokenizer", lambda path: tokenizer.save_pretrained(path) and None)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(work / "tokenizer")
     streams = []
     for name, part in (("training", training), ("held_out", held_out)):
         path = work / f"{name}.npy"
         if not path.exists():
-            stream = corpora.token_stream(part, tokenizer)
+            stream = corpus.token_stream(part, tokenizer)
 
             def write(temporary: Path, stream: np.ndarray = stream) -> None:
                 with temporary.open("wb") as file:
@@ -260,7 +261,7 @@ def train(
             save_state(saved, state)
         if state.step == config.steps:
             break
-        loss = train_step(config, state, batch_at(config, stream, state.step, corpora.BOS_ID))
+        loss = train_step(config, state, batch_at(config, stream, state.step, text.BOS_ID))
         if not math.isfinite(loss):
             raise FloatingPointError(
                 f"the loss became {loss} at step {state.step}; lower the learning rate ({config.learning_rate})"

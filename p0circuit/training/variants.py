@@ -26,8 +26,8 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from p0circuit.models.changes import FIELD, Changes, new_gates
-from p0circuit.training import corpus as corpora
+from p0circuit import text
+from p0circuit.models.architecture_edits import FIELD, Changes, new_gates
 
 ARCHITECTURES = ("llama", "mistral", "gpt2", "qwen3_moe")
 
@@ -163,8 +163,8 @@ def build_model(config: TrainConfig) -> PreTrainedModel:
     torch.manual_seed(config.seed)
     shared: dict[str, Any] = {
         "vocab_size": config.vocab_size,
-        "bos_token_id": corpora.BOS_ID,
-        "eos_token_id": corpora.EOS_ID,
+        "bos_token_id": text.BOS_ID,
+        "eos_token_id": text.EOS_ID,
         "tie_word_embeddings": True,
     }
     if config.architecture == "gpt2":

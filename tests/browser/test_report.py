@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from p0circuit.report import attention_view as module
-from p0circuit.report.attention_view import visible
-from p0circuit.report.page import write_report
+from p0circuit.figures import attention_view as module
+from p0circuit.figures.attention_view import visible
+from p0circuit.report.html import write_report
 from tests.report.made_up import HOSTILE, view, write_run
 
 pytestmark = pytest.mark.browser

@@ -12,19 +12,20 @@ import torch
 
 from p0circuit import sink
 from p0circuit.experiments import NotApplicable
-from p0circuit.experiments.amplification import (
+from p0circuit.experiments.paper.c06_amplification import (
     Amplification,
     AmplificationConfig,
     _carried,
     _projections,
     _two_tokens,
 )
-from p0circuit.experiments.heads import excess_scores, find_sink_heads
-from p0circuit.interventions.contrast import contrast, replacements
+from p0circuit.experiments.sink_under_study import excess_scores, find_sink_heads
 from p0circuit.interventions.experts import experts_at_p0
 from p0circuit.interventions.nodes import Node
+from p0circuit.interventions.pairs import contrast, replacements
 from p0circuit.models import forward, load_model
-from p0circuit.models.wired import wired_model, wired_truth
+from p0circuit.models.constructed.build import wired_model
+from p0circuit.models.constructed.truth import wired_truth
 from p0circuit.prompts import random_tokens
 from p0circuit.results import Result
 from p0circuit.sink import uniform_excess

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from p0circuit.activations import SINK_SCORE, record
 from p0circuit.experiments import NotApplicable
-from p0circuit.experiments.any_token import (
+from p0circuit.experiments.paper.c03_any_token import (
     AnyToken,
     AnyTokenConfig,
     embedding_probe,
@@ -21,8 +20,12 @@ from p0circuit.experiments.any_token import (
 )
 from p0circuit.interventions.vocabulary import sink_scores_by_token, vocabulary_sweep
 from p0circuit.models import load_model
-from p0circuit.models.wired import residual_subspaces, wired_model, wired_truth
+from p0circuit.models.constructed.build import wired_model
+from p0circuit.models.constructed.truth import wired_truth
+from p0circuit.models.constructed.weights import residual_subspaces
 from p0circuit.prompts import from_ids, random_tokens
+from p0circuit.recording.quantities import SINK_SCORE
+from p0circuit.recording.record import record
 from p0circuit.results import Result
 
 LENGTH = 32
@@ -146,7 +149,7 @@ def test_without_a_sink_no_token_makes_one(name: str, checkpoint: int | None) ->
 
 
 def test_tokens_are_shown_as_text(tiny: Any) -> None:
-    from p0circuit.experiments.any_token import _texts
+    from p0circuit.experiments.paper.c03_any_token import _texts
 
     ids = tiny.tokenizer.encode("return", add_special_tokens=False)
     assert "".join(map(eval, _texts(tiny, torch.tensor(ids)))) == "return"

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from p0circuit.experiments import BosAblation, BosAblationConfig, NotApplicable
-from p0circuit.intervals import bootstrap
-from p0circuit.models.wired import wired_model
+from p0circuit.models.constructed.build import wired_model
 from p0circuit.prompts import PromptSet, random_tokens
 from p0circuit.results import Result
+from p0circuit.stats import bootstrap
 from tests.literal import loss, run_with_cache, score
 from tests.tiny import HEADS, LAYERS
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from p0circuit.experiments.circuit import Circuit, CircuitConfig
-from p0circuit.experiments.heads import find_sink_heads, sink_heads
+from p0circuit.experiments.exploratory.circuit import Circuit, CircuitConfig
+from p0circuit.experiments.sink_under_study import find_sink_heads
 from p0circuit.models import describe, load_model
+from p0circuit.models.constructed.build import decoy_model, wired_model
+from p0circuit.models.constructed.truth import wired_truth
 from p0circuit.models.passes import count_passes
-from p0circuit.models.wired import decoy_model, wired_model, wired_truth
 from p0circuit.prompts import natural_text, random_tokens
+from p0circuit.sink import sink_heads
 
 
 def auroc(positive: list[float], negative: list[float]) -> float:

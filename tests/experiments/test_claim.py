@@ -8,7 +8,7 @@ import pytest
 
 from p0circuit.experiments import EXPERIMENTS, RUN_EXPERIMENTS
 from p0circuit.experiments.claim import Claim, Clause
-from p0circuit.intervals import Interval
+from p0circuit.stats import Interval
 
 TENTH = Interval(0.1, 0.05, 0.15, 20)
 

@@ -17,11 +17,6 @@ from p0circuit.experiments import (
     SinkMap,
 )
 from p0circuit.experiments.conditions import (
-    SOME_BOS,
-    TWO_BOS,
-    WITH_BOS,
-    WITHOUT_BOS,
-    condition_of,
     default_text,
     readable,
     readable_by_seeds,
@@ -29,13 +24,23 @@ from p0circuit.experiments.conditions import (
     text_like,
     with_and_without_bos,
 )
-from p0circuit.experiments.heads import find_sink_heads
 from p0circuit.experiments.practice import find_used_sink, under
 from p0circuit.experiments.sink_condition import ROWS, SHARED, find_condition, rows_to_choose_on, unused_rows
 from p0circuit.experiments.sink_summary import after_bos
+from p0circuit.experiments.sink_under_study import find_sink_heads
 from p0circuit.models import load_model
 from p0circuit.models.controls import untrained
-from p0circuit.prompts import PromptSet, from_ids, natural_text, random_tokens
+from p0circuit.prompts import (
+    SOME_BOS,
+    TWO_BOS,
+    WITH_BOS,
+    WITHOUT_BOS,
+    PromptSet,
+    condition_of,
+    from_ids,
+    natural_text,
+    random_tokens,
+)
 
 # The tokenizers of the shipped models have a BOS whose id is 0.
 BOS = 0

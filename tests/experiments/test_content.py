@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from p0circuit.experiments.base import NotApplicable
-from p0circuit.experiments.content import Content, ContentConfig
+from p0circuit.experiments.paper.c09_content import Content, ContentConfig
 from p0circuit.experiments.surgery import Sink
 from p0circuit.models import load_model
-from p0circuit.models.wired import decoy_model, wired_model
+from p0circuit.models.constructed.build import decoy_model, wired_model
 from p0circuit.prompts import from_ids, natural_text, random_tokens
 from tests.experiments.test_structure import HEADS, T, distinct
 from tests.families import VOCAB

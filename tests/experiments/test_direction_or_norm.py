@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from p0circuit.experiments.base import NotApplicable
-from p0circuit.experiments.direction_or_norm import DirectionOrNorm, DirectionOrNormConfig
+from p0circuit.experiments.paper.c08_direction_or_norm import DirectionOrNorm, DirectionOrNormConfig
 from p0circuit.experiments.surgery import Sink
 from p0circuit.models import load_model
-from p0circuit.models.wired import decoy_model, wired_model, wired_truth
+from p0circuit.models.constructed.build import decoy_model, wired_model
+from p0circuit.models.constructed.truth import wired_truth
 from p0circuit.prompts import natural_text, random_tokens
 from p0circuit.sink import uniform_excess
 from tests.experiments.test_structure import HEADS, T, distinct

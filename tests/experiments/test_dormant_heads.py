@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from p0circuit.experiments import DormantHeads, DormantHeadsConfig, NotApplicable
-from p0circuit.experiments.dormant_heads import (
+from p0circuit.experiments.deployment.c19_dormant_heads import (
     Zeroing,
     by_output_norm,
     by_sink_score,
@@ -20,7 +20,7 @@ from p0circuit.experiments.dormant_heads import (
     zeroed,
 )
 from p0circuit.models import load_model
-from p0circuit.models.wired import decoy_model
+from p0circuit.models.constructed.build import decoy_model
 from p0circuit.prompts import natural_text, random_tokens
 from p0circuit.results import Result
 from tests.families import VOCAB

@@ -14,8 +14,8 @@ import torch
 
 from p0circuit import sink
 from p0circuit.experiments import NotApplicable
-from p0circuit.experiments.experts import Experts, ExpertsConfig, _in_use, _random_order
-from p0circuit.experiments.heads import excess_scores, find_sink_heads
+from p0circuit.experiments.exploratory.experts import Experts, ExpertsConfig, _in_use, _random_order
+from p0circuit.experiments.sink_under_study import excess_scores, find_sink_heads
 from p0circuit.models import load_model
 from p0circuit.models.hooked import available
 from p0circuit.prompts import PromptSet, natural_text, random_tokens

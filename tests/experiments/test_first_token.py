@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from p0circuit.experiments import first_token
 from p0circuit.experiments.base import NotApplicable
-from p0circuit.experiments.first_token import (
+from p0circuit.experiments.deployment import c20_first_token as first_token
+from p0circuit.experiments.deployment.c20_first_token import (
     BOS,
     FAR,
     MIDDLE,
@@ -33,7 +33,7 @@ from p0circuit.experiments.first_token import (
     trained_register,
 )
 from p0circuit.models import forward, load_model
-from p0circuit.models.wired import decoy_model, wired_model
+from p0circuit.models.constructed.build import decoy_model, wired_model
 from p0circuit.prompts import from_ids, natural_text, random_tokens
 from tests.families import VOCAB
 from tests.literal import loss

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from p0circuit.experiments.base import NotApplicable
-from p0circuit.experiments.function import Function, FunctionConfig
-from p0circuit.experiments.heads import SinkHeads
+from p0circuit.experiments.paper.c12_function import Function, FunctionConfig
+from p0circuit.experiments.sink_under_study import SinkHeads
 from p0circuit.experiments.surgery import random_offsets, row_of_another_token
-from p0circuit.intervals import Interval
 from p0circuit.models import load_model
-from p0circuit.models.wired import decoy_model, wired_model
+from p0circuit.models.constructed.build import decoy_model, wired_model
 from p0circuit.prompts import natural_text, random_tokens
+from p0circuit.stats import Interval
 from tests.experiments.test_structure import distinct
 from tests.families import VOCAB
 from tests.literal import loss, norm

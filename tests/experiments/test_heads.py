@@ -6,13 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from p0circuit.activations import SINK_SCORE, record
 from p0circuit.experiments.base import NotApplicable
-from p0circuit.experiments.heads import excess_scores, find_sink_heads, listed, scores_of
-from p0circuit.interventions.ablation import mask_key
+from p0circuit.experiments.sink_under_study import excess_scores, find_sink_heads, listed, scores_of
+from p0circuit.interventions.attention_edits import mask_key
 from p0circuit.models import describe, forward
-from p0circuit.models.wired import decoy_model, wired_model, wired_truth
+from p0circuit.models.constructed.build import decoy_model, wired_model
+from p0circuit.models.constructed.truth import wired_truth
 from p0circuit.prompts import random_tokens
+from p0circuit.recording.quantities import SINK_SCORE
+from p0circuit.recording.record import record
 from p0circuit.sink import uniform_excess
 
 

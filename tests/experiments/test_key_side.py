@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from p0circuit.activations import record
 from p0circuit.experiments import NotApplicable
-from p0circuit.experiments.key_side import PARTS, KeySide, _parts_at, mean_query
+from p0circuit.experiments.paper.c10_key_side import PARTS, KeySide, _parts_at, mean_query
 from p0circuit.interventions.closed_form import ScoreForm, key_hook, query_hook
 from p0circuit.models import describe, load_model
-from p0circuit.models.wired import wired_model, wired_truth
+from p0circuit.models.constructed.build import wired_model
+from p0circuit.models.constructed.truth import wired_truth
 from p0circuit.prompts import from_ids, random_tokens
+from p0circuit.recording.record import record
 from tests.literal import median, norm, run_with_cache
 
 LAYER, HEADS = 1, (0, 3)
@@ -98,7 +99,7 @@ def test_padding_is_neither_query_nor_key(family_model: Callable[[str, str], Any
 
 
 def test_the_mean_query_leaves_out_p0_and_padding() -> None:
-    from p0circuit.activations import Batch
+    from p0circuit.recording.quantities import Batch
 
     query = torch.arange(5.0)[None, :, None, None].expand(2, 5, 3, 2)
     mask = torch.tensor([[True] * 5, [False, False, True, True, True]])

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from p0circuit.activations import record
 from p0circuit.experiments import NotApplicable
-from p0circuit.experiments.limits import Limits, LimitsConfig, blind_queries, different_tokens, opened
-from p0circuit.interventions.contrast import contrast
+from p0circuit.experiments.paper.c11_limits import Limits, LimitsConfig, blind_queries, different_tokens, opened
+from p0circuit.interventions.pairs import contrast
 from p0circuit.models import load_model
+from p0circuit.models.constructed.build import decoy_model, wired_model
 from p0circuit.models.hooked import available
-from p0circuit.models.wired import decoy_model, wired_model
 from p0circuit.prompts import from_ids, natural_text, random_tokens
+from p0circuit.recording.record import record
 from p0circuit.results import Result
 from p0circuit.sink import uniform_excess
 from tests.experiments.test_path import distinct, embedded_sink, predicted_scores

@@ -9,10 +9,11 @@ import pytest
 from torch import Tensor
 
 from p0circuit.experiments import NormDirection, NormDirectionConfig
-from p0circuit.intervals import Interval, bootstrap
-from p0circuit.models.wired import wired_model, wired_truth
+from p0circuit.models.constructed.build import wired_model
+from p0circuit.models.constructed.truth import wired_truth
 from p0circuit.prompts import PromptSet, random_tokens
 from p0circuit.results import Result
+from p0circuit.stats import Interval, bootstrap
 from tests.literal import direction_cosines, over_others, run_with_cache
 from tests.tiny import LAYERS
 

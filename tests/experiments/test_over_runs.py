@@ -10,20 +10,13 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from p0circuit.experiments import (
-    RUN_EXPERIMENTS,
-    Concentration,
-    Convergence,
-    Early,
-    Methods,
-    find_experiment,
-    over_runs,
-)
+from p0circuit.experiments import RUN_EXPERIMENTS, Concentration, Convergence, Early, Methods, find_experiment
 from p0circuit.experiments.base import NotApplicable
-from p0circuit.experiments.concentration import permuted_trend, spearman
-from p0circuit.experiments.convergence import held_out_errors, lead_and_lag
-from p0circuit.intervals import over_seeds
+from p0circuit.experiments.training import runs_experiment as over_runs
+from p0circuit.experiments.training.c14_concentration import permuted_trend, spearman
+from p0circuit.experiments.training.c15_convergence import held_out_errors, lead_and_lag
 from p0circuit.results import Result
+from p0circuit.stats import over_seeds
 from p0circuit.training.runs import Run, as_trained, shipped_runs
 
 STEPS = np.array([0, *np.geomspace(16, 9000, 15).round()])

@@ -10,7 +10,7 @@ from p0circuit.experiments.clean_recording import CLEAN_PASSES, record_clean
 from p0circuit.experiments.conditions import readable
 from p0circuit.models import describe, load_model
 from p0circuit.models.passes import count_passes
-from p0circuit.row_memory import remember_rows
+from p0circuit.recording.memory import remember_rows
 
 TOLERANCE = 0.25
 NEXT_TO_NOTHING = 0.1

@@ -11,16 +11,26 @@ import torch
 
 from p0circuit.experiments import NotApplicable
 from p0circuit.experiments.edges import input_shares
-from p0circuit.experiments.heads import find_sink_heads
-from p0circuit.experiments.path import BESIDE, JOINT, WHOLE, ThePath, ThePathConfig, at_p0, joint_changes
-from p0circuit.interventions.contrast import contrast
+from p0circuit.experiments.paper.c07_causal_path import (
+    BESIDE,
+    JOINT,
+    WHOLE,
+    ThePath,
+    ThePathConfig,
+    at_p0,
+    joint_changes,
+)
+from p0circuit.experiments.sink_under_study import find_sink_heads
 from p0circuit.interventions.metrics import measure, sink_score_of
+from p0circuit.interventions.pairs import contrast
 from p0circuit.interventions.path_patching import PathEffects
 from p0circuit.models import describe, forward, load_model
 from p0circuit.models.bridge import to_bridge
+from p0circuit.models.constructed.build import decoy_model, wired_huggingface, wired_model
+from p0circuit.models.constructed.truth import wired_truth
+from p0circuit.models.constructed.weights import purity, residual_subspaces
 from p0circuit.models.hooked import available, to_hooked
 from p0circuit.models.passes import count_passes
-from p0circuit.models.wired import decoy_model, purity, residual_subspaces, wired_huggingface, wired_model, wired_truth
 from p0circuit.prompts import from_ids, natural_text, random_tokens
 from p0circuit.results import Result
 from p0circuit.sink import uniform_excess

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from p0circuit.experiments.base import NotApplicable
-from p0circuit.experiments.practice import find_used_sink
-from p0circuit.experiments.quantisation import (
+from p0circuit.experiments.deployment.c18_quantisation import Quantisation, QuantisationConfig
+from p0circuit.experiments.deployment.int8_effects import (
     ANOTHER_KEPT,
     CALIBRATED,
     CALIBRATED_P0_KEPT,
@@ -26,16 +26,15 @@ from p0circuit.experiments.quantisation import (
     WEIGHTS,
     Calibration,
     Int8Effects,
-    Quantisation,
-    QuantisationConfig,
     calibrated,
     int8_effects,
     over_draws,
 )
+from p0circuit.experiments.practice import find_used_sink
 from p0circuit.experiments.surgery import random_offsets
 from p0circuit.interventions.int8 import Site
 from p0circuit.models import load_model
-from p0circuit.models.wired import decoy_model
+from p0circuit.models.constructed.build import decoy_model
 from p0circuit.prompts import from_ids, natural_text, random_tokens
 from tests.families import LAYERS, VOCAB
 from tests.literal import loss
@@ -194,7 +193,7 @@ def test_calibration_sees_all_rows_and_no_padding(
 ) -> None:
     model = family_model("llama-grouped", "bridge")
     with monkeypatch.context() as patch:
-        patch.setattr("p0circuit.experiments.quantisation.batch_size_for", lambda *_, **__: 4)
+        patch.setattr("p0circuit.experiments.deployment.c18_quantisation.batch_size_for", lambda *_, **__: 4)
         in_batches = calibrated(model, CALIBRATING)
     padded = calibrated(model, from_ids(CALIBRATING.ids).left_padded([7] * 6, seed=1))
     short = calibrated(model, from_ids(CALIBRATING.ids[:, :7]))

@@ -13,13 +13,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from p0circuit.advice import YES, _look
-from p0circuit.experiments.conditions import WITH_BOS, WITHOUT_BOS, bos_id, condition_of, default_text
+from p0circuit.experiments.conditions import default_text
 from p0circuit.experiments.sink_condition import find_condition
 from p0circuit.experiments.sink_summary import after_bos, sink_summary
 from p0circuit.models import CATALOG, load_model
 from p0circuit.models.download import is_fetched
 from p0circuit.models.source import resolve
-from p0circuit.prompts import PromptSet, natural_text
+from p0circuit.prompts import WITH_BOS, WITHOUT_BOS, PromptSet, bos_id, condition_of, natural_text
 from tests.conftest import OWN_CACHE
 
 

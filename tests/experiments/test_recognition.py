@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from p0circuit.activations import Batch
 from p0circuit.experiments import NotApplicable
-from p0circuit.experiments.recognition import (
+from p0circuit.experiments.paper.c04_recognition import (
     Cone,
     Recognition,
     cone,
@@ -22,8 +21,10 @@ from p0circuit.experiments.recognition import (
     variance_explained,
 )
 from p0circuit.models import load_model
-from p0circuit.models.wired import RECOGNITION_HEADS, purity, wired_model
+from p0circuit.models.constructed.build import wired_model
+from p0circuit.models.constructed.weights import RECOGNITION_HEADS, purity
 from p0circuit.prompts import PromptSet, random_tokens
+from p0circuit.recording.quantities import Batch
 from p0circuit.results import Result
 from tests.literal import norm, run_with_cache
 

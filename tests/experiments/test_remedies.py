@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from p0circuit.experiments.base import NotApplicable
-from p0circuit.experiments.first_token import FAR
-from p0circuit.experiments.remedies import (
+from p0circuit.experiments.deployment.c20_first_token import FAR
+from p0circuit.experiments.deployment.mitigations import (
     AS_IS,
     BEHIND_BOS,
     BEHIND_REGISTER,
@@ -30,10 +30,11 @@ from p0circuit.experiments.remedies import (
     remedies_for,
     text_losses,
 )
-from p0circuit.interventions.ablation import mask_key, with_zero_logit, zero_logit
+from p0circuit.interventions.attention_edits import mask_key, zero_logit
+from p0circuit.interventions.edits import with_zero_logit
 from p0circuit.interventions.int8 import LEVELS, Site, on_inputs
 from p0circuit.models import describe, forward, load_model
-from p0circuit.models.wired import decoy_model, wired_model
+from p0circuit.models.constructed.build import decoy_model, wired_model
 from p0circuit.prompts import PromptSet, natural_text, random_tokens
 from tests.families import VOCAB
 from tests.literal import loss

@@ -13,11 +13,12 @@ import torch
 from p0circuit.experiments import EXPERIMENTS, SinkMap, SinkMapConfig
 from p0circuit.experiments.conditions import conditions
 from p0circuit.experiments.sink_summary import sink_summary
-from p0circuit.intervals import bootstrap
-from p0circuit.models.wired import decoy_model, wired_model, wired_truth
+from p0circuit.models.constructed.build import decoy_model, wired_model
+from p0circuit.models.constructed.truth import wired_truth
 from p0circuit.prompts import PromptSet, random_tokens
 from p0circuit.results import Result
-from p0circuit.training.corpus import BOS_TOKEN
+from p0circuit.stats import bootstrap
+from p0circuit.text import BOS_TOKEN
 from tests.literal import direction_cosines, over_others, run_with_cache, score
 from tests.tiny import HEADS, LAYERS
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from p0circuit.experiments import NotApplicable, Streaming, StreamingConfig
-from p0circuit.experiments.streaming import Costs, costs_of, decoded, first_prediction
+from p0circuit.experiments.deployment.c17_streaming import Costs, costs_of, decoded, first_prediction
 from p0circuit.models import load_model
-from p0circuit.models.wired import decoy_model
+from p0circuit.models.constructed.build import decoy_model
 from p0circuit.prompts import natural_text, random_tokens
 from p0circuit.results import Result
 from tests.families import VOCAB, build

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from p0circuit.experiments.base import NotApplicable
-from p0circuit.experiments.structure import Structure, StructureConfig
+from p0circuit.experiments.paper.c05_structure import Structure, StructureConfig
 from p0circuit.experiments.surgery import Sink
 from p0circuit.models import load_model
-from p0circuit.models.wired import decoy_model, wired_model, wired_truth
+from p0circuit.models.constructed.build import decoy_model, wired_model
+from p0circuit.models.constructed.truth import wired_truth
 from p0circuit.prompts import PromptSet, from_ids, natural_text, random_tokens
 from tests.families import VOCAB
 from tests.literal import score

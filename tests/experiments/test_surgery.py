@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from p0circuit.experiments.base import NotApplicable
-from p0circuit.experiments.heads import excess_by_head, over_heads
+from p0circuit.experiments.sink_under_study import excess_by_head, over_heads
 from p0circuit.experiments.surgery import (
     Sink,
     find_sink,
@@ -18,7 +18,8 @@ from p0circuit.experiments.surgery import (
     random_offsets,
     row_of_another_token,
 )
-from p0circuit.models.wired import decoy_model, wired_model, wired_truth
+from p0circuit.models.constructed.build import decoy_model, wired_model
+from p0circuit.models.constructed.truth import wired_truth
 from p0circuit.prompts import random_tokens
 from tests.literal import run_with_cache, score
 

@@ -14,31 +14,27 @@ from hypothesis import given, settings
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
-from p0circuit.activations import SINK_SCORE, TOKEN_LOSSES, record, residual_at
-from p0circuit.interventions import ablation
+from p0circuit.interventions import edits
 from p0circuit.interventions.ablation import (
-    Intervention,
     ablate,
     add_component,
-    isolate,
-    mask_key,
     match_statistics,
-    mix,
-    p0_direction,
-    redirect,
-    remove_heads,
     replace_direction,
     replace_norm,
     replace_orthogonal,
     set_component,
-    zero_value,
 )
-from p0circuit.interventions.contrast import contrast, replacements, values_at
+from p0circuit.interventions.attention_edits import isolate, mask_key, mix, redirect, remove_heads, zero_value
+from p0circuit.interventions.intervention import Intervention, p0_direction
 from p0circuit.interventions.nodes import InterventionError, Node
+from p0circuit.interventions.pairs import contrast, replacements, values_at
 from p0circuit.models import ModelError, describe, forward
+from p0circuit.models.constructed.build import wired_model
+from p0circuit.models.constructed.truth import wired_truth
 from p0circuit.models.forward import hook_point
-from p0circuit.models.wired import wired_model, wired_truth
 from p0circuit.prompts import PromptSet, random_tokens
+from p0circuit.recording.quantities import SINK_SCORE, TOKEN_LOSSES, residual_at
+from p0circuit.recording.record import record
 from tests.families import CASES, VOCAB
 
 N, LENGTH = 5, 11
@@ -153,24 +149,24 @@ def test_vector_surgery_changes_what_it_names_and_nothing_else(drawn: tuple[Tens
     size = number.abs()
     exact = {"rtol": 1e-9, "atol": 1e-9 * float(max(value.abs().max(), other.abs().max(), size.max()))}
 
-    resized = ablation.with_norm(value, size)
+    resized = edits.with_norm(value, size)
     assert torch.allclose(resized.norm(dim=-1), size, **exact)
     assert torch.allclose(cosine_similarity(resized, value, dim=-1), torch.ones(1).double())
 
-    turned = ablation.with_direction(value, other)
+    turned = edits.with_direction(value, other)
     assert torch.allclose(turned.norm(dim=-1), value.norm(dim=-1), **exact)
     assert torch.allclose(cosine_similarity(turned, other, dim=-1), torch.ones(1).double())
 
     standardised = (value - value.mean(-1, keepdim=True)) / value.var(-1, unbiased=False, keepdim=True).sqrt()
     literal = standardised * other.var(-1, unbiased=False, keepdim=True).sqrt() + other.mean(-1, keepdim=True)
-    assert torch.allclose(ablation.with_statistics(value, other), literal, rtol=1e-6, atol=exact["atol"])
+    assert torch.allclose(edits.with_statistics(value, other), literal, rtol=1e-6, atol=exact["atol"])
 
     unit = other / other.norm(dim=-1, keepdim=True)
-    projected = ablation.with_component(value, other, number)
+    projected = edits.with_component(value, other, number)
     assert torch.allclose((projected * unit).sum(-1), number, **exact)
     rest = value - (value * unit).sum(-1, keepdim=True) * unit
     assert torch.allclose(projected - number[:, None] * unit, rest, **exact)
-    assert torch.allclose(ablation.with_added(value, other, number), value + number[:, None] * unit, **exact)
+    assert torch.allclose(edits.with_added(value, other, number), value + number[:, None] * unit, **exact)
 
 
 @given(rows_and_width.flatmap(lambda s: st.tuples(tensors(*s), tensors(*s), tensors(s[1]))))
@@ -178,7 +174,7 @@ def test_the_orthogonal_part_is_the_others_and_the_parallel_part_stays(drawn: tu
     value, other, direction = drawn
     exact = {"rtol": 1e-9, "atol": 1e-9 * float(max(value.abs().max(), other.abs().max()))}
     unit = direction / direction.norm()
-    new = ablation.with_orthogonal(value, other, direction)
+    new = edits.with_orthogonal(value, other, direction)
     assert torch.allclose(new @ unit, value @ unit, **exact)
     assert torch.allclose(new - torch.outer(new @ unit, unit), other - torch.outer(other @ unit, unit), **exact)
 
@@ -186,22 +182,22 @@ def test_the_orthogonal_part_is_the_others_and_the_parallel_part_stays(drawn: tu
 @given(rows_and_width.flatmap(lambda s: st.tuples(tensors(*s), tensors(s[1]))))
 def test_surgery_with_a_vectors_own_properties_changes_no_bit(drawn: tuple[Tensor, Tensor]) -> None:
     value, direction = drawn[0].float(), drawn[1].float()
-    own = ablation.component(value, direction)
+    own = edits.component(value, direction)
     for new in (
-        ablation.with_norm(value, value.norm(dim=-1)),
-        ablation.with_direction(value, value),
-        ablation.with_statistics(value, value),
-        ablation.with_component(value, direction, own),
-        ablation.with_orthogonal(value, value, direction),
+        edits.with_norm(value, value.norm(dim=-1)),
+        edits.with_direction(value, value),
+        edits.with_statistics(value, value),
+        edits.with_component(value, direction, own),
+        edits.with_orthogonal(value, value, direction),
     ):
         assert torch.equal(new, value)
 
 
 def test_vectors_without_direction_or_variance_stay_finite() -> None:
     zero, constant, like = torch.zeros(1, 4), torch.full((1, 4), 2.0), torch.tensor([[1.0, 2.0, 3.0, 6.0]])
-    assert torch.equal(ablation.with_norm(zero, torch.tensor([5.0])), zero)
-    assert torch.equal(ablation.with_direction(zero, like), zero)
-    assert torch.equal(ablation.with_statistics(constant, like), torch.full((1, 4), 3.0))
+    assert torch.equal(edits.with_norm(zero, torch.tensor([5.0])), zero)
+    assert torch.equal(edits.with_direction(zero, like), zero)
+    assert torch.equal(edits.with_statistics(constant, like), torch.full((1, 4), 3.0))
 
 
 @st.composite
@@ -241,16 +237,16 @@ def test_attention_surgery_edits_the_entries_it_should(drawn: tuple[Tensor, Tens
                     exponentials = (scores[row, head, query] - scores[row, head, query, others].max()).exp()
                     renormalised[row, head, query] = exponentials / exponentials[others].sum()
                     renormalised[row, head, query, s] = 0
-    assert torch.equal(ablation.attending_to_itself(pattern, target), itself)
-    assert torch.equal(ablation.attending_as(pattern, source, target), copied)
-    assert torch.allclose(ablation.redirected(pattern, source, target), moved, rtol=0, atol=1e-12)
-    assert torch.allclose(ablation.without_key(scores, source).softmax(-1), renormalised, rtol=0, atol=1e-12)
+    assert torch.equal(edits.attending_to_itself(pattern, target), itself)
+    assert torch.equal(edits.attending_as(pattern, source, target), copied)
+    assert torch.allclose(edits.redirected(pattern, source, target), moved, rtol=0, atol=1e-12)
+    assert torch.allclose(edits.without_key(scores, source).softmax(-1), renormalised, rtol=0, atol=1e-12)
 
     values = torch.randn(batch, length, heads, 4, generator=torch.Generator().manual_seed(0)).double()
     z = torch.einsum("bhqk,bkhd->bqhd", pattern, values)
     zeroed = values.clone()
     zeroed[torch.arange(batch), source] = 0
-    read = ablation.without_value(z, pattern, values, source)
+    read = edits.without_value(z, pattern, values, source)
     for row in range(batch):
         s = int(source[row])
         assert torch.equal(read[row, :s], z[row, :s])
@@ -265,7 +261,7 @@ def test_the_median_leaves_out_the_position_itself_and_padding(batch: int, lengt
     starts = torch.randint(length - 1, (batch,), generator=generator)
     mask = torch.arange(length) >= starts[:, None]
     position = starts + torch.randint(length, (batch,), generator=generator) % (length - starts)
-    medians = ablation.median_norm_of_others(stream, position, mask)
+    medians = edits.median_norm_of_others(stream, position, mask)
     for row in range(batch):
         others = [other for other in range(int(starts[row]), length) if other != int(position[row])]
         literal = statistics.median(float(stream[row, other].norm()) for other in others)
@@ -653,7 +649,7 @@ def test_surgery_on_the_wired_model_does_what_its_construction_says(positions: A
     assert clean[0] > 0.8 and clean[1] < 0.02
     assert abs(float(direction @ truth.p0_direction.float())) > 0.99
 
-    elsewhere = ablation.with_component(torch.randn(160), direction, torch.tensor(0.0))
+    elsewhere = edits.with_component(torch.randn(160), direction, torch.tensor(0.0))
     gone = [
         mix(model, prompts, ["attn.0"], donor=t),
         match_statistics(model, prompts, ["attn.0"], donor=t, offset=0),

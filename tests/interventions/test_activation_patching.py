@@ -13,8 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.memory import PeakMemory
-from p0circuit import activations
-from p0circuit.intervals import ratio_interval
 from p0circuit.interventions import activation_patching as ap
 from p0circuit.interventions.activation_patching import (
     Patch,
@@ -24,7 +22,6 @@ from p0circuit.interventions.activation_patching import (
     patch_heads,
     patch_neurons,
 )
-from p0circuit.interventions.contrast import Contrast, contrast, replacements
 from p0circuit.interventions.metrics import (
     LOGITS,
     Metric,
@@ -38,11 +35,14 @@ from p0circuit.interventions.metrics import (
     sink_score_of,
 )
 from p0circuit.interventions.nodes import InterventionError, Node
+from p0circuit.interventions.pairs import Contrast, contrast, replacements
 from p0circuit.models import ModelError, describe, forward, load_model
+from p0circuit.models.constructed.build import wired_model
+from p0circuit.models.constructed.truth import wired_truth
 from p0circuit.models.forward import hook_points
 from p0circuit.models.hooked import available
-from p0circuit.models.wired import wired_model, wired_truth
 from p0circuit.prompts import random_tokens
+from p0circuit.stats import ratio_interval
 from tests.families import CASES, FAMILIES, VOCAB
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -538,7 +538,7 @@ def test_effects_and_their_intervals(model):
 
 
 def test_the_figure_has_a_panel_per_offset(model, tmp_path):
-    from p0circuit.report.figures import effect_maps
+    from p0circuit.figures.maps import effect_maps
 
     figure = effect_maps(patch_components(model, PAIR, SINK, offsets=[0, 2]).maps(), "noising")
     assert [axis.get_title() for axis in figure.axes[:2]] == ["at P0", "at P0 + 2"]

@@ -12,7 +12,6 @@ import torch
 from p0circuit.interventions import attribution
 from p0circuit.interventions.activation_patching import Patch, patch_grid
 from p0circuit.interventions.attribution import Attribution, Screen, attribute, replacements_at_p0, screen
-from p0circuit.interventions.contrast import Contrast, contrast, replacements
 from p0circuit.interventions.metrics import (
     Metric,
     Reading,
@@ -23,9 +22,11 @@ from p0circuit.interventions.metrics import (
     sink_score_of,
 )
 from p0circuit.interventions.nodes import InterventionError, Node
+from p0circuit.interventions.pairs import Contrast, contrast, replacements
 from p0circuit.models import ModelError, describe, forward
+from p0circuit.models.constructed.build import wired_model
+from p0circuit.models.constructed.truth import wired_truth
 from p0circuit.models.hooked import available
-from p0circuit.models.wired import wired_model, wired_truth
 from p0circuit.prompts import from_ids, random_tokens
 from tests.families import CASES, VOCAB
 

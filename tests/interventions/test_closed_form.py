@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from p0circuit.interventions.closed_form import key_edges, p0_keys
-from p0circuit.interventions.contrast import contrast, replacements
 from p0circuit.interventions.nodes import InterventionError, Node, components
-from p0circuit.interventions.one_row import p0_blocks
+from p0circuit.interventions.pairs import contrast, replacements
+from p0circuit.interventions.single_token import p0_blocks
 from p0circuit.interventions.vocabulary import sink_scores_by_token, vocabulary_sweep
 from p0circuit.models import describe, forward
 from p0circuit.prompts import random_tokens

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from p0circuit import activations
-from p0circuit.interventions.contrast import contrast, replacements, values_at
-from p0circuit.models.wired import wired_model
+from p0circuit.interventions.pairs import contrast, replacements, values_at
+from p0circuit.models.constructed.build import wired_model
 from p0circuit.prompts import random_tokens
+from p0circuit.recording import batch_size
 
 NODES = ["embed", "attn.0", "attn.1.2", "mlp.1", "neuron.0.17", "resid_post.2"]
 
@@ -27,7 +27,7 @@ def test_rows_one_at_a_time_give_what_all_at_once_give(monkeypatch: pytest.Monke
 
     at_once = list(everything())
     monkeypatch.setattr(activations, "BATCH_BYTES", 1)
-    assert activations.batch_size_for(model, 12, with_logits=False) == 1
+    assert batch_size.batch_size_for(model, 12, with_logits=False) == 1
     one_by_one = list(everything())
     assert len(one_by_one) == 3 * len(NODES)
     for (node, expected), (same, value) in zip(at_once, one_by_one, strict=True):

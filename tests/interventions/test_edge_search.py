@@ -7,18 +7,19 @@ import functools
 import pytest
 import torch
 
-from p0circuit.experiments.conditions import drawable
 from p0circuit.interventions.closed_form import key_hook, query_hook
-from p0circuit.interventions.contrast import contrast, replacements
 from p0circuit.interventions.edge_search import search_edges
 from p0circuit.interventions.metrics import Rows, loss, measure, sink_score_of
 from p0circuit.interventions.nodes import InterventionError, Node, components
+from p0circuit.interventions.pairs import contrast, replacements
 from p0circuit.interventions.path_patching import path_patch, receivers_of
 from p0circuit.interventions.receiver_inputs import InputPatch, measure_inputs, read_at_p0
 from p0circuit.models import describe, forward, load_model, passes
+from p0circuit.models.constructed.build import wired_model
+from p0circuit.models.constructed.truth import wired_truth
 from p0circuit.models.forward import hooked
+from p0circuit.models.info import drawable
 from p0circuit.models.passes import count_passes
-from p0circuit.models.wired import wired_model, wired_truth
 from p0circuit.prompts import natural_text, random_tokens
 from tests.families import CASES, VOCAB
 

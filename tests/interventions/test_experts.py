@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from p0circuit.activations import RESIDUAL_NORMS, SINK_SCORE, record
 from p0circuit.interventions.experts import experts_at, mixture_layers, remove_experts, routing
 from p0circuit.interventions.nodes import InterventionError
 from p0circuit.models import forward, load_model
 from p0circuit.prompts import PromptSet, random_tokens
+from p0circuit.recording.quantities import RESIDUAL_NORMS, SINK_SCORE
+from p0circuit.recording.record import record
 from tests.families import write
 
 CASES = [("mixtral", "hooked"), ("mixtral", "bridge"), ("qwen3-moe", "bridge"), ("olmoe", "bridge")]

@@ -7,16 +7,17 @@ import functools
 import pytest
 import torch
 
-from p0circuit.experiments.path import at_p0
-from p0circuit.interventions.contrast import contrast, replacements
+from p0circuit.experiments.paper.c07_causal_path import at_p0
 from p0circuit.interventions.metrics import loss, measure, norm_ratio_after, sink_score_of
 from p0circuit.interventions.nodes import InterventionError, Node, components
+from p0circuit.interventions.pairs import contrast, replacements
 from p0circuit.interventions.path_patching import Receiver, edges_into_keys, own_scores, path_patch, receivers_of
 from p0circuit.models import describe, forward
 from p0circuit.models.bridge import to_bridge
+from p0circuit.models.constructed.build import wired_model
+from p0circuit.models.constructed.truth import wired_truth
 from p0circuit.models.forward import hook_point
 from p0circuit.models.hooked import available, to_hooked
-from p0circuit.models.wired import wired_model, wired_truth
 from p0circuit.prompts import random_tokens
 from tests.families import CASES, VOCAB, build
 from tests.interventions.oracles import component_outputs

@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from p0circuit.activations import TOKEN_LOSSES, record
 from p0circuit.interventions.nodes import InterventionError
-from p0circuit.interventions.streaming import _check_form, _rotation, cache_of, rotations, streamed
+from p0circuit.interventions.sliding_window import _check_form, _rotation, cache_of, rotations, streamed
 from p0circuit.models import forward, load_model
 from p0circuit.models.hooked import available
 from p0circuit.prompts import PromptSet, random_tokens
+from p0circuit.recording.quantities import TOKEN_LOSSES
+from p0circuit.recording.record import record
 from tests.families import VOCAB, build
 
 T, WINDOW = 18, 6

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from p0circuit.activations import has_hooks, weights_fingerprint
 from p0circuit.models import ModelError, describe, forward, load_model
 from p0circuit.models.controls import shuffled_neurons, untrained
+from p0circuit.recording.fingerprint import has_hooks, weights_fingerprint
 
 IDS = torch.arange(12).reshape(2, 6)
 

@@ -17,16 +17,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.memory import PeakMemory
-from p0circuit.activations import (
-    ATTENTION_COPIES,
-    NORM_RATIO,
-    SINK_SCORE,
-    TOKEN_LOSSES,
-    Quantity,
-    record,
-    residual_at,
-    weights_fingerprint,
-)
 from p0circuit.experiments.sink_summary import sink_summary
 from p0circuit.interventions.experts import experts_at_p0, remove_experts
 from p0circuit.models import ModelError, describe, device_of, forward, load_model, plan_model, resume
@@ -34,6 +24,10 @@ from p0circuit.models.controls import shuffled_neurons, untrained
 from p0circuit.models.device_map import Plan, parse_device_map, placement_of, plan
 from p0circuit.models.hooked import available
 from p0circuit.prompts import random_tokens
+from p0circuit.recording.batch_size import ATTENTION_COPIES
+from p0circuit.recording.fingerprint import weights_fingerprint
+from p0circuit.recording.quantities import NORM_RATIO, SINK_SCORE, TOKEN_LOSSES, Quantity, residual_at
+from p0circuit.recording.record import record
 from p0circuit.training.trace import measure_checkpoint, trace
 from tests.families import FAMILIES, write
 

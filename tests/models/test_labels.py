@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from p0circuit.models.labels import Label, by_step, parse_label
+from p0circuit.models.checkpoints import Label, by_step, parse_label
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, layer_norm
 
 from p0circuit.models import ModelError, forward, load_model
-from p0circuit.models.hooked import available
-from p0circuit.models.info import Positions
-from p0circuit.models.wired import (
+from p0circuit.models.constructed.build import decoy_model, wired_huggingface, wired_model
+from p0circuit.models.constructed.truth import Knockout, wired_truth
+from p0circuit.models.constructed.weights import (
     CONTEXT,
     D_HEAD,
     D_MLP,
@@ -30,15 +30,12 @@ from p0circuit.models.wired import (
     RECOGNITION_HEADS,
     SINK_NEURON,
     VOCABULARY,
-    Knockout,
-    decoy_model,
     purity,
     residual_subspaces,
-    wired_huggingface,
-    wired_model,
-    wired_truth,
     wired_weights,
 )
+from p0circuit.models.hooked import available
+from p0circuit.models.info import Positions
 
 POSITIONS: tuple[Positions, ...] = ("rotary", "learned")
 TRUTH = wired_truth()

@@ -21,19 +21,21 @@ import pytest
 import torch
 
 from p0circuit import experiments, notebooks
-from p0circuit.activations import SINK_SCORE, record
 from p0circuit.advice import advise
-from p0circuit.experiments.conditions import drawable, readable_by_seeds
-from p0circuit.experiments.path import JOINT, WHOLE, joint_changes
+from p0circuit.experiments.conditions import readable_by_seeds
+from p0circuit.experiments.paper.c07_causal_path import JOINT, WHOLE, joint_changes
 from p0circuit.experiments.practice import find_used_sink
 from p0circuit.experiments.surgery import find_sink
 from p0circuit.interventions.activation_patching import patch_components
-from p0circuit.interventions.contrast import contrast, replacements
 from p0circuit.interventions.metrics import sink_score_of
+from p0circuit.interventions.pairs import contrast, replacements
 from p0circuit.interventions.path_patching import edges_into_keys
 from p0circuit.models import load_model
-from p0circuit.models.wired import wired_truth
+from p0circuit.models.constructed.truth import wired_truth
+from p0circuit.models.info import drawable
 from p0circuit.prompts import random_tokens
+from p0circuit.recording.quantities import SINK_SCORE
+from p0circuit.recording.record import record
 from p0circuit.results import Result
 from p0circuit.teaching import read_prompts
 from p0circuit.training.runs import as_trained, shipped_runs

@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from p0circuit import notebooks, teaching
-from p0circuit.experiments.conditions import drawable
 from p0circuit.interventions.closed_form import key_hook
-from p0circuit.interventions.contrast import contrast, replacements
+from p0circuit.interventions.pairs import contrast, replacements
 from p0circuit.models import load_model
+from p0circuit.models.info import drawable
 from p0circuit.teaching import read_prompts
 from p0circuit.training.runs import as_trained, of_variant, shipped_runs
 from tests.notebooks.command import ROOT, p0circuit

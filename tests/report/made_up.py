@@ -10,10 +10,10 @@ import numpy as np
 import pandas as pd
 
 from p0circuit.experiments.claim import Claim, Clause
-from p0circuit.intervals import Interval
-from p0circuit.report.attention_view import AttentionView, attention_view, save_view
-from p0circuit.report.figures import heat_maps
+from p0circuit.figures.attention_view import AttentionView, attention_view, save_view
+from p0circuit.figures.maps import heat_maps
 from p0circuit.results import Result
+from p0circuit.stats import Interval
 
 HOSTILE = ["<script>", "</script>", "<!--", "<img src=x onerror=alert(1)>", "&amp;", " the", "\n", "`|*_", "</ScRiPt >"]
 ROWS = 50

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from p0circuit.report import attention_view as module
-from p0circuit.report.attention_view import attention_view, load_view, save_view, script, visible
+from p0circuit.figures import attention_view as module
+from p0circuit.figures.attention_view import attention_view, load_view, save_view, script, visible
 from tests.report.made_up import HOSTILE, view
 
 
@@ -89,6 +89,6 @@ def test_a_notebook_gets_the_script_once(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_the_report_needs_no_model_code() -> None:
-    code = "import sys, p0circuit.report.page; print({'torch', 'transformer_lens', 'circuitsvis'} & set(sys.modules))"
+    code = "import sys, p0circuit.report.html; print({'torch', 'transformer_lens', 'circuitsvis'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

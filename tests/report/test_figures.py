@@ -11,8 +11,12 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from p0circuit.intervals import Interval
-from p0circuit.report.figures import COLUMN, Course, Series, bars, courses, heat_maps, new_figure, trajectories
+from p0circuit.figures.intervals import bars
+from p0circuit.figures.lines import trajectories
+from p0circuit.figures.maps import heat_maps
+from p0circuit.figures.style import COLUMN, Series, new_figure
+from p0circuit.figures.training import Course, courses
+from p0circuit.stats import Interval
 
 PAGE = 2 * COLUMN + 0.3
 CONDITIONS = ("without BOS", "with BOS", "random first", "random tokens", "repeated token")

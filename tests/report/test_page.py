@@ -12,7 +12,7 @@ import pytest
 from p0circuit import load_model, natural_text
 from p0circuit.experiments import SinkMap
 from p0circuit.report.contents import command_for, number, write_overview
-from p0circuit.report.page import MOST_ROWS, write_report
+from p0circuit.report.html import MOST_ROWS, write_report
 from tests.report.made_up import HOSTILE, ROWS, result, write_run
 
 VOID = {"meta", "img", "br", "wbr"}

@@ -8,9 +8,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from p0circuit.intervals import Interval
 from p0circuit.report.published import PublishedFigure, beside_ours, compare, published_for, read_published
 from p0circuit.results import Result
+from p0circuit.stats import Interval
 
 FIGURE = PublishedFigure("some/Model-1B", "sink_rate", 42.0, "%", 64, 0.3, "Somebody et al.", "Table 2", "made up")
 

@@ -11,9 +11,9 @@ from types import ModuleType
 import pytest
 import torch
 
+from p0circuit.io import data_dir
 from p0circuit.models import load_model
 from p0circuit.models.gguf_writer import write_gguf
-from p0circuit.paths import data_dir
 from p0circuit.report.contents import find_runs, number
 from p0circuit.results import Result
 from tests.report.made_up import write_run

@@ -10,8 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from p0circuit.cli import app
+from p0circuit.io import data_dir
 from p0circuit.models import list_models
-from p0circuit.paths import data_dir
 from p0circuit.training.card import card, command_of
 from p0circuit.training.runs import shipped_runs
 from p0circuit.training.trainer import read_config

@@ -9,21 +9,22 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from p0circuit.paths import data_dir
+from p0circuit import text
+from p0circuit.io import data_dir
+from p0circuit.text import BOS_TOKEN, EOS_TOKEN, SourceFile
 from p0circuit.training import corpus
-from p0circuit.training.corpus import BOS_TOKEN, EOS_TOKEN, SourceFile
 
 ENGLISH = data_dir() / "prompts" / "english"
 
 
 @pytest.fixture(scope="module")
 def files() -> list[SourceFile]:
-    return corpus.corpus_files()
+    return text.corpus_files()
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    return corpus.train_tokenizer((file.text() for file in corpus.text_files(ENGLISH)), vocab_size=400)
+    return corpus.train_tokenizer((file.text() for file in text.text_files(ENGLISH)), vocab_size=400)
 
 
 def test_the_split_depends_on_the_name_alone_and_stays_as_it_is(tmp_path: Path) -> None:
@@ -53,29 +54,29 @@ def test_names_are_the_same_on_every_machine_and_no_tests_are_in(files: list[Sou
     assert not any(name.startswith("/") or ".." in name or "\\" in name for name in names)
     assert not any({"tests", "test", "__pycache__", "site-packages"} & set(name.split("/")[:-1]) for name in names)
     assert {"stdlib/argparse.py", "numpy/__init__.py", "transformer_lens/__init__.py"} <= set(names)
-    assert all(0 < file.path.stat().st_size <= corpus.LONGEST_FILE for file in files)
+    assert all(0 < file.path.stat().st_size <= text.LONGEST_FILE for file in files)
 
 
 def test_the_list_of_files_is_the_same_each_time(files: list[SourceFile]) -> None:
-    assert corpus.standard_library_files() == corpus.standard_library_files()
-    assert corpus.distribution_files("rich") == corpus.distribution_files("rich")
-    again = {file.name for file in [*corpus.standard_library_files(), *corpus.distribution_files("rich")]}
+    assert text.standard_library_files() == text.standard_library_files()
+    assert text.distribution_files("rich") == text.distribution_files("rich")
+    again = {file.name for file in [*text.standard_library_files(), *text.distribution_files("rich")]}
     assert {file.name for file in files if file.name.startswith(("stdlib/", "rich/"))} <= again
 
 
 def test_a_distribution_that_is_not_installed_is_named() -> None:
     with pytest.raises(ValueError, match=r"'no-such-thing', which is not installed.*constraints\.txt"):
-        corpus.distribution_files("no-such-thing")
+        text.distribution_files("no-such-thing")
 
 
 def test_text_files_are_one_file_or_all_below_a_directory(tmp_path: Path) -> None:
     (tmp_path / "b" / "c").mkdir(parents=True)
     for name in ("z.txt", "b/a.md", "b/c/d.py", "b/image.png"):
         (tmp_path / name).write_text(name)
-    assert [file.name for file in corpus.text_files(tmp_path)] == ["b/a.md", "b/c/d.py", "z.txt"]
-    assert [file.text() for file in corpus.text_files(tmp_path / "z.txt")] == ["z.txt"]
+    assert [file.name for file in text.text_files(tmp_path)] == ["b/a.md", "b/c/d.py", "z.txt"]
+    assert [file.text() for file in text.text_files(tmp_path / "z.txt")] == ["z.txt"]
     with pytest.raises(ValueError, match="no text at"):
-        corpus.text_files(tmp_path / "b" / "image")
+        text.text_files(tmp_path / "b" / "image")
 
 
 @pytest.mark.parametrize(
@@ -98,17 +99,17 @@ def test_the_tokenizer_has_the_size_asked_for_and_its_special_tokens_come_first(
 
 
 def test_the_same_texts_give_the_same_tokenizer(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    again = corpus.train_tokenizer((file.text() for file in corpus.text_files(ENGLISH)), vocab_size=400)
+    again = corpus.train_tokenizer((file.text() for file in text.text_files(ENGLISH)), vocab_size=400)
     assert again.get_vocab() == tokenizer.get_vocab()
     tokenizer.save_pretrained(tmp_path)
     loaded = PreTrainedTokenizerFast.from_pretrained(tmp_path)
-    text = sorted(ENGLISH.iterdir())[0].read_text()
+    assert loaded.encode(sample) == tokenizer.encode(sample)
     assert loaded.encode(text) == tokenizer.encode(text)
     assert (loaded.bos_token_id, loaded.eos_token_id) == (0, 1)
 
 
 def test_the_stream_is_every_file_in_order_with_an_end_after_each(tokenizer: PreTrainedTokenizerFast) -> None:
-    files = corpus.text_files(ENGLISH)[:4]
+    files = text.text_files(ENGLISH)[:4]
     stream = corpus.token_stream(files, tokenizer)
     assert stream.dtype == np.uint16
     expected: list[int] = []
@@ -119,7 +120,7 @@ def test_the_stream_is_every_file_in_order_with_an_end_after_each(tokenizer: Pre
 
 
 def test_the_tokenizer_is_trained_on_every_sixteenth_file() -> None:
-    files = corpus.text_files(ENGLISH)
+    files = text.text_files(ENGLISH)
     assert list(corpus.tokenizer_sample(files)) == [files[0].text(), files[16].text()]
     assert len(list(corpus.tokenizer_sample(files, every=7))) == 5
 
@@ -127,7 +128,7 @@ def test_the_tokenizer_is_trained_on_every_sixteenth_file() -> None:
 def test_a_data_set_gives_its_texts(tmp_path):
     rows = [json.dumps({"text": f"row {number}"}) for number in range(5)]
     (tmp_path / "train.jsonl").write_text("\n".join(rows))
-    found = corpus.dataset_rows(str(tmp_path), most=3)
+    found = text.dataset_rows(str(tmp_path), most=3)
     assert [row.text() for row in found] == ["row 0", "row 1", "row 2"]
     assert len({row.name for row in found}) == 3
 
@@ -135,6 +136,6 @@ def test_a_data_set_gives_its_texts(tmp_path):
 def test_a_data_set_without_texts_or_that_is_not_there_is_refused(tmp_path):
     (tmp_path / "train.jsonl").write_text(json.dumps({"body": "row"}))
     with pytest.raises(ValueError, match=r"columns \['body'\]"):
-        corpus.dataset_rows(str(tmp_path))
+        text.dataset_rows(str(tmp_path))
     with pytest.raises(ValueError, match="no data set"):
-        corpus.dataset_rows("nobody/no-such-data-set")
+        text.dataset_rows("nobody/no-such-data-set")

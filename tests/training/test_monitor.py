@@ -38,17 +38,17 @@ from transformers import (
 )
 
 from p0circuit import sink
-from p0circuit.activations import NORM_RATIO, SINK_SCORE, record, residual_at, score_at
-from p0circuit.experiments.conditions import drawable
-from p0circuit.experiments.heads import sink_heads
-from p0circuit.interventions.contrast import contrast, values_at
+from p0circuit.interventions.pairs import contrast, values_at
+from p0circuit.io import data_dir
 from p0circuit.models import ModelError, forward, load_model
-from p0circuit.models.changes import change_hf, gates_of
-from p0circuit.paths import data_dir
+from p0circuit.models.architecture_edits import change_hf, gates_of
+from p0circuit.models.info import drawable
 from p0circuit.prompts import from_ids, natural_text, random_tokens
-from p0circuit.sink import CONTROL, TIMES_UNIFORM, uniform_excess
+from p0circuit.recording.quantities import NORM_RATIO, SINK_SCORE, residual_at, score_at
+from p0circuit.recording.record import record
+from p0circuit.sink import CONTROL, TIMES_UNIFORM, sink_heads, uniform_excess
+from p0circuit.training.live_measurement import SHIFT, Measurement, decoder_of, undisturbed
 from p0circuit.training.monitor import COLUMNS, P0Monitor, P0TrainerCallback, formation, read_readings
-from p0circuit.training.probe import SHIFT, Measurement, decoder_of, undisturbed
 from p0circuit.training.trace import measure_checkpoint
 from p0circuit.training.trainer import save_model
 from p0circuit.training.variants import VARIANTS, build_model

@@ -11,18 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from p0circuit.activations import RESIDUAL_NORMS, SINK_SCORE, record
+from p0circuit.io import data_dir
 from p0circuit.models import ModelError, describe, forward, load_model, stored_model
 from p0circuit.models import load as load_module
-from p0circuit.paths import data_dir
 from p0circuit.prompts import natural_text, random_tokens
-from p0circuit.training.development import (
-    change_points,
-    formation_index,
-    lost_share,
-    observed_concentration,
-    stages,
-)
+from p0circuit.recording.quantities import RESIDUAL_NORMS, SINK_SCORE
+from p0circuit.recording.record import record
+from p0circuit.training.formation import change_points, formation_index, lost_share, observed_concentration, stages
 from p0circuit.training.runs import shipped_kinds
 from p0circuit.training.trace import (
     INDUCTION,

@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from p0circuit.io import data_dir
 from p0circuit.models import list_checkpoints
-from p0circuit.paths import data_dir
 from p0circuit.training import trainer
 from p0circuit.training.trainer import batch_at, checkpoint_steps, learning_rate_at, next_token_loss, train
 from p0circuit.training.variants import TrainConfig, parse_options

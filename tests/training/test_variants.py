@@ -9,11 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from p0circuit.activations import SINK_SCORE, record, weights_fingerprint
 from p0circuit.models import ModelError, describe, forward, load_model
-from p0circuit.models.changes import Changes, change_hf, gates_of, reserve_channels
+from p0circuit.models.architecture_edits import Changes, change_hf, gates_of, reserve_channels
 from p0circuit.models.hooked import available
 from p0circuit.prompts import from_ids
+from p0circuit.recording.fingerprint import weights_fingerprint
+from p0circuit.recording.quantities import SINK_SCORE
+from p0circuit.recording.record import record
 from p0circuit.training.trainer import save_model
 from p0circuit.training.variants import VARIANTS, TrainConfig, build_model
 

@@ -1,0 +1,437 @@
+"""Dormant heads (C19): how many heads can be zeroed when those that attend to P0 go first.
+
+1. *Orders*, made on one half of the prompts: by sink score, the highest first; by the mean norm of what a head adds to
+   the stream, the lowest first; and at random, several times.
+2. *Zeroing*: on the other half, the loss with the first 1, 2, 3, 4, 6, 8, 12 … heads of an order zeroed at every
+   position; what a head says is gone, the biases of its block stay.
+3. *The count*: of these numbers the largest up to which the loss has not gone beyond 1.01 times that of the whole
+   model. A later dip does not count. A quick run of a large model follows powers of two up to a quarter of the heads.
+4. *The threshold*: the count of the sink order minus that of a random one, averaged over random orders, has to be above
+   0 with its whole interval over these orders. An interval over samples stands beside it.
+5. *By domain*: the counts once more on other texts, each with orders made on text of its own kind, and which heads have
+   a sink in one domain and none in another (active and dormant heads).
+
+Measured on the text as it is, or behind BOS where there is a sink only there; without one there is nothing to claim.
+Source: Guo et al. 2024, arXiv 2410.13835 (active and dormant heads); Sandoval-Segura et al. 2025, arXiv 2504.03889
+(dormant heads zeroed at equal accuracy).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from p0circuit.experiments.base import Experiment, is_large, second_half
+from p0circuit.experiments.claim import Claim, Clause
+from p0circuit.experiments.conditions import with_and_without_bos
+from p0circuit.experiments.practice import find_used_sink, under
+from p0circuit.interventions.attention_edits import remove_heads
+from p0circuit.models import ModelInfo, describe, forward
+from p0circuit.models.info import drawable
+from p0circuit.prompts import RANDOM_TOKENS, SHIPPED_TEXTS, PromptSet, bos_id, natural_text, random_tokens
+from p0circuit.recording.batch_size import batch_size_for
+from p0circuit.recording.quantities import SINK_SCORE, TOKEN_LOSSES
+from p0circuit.recording.record import record
+from p0circuit.results import Result, metric_name
+from p0circuit.sink import SINK_THRESHOLD
+from p0circuit.stats import Interval, bootstrap, ratio_interval
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+Order = Sequence[tuple[int, int]]
+"""Heads as (layer, head), in the order in which they are zeroed."""
+
+TOLERANCE = 0.01
+"""The share of the loss that may be added."""
+CLOSE_UP = 5
+"""So many times the tolerance are shown close up."""
+ENOUGH = 2
+"""From so many times the tolerance on, an order in a further domain is followed no longer."""
+SINK, NORM, RANDOM = "sink order", "norm order", "random order"
+GIVEN = "the prompts"
+
+
+@dataclass(frozen=True)
+class DormantHeadsConfig:
+    """`samples`: the most rows of each half; `orders` at random; the same for each further domain, of which there are
+    none without `domains`. `coarse`: follow orders in powers of two up to a quarter of the heads."""
+
+    samples: int = 64
+    orders: int = 10
+    domain_samples: int = 32
+    domain_orders: int = 3
+    domains: bool = True
+    coarse: bool = False
+
+
+@dataclass(frozen=True)
+class Zeroing:
+    """What became of the loss as the heads of an order were zeroed one after the other.
+
+    Attributes:
+        counts: how many heads were zeroed; the first is 0, the whole model.
+        losses: nats per token.
+        total: heads in the order.
+    """
+
+    counts: tuple[int, ...]
+    losses: Float[np.ndarray, "sample count"]
+    total: int = 0
+
+    def within(self, tolerance: float = TOLERANCE) -> Interval:
+        """How many heads can go before the loss has grown by more than this share, with its interval over samples."""
+        return bootstrap(self.losses, functools.partial(_within, counts=self.counts, tolerance=tolerance))
+
+    def growth(self, place: int) -> Interval:
+        """The share by which the loss has grown at one of the counts."""
+        return ratio_interval(self.losses[:, place] - self.losses[:, 0], self.losses[:, 0])
+
+
+class DormantHeads(Experiment):
+    """How many heads can be zeroed, the sink heads first."""
+
+    id = "dormant-heads"
+    title = "Dormant heads"
+    needs_control = False
+    claim = Claim(
+        id="C19",
+        title="Dormant heads",
+        source="Guo et al. 2024, arXiv 2410.13835; Sandoval-Segura et al. 2025, arXiv 2504.03889",
+        statement="Heads that attend to P0 are dormant: zeroed in the order of their sink score, more heads can go at "
+        "1 % more loss than in a random order.",
+        measure="How many heads of an order can be zeroed before the loss is above 1.01 times that of the whole model: "
+        "in the order of the sink score minus in a random order, over random orders.",
+        clauses=(Clause("heads_beyond_random_order", ">", 0, "low"),),
+        control="Random orders; beside them the order of the norm of what heads add to the stream.",
+    )
+
+    def __init__(self, config: DormantHeadsConfig = DormantHeadsConfig()) -> None:
+        super().__init__(config)
+
+    def passes(self, model: Any, prompts: PromptSet) -> float:
+        config, info = self.config, describe(model)
+        rows = min(config.samples, second_half(prompts))
+        counts = len(steps(info.layers * info.heads, config.coarse))
+        # One pass more for the norms of what heads add. With all heads zeroed, every order is the same.
+        runs = 1 + (2 + config.orders) * counts - (0 if config.coarse else 1 + config.orders)
+        # How far an order is followed in a further domain is not known beforehand: a third of the way is assumed.
+        texts = (len(SHIPPED_TEXTS) + 1 + (bos_id(model) is not None)) if config.domains and model.tokenizer else 0
+        domain = texts * config.domain_samples * (3 + (2 + config.domain_orders) * counts / 3)
+        return (runs * rows + domain) / prompts.n
+
+    def quick(self, info: ModelInfo) -> DormantHeads:
+        if not is_large(info):
+            return self
+        return DormantHeads(replace(self.config, samples=6, orders=3, domains=False, coarse=True))
+
+    def measure(self, model: Any, prompts: PromptSet) -> Result:
+        """Raises NotApplicable where there is no sink, on the text as it is or behind BOS."""
+        import pandas as pd
+
+        config, info = self.config, describe(model)
+        found, condition = find_used_sink(model, prompts)
+        given = under(model, prompts, condition)
+        # Those that the sink heads were chosen on, and the others.
+        made_on, measured_on = (half.subset(slice(0, config.samples)) for half in given.split())
+        orders = _orders(model, made_on, config.orders)
+        runs = zeroed(model, measured_on, orders, coarse=config.coarse)
+        metrics = _metrics(runs)
+        notes = [
+            f"{condition}; {found.note}",
+            f"of {info.layers * info.heads} heads {_told(metrics)} can be zeroed at {TOLERANCE:.0%} more loss",
+            f"orders made on {made_on.n} prompts, losses measured on {measured_on.n} others",
+        ]
+        if model.tokenizer is None:
+            notes.append("the prompts are random tokens: their losses say nothing about a use of the heads")
+        counts, scores = {GIVEN: metrics}, {GIVEN: record(model, measured_on, SINK_SCORE)[SINK_SCORE]}
+        texts = _other_texts(model, prompts, condition, 2 * config.domain_samples, notes) if config.domains else {}
+        for name, text in texts.items():
+            first, second = text.split()
+            own = _orders(model, first, config.domain_orders)
+            counts[name] = _metrics(zeroed(model, second, own, until=ENOUGH * TOLERANCE))
+            scores[name] = record(model, second, SINK_SCORE)[SINK_SCORE]
+        dormant = _dormant(scores)
+        turning = dormant["head"][dormant["dormant_somewhere"] & dormant["active_somewhere"]]
+        notes.append(
+            f"heads with a score above {SINK_THRESHOLD} in some domains and below in others: "
+            f"{', '.join(turning) or 'none'}"
+        )
+        tables = {
+            "curves": _curves(runs),
+            "orders": pd.DataFrame(
+                [
+                    {"order": name, "place": place, "head": f"attn.{layer}.{head}"}
+                    for name, order in orders.items()
+                    for place, (layer, head) in enumerate(order, 1)
+                ]
+            ),
+            "domains": pd.DataFrame(
+                [
+                    {"domain": domain, "measured": name, **interval.to_json()}
+                    for domain, measured in counts.items()
+                    for name, interval in measured.items()
+                ]
+            ),
+            "heads": dormant,
+        }
+        figures = {"curves": _draw_curves(runs, info.title), "domains": _draw_domains(counts, info.title)}
+        metrics = metrics | {
+            f"heads_beyond_{metric_name(kind)}_over_samples": _over_samples(runs, kind) for kind in (RANDOM, NORM)
+        }
+        metrics |= _growth_at_a_quarter(runs)
+        metrics |= {
+            f"heads_in_sink_order_on_{metric_name(domain)}": measured["heads_in_sink_order"]
+            for domain, measured in counts.items()
+            if domain != GIVEN
+        }
+        return Result(self.id, self.title, metrics, tables, figures, notes=notes)
+
+
+def by_sink_score(model: Any, prompts: PromptSet) -> Order:
+    """All heads, the highest mean sink score first."""
+    return _sorted(-record(model, prompts, SINK_SCORE)[SINK_SCORE].double().mean(0))
+
+
+def by_output_norm(model: Any, prompts: PromptSet) -> Order:
+    """All heads, the lowest mean norm of what they add to the stream first."""
+    return _sorted(output_norms(model, prompts))
+
+
+def random_orders(model: Any, count: int, seed: int) -> dict[str, Order]:
+    """All heads in so many random orders."""
+    info, rng = describe(model), np.random.default_rng(seed)
+    heads = [(layer, head) for layer in range(info.layers) for head in range(info.heads)]
+    return {f"{RANDOM} {number}": [heads[place] for place in rng.permutation(len(heads))] for number in range(count)}
+
+
+@torch.no_grad()
+def output_norms(model: Any, prompts: PromptSet) -> Float[Tensor, "layer head"]:
+    """The norm of what each head adds to the stream, mean over positions after P0 and over samples.
+
+    Before the norm that some models (OLMo 2, Gemma 2) put behind their attention, and without biases.
+    """
+    info = describe(model)
+    norms = torch.zeros(info.layers, info.heads, dtype=torch.float64)
+    rows = batch_size_for(model, prompts.length, with_logits=False)
+
+    def add(z: Tensor, hook: Any, layer: int, after: Tensor) -> None:
+        weight = model.blocks[layer].attn.W_O.to(z).float()
+        # |z W|^2 from W W^T: the outputs of all heads side by side would be as large as all heads are many.
+        squares = torch.einsum("bqhd,hde,bqhe->bqh", z.float(), weight @ weight.transpose(1, 2), z.float())
+        norms[layer] += squares.clamp(min=0).sqrt()[after.to(z.device)].sum(0).double().cpu()
+
+    for start in range(0, prompts.n, rows):
+        part = slice(start, start + rows)
+        ids, mask = prompts.ids[part], prompts.attention_mask[part]
+        after = mask & (torch.arange(prompts.length) > prompts.p0[part, None])
+        hooks: list[tuple[str, Callable[..., None]]] = [
+            (f"blocks.{layer}.attn.hook_z", functools.partial(add, layer=layer, after=after))
+            for layer in range(info.layers)
+        ]
+        forward(model, ids, mask, hooks=hooks, stop_at_layer=info.layers)
+    return norms / int(prompts.attention_mask.sum() - prompts.n)
+
+
+def zeroed(
+    model: Any, prompts: PromptSet, orders: Mapping[str, Order], until: float | None = None, coarse: bool = False
+) -> dict[str, Zeroing]:
+    """Zero the heads of each order one after the other; the losses at ever wider steps.
+
+    With `until`, an order goes no further than the first loss that is by more than this share above that of the whole
+    model.
+    """
+    known: dict[frozenset[tuple[int, int]], np.ndarray] = {}
+
+    def loss_without(heads: frozenset[tuple[int, int]]) -> np.ndarray:
+        if heads not in known:
+            names = [f"attn.{layer}.{head}" for layer, head in sorted(heads)]
+            changes = [remove_heads(model, prompts, names)] if names else []
+            losses = record(model, prompts, TOKEN_LOSSES, interventions=changes)[TOKEN_LOSSES]
+            # Predictions made at padding have no loss.
+            known[heads] = losses.double().nanmean(1).numpy()
+        return known[heads]
+
+    runs = {}
+    for name, order in orders.items():
+        losses, counts = [], (0, *steps(len(order), coarse))
+        for count in counts:
+            losses.append(loss_without(frozenset(order[:count])))
+            if until is not None and losses[-1].mean() > (1 + until) * losses[0].mean():
+                break
+        runs[name] = Zeroing(counts[: len(losses)], np.stack(losses, axis=1), len(order))
+    return runs
+
+
+def steps(total: int, coarse: bool = False) -> list[int]:
+    """1, 2, 3, 4, 6, 8, 12, 16 and so on, and all of them; coarse ones are powers of two up to a quarter."""
+    powers = [2**exponent for exponent in range(total.bit_length())]
+    if coarse:
+        return [step for step in powers if step == 1 or 4 * step <= total]
+    found = {total, *powers, *(3 * power for power in powers)}
+    return sorted(step for step in found if step <= total)
+
+
+def _sorted(values: Float[Tensor, "layer head"]) -> Order:
+    """The heads by increasing value."""
+    places = values.flatten().argsort(stable=True).tolist()
+    return [divmod(place, values.shape[1]) for place in places]
+
+
+def _within(
+    losses: Float[np.ndarray, "*draw count"], counts: Sequence[int], tolerance: float
+) -> Float[np.ndarray, "*draw"]:
+    """The largest count up to which the mean loss stays within the tolerance."""
+    beyond = losses > (1 + tolerance) * losses[..., :1]
+    return np.where(beyond.any(-1), np.asarray(counts)[beyond.argmax(-1) - 1], counts[-1]).astype(float)
+
+
+def _orders(model: Any, prompts: PromptSet, count: int) -> dict[str, Order]:
+    """Step 1, with so many random orders."""
+    orders = {SINK: by_sink_score(model, prompts), NORM: by_output_norm(model, prompts)}
+    return orders | random_orders(model, count, prompts.seed)
+
+
+def _at_random(runs: Mapping[str, Zeroing]) -> list[Zeroing]:
+    return [run for name, run in runs.items() if name.startswith(RANDOM)]
+
+
+def _metrics(runs: Mapping[str, Zeroing]) -> dict[str, Interval]:
+    """The counts in every kind of order; those of random orders with an interval over orders."""
+    sink, at_random = runs[SINK].within(), np.array([run.within().value for run in _at_random(runs)])
+    return {
+        "heads_beyond_random_order": bootstrap(sink.value - at_random),
+        "heads_in_sink_order": sink,
+        "heads_in_norm_order": runs[NORM].within(),
+        "heads_in_random_order": bootstrap(at_random),
+    }
+
+
+def _over_samples(runs: Mapping[str, Zeroing], other: str) -> Interval:
+    """The count of the sink order minus that of another kind of order, with its interval over samples."""
+    chosen = [runs[SINK], *(run for name, run in runs.items() if name.startswith(other))]
+
+    def beyond(losses: Float[np.ndarray, "draw order count"]) -> Float[np.ndarray, " draw"]:
+        found = _within(losses, chosen[0].counts, TOLERANCE)
+        return found[:, 0] - found[:, 1:].mean(1)
+
+    return bootstrap(np.stack([run.losses for run in chosen], axis=1), beyond)
+
+
+def _growth_at_a_quarter(runs: Mapping[str, Zeroing]) -> dict[str, Interval]:
+    """By which share the loss has grown with a quarter of the heads zeroed: orders differ where no head can go, too."""
+    counts, total = runs[SINK].counts, runs[SINK].total
+    place = min(int(np.searchsorted(counts, total / 4)), len(counts) - 1)
+    growth = {SINK: runs[SINK].growth(place), NORM: runs[NORM].growth(place)}
+    growth[RANDOM] = bootstrap(np.array([run.growth(place).value for run in _at_random(runs)]))
+    return {
+        f"loss_growth_at_{counts[place]}_heads_in_{metric_name(kind)}": interval for kind, interval in growth.items()
+    }
+
+
+def _other_texts(model: Any, prompts: PromptSet, condition: str, count: int, notes: list[str]) -> dict[str, PromptSet]:
+    """Further kinds of text as long as the prompts; none for a model that reads no text.
+
+    The prompts in the other condition, behind BOS or not; English, code and random tokens in the same as they.
+    """
+    if model.tokenizer is None:
+        return {}
+    texts: dict[str, PromptSet] = {}
+    for source in SHIPPED_TEXTS:
+        try:
+            texts[source] = natural_text(model.tokenizer, source, count, prompts.length, prompts.seed)
+        except ValueError as reason:
+            notes.append(f"{source}: left out, {reason}")
+    size, special = drawable(model)
+    texts[RANDOM_TOKENS] = random_tokens(size, count, prompts.length, prompts.seed + 1, special=special)
+    others = with_and_without_bos(model, prompts.subset(slice(0, count)))
+    del others[condition]
+    return others | {name: under(model, text, condition) for name, text in texts.items()}
+
+
+def _told(metrics: Mapping[str, Interval]) -> str:
+    kinds = {SINK: "heads_in_sink_order", NORM: "heads_in_norm_order", RANDOM: "heads_in_random_order"}
+    return ", ".join(f"{metrics[name]} in {kind}" for kind, name in kinds.items())
+
+
+def _dormant(scores: Mapping[str, Tensor]) -> pd.DataFrame:
+    """The sink score of every head in every domain, and whether it is a sink head there."""
+    import pandas as pd
+
+    means = {domain: values.double().mean(0) for domain, values in scores.items()}
+    layers, heads = next(iter(means.values())).shape
+    rows = []
+    for layer in range(layers):
+        for head in range(heads):
+            found = {domain: float(values[layer, head]) for domain, values in means.items()}
+            sinks = [score > SINK_THRESHOLD for score in found.values()]
+            rows.append(
+                {"head": f"attn.{layer}.{head}", **found, "dormant_somewhere": any(sinks)}
+                | {"active_somewhere": not all(sinks)}
+            )
+    return pd.DataFrame(rows)
+
+
+def _curves(runs: Mapping[str, Zeroing]) -> pd.DataFrame:
+    """The growth of the loss by order and count, with its interval over samples."""
+    import pandas as pd
+
+    return pd.DataFrame(
+        [
+            {"order": name, "heads_zeroed": count, "loss": float(run.losses[:, place].mean())}
+            | {f"growth_{end}": value for end, value in run.growth(place).to_json().items() if end != "n"}
+            for name, run in runs.items()
+            for place, count in enumerate(run.counts)
+        ]
+    )
+
+
+def _draw_curves(runs: Mapping[str, Zeroing], model: str) -> Figure:
+    from p0circuit.figures.lines import trajectories
+    from p0circuit.figures.style import Series
+
+    def line(name: str) -> Series:
+        run = runs[name]
+        found = [run.growth(place) for place in range(len(run.counts))]
+        return Series(name, *([100 * getattr(each, end) for each in found] for end in ("value", "low", "high")))
+
+    random = np.stack([run.losses.mean(0) for run in _at_random(runs)])
+    growth = 100 * (random / random[:, :1] - 1)
+    ends = (growth.mean(0), growth.min(0), growth.max(0))
+    lines = [
+        line(SINK),
+        line(NORM),
+        Series(f"{len(random)} random orders (band: all of them)", *(end.tolist() for end in ends)),
+    ]
+    figure = trajectories(
+        {"All heads": lines, "Close up": lines},
+        [str(count) for count in runs[SINK].counts],
+        f"{model}: heads zeroed one after the other (dashed: {TOLERANCE:.0%} more loss)",
+        "heads zeroed",
+        ["loss added, %"] * 2,
+        reference=100 * TOLERANCE,
+    )
+    top = 100 * CLOSE_UP * TOLERANCE
+    within = max(place for each in lines for place, value in enumerate(each.values) if value <= top)
+    figure.axes[1].set(ylim=(-100 * TOLERANCE, top), xlim=(-0.2, min(within + 1, len(random[0]) - 1) + 0.2))
+    return figure
+
+
+def _draw_domains(counts: Mapping[str, Mapping[str, Interval]], model: str) -> Figure:
+    from p0circuit.figures.intervals import intervals
+
+    kinds = {"heads_in_sink_order": SINK, "heads_in_norm_order": NORM, "heads_in_random_order": RANDOM}
+    panels = {
+        domain[0].upper() + domain[1:]: {kind: of[name] for name, kind in kinds.items()}
+        for domain, of in counts.items()
+    }
+    title = f"{model}: heads that can be zeroed at {TOLERANCE:.0%} more loss"
+    return intervals(panels, title, ["heads"] * len(panels), controls=(RANDOM,))

@@ -1,0 +1,298 @@
+"""Remedies side by side: what becomes of the loss, the sink and its outlier when something is done about P0.
+
+1. *The sink* is looked for in the text as it is and, if there is none, behind BOS; there the surgery is done, too. Its
+   heads are chosen on one half of the prompts (on which the register is trained) and everything is measured on the
+   other, on the same rows for all remedies.
+2. *In front of the text*: BOS, or a learned register (`experiments.first_token`). The text goes without its last token,
+   which leaves room.
+3. *In the sink heads*: P0's key hidden; P0's value set to zero, its key kept; one more logit of 0 in the softmax, so
+   that what nobody needs may go nowhere (in all heads, too).
+4. *In the cache*: a window of a quarter of the row, alone and with the first four tokens kept (C17).
+5. *Measured of each*: the loss; the excess score of the sink heads; P0's norm over the median of the others, in the
+   block where it is largest; the error of the inputs of matrix products in int8 with one grid per row, P0 in
+   (`interventions.int8`); and the spread of the loss over tokens in the text's first place. Losses are of the
+   predictions made 8 or more tokens into the text, which are the same in all.
+
+The weights are frozen: each remedy meets a model that never saw it. What training with another loss, mask or gate does
+is another model's matter: `p0circuit run remedies --model tnlm-0` (or bos-0, force-sink-0, gated-0, learned-0)
+measures the same there. Sources: Xiao et al. 2023, arXiv 2309.17453 (kept tokens); Darcet et al. 2023, arXiv 2309.16588
+(registers); Gu et al. 2025, arXiv 2410.10781 (keys with a zero value).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from p0circuit.experiments.base import Experiment, NotApplicable, is_large, second_half
+from p0circuit.experiments.deployment.c17_streaming import FIRST, WINDOWS_PER_ROW
+from p0circuit.experiments.deployment.c20_first_token import (
+    FAR,
+    NO_REGISTER,
+    REGISTER,
+    SHORTEST,
+    FirstTokenConfig,
+    Prefix,
+    drawn_tokens,
+    prefixes_of,
+    spread,
+)
+from p0circuit.experiments.practice import find_used_sink, under
+from p0circuit.experiments.sink_under_study import Heads, over_heads
+from p0circuit.experiments.surgery import require_attention
+from p0circuit.interventions.ablation import ablate
+from p0circuit.interventions.attention_edits import mask_key, zero_logit, zero_value
+from p0circuit.interventions.int8 import Site, largest_in_row, on_inputs, rounded
+from p0circuit.interventions.intervention import Intervention
+from p0circuit.interventions.sliding_window import streamed, why_not_streamed
+from p0circuit.models import ModelInfo, describe, forward
+from p0circuit.models.device_map import placement_of
+from p0circuit.models.passes import WITH_GRADIENT
+from p0circuit.prompts import WITH_BOS, WITHOUT_BOS, PromptSet, bos_id, from_ids
+from p0circuit.recording.batch_size import batch_size_for
+from p0circuit.recording.quantities import NORM_RATIO, TOKEN_LOSSES, score_at
+from p0circuit.recording.record import record
+from p0circuit.results import Result, metric_name
+from p0circuit.sink import CONTROL
+from p0circuit.stats import Interval, bootstrap
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+AS_IS, BEHIND_BOS, BEHIND_REGISTER = "text as it is", "BOS before it", "register before it"
+KEY_HIDDEN, VALUE_ZEROED = "P0's key hidden", "P0's value zeroed"
+ZERO_LOGIT, ZERO_LOGIT_ALL = "extra zero logit", "the same in all heads"
+WINDOW, WINDOW_KEPT = "window alone", f"window, first {FIRST} kept"
+
+QUANTITIES = {
+    "loss": ("Loss added", "nats per token"),
+    "excess": ("Sink", "excess score"),
+    "norm_ratio": ("Norm of P0", "over median of others"),
+    "int8_error": ("Int8 error", "relative, a grid per row"),
+    "spread": ("Spread", "nats, over first tokens"),
+}
+"""What is measured: the title and the unit of each in the figure."""
+
+Change = Callable[[PromptSet], Intervention]
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """What stands before the text, and what is changed in the model."""
+
+    prefix: Prefix = None
+    change: Change | None = None
+
+    def applied(self, model: Any, text: Int[Tensor, "row pos"]) -> tuple[PromptSet, list[Intervention]]:
+        """Rows of text as they are given to the model, and what is done to it while it reads them."""
+        if self.prefix is None:
+            rows = from_ids(text)
+        else:
+            # A vector takes the place of some token's embedding.
+            token = 0 if isinstance(self.prefix, Tensor) else self.prefix
+            rows = from_ids(torch.cat([torch.full((len(text), 1), token), text], dim=1))
+        changes = [ablate(model, rows, ["embed"], self.prefix)] if isinstance(self.prefix, Tensor) else []
+        return rows, changes + ([self.change(rows)] if self.change else [])
+
+
+@dataclass(frozen=True)
+class RemediesConfig:
+    """The most rows; of these so many for int8 and for the spread, with so many first tokens each; the register's."""
+
+    samples: int = 128
+    int8_samples: int = 32
+    spread_samples: int = 32
+    tokens: int = 4
+    register_steps: int = 40
+
+
+class Remedies(Experiment):
+    """What can be done about the sink without training, measured on the same rows."""
+
+    id = "remedies"
+    title = "Remedies side by side"
+
+    def __init__(self, config: RemediesConfig = RemediesConfig()) -> None:
+        super().__init__(config)
+
+    def passes(self, model: Any, prompts: PromptSet) -> float:
+        config, half = self.config, second_half(prompts)
+        rows, int8, spread_over = (
+            min(most, config.samples, half) for most in (half, config.int8_samples, config.spread_samples)
+        )
+        register = bool(config.register_steps) and placement_of(model) is None
+        remedies = 1 + (bos_id(model) is not None) + register + 4 + 2 * (not why_not_streamed(model, prompts))
+        trained = config.register_steps * FirstTokenConfig.batch * WITH_GRADIENT if register else 0
+        return (remedies * (rows + int8 + spread_over * config.tokens) + trained) / prompts.n
+
+    def quick(self, info: ModelInfo) -> Remedies:
+        if not is_large(info):
+            return self
+        return Remedies(RemediesConfig(samples=8, int8_samples=8, spread_samples=4, tokens=3, register_steps=0))
+
+    def measure(self, model: Any, prompts: PromptSet) -> Result:
+        """Raises NotApplicable without a sink, where attention cannot be edited, and where rows are padded or short."""
+        found, condition = find_used_sink(model, prompts)
+        if not bool(prompts.attention_mask.all()):
+            raise NotApplicable("needs rows without padding: something has to be put before them")
+        if prompts.length < SHORTEST:
+            raise NotApplicable(f"needs rows of at least {SHORTEST} tokens, got {prompts.length}")
+        require_attention(model)
+        config, name = self.config, describe(model).title
+        # The halves of `find_used_sink`, without BOS before them.
+        others, chosen = under(model, prompts, WITHOUT_BOS).split()
+        rows = chosen.subset(slice(0, config.samples))
+        register = prefixes_of(model, others, FirstTokenConfig(steps=config.register_steps)).get(REGISTER)
+        notes = [found.note, f"that sink is in text {condition}; measured on {rows.n} rows"]
+        base, remedies = remedies_for(model, rows, found.names, condition, register, notes)
+        if model.tokenizer is None:
+            notes.append("the prompts are random tokens: their losses tell little about text")
+        measured = {each: measured_with(model, rows, remedy, found.heads, config) for each, remedy in remedies.items()}
+        metrics = {
+            f"{quantity}_with_{metric_name(each)}": bootstrap(values)
+            for each, of in measured.items()
+            for quantity, values in of.items()
+        }
+        added = {each: bootstrap(of["loss"] - measured[base]["loss"]) for each, of in measured.items()}
+        metrics |= {f"loss_added_by_{metric_name(each)}": interval for each, interval in added.items() if each != base}
+        table = _table(measured, added)
+        figures = {"side-by-side": _draw(measured, added, base, name)}
+        notes.append(f"losses added are against {base!r}, where the sink is")
+        return Result(self.id, self.title, metrics, {"remedies": table}, figures, notes=notes)
+
+
+def remedies_for(
+    model: Any, prompts: PromptSet, sink_heads: list[str], condition: str, register: Prefix, notes: list[str]
+) -> tuple[str, dict[str, Remedy]]:
+    """Every remedy that this model can take, by name, and the name of the one that the others are compared with.
+
+    That is the text as it is, or behind BOS where the sink is only there; the surgery is done on it. What cannot be
+    done is left out, with a note.
+    """
+    bos = bos_id(model)
+    remedies = {AS_IS: Remedy()}
+    if bos is not None:
+        remedies[BEHIND_BOS] = Remedy(bos)
+    else:
+        notes.append("there is no BOS token to put before the text")
+    if register is not None:
+        remedies[BEHIND_REGISTER] = Remedy(register)
+    else:
+        notes.append(NO_REGISTER)
+    base, prefix = (BEHIND_BOS, bos) if condition == WITH_BOS else (AS_IS, None)
+    everywhere = [f"attn.{layer}" for layer in range(describe(model).layers)]
+    length = prompts.length if prefix is not None else prompts.length - 1
+    window = length // WINDOWS_PER_ROW
+    surgery: dict[str, Change] = {
+        KEY_HIDDEN: lambda rows: mask_key(model, rows, sink_heads),
+        VALUE_ZEROED: lambda rows: zero_value(model, rows, sink_heads),
+        ZERO_LOGIT: lambda rows: zero_logit(model, rows, sink_heads),
+        ZERO_LOGIT_ALL: lambda rows: zero_logit(model, rows, everywhere),
+    }
+    if reason := why_not_streamed(model, prompts):
+        notes.append(f"no window: {reason}")
+    else:
+        surgery |= {
+            WINDOW: lambda rows: streamed(model, rows, (), window),
+            WINDOW_KEPT: lambda rows: streamed(model, rows, range(FIRST), window),
+        }
+    return base, remedies | {name: Remedy(prefix, change) for name, change in surgery.items()}
+
+
+def measured_with(
+    model: Any, prompts: PromptSet, remedy: Remedy, heads: Heads, config: RemediesConfig = RemediesConfig()
+) -> dict[str, Float[np.ndarray, " sample"]]:
+    """Every quantity of `QUANTITIES` for the samples it was measured on."""
+    text = prompts.ids[:, :-1]
+    rows, changes = remedy.applied(model, text)
+    recording = record(model, rows, [TOKEN_LOSSES, NORM_RATIO, score_at(0), score_at(CONTROL)], interventions=changes)
+    excess = recording[score_at(0)].double() - recording[score_at(CONTROL)].double()
+    return {
+        "loss": _of_text(recording[TOKEN_LOSSES].double().numpy(), text).mean(1),
+        "excess": over_heads(excess, heads),
+        "norm_ratio": recording[NORM_RATIO].double().amax(1).numpy(),
+        "int8_error": int8_errors(model, text[: config.int8_samples], remedy),
+        "spread": _spread(model, prompts.subset(slice(0, config.spread_samples)), remedy, config.tokens),
+    }
+
+
+def text_losses(model: Any, text: Int[Tensor, "row pos"], remedy: Remedy) -> Float[np.ndarray, "row prediction"]:
+    """The losses of the predictions made from 8 tokens into the text on."""
+    rows, changes = remedy.applied(model, text)
+    return _of_text(record(model, rows, TOKEN_LOSSES, interventions=changes)[TOKEN_LOSSES].double().numpy(), text)
+
+
+def _of_text(
+    losses: Float[np.ndarray, "row position"], text: Int[Tensor, "row pos"]
+) -> Float[np.ndarray, "row prediction"]:
+    """Of the losses of rows, whatever stands before their text, those from 8 tokens into the text on."""
+    return losses[:, losses.shape[1] + 1 - text.shape[1] + FAR :]
+
+
+@torch.no_grad()
+def int8_errors(model: Any, text: Int[Tensor, "row pos"], remedy: Remedy) -> Float[np.ndarray, " row"]:
+    """The error of the inputs of matrix products, one grid per row, P0 in: mean over them, at positions after P0."""
+    # An intervention under `with` wants all its rows in one batch.
+    size = batch_size_for(model, text.shape[1] + 1, with_logits=True)
+    errors = []
+    for part in text.split(size):
+        rows, changes = remedy.applied(model, part)
+        seen: dict[Site, Tensor] = {}
+
+        def look(site: Site, x: Tensor, rows: PromptSet = rows, seen: dict[Site, Tensor] = seen) -> None:
+            int8 = rounded(x, largest_in_row(x, rows.attention_mask))
+            after, new = (each.float().flatten(2)[:, 1:] for each in (x, int8))
+            sizes = (values.square().sum((1, 2)).sqrt() for values in (new - after, after))
+            seen.setdefault(site, torch.div(*sizes).nan_to_num().cpu())
+
+        with contextlib.ExitStack() as stack:
+            for change in changes:
+                stack.enter_context(change)
+            # After the changes: what is rounded is what they leave.
+            stack.enter_context(on_inputs(model, look))
+            forward(model, rows.ids)
+        errors.append(torch.stack(list(seen.values())).mean(0).double().numpy())
+    return np.concatenate(errors)
+
+
+def _spread(model: Any, prompts: PromptSet, remedy: Remedy, tokens: int) -> Float[np.ndarray, " sample"]:
+    """The standard deviation of the loss over tokens in the first place of the text, as C20 has it."""
+    drawn = drawn_tokens(model, prompts, tokens, torch.Generator().manual_seed(prompts.seed + 1))
+    text = prompts.ids[:, None, :-1].repeat(1, tokens, 1)
+    text[:, :, 0] = drawn
+    losses = text_losses(model, text.flatten(0, 1), remedy)
+    return spread(losses.reshape(prompts.n, tokens, -1))
+
+
+def _table(measured: Mapping[str, Mapping[str, np.ndarray]], added: Mapping[str, Interval]) -> pd.DataFrame:
+    import pandas as pd
+
+    rows = []
+    for name, of in measured.items():
+        rows += [
+            {"remedy": name, "measured": quantity, **bootstrap(values).to_json()} for quantity, values in of.items()
+        ]
+        rows.append({"remedy": name, "measured": "loss_added", **added[name].to_json()})
+    return pd.DataFrame(rows)
+
+
+def _draw(
+    measured: Mapping[str, Mapping[str, np.ndarray]], added: Mapping[str, Interval], base: str, model: str
+) -> Figure:
+    from p0circuit.figures.intervals import side_by_side
+
+    panels = {
+        # The difference, because the same rows have the loss of all.
+        title: dict(added) if quantity == "loss" else {name: bootstrap(of[quantity]) for name, of in measured.items()}
+        for quantity, (title, _) in QUANTITIES.items()
+    }
+    units = [unit for _, unit in QUANTITIES.values()]
+    return side_by_side(panels, f"{model}: what can be done about the sink (dashed: {base})", units, base)

@@ -1,0 +1,232 @@
+"""The P0 circuit as a graph, recovered by path patching between the clean and the shifted run.
+
+1. Choose the sink heads on one half of the samples; everything else is measured on the other half.
+2. Pair the prompts with themselves behind a random prefix; what each component computes at the same token, when that
+   token is not first, is its new value at P0.
+3. Patch every edge between components at P0, Q, K, V and MLP inputs alike, and measure the sink heads' score. Where
+   that is more than `most_edges`, search for the edges that change it by a fixed share (`interventions.edge_search`):
+   the heads of a block are one receiver, K (and V) of all sink heads together another, `sink.k`; single heads are
+   receivers only where their group has that share.
+4. Keep the edges that change it by a fixed share, and of those what leads to the sink heads.
+Paper: the P0 sink circuit; method after Wang et al. 2022 (arXiv 2211.00593).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from p0circuit.experiments.base import Experiment, NotApplicable
+from p0circuit.experiments.edges import input_shares
+from p0circuit.experiments.sink_under_study import listed, scores_of
+from p0circuit.interventions.circuit import circuit_graph, owner
+from p0circuit.interventions.closed_form import KeyEdges, NotOfTheClosedForm
+from p0circuit.interventions.edge_search import expected_passes, search_edges
+from p0circuit.interventions.metrics import sink_score_of
+from p0circuit.interventions.nodes import components
+from p0circuit.interventions.pairs import Contrast, contrast, replacements
+from p0circuit.interventions.path_patching import TOKENS_AT_ONCE, edges_into_keys, path_patch, receivers_of
+from p0circuit.models import ModelInfo, describe
+from p0circuit.models.info import drawable
+from p0circuit.prompts import PromptSet
+from p0circuit.recording.quantities import SINK_SCORE
+from p0circuit.results import Result
+from p0circuit.sink import FALLBACK_HEADS, SINK_THRESHOLD, sink_heads
+from p0circuit.stats import Interval, bootstrap
+
+if TYPE_CHECKING:
+    import networkx as nx
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class CircuitConfig:
+    """`shift`: tokens of the prefix; `samples`: prompts to patch; `share` of the sink score from which an edge counts.
+
+    `fallback_heads` stand in where no head is above `eps`. With more than `most_edges` edges they are searched:
+    first estimates from `screening_rows` prompts, exact runs within `budget` passes over the prompts that are patched,
+    at least `sample` of them of edges drawn at random.
+    """
+
+    shift: int = 8
+    samples: int = 16
+    share: float = 0.05
+    eps: float = SINK_THRESHOLD
+    fallback_heads: int = FALLBACK_HEADS
+    most_edges: int = 2_000
+    screening_rows: int = 4
+    sample: int = 3
+    budget: float = 15.0
+
+
+class Circuit(Experiment):
+    """Path patching between all components at P0: the edge table, the pruned circuit and its drawing."""
+
+    id = "circuit"
+    title = "The P0 circuit"
+
+    def __init__(self, config: CircuitConfig = CircuitConfig()) -> None:
+        super().__init__(config)
+
+    def measure(self, model: Any, prompts: PromptSet) -> Result:
+        info, config = describe(model), self.config
+        first, second = prompts.split()
+        scores = self.record(model, first, [SINK_SCORE], "first half")[SINK_SCORE]
+        heads, above = sink_heads(scores, config.eps, config.fallback_heads)
+        names = [f"attn.{layer}.{head}" for layer, head in heads]
+        chosen = second.subset(slice(0, config.samples))
+        layers = range(max(layer for layer, _ in heads) + 1)
+        vocabulary, special = drawable(model)
+        pair = contrast(chosen, config.shift, vocabulary, prompts.seed, tuple(special))
+        which = f"sink heads: {listed(heads)}" + ("" if above else " (the highest; none is above the threshold)")
+        study = _Study(model, pair, heads, names, layers, which)
+        edges = _edges_up_to(info, layers[-1])
+        return self._search(study, edges) if edges > config.most_edges else self._patch_all(study)
+
+    def passes(self, model: Any, prompts: PromptSet) -> float:
+        """The passes over all `n` prompts that a run takes beside the sink scores of the first half."""
+        info, n, length = describe(model), prompts.n, prompts.length
+        config, rows = self.config, min(self.config.samples, n - n // 2)
+        recording = rows * (1 + config.shift / length)
+        if _edges_up_to(info, info.layers - 1) > config.most_edges:
+            screening = min(rows, config.screening_rows)
+            return (recording + expected_passes(info, length, rows, screening, config.budget, heads=True)) / n
+        senders, heads = 1 + info.layers * (info.heads + 1), info.heads
+        per_batch = max(1, TOKENS_AT_ONCE // (rows * length))
+        slots = senders + -(-senders // per_batch)
+        total = 2.0
+        for layer in range(info.layers):
+            before = 1 + layer * (heads + 1)
+            # Edges into Q have no effect and are not run.
+            edges = 2 * heads * before + before + heads
+            # The clean run up to the layer; what its receivers read from every sender; the edges themselves.
+            total += layer / info.layers + slots * (layer + 1) / info.layers
+            total += edges * (info.layers - layer) / info.layers
+        return (recording + rows * (total + (senders + 1) / length)) / n
+
+    def _patch_all(self, study: _Study) -> Result:
+        """Step 3 for small models: every edge, exactly."""
+        model, chosen, heads, names = study.model, study.pair.clean, study.heads, study.names
+        senders, receivers = components(model, study.layers, heads=True), receivers_of(model, study.layers)
+        values = replacements(model, study.pair, senders)
+        effects = path_patch(model, chosen, senders, receivers, values, sink_score_of(heads))
+        keys = edges_into_keys(model, chosen, senders, values)
+
+        table = effects.to_dataframe()
+        clean = bootstrap(effects.clean.double().cpu().numpy())
+        graph = circuit_graph(table, names, self.config.share * clean.value)
+        metrics = {"sink_score": clean}
+        if (shares := input_shares(effects, names)) is not None:
+            metrics["share_of_k_among_edges_into_sink_heads"] = shares["k"]
+        tables = {"edges": table, "into_keys": _key_table(keys, heads)}
+        notes = [f"edges into K at P0 by {keys.method}; largest error on the clean run {keys.error:.1e}"]
+        return self._result(study, graph, names, clean, len(table), metrics, tables, notes)
+
+    def _search(self, study: _Study, edges: int) -> Result:
+        """Step 3 for large models: the edges that have the share, coarse to fine."""
+        model, chosen, heads, config = study.model, study.pair.clean, study.heads, self.config
+        senders, last = components(model, study.layers, heads=True), study.layers[-1]
+        # What the MLP of the last sink heads' block writes, none of them reads.
+        receivers = [f"mlp.{layer}" for layer in range(last)]
+        receivers += [f"attn.{layer}.{part}" for layer in study.layers for part in "kv"]
+        sets = {f"sink.{part}": [f"{name}.{part}" for name in study.names] for part in "kv"}
+        values = replacements(model, study.pair, senders)
+        clean = bootstrap(scores_of(model, chosen, heads))
+        threshold = config.share * clean.value
+        try:
+            search = search_edges(
+                model,
+                chosen,
+                senders,
+                receivers,
+                values,
+                heads,
+                threshold,
+                sets,
+                screening_rows=config.screening_rows,
+                members=True,
+                sample=config.sample,
+                budget=config.budget,
+                seed=study.pair.clean.seed,
+            )
+        except NotOfTheClosedForm as reason:
+            raise NotApplicable(f"about {edges} edges are too many to patch one by one, and {reason}") from None
+        table = search.to_dataframe()
+        # The set, its heads, and groups that hold some of them: what sink heads read ends there.
+        groups = {f"attn.{layer}" for layer, _ in heads}
+        read = {owner(receiver) for receiver in table["receiver"]}
+        ends = ["sink", *sorted((groups | {*study.names}) & read)]
+        graph = circuit_graph(table, ends, threshold)
+        graph.remove_nodes_from([end for end in ends if end != "sink" and not graph.degree(end)])
+        ends = [end for end in ends if end in graph]
+        notes = [
+            f"about {edges} edges are more than {config.most_edges}: they were searched, coarse to fine, with first "
+            f"estimates from {min(config.screening_rows, chosen.n)} prompts and exact effects from {chosen.n}",
+            *search.summary(),
+            f"{len(search.strong_edges)} of those patched exactly change the score by {config.share:.0%} of it or more",
+        ]
+        estimates = search.estimates_table(config.share / 10 * clean.value)
+        tables = {"edges": table, "estimates": estimates}
+        count = len(search.edges) + search.without_effect
+        return self._result(study, graph, ends, clean, count, {"sink_score": clean}, tables, notes)
+
+    def _result(
+        self,
+        study: _Study,
+        graph: nx.DiGraph,
+        ends: Sequence[str],
+        clean: Interval,
+        count: int,
+        metrics: dict[str, Interval],
+        tables: dict[str, pd.DataFrame],
+        notes: Sequence[str],
+    ) -> Result:
+        """Step 4, written down: the notes name every edge of the circuit, the figure draws it."""
+        from p0circuit.figures.circuit import draw_circuit
+
+        found = [
+            (sender, receiver, effect)
+            for sender, _, inputs in graph.edges(data="inputs")
+            for receiver, effect in inputs.items()
+        ]
+        notes = [
+            study.which,
+            *notes,
+            f"{len(found)} of {count} edges lead to the sink heads and change their score of {clean.value:.3f} by "
+            f"{self.config.share:.0%} or more:",
+            *(f"{s} -> {r}: {effect:+.3f}" for s, r, effect in sorted(found, key=lambda edge: -abs(edge[2]))),
+        ]
+        title = f"The circuit of the P0 sink in {describe(study.model).title}"
+        return Result(self.id, self.title, metrics, tables, {"graph": draw_circuit(graph, ends, title)}, notes=notes)
+
+
+@dataclass(frozen=True)
+class _Study:
+    """What is studied: the model, the pair of runs, and the sink heads, up to whose last layer edges count."""
+
+    model: Any
+    pair: Contrast
+    heads: Sequence[tuple[int, int]]
+    names: list[str]
+    layers: range
+    which: str
+
+
+def _edges_up_to(info: ModelInfo, layer: int) -> int:
+    """About how many edges there are between single heads, MLPs and their inputs up to a layer."""
+    senders = 1 + (layer + 1) * (info.heads + 1)
+    return senders * (layer + 1) * (3 * info.heads + 1) // 2
+
+
+def _key_table(keys: KeyEdges, heads: Sequence[tuple[int, int]]) -> pd.DataFrame:
+    """The effect of each sender on each sink head's own score, through its key of P0 alone."""
+    import pandas as pd
+
+    rows = []
+    for sender, effect in zip(keys.senders, keys.effect, strict=True):
+        for layer, head in heads:
+            if sender.depth < (layer, 1):
+                interval = bootstrap(effect[:, layer, head].double().cpu().numpy())
+                rows.append((str(sender), f"attn.{layer}.{head}.k", *interval.to_json().values()))
+    return pd.DataFrame(rows, columns=["sender", "receiver", "effect", "low", "high", "n"])

@@ -1,0 +1,195 @@
+"""Does P0 draw attention by its norm or by its direction? Surgery on its stream (paper, section on amplification).
+
+1. *Norm cut*: P0's residual after block 1 keeps its direction and gets the median norm of the row's other positions.
+2. *Direction replaced*: it keeps its norm and gets the direction that the stream after the same block has at an
+   ordinary position of the next sample; positions 4, 16 and 32 take turns. P0 then points where some other token would.
+3. What is left is the excess score of the sink heads above block 1 over that of the clean run. Later blocks run as they
+   are: what they rebuild counts as left.
+4. The same after every other block, on the sink heads above it; and the dose: the norm after block 1 times 1/8 to 4.
+5. Control: both surgeries at a random position instead of P0.
+
+Source: Peng et al., arXiv 2603.06591; Sun et al. 2024 (arXiv 2402.17762) on massive activations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from p0circuit.experiments.base import ORDINARY, Experiment, NotApplicable, is_large, second_half
+from p0circuit.experiments.claim import Claim, Clause
+from p0circuit.experiments.sink_under_study import excess_by_head
+from p0circuit.experiments.surgery import (
+    LAST_BLOCK,
+    Sink,
+    find_sink,
+    heads_above,
+    left_of,
+    lines,
+    ordinary_streams,
+    random_offsets,
+)
+from p0circuit.interventions.ablation import replace_direction, replace_norm
+from p0circuit.interventions.intervention import Offset
+from p0circuit.models import ModelInfo, describe
+from p0circuit.prompts import PromptSet
+from p0circuit.recording.quantities import NORM_RATIO, residual_at
+from p0circuit.recording.record import record
+from p0circuit.results import Result
+from p0circuit.sink import CONTROL
+from p0circuit.stats import bootstrap
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+_CUT, _TURNED = "norm cut to the others' median", "direction of an ordinary position"
+_AT_P0, _ELSEWHERE = "P0", "a random position"
+
+
+@dataclass(frozen=True)
+class DirectionOrNormConfig:
+    """`ordinary`: positions after P0 that lend their direction; `doses`: factors on P0's norm, as they are written.
+
+    The scan over blocks and the doses take `scan_samples` rows, and the scan `scan_blocks` blocks.
+    """
+
+    ordinary: tuple[int, ...] = ORDINARY
+    doses: tuple[str, ...] = ("1/8", "1/4", "1/2", "1", "2", "4")
+    scan_samples: int = 128
+    scan_blocks: int = 8
+
+
+class DirectionOrNorm(Experiment):
+    """P0's residual after block 1 with its norm cut, or with another direction: what is left of the sink?"""
+
+    id = "direction-or-norm"
+    title = "Direction or norm"
+    claim = Claim(
+        id="C8",
+        title="Direction or norm",
+        source="Peng et al., arXiv 2603.06591, section on amplification",
+        statement="After block 1 it is P0's direction that later blocks see, not its norm.",
+        measure="Share of the excess score that is left when P0's residual after block 1 keeps its direction and gets "
+        "the median norm of the others, and when it keeps its norm and gets the direction of an ordinary position of "
+        "another sample.",
+        clauses=(
+            Clause("left_with_norm_cut", ">=", 0.8),
+            Clause("left_with_direction_replaced", "<=", 0.2),
+        ),
+        control="The same surgery at a random position.",
+    )
+
+    def __init__(self, config: DirectionOrNormConfig = DirectionOrNormConfig()) -> None:
+        super().__init__(config)
+
+    def passes(self, model: Any, prompts: PromptSet) -> float:
+        rows, config = second_half(prompts), self.config
+        few, blocks = min(rows, config.scan_samples), min(config.scan_blocks, describe(model).layers - 1)
+        return (4 * rows + (2 * blocks + len(config.doses)) * few) / prompts.n
+
+    def quick(self, info: ModelInfo) -> DirectionOrNorm:
+        return DirectionOrNorm(replace(self.config, scan_samples=8, scan_blocks=4)) if is_large(info) else self
+
+    def measure(self, model: Any, prompts: PromptSet) -> Result:
+        return self.measure_on(model, find_sink(model, prompts))
+
+    def measure_on(self, model: Any, sink: Sink) -> Result:
+        """The measurement on a sink that has been found.
+
+        Raises:
+            NotApplicable: rows are too short for an ordinary position.
+        """
+        import pandas as pd
+
+        prompts = sink.prompts
+        lenders = [offset for offset in self.config.ordinary if offset < prompts.length]
+        if not lenders:
+            raise NotApplicable(f"rows of {prompts.length} tokens have no position {self.config.ordinary[0]}")
+        streams = ordinary_streams(model, prompts, lenders)
+        clean = excess_by_head(model, prompts)[0]
+        elsewhere = random_offsets(prompts.n, prompts.seed, 1, prompts.length, but=[CONTROL])
+        rows, left = [], {}
+        for place, offset in ((_AT_P0, 0), (_ELSEWHERE, elsewhere)):
+            for surgery in (_CUT, _TURNED):
+                changed = _changed(model, prompts, surgery, LAST_BLOCK, streams, offset)
+                left[place, surgery] = left_of(changed, clean, sink.heads)
+                rows.append({"place": place, "surgery": surgery, **left[place, surgery].to_json()})
+        norms = record(model, prompts, NORM_RATIO)[NORM_RATIO][:, LAST_BLOCK + 1].numpy()
+        metrics = {
+            "left_with_norm_cut": left[_AT_P0, _CUT],
+            "left_with_direction_replaced": left[_AT_P0, _TURNED],
+            "left_with_norm_cut_elsewhere": left[_ELSEWHERE, _CUT],
+            "left_with_direction_replaced_elsewhere": left[_ELSEWHERE, _TURNED],
+            "norm_over_median_of_others": bootstrap(norms),
+        }
+        some = slice(0, self.config.scan_samples)
+        scan = self._scan(model, sink, prompts.subset(some), clean[some], streams[some])
+        doses = self._doses(model, sink, prompts.subset(some), clean[some])
+        lent = ", ".join(map(str, lenders))
+        notes = [*sink.notes, f"directions are lent by positions {lent} of the next sample, in turn"]
+        tables = {"surgery": pd.DataFrame(rows), "blocks": scan, "doses": doses}
+        name = describe(model).title
+        figures = {"blocks": _draw_scan(scan, name), "doses": _draw_doses(doses, name)}
+        return Result(self.id, self.title, metrics, tables, figures, notes=notes)
+
+    def _scan(self, model: Any, sink: Sink, prompts: PromptSet, clean: Tensor, streams: Tensor) -> pd.DataFrame:
+        """Both surgeries after each block, measured on the sink heads above it."""
+        import pandas as pd
+
+        norms = record(model, prompts, NORM_RATIO)[NORM_RATIO]
+        rows = []
+        for block in sink.scanned(self.config.scan_blocks):
+            heads = heads_above(sink.heads, block)
+            for surgery in (_CUT, _TURNED):
+                left = left_of(_changed(model, prompts, surgery, block, streams, 0), clean, heads)
+                row = {"surgery": surgery, "after_block": block, "heads": len(heads), **left.to_json()}
+                rows.append(row | {"norm_over_median_of_others": float(norms[:, block + 1].double().mean())})
+        return pd.DataFrame(rows)
+
+    def _doses(self, model: Any, sink: Sink, prompts: PromptSet, clean: Tensor) -> pd.DataFrame:
+        """P0's norm after block 1 times each dose."""
+        import pandas as pd
+
+        own = record(model, prompts, residual_at())[residual_at()][:, LAST_BLOCK + 1].float().norm(dim=-1)
+        rows = []
+        for dose in self.config.doses:
+            numerator, _, denominator = dose.partition("/")
+            factor = float(numerator) / float(denominator or 1)
+            scaled = replace_norm(model, prompts, [f"resid_post.{LAST_BLOCK}"], factor * own)
+            left = left_of(excess_by_head(model, prompts, [scaled])[0], clean, sink.heads)
+            rows.append({"dose": dose, "factor": factor, **left.to_json()})
+        return pd.DataFrame(rows)
+
+
+def _changed(model: Any, prompts: PromptSet, surgery: str, block: int, streams: Tensor, offset: Offset) -> Tensor:
+    """The excess scores of P0 with surgery on the stream after a block at one position."""
+    nodes = [f"resid_post.{block}"]
+    if surgery == _CUT:
+        change = replace_norm(model, prompts, nodes, offset=offset)
+    else:
+        change = replace_direction(model, prompts, nodes, streams[:, block + 1], offset=offset)
+    return excess_by_head(model, prompts, [change])[0]
+
+
+def _draw_scan(scan: pd.DataFrame, model: str) -> Figure:
+    from p0circuit.figures.lines import trajectories
+
+    title = f"{model}: P0's stream with another norm or direction"
+    blocks = [str(block) for block in scan["after_block"].unique()]
+    panels = {"What is left of the sink": lines(scan, "surgery")}
+    return trajectories(panels, blocks, title, "surgery after block", ["share of the excess left"], reference=1)
+
+
+def _draw_doses(doses: pd.DataFrame, model: str) -> Figure:
+    from p0circuit.figures.lines import trajectories
+
+    title = f"{model}: P0's direction kept, its norm changed"
+    panels = {f"After block {LAST_BLOCK}": lines(doses.assign(surgery="norm"), "surgery")}
+    labels = ["share of the excess left"]
+    figure = trajectories(panels, doses["dose"].tolist(), title, "norm of P0, times its own", labels, reference=1)
+    # From nothing left on: a fall by a tenth should look like one.
+    figure.axes[0].set_ylim(bottom=min(0, figure.axes[0].get_ylim()[0]))
+    return figure

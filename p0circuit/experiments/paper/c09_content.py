@@ -1,0 +1,209 @@
+"""Does it matter which token stands at P0? Its stream with another token's content (paper, section on amplification).
+
+1. The *P0 direction* after a block is the mean direction of the stream at P0, estimated on the other half of the
+   samples. Everything orthogonal to it is taken for content.
+2. *Content replaced*: P0's residual after block 1 keeps its component along the direction; the rest becomes that of the
+   next sample with another token at P0. The verdict is about this. Beside it, the rest is taken from an ordinary
+   position of the next sample (4, 16 and 32 take turns), which has nothing of being first.
+3. *Control, the direction replaced instead*: P0 keeps its content and gets the component along the P0 direction that
+   the same ordinary position has. Its content being short, a norm after that makes much of a small component: the
+   cosine to the P0 direction that results is told, and the same with the component removed.
+4. What is left is the excess score of the sink heads above over that of the clean run. The same after every block.
+
+How much there is to replace is in the table: the share of P0's squared norm that is orthogonal to the direction.
+Source: Peng et al., arXiv 2603.06591.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from p0circuit.experiments.base import ORDINARY, Experiment, NotApplicable, is_large, second_half
+from p0circuit.experiments.claim import Claim, Clause
+from p0circuit.experiments.sink_under_study import excess_by_head
+from p0circuit.experiments.surgery import (
+    LAST_BLOCK,
+    Sink,
+    find_sink,
+    heads_above,
+    left_of,
+    lines,
+    ordinary_streams,
+    row_of_another_token,
+)
+from p0circuit.interventions.ablation import replace_orthogonal, set_component
+from p0circuit.interventions.edits import component
+from p0circuit.interventions.intervention import p0_direction
+from p0circuit.models import ModelInfo, describe
+from p0circuit.prompts import PromptSet
+from p0circuit.recording.quantities import residual_at
+from p0circuit.recording.record import record
+from p0circuit.results import Result
+from p0circuit.stats import Interval, bootstrap
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+_TOKEN, _ORDINARY = "content of another token", "content of an ordinary position"
+_ALONG, _REMOVED = "control: direction replaced", "direction removed"
+
+
+BOUND = 0.9
+
+
+@dataclass(frozen=True)
+class ContentConfig:
+    """`ordinary`: positions after P0 that lend what they have.
+
+    The scan over blocks takes `scan_samples` rows and `scan_blocks` blocks.
+    """
+
+    ordinary: tuple[int, ...] = ORDINARY
+    scan_samples: int = 128
+    scan_blocks: int = 8
+
+
+class Content(Experiment):
+    """Everything at P0 but its component along the P0 direction replaced: what is left of the sink?"""
+
+    id = "content"
+    title = "Content is irrelevant"
+    claim = Claim(
+        id="C9",
+        title="Content is irrelevant",
+        source="Peng et al., arXiv 2603.06591, section on amplification",
+        statement="After block 1 the component along one direction makes P0 a sink; the token that stands there and "
+        "all else in its stream do not matter.",
+        measure="Share of the excess score that is left when everything in P0's residual after block 1 that is "
+        "orthogonal to the P0 direction is replaced by that of another sample with another token at P0.",
+        clauses=(Clause("left_with_content_replaced", ">=", BOUND),),
+        control="The component along the direction replaced by that of an ordinary position, the content kept.",
+    )
+
+    def __init__(self, config: ContentConfig = ContentConfig()) -> None:
+        super().__init__(config)
+
+    def passes(self, model: Any, prompts: PromptSet) -> float:
+        rows, config = second_half(prompts), self.config
+        few, blocks = min(rows, config.scan_samples), min(config.scan_blocks, describe(model).layers - 1)
+        # Four kinds of surgery, after block 1 and after each block of the scan.
+        return 4 * (rows + blocks * few) / prompts.n
+
+    def quick(self, info: ModelInfo) -> Content:
+        return Content(replace(self.config, scan_samples=8, scan_blocks=2)) if is_large(info) else self
+
+    def measure(self, model: Any, prompts: PromptSet) -> Result:
+        return self.measure_on(model, find_sink(model, prompts))
+
+    def measure_on(self, model: Any, sink: Sink) -> Result:
+        """The measurement on a sink that has been found.
+
+        Raises:
+            NotApplicable: all samples have the same token at P0, or rows are too short for an ordinary position.
+        """
+        import pandas as pd
+
+        prompts = sink.prompts
+        lenders = [offset for offset in self.config.ordinary if offset < prompts.length]
+        if not lenders:
+            raise NotApplicable(f"rows of {prompts.length} tokens have no position {self.config.ordinary[0]}")
+        own = record(model, prompts, residual_at())[residual_at()]
+        first = prompts.ids[torch.arange(prompts.n), prompts.p0]
+        ordinary = ordinary_streams(model, prompts, lenders)
+        lent = {_TOKEN: own[row_of_another_token(first)], _ORDINARY: ordinary, _ALONG: ordinary}
+        lent[_REMOVED] = torch.zeros_like(own)
+        clean = excess_by_head(model, prompts)[0]
+        direction = p0_direction(model, sink.others, LAST_BLOCK + 1).cpu()
+        left = {
+            name: left_of(_changed(model, prompts, name, LAST_BLOCK, direction, streams), clean, sink.heads)
+            for name, streams in lent.items()
+        }
+        content, along = _parts(own[:, LAST_BLOCK + 1], direction)
+        given = _parts(ordinary[:, LAST_BLOCK + 1], direction)[1]
+        metrics = {
+            "left_with_content_replaced": left[_TOKEN],
+            "left_with_content_of_an_ordinary_position": left[_ORDINARY],
+            "left_with_direction_replaced": left[_ALONG],
+            "left_with_direction_removed": left[_REMOVED],
+            "orthogonal_share_of_squared_norm": bootstrap((content**2 / (content**2 + along**2)).numpy()),
+            "cosine_with_direction_replaced": bootstrap((given / (given**2 + content**2).sqrt()).numpy()),
+        }
+        tables = {
+            "surgery": pd.DataFrame([{"surgery": name} | interval.to_json() for name, interval in left.items()]),
+            "blocks": self._scan(model, sink, clean, own, lent),
+        }
+        names = ", ".join(map(str, lenders))
+        notes = [*sink.notes, f"ordinary positions are {names} of the next sample, in turn", *_caveats(metrics)]
+        figures = {"blocks": _draw(tables["blocks"], describe(model).title)}
+        return Result(self.id, self.title, metrics, tables, figures, notes=notes)
+
+    def _scan(self, model: Any, sink: Sink, clean: Tensor, own: Tensor, lent: dict[str, Tensor]) -> pd.DataFrame:
+        """All surgeries after each block, measured on the sink heads above it."""
+        import pandas as pd
+
+        some = slice(0, self.config.scan_samples)
+        prompts = sink.prompts.subset(some)
+        rows = []
+        for block in sink.scanned(self.config.scan_blocks):
+            heads, direction = heads_above(sink.heads, block), p0_direction(model, sink.others, block + 1).cpu()
+            content, along = _parts(own[some, block + 1], direction)
+            share = float((content**2 / (content**2 + along**2)).mean())
+            for name, streams in lent.items():
+                left = left_of(_changed(model, prompts, name, block, direction, streams[some]), clean[some], heads)
+                row = {"surgery": name, "after_block": block, "heads": len(heads), **left.to_json()}
+                rows.append(row | {"orthogonal_share": share})
+        return pd.DataFrame(rows)
+
+
+def _changed(
+    model: Any, prompts: PromptSet, surgery: str, block: int, direction: Tensor, streams: Tensor
+) -> Float[Tensor, "sample layer head"]:
+    """The excess scores of P0 with surgery on its stream after a block; `streams` are those that lend."""
+    nodes, lent = [f"resid_post.{block}"], streams[:, block + 1]
+    if surgery in (_ALONG, _REMOVED):
+        change = set_component(model, prompts, nodes, direction, component(lent.to(direction), direction))
+    else:
+        change = replace_orthogonal(model, prompts, nodes, direction, to=lent)
+    return excess_by_head(model, prompts, [change])[0]
+
+
+def _caveats(metrics: dict[str, Interval]) -> list[str]:
+    """What the verdict alone would hide."""
+    told = []
+    ordinary, control = metrics["left_with_content_of_an_ordinary_position"], metrics["left_with_direction_replaced"]
+    if ordinary.low < BOUND <= metrics["left_with_content_replaced"].value:
+        told.append(
+            f"the token is irrelevant, but not all that is orthogonal: with that of an ordinary position after block "
+            f"{LAST_BLOCK}, {ordinary} is left; being first shows outside this direction too"
+        )
+    if control.high > 0.5:
+        told.append(
+            f"the control does not end the sink: {control} is left with an ordinary component along the direction, as "
+            f"the content is short and P0's cosine to it is still {metrics['cosine_with_direction_replaced']}; with no "
+            f"component along it, {metrics['left_with_direction_removed']} is left"
+        )
+    return told
+
+
+def _parts(
+    streams: Float[Tensor, "sample d_model"], direction: Float[Tensor, " d_model"]
+) -> tuple[Float[Tensor, " sample"], Float[Tensor, " sample"]]:
+    """The norm of what is orthogonal to a direction, and the component along it."""
+    precise, axis = streams.double(), direction.double()
+    along = component(precise, axis)
+    return (precise - along[:, None] * axis).norm(dim=-1), along
+
+
+def _draw(scan: pd.DataFrame, model: str) -> Figure:
+    from p0circuit.figures.lines import trajectories
+
+    title = f"{model}: P0's stream with other content"
+    blocks = [str(block) for block in scan["after_block"].unique()]
+    panels = {"What is left of the sink": lines(scan, "surgery")}
+    return trajectories(panels, blocks, title, "surgery after block", ["share of the excess left"], reference=BOUND)

@@ -1,0 +1,116 @@
+"""Values with intervals: bars, points, and values side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from p0circuit.stats import Interval
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+from p0circuit.figures.style import BLUE, COLOURS, COLUMN, GREY, add_title, new_figure, styled
+
+
+@styled
+def bars(panels: dict[str, dict[str, Interval]], title: str, y_labels: Sequence[str]) -> Figure:
+    """One panel per quantity, one bar with its 95 % interval per condition; the value stands above the bar."""
+    figure, axes = new_figure(max(COLUMN, 2.0 * len(panels)), 2.6, 1, len(panels))
+    for axis, (name, intervals), y_label in zip(axes[0], panels.items(), y_labels, strict=True):
+        for place, (interval, colour) in enumerate(zip(intervals.values(), COLOURS, strict=False)):
+            errors = [[interval.value - interval.low], [interval.high - interval.value]]
+            axis.bar(place, interval.value, color=colour, width=0.65)
+            axis.errorbar(place, interval.value, yerr=np.clip(errors, 0, None), color="black", capsize=3, linewidth=1)
+            axis.annotate(
+                f"{interval.value:.3g}",
+                (place, max(interval.high, interval.value)),
+                xytext=(0, 4),
+                textcoords="offset points",
+                ha="center",
+                fontsize=7,
+            )
+        axis.set_xticks(range(len(intervals)), [label.replace(" ", "\n", 1) for label in intervals])
+        axis.set(title=name, ylabel=y_label)
+        axis.margins(y=0.15)
+        if not any(interval.high for interval in intervals.values()):
+            axis.set_ylim(0, 1)
+        axis.grid(axis="x", visible=False)
+    add_title(figure, title)
+    return figure
+
+
+def _draw_interval(axis: Axes, place: int, interval: Interval, colour: str, told: str, gap: float) -> None:
+    """A lying line with a dot, and its value `gap` points beside the panel."""
+    axis.plot([interval.low, interval.high], [place, place], color=colour, linewidth=2.4, solid_capstyle="butt")
+    axis.plot(interval.value, place, color=colour, marker="o", markersize=5)
+    axis.annotate(
+        told,
+        (1, place),
+        xycoords=("axes fraction", "data"),
+        xytext=(gap, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize=7,
+    )
+
+
+@styled
+def intervals(
+    panels: dict[str, dict[str, Interval]],
+    title: str,
+    x_labels: Sequence[str],
+    controls: Collection[str] = (),
+    reference: float | None = None,
+) -> Figure:
+    """One panel per quantity, one line with a dot and its 95 % interval per condition; the value stands beside it.
+
+    Panels stand above each other on a common scale; controls are grey. For labels too long to stand under bars.
+    """
+    heights = [len(lines) for lines in panels.values()]
+    figure, axes = new_figure(
+        COLUMN + 1.2, 0.23 * sum(heights) + 0.75 * len(panels) + 0.3, len(panels), height_ratios=heights, sharex=True
+    )
+    for axis, (name, lines), x_label in zip(axes[:, 0], panels.items(), x_labels, strict=True):
+        if reference is not None:
+            axis.axvline(reference, color=GREY, linewidth=0.8, linestyle="--")
+        for place, (label, interval) in enumerate(lines.items()):
+            colour = GREY if label in controls else BLUE
+            _draw_interval(axis, place, interval, colour, f"{interval.value:.3g}", gap=4)
+        axis.set_yticks(range(len(lines)), list(lines))
+        axis.set_ylim(len(lines) - 0.4, -0.6)
+        axis.set(title=name, xlabel=x_label)
+        axis.tick_params(labelbottom=True)
+        axis.margins(x=0.08)
+        axis.grid(axis="y", visible=False)
+    add_title(figure, title)
+    return figure
+
+
+@styled
+def side_by_side(
+    panels: Mapping[str, Mapping[str, Interval]], title: str, x_labels: Sequence[str], base: str
+) -> Figure:
+    """The same conditions under each other, one column with its own scale per quantity; the value stands beside it.
+
+    The condition that the others are compared with is grey, with a dashed line through all of them. Where a quantity
+    was not measured there is no dot.
+    """
+    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    figure, axes = new_figure(1.7 * len(panels) + 1.8, 0.27 * len(names) + 1.1, 1, len(panels), sharey=True)
+    for axis, (quantity, lines), x_label in zip(axes[0], panels.items(), x_labels, strict=True):
+        if base in lines:
+            axis.axvline(lines[base].value, color=GREY, linewidth=0.8, linestyle="--")
+        for name, interval in lines.items():
+            place, colour = names.index(name), GREY if name == base else BLUE
+            told = f"{interval.value:.3f}" if abs(interval.value) < 1 else f"{interval.value:.3g}"
+            _draw_interval(axis, place, interval, colour, told, gap=2)
+        axis.set(title=quantity, xlabel=x_label)
+        axis.margins(x=0.12)
+        axis.grid(axis="y", visible=False)
+    axes[0, 0].set_yticks(range(len(names)), names)
+    axes[0, 0].set_ylim(len(names) - 0.4, -0.6)
+    add_title(figure, title)
+    return figure

@@ -1,0 +1,73 @@
+"""Lines over positions, layers and doses, with their intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+from p0circuit.figures.style import COLOURS, COLUMN, GREY, Series, add_title, new_figure, plain_log_scale, styled
+
+
+@styled
+def trajectories(
+    panels: dict[str, Sequence[Series]],
+    positions: Sequence[str],
+    title: str,
+    x_label: str,
+    y_labels: Sequence[str],
+    log: Sequence[bool] | bool = False,
+    reference: float | None = None,
+) -> Figure:
+    """Lines with their intervals over a common axis (usually the layers), one panel for each group."""
+    logs = [log] * len(panels) if isinstance(log, bool) else list(log)
+    most = max(map(len, panels.values()))
+    # More names than two find no room that no line passes through: they go below.
+    below = most > 2
+    figure, axes = new_figure(COLUMN * len(panels), 2.7 + 0.17 * most * below, 1, len(panels))
+    x = np.arange(len(positions))
+    for axis, (name, lines), y_label, logarithmic in zip(axes[0], panels.items(), y_labels, logs, strict=True):
+        for line, colour in zip(lines, COLOURS, strict=False):
+            axis.plot(x, line.values, color=colour, label=line.label, **line.style)
+            if line.low is not None and line.high is not None:
+                axis.fill_between(x, line.low, line.high, color=colour, alpha=0.18, linewidth=0)
+        if reference is not None:
+            axis.axhline(reference, color=GREY, linewidth=0.8, linestyle="--")
+        if logarithmic:
+            plain_log_scale(axis, [value for line in lines for value in line.values])
+        step = max(1, len(positions) // 10)
+        axis.set_xticks(x[::step], [str(p) for p in positions][::step])
+        axis.set(title=name, xlabel=x_label, ylabel=y_label)
+        if below:
+            axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2))
+        elif len(lines) > 1:
+            axis.legend()
+    add_title(figure, title)
+    return figure
+
+
+@styled
+def sweeps(
+    panels: Mapping[str, tuple[Sequence[Series], Sequence[str]]], title: str, x_labels: Sequence[str], y_label: str
+) -> Figure:
+    """Lines with their intervals, each panel over the settings of its own sweep, all on a common scale.
+
+    A panel is its lines and the labels of the settings; a line has NaN where it has no value.
+    """
+    figure, axes = new_figure(2.7 * len(panels) + 0.3, 3.0, 1, len(panels), sharey=True)
+    for axis, (name, (lines, settings)), x_label in zip(axes[0], panels.items(), x_labels, strict=True):
+        x = np.arange(len(settings))
+        for line, colour in zip(lines, COLOURS, strict=False):
+            axis.plot(x, line.values, color=colour, label=line.label, **line.style)
+            if line.low is not None and line.high is not None:
+                axis.fill_between(x, line.low, line.high, color=colour, alpha=0.18, linewidth=0)
+        axis.set_xticks(x, settings)
+        axis.set(title=name, xlabel=x_label)
+        # Under the panel, where it can hide no line.
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2))
+    axes[0, 0].set_ylabel(y_label)
+    add_title(figure, title)
+    return figure

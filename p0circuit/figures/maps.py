@@ -1,0 +1,77 @@
+"""Heat maps: heads by layer, nodes by position."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+from p0circuit.figures.style import add_title, new_figure, styled, whole_ticks
+
+# More cells than this are told by their colour alone.
+_MOST_ANNOTATED_CELLS = 80
+
+
+@styled
+def heat_maps(panels: dict[str, np.ndarray], title: str, value_label: str, x_label: str = "head") -> Figure:
+    """One map of layers by heads (or `x_label`) per panel, from 0 to 1; cells carry their value where there is room."""
+    count = len(panels)
+    layers, heads = next(iter(panels.values())).shape
+    # Five panels fill the page, fewer may be wider.
+    width = max(1.2, min(0.34 * heads + 0.35, 6.1 / count))
+    height = max(1.6, min(5.0, 0.3 * layers + 0.9))
+    figure, axes = new_figure(width * count + 0.9, height + 0.25, 1, count, sharey=True)
+    annotated = layers * heads <= _MOST_ANNOTATED_CELLS and width / heads > 0.24
+    for axis, (name, values) in zip(axes[0], panels.items(), strict=True):
+        image = axis.imshow(values, cmap="viridis", vmin=0, vmax=1, aspect="auto", origin="lower")
+        axis.grid(False)
+        axis.set_title(name)
+        axis.set_xlabel(x_label)
+        whole_ticks(axis.xaxis, heads, width)
+        whole_ticks(axis.yaxis, layers, height)
+        if annotated:
+            for layer, head in np.ndindex(layers, heads):
+                value = values[layer, head]
+                colour = "black" if value > 0.6 else "white"
+                text = f"{value:.2f}".lstrip("0").replace("1.00", "1.0")
+                axis.text(head, layer, text, ha="center", va="center", fontsize=6.5, color=colour)
+    axes[0, 0].set_ylabel("layer")
+    figure.colorbar(image, ax=axes[0, -1], label=value_label)
+    add_title(figure, title)
+    return figure
+
+
+@styled
+def effect_maps(panels: dict[str, pd.DataFrame], title: str, value_label: str = "effect") -> Figure:
+    """One map per panel of what patching does: layers (the table's lines) by components, heads or neurons (columns).
+
+    The scale is the same for all, from -1 (blue) over no effect (white) to 1 (red); cells there are none of stay grey.
+    """
+    count = len(panels)
+    layers, columns = (max(table.shape[axis] for table in panels.values()) for axis in (0, 1))
+    width, height = max(1.5, min(3.4, 0.42 * columns + 0.35)), max(1.6, min(5.0, 0.26 * layers + 1.1))
+    figure, axes = new_figure(width * count + 0.9, height + 0.25, 1, count, sharey=True)
+    for axis, (name, table) in zip(axes[0], panels.items(), strict=True):
+        values = table.to_numpy(dtype=float)
+        image = axis.imshow(values, cmap="RdBu_r", vmin=-1, vmax=1, aspect="auto", origin="lower")
+        axis.set_facecolor("#E5E5E5")
+        axis.grid(False)
+        axis.set_title(name)
+        step = max(1, len(table.columns) // 8)
+        wordy = any(isinstance(label, str) for label in table.columns)
+        axis.set_xticks(range(0, len(table.columns), step), table.columns[::step], rotation=45 if wordy else 0)
+        axis.set_yticks(range(len(table.index)), table.index)
+        axis.set_xlabel(str(table.columns.name or ""))
+        if values.size <= _MOST_ANNOTATED_CELLS:
+            for row, column in np.argwhere(np.isfinite(values)):
+                value = values[row, column]
+                colour = "white" if abs(value) > 0.6 else "black"
+                text = f"{value:.2f}".replace("0.", ".").replace("-.00", ".00")
+                axis.text(column, row, text, ha="center", va="center", fontsize=6.5, color=colour)
+    axes[0, 0].set_ylabel("layer")
+    figure.colorbar(image, ax=axes[0, -1], label=value_label)
+    add_title(figure, title)
+    return figure

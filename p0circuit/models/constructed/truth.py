@@ -1,0 +1,116 @@
+"""What is true of the constructed models by construction."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+from p0circuit.models.constructed.weights import (
+    D_MLP,
+    DECOY_HEADS,
+    DETECTOR,
+    HEADS,
+    HERRING,
+    LAYERS,
+    RECOGNITION_HEADS,
+    SINK_NEURON,
+    SINK_STRENGTHS,
+    Edge,
+    Head,
+    Neuron,
+    residual_subspaces,
+    token_neurons,
+)
+
+
+@dataclass(frozen=True)
+class Knockout:
+    """Components set to zero at P0, and whether the sink is kept then, or gone (attention uniform)."""
+
+    nodes: tuple[str, ...]
+    sink_kept: bool
+    tolerance: float
+
+
+@dataclass(frozen=True, eq=False)
+class WiredTruth:
+    """What is true of the wired model, by construction.
+
+    Nodes are `embed`, `attn.{layer}.{head}`, `mlp.{layer}` and `neuron.{layer}.{index}`; an edge goes from a node to a
+    receiver: `attn.{layer}.{head}.k` (or `q`, `v`) or `mlp.{layer}`. `edges` bring the news of being first to the sink:
+    those the clean/shifted contrast must find. `supply_edges` bring what the circuit needs at any position, something
+    to echo: another token's will do, and only zero ablation shows them. Each of the `recognition_heads` is necessary,
+    sufficient are only both together.
+    """
+
+    edges: frozenset[Edge]
+    supply_edges: frozenset[Edge]
+    recognition_heads: tuple[Head, ...]
+    detector_neurons: tuple[Neuron, ...]
+    sink_neurons: tuple[Neuron, ...]
+    sink_heads: tuple[Head, ...]
+    sink_strengths: tuple[float, ...]
+    decoy_heads: tuple[Head, ...]
+    decoy_neurons: tuple[Neuron, ...]
+    p0_direction: Float[Tensor, " d_model"]
+    knockouts: tuple[Knockout, ...]
+
+    def score_kept(self, length: int) -> tuple[float, ...]:
+        """Sink score of each sink head, in order, over `length` tokens of which only P0 is recognised."""
+        return tuple(
+            sum(1 / (1 + t * math.exp(-strength)) for t in range(length)) / length for strength in self.sink_strengths
+        )
+
+    def score_gone(self, length: int) -> float:
+        """Sink score of uniform attention over `length` tokens: what is left when the sink is gone."""
+        return sum(1 / (t + 1) for t in range(length)) / length
+
+    def candidate_edges(self, neurons: bool = True) -> tuple[Edge, ...]:
+        """All edges the architecture allows, true and false; without `neurons`, only whole MLPs are senders."""
+        senders, receivers = [("embed", (-1, 1))], []
+        for layer in range(LAYERS):
+            heads = [f"attn.{layer}.{head}" for head in range(HEADS)]
+            units = [f"neuron.{layer}.{index}" for index in range(D_MLP)] if neurons else []
+            senders += [(name, (layer, 0)) for name in heads]
+            senders += [(name, (layer, 1)) for name in [f"mlp.{layer}", *units]]
+            receivers += [(f"{name}.{part}", (layer, 0)) for name in heads for part in "qkv"]
+            receivers += [(f"mlp.{layer}", (layer, 1))]
+        return tuple((s, r) for s, sent in senders for r, received in receivers if sent < received)
+
+
+def wired_truth(seed: int = 0) -> WiredTruth:
+    """State the ground truth of `wired_model` with the same seed; it is the same for both position schemes.
+
+    The tolerances of the knock-outs are derived in the module's docstring; they hold up to T = 64 in float32.
+    """
+    recognition = tuple(f"attn.0.{head}" for head in RECOGNITION_HEADS)
+    detector, sink_neuron = f"neuron.0.{DETECTOR}", f"neuron.1.{SINK_NEURON}"
+    decoy_neurons = ((0, HERRING), *((layer, index) for layer in range(LAYERS) for index in token_neurons(layer)))
+
+    edges = {*((head, "mlp.0") for head in recognition), ("mlp.0", "mlp.1"), (detector, "mlp.1")}
+    edges |= {(sender, f"attn.2.{head}.k") for sender in ("mlp.1", sink_neuron) for head in SINK_STRENGTHS}
+
+    gone = [*((head,) for head in recognition), recognition, ("mlp.0",), (detector,), ("mlp.1",), (sink_neuron,)]
+    heads = tuple(f"attn.{layer}.{head}" for layer, head in DECOY_HEADS)
+    neurons = tuple(f"neuron.{layer}.{index}" for layer, index in decoy_neurons)
+    kept = [*((head,) for head in heads), neurons[:1], neurons, heads + neurons, ("mlp.2",)]
+
+    return WiredTruth(
+        edges=frozenset(edges),
+        supply_edges=frozenset(("embed", f"{head}.v") for head in recognition),
+        recognition_heads=tuple((0, head) for head in RECOGNITION_HEADS),
+        detector_neurons=((0, DETECTOR),),
+        sink_neurons=((1, SINK_NEURON),),
+        sink_heads=tuple((2, head) for head in SINK_STRENGTHS),
+        sink_strengths=tuple(SINK_STRENGTHS.values()),
+        decoy_heads=tuple(DECOY_HEADS),
+        decoy_neurons=decoy_neurons,
+        p0_direction=residual_subspaces(seed).p0,
+        knockouts=(
+            *(Knockout(nodes, sink_kept=False, tolerance=1e-5) for nodes in gone),
+            *(Knockout(nodes, sink_kept=True, tolerance=1e-3) for nodes in kept),
+        ),
+    )

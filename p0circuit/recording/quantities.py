@@ -1,0 +1,199 @@
+"""Quantities: what is read of a forward pass, where it is read, and how it is reduced.
+
+A `Quantity` names the hooks it needs at every layer and a function that reduces their activations to a small tensor.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from p0circuit import sink
+from p0circuit.models import describe
+from p0circuit.models.forward import layer_of
+from p0circuit.recording.cache import checksum
+
+
+class Batch(NamedTuple):
+    """What a reduction may need to know of the rows it is given."""
+
+    ids: Int[Tensor, "batch pos"]
+    mask: Bool[Tensor, "batch pos"]
+    p0: Int[Tensor, " batch"]
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """Something to record: where it is read and how it is reduced.
+
+    Attributes:
+        name: unique; part of the cache key, so parameters of the reduction belong into it.
+        hooks: names without their layer, as in `attn.hook_pattern`; with the scope "model", whole names.
+        reduce: gets one activation per hook and the `Batch`; returns a tensor whose first axis is the batch.
+        scope: "layer": once per block; "residual": the stream before every block and after the last, stacked to
+            layers + 1; "model": hooks are names of the whole model; "logits": the model's output.
+        by_row: whether the value of a row is the same whatever rows are recorded beside it.
+    """
+
+    name: str
+    hooks: tuple[str, ...]
+    reduce: Callable[..., Tensor]
+    scope: str = "layer"
+    by_row: bool = True
+
+    def fingerprint(self) -> str:
+        """A hash of the definition, code included: a changed reduction never reads what the old one left.
+
+        Raises:
+            ValueError: `reduce` is no plain function or `functools.partial` of one, or its source is not to be found.
+        """
+        reduce = self.reduce
+        parameters: dict[Any, Any] = {}
+        if isinstance(reduce, functools.partial):
+            reduce, parameters = reduce.func, dict(enumerate(reduce.args)) | reduce.keywords
+        try:
+            # Decorators, such as those that check annotations in tests, are no part of the definition.
+            reduce = inspect.unwrap(reduce)
+            parameters |= inspect.getclosurevars(reduce).nonlocals
+            code = _source(reduce) + _METRICS
+        except (OSError, TypeError) as error:
+            raise ValueError(
+                f"the reduction of {self.name!r} cannot be told from another one ({error}): define it as a function in "
+                "a file or a notebook, or record with cache=None"
+            ) from None
+        # Printed, a large tensor is only its corners.
+        exact = {name: checksum(value) if isinstance(value, Tensor) else value for name, value in parameters.items()}
+        return hashlib.sha256(repr((self.name, self.hooks, self.scope, exact, code)).encode()).hexdigest()
+
+
+@functools.cache
+def _source(function: Callable[..., Tensor]) -> str:
+    """The source of a function as it was when first asked for: its file may be edited while it is in use."""
+    return inspect.getsource(function)
+
+
+_METRICS = inspect.getsource(sink)
+
+
+def _at(offset: int, batch: Batch) -> Int[Tensor, " batch"]:
+    """The index of the position `offset` places after P0, checked against the length."""
+    position = batch.p0 + offset
+    if offset < 0 or int(position.max()) >= batch.ids.shape[1]:
+        raise ValueError(
+            f"position {offset} lies outside the prompts: expected 0 to {batch.ids.shape[1] - 1 - int(batch.p0.max())}"
+        )
+    return position
+
+
+def _score(pattern: Tensor, batch: Batch, offset: int = 0) -> Tensor:
+    position = _at(offset, batch)
+    attention = sink.attention_to(pattern, position)
+    # Half precision is too coarse for a mean over many queries.
+    precise = torch.promote_types(attention.dtype, torch.float32)
+    return sink.mean_over_queries(attention.to(precise), position, batch.mask)
+
+
+def _pattern(pattern: Tensor, batch: Batch) -> Tensor:
+    return pattern
+
+
+def _norms(activation: Tensor, batch: Batch) -> Tensor:
+    return activation.float().norm(dim=-1)
+
+
+def _vector(activation: Tensor, batch: Batch, offset: int = 0) -> Tensor:
+    return activation[torch.arange(len(activation), device=activation.device), _at(offset, batch)]
+
+
+def _norm_ratio(residual: Tensor, batch: Batch) -> Tensor:
+    return sink.norm_ratio(residual, batch.p0, batch.mask)
+
+
+def _value_norm_ratio(values: Tensor, batch: Batch) -> Tensor:
+    return sink.value_norm_ratio(values, batch.p0, batch.mask)
+
+
+def _key_query_cosine(queries: Tensor, keys: Tensor, batch: Batch, offset: int = 0) -> Tensor:
+    return sink.key_query_cosine(queries, keys, _at(offset, batch), batch.mask)
+
+
+def _token_losses(logits: Tensor, batch: Batch) -> Tensor:
+    """Next-token loss in nats at [batch, pos - 1]; NaN where the prediction is made at padding."""
+    # Row by row: in float32 the logits of a batch may be larger than all else.
+    rows = zip(logits[:, :-1], batch.ids[:, 1:], strict=True)
+    losses = torch.stack([torch.nn.functional.cross_entropy(row.float(), ids, reduction="none") for row, ids in rows])
+    return losses.masked_fill(~batch.mask[:, :-1], torch.nan)
+
+
+SINK_SCORE = Quantity("sink_score", ("attn.hook_pattern",), _score)
+"""[sample, layer, head]: attention to P0, mean over queries."""
+NORM_RATIO = Quantity("norm_ratio", ("resid",), _norm_ratio, "residual")
+"""[sample, layer + 1]: residual norm at P0 over the median of the others, before each block and at the end."""
+RESIDUAL_NORMS = Quantity("residual_norms", ("resid",), _norms, "residual")
+"""[sample, layer + 1, pos]"""
+ATTENTION_OUT_NORMS = Quantity("attention_out_norms", ("hook_attn_out",), _norms)
+"""[sample, layer, pos]"""
+MLP_OUT_NORMS = Quantity("mlp_out_norms", ("hook_mlp_out",), _norms)
+"""[sample, layer, pos]"""
+VALUE_NORM_RATIO = Quantity("value_norm_ratio", ("attn.hook_v",), _value_norm_ratio)
+"""[sample, layer, kv_head]: norm of P0's value over the median of the others."""
+PATTERNS = Quantity("patterns", ("attn.hook_pattern",), _pattern)
+"""[sample, layer, head, query, key]: all of the attention; for a few prompts."""
+TOKEN_LOSSES = Quantity("token_losses", (), _token_losses, "logits")
+"""[sample, pos - 1]: next-token loss in nats."""
+
+
+def score_at(offset: int) -> Quantity:
+    """[sample, layer, head]: the sink score of the position `offset` places after P0, the control for P0 itself."""
+    if offset == 0:
+        return SINK_SCORE
+    return Quantity(f"score_at_{offset}", ("attn.hook_pattern",), functools.partial(_score, offset=offset))
+
+
+def residual_at(offset: int = 0) -> Quantity:
+    """[sample, layer + 1, d_model]: the residual stream at one position, before each block and at the end."""
+    return Quantity(f"residual_at_{offset}", ("resid",), functools.partial(_vector, offset=offset), "residual")
+
+
+def component_at(component: str, offset: int = 0) -> Quantity:
+    """[sample, layer, d_model]: `hook_attn_out` or `hook_mlp_out` at one position."""
+    return Quantity(f"{component}_at_{offset}", (component,), functools.partial(_vector, offset=offset))
+
+
+def embedding_at(offset: int = 0) -> Quantity:
+    """[sample, d_model]: what the first block reads at one position (token and, where learned, position embedding)."""
+    return Quantity(
+        f"embedding_at_{offset}", ("blocks.0.hook_resid_pre",), functools.partial(_vector, offset=offset), "model"
+    )
+
+
+def key_query_cosine_at(model: Any, offset: int = 0) -> Quantity:
+    """[sample, layer, head]: cosine between the key of one position and later queries, as they enter the scores."""
+    rotated = "rot_" if describe(model).positions == "rotary" else ""
+    hooks = (f"attn.hook_{rotated}q", f"attn.hook_{rotated}k")
+    return Quantity(f"key_query_cosine_at_{offset}", hooks, functools.partial(_key_query_cosine, offset=offset))
+
+
+def hook_names(quantity: Quantity, layers: int) -> list[tuple[str, ...]]:
+    """The full hook names of each place a quantity is read at, in the order they are stacked."""
+    if quantity.scope == "residual":
+        return [(f"blocks.{layer}.hook_resid_pre",) for layer in range(layers)] + [
+            (f"blocks.{layers - 1}.hook_resid_post",)
+        ]
+    if quantity.scope == "layer":
+        return [tuple(f"blocks.{layer}.{hook}" for hook in quantity.hooks) for layer in range(layers)]
+    return [quantity.hooks]
+
+
+def last_layer(quantities: Sequence[Quantity], layers: int) -> int:
+    """The last block that has to run for these quantities to be read (logits not among them)."""
+    names = [name for quantity in quantities for place in hook_names(quantity, layers) for name in place]
+    return max(min(layer_of(name, layers), layers - 1) for name in names)

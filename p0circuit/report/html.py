@@ -1,0 +1,123 @@
+"""The report: `report.html`, one file that opens offline, and `report.md`, made from what a run left on disk.
+
+1. Read claims.json, the results beside it, the attention views and the manifest (`contents`).
+2. Fill the templates; figures, style and scripts go into the page, which may load nothing from anywhere.
+3. Over several models: a report for each, and a page that shows their claims side by side.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup, escape
+
+from p0circuit.figures.attention_view import script, visible
+from p0circuit.io import write_atomically
+from p0circuit.report import contents
+from p0circuit.report.contents import Run, find_runs
+from p0circuit.report.markdown import to_markdown
+from p0circuit.report.published import TOLERANCE
+
+MOST_ROWS = 20
+"""Rows of a table that the page shows; the CSV file has them all."""
+# Sign, style class: told by text and sign, not by colour alone.
+_BADGES = {
+    "reproduced": ("✓", "yes"),
+    "not reproduced": ("✗", "no"),
+    "not applicable": ("–", "none"),
+    contents.BROKE_OFF: ("!", "error"),
+}
+
+
+def write_report(directory: Path) -> list[Path]:
+    """Write `report.html` and `report.md` from what `p0circuit reproduce` left in `directory`; returns their paths.
+
+    `directory` holds the run of one model, or a directory for each of several; then each gets its report, and
+    `directory` an overview of all.
+
+    Raises:
+        ValueError: there is no run, or it cannot be read.
+    """
+    runs = find_runs(directory)
+    written = []
+    for run in runs:
+        written += _write(run.directory, render("model.html.j2", run=run, script=script), to_markdown([run]))
+    if [run.directory for run in runs] != [directory]:
+        left_out = contents.read_overview(directory)["left_out"]
+        written += _write(directory, render("overview.html.j2", runs=runs, left_out=left_out), to_markdown(runs))
+    return written
+
+
+def _write(directory: Path, page: str, text: str) -> list[Path]:
+    files = {directory / "report.html": page, directory / "report.md": text}
+    for path, content in files.items():
+        write_atomically(path, lambda temporary, content=content: temporary.write_text(content, encoding="utf-8"))
+    return list(files)
+
+
+def render(template: str, **values: Any) -> str:
+    """A page from one of the templates."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "number": contents.number,
+        "plain": contents.plain,
+        "tally": contents.tally,
+        "shown_verdict": contents.shown_verdict,
+        "condition": contents.condition_in_words,
+        "picture": _picture,
+        "cell": _cell,
+        "breakable": _breakable,
+    }
+    environment.globals |= {
+        "badge_of": lambda verdict: _BADGES.get(verdict, ("?", "none")),
+        "command_for": contents.command_for,
+        "verdict_of_control": contents.verdict_of_control,
+        "decides": _decides,
+        "models_and_claims": _models_and_claims,
+        "most_rows": MOST_ROWS,
+        "tolerance": TOLERANCE,
+    }
+    return environment.get_template(template).render(**values)
+
+
+def _picture(png: Path) -> str:
+    """A figure as the address of an image that holds itself: the SVG beside the PNG, sharp on paper too."""
+    return "data:image/svg+xml;base64," + base64.b64encode(png.with_suffix(".svg").read_bytes()).decode()
+
+
+def _cell(value: Any) -> str:
+    """One cell of a table: numbers shortened, text with its blanks to be seen."""
+    if isinstance(value, float):
+        return f"{value:.0f}" if value.is_integer() and abs(value) < 1e6 else contents.number(value)
+    return visible(value).replace("\u00a0", " ") if isinstance(value, str) else str(value)
+
+
+def _breakable(text: str) -> Markup:
+    """Text whose long names may be broken after an underscore: a telephone is narrow."""
+    return escape(text).replace("_", Markup("_<wbr>"))
+
+
+def _decides(metric: str, threshold: str) -> bool:
+    """Whether a threshold is about a metric."""
+    return re.search(rf"(?<!\w){re.escape(metric)}(?!\w)", threshold) is not None
+
+
+def _models_and_claims(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
+    """By claim id: the claim as its first model has it, and its entry for every model."""
+    claims: dict[str, dict[str, Any]] = {}
+    for run in runs:
+        for claim in run.claims:
+            claims.setdefault(claim["id"], {"claim": claim, "entries": {}})["entries"][run.model] = claim
+    return dict(sorted(claims.items(), key=lambda item: contents.claim_number(item[1]["claim"])))
