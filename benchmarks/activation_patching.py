@@ -21,7 +21,7 @@ from benchmarks.memory import peak_mb
 from benchmarks.models import gpt2_shape
 from p0circuit.interventions.activation_patching import patch_components, patch_heads, patch_neurons
 from p0circuit.interventions.metrics import loss, sink_score_of
-from p0circuit.interventions.pairs import Contrast, contrast
+from p0circuit.interventions.pairs import PromptPair, shift_prompts
 from p0circuit.models import describe, forward
 from p0circuit.prompts import random_tokens
 from p0circuit.sink import sink_score
@@ -41,8 +41,8 @@ def measure(model: Any = None, rows: int = 2, length: int = 64, memory: bool = T
     """Time both grids on a hooked model (GPT-2-small shape if none is given), compare them, and weigh ours."""
     model = gpt2_shape() if model is None else model
     info = describe(model)
-    pair = contrast(random_tokens(info.vocab_size, n=rows, length=length), SHIFT, info.vocab_size)
-    layers = list(range(info.layers // 6, info.layers // 2)) or [info.layers - 1]
+    pair = shift_prompts(random_tokens(info.vocab_size, n=rows, length=length), SHIFT, info.vocab_size)
+    layers = list(range(info.n_layers // 6, info.n_layers // 2)) or [info.n_layers - 1]
     forward(model, pair.shifted.ids)
 
     start = time.perf_counter()
@@ -76,7 +76,7 @@ def measure(model: Any = None, rows: int = 2, length: int = 64, memory: bool = T
 
 @torch.no_grad()
 def transformer_lens_grid(
-    model: Any, pair: Contrast, layers: list[int], patched: int | None = None
+    model: Any, pair: PromptPair, layers: list[int], patched: int | None = None
 ) -> dict[str, list[float]]:
     """The same grid by `generic_activation_patch`: per component, the metric with each layer (of the first) patched."""
     from transformer_lens import patching
@@ -94,7 +94,7 @@ def transformer_lens_grid(
         return activation
 
     _, cache = model.run_with_cache(pair.shifted.ids)
-    where = pd.DataFrame({"layer": range(patched or describe(model).layers), "pos": 0})
+    where = pd.DataFrame({"layer": range(patched or describe(model).n_layers), "pos": 0})
     reading = [(f"blocks.{layer}.attn.hook_pattern", keep) for layer in layers]
     with model.hooks(fwd_hooks=reading), contextlib.redirect_stderr(io.StringIO()):
         return {
@@ -110,7 +110,7 @@ def memory_table(model: Any, rows: int, length: int) -> list[dict[str, Any]]:
     info = describe(model)
     table = []
     for tokens in (length, 2 * length):
-        pair = contrast(random_tokens(info.vocab_size, n=rows, length=tokens), SHIFT, info.vocab_size)
+        pair = shift_prompts(random_tokens(info.vocab_size, n=rows, length=tokens), SHIFT, info.vocab_size)
         whole = peak_mb(lambda pair=pair: forward(model, pair.clean.ids))
         sink = sink_score_of([1])
         grids = {

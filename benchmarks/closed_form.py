@@ -19,7 +19,7 @@ from benchmarks.memory import peak_mb
 from benchmarks.models import gpt2_shape
 from p0circuit.interventions.closed_form import key_edges, key_hook
 from p0circuit.interventions.nodes import Node, components, nodes_of
-from p0circuit.interventions.pairs import contrast, replacements
+from p0circuit.interventions.pairs import patch_values, shift_prompts
 from p0circuit.models import describe, forward
 from p0circuit.prompts import PromptSet, random_tokens
 from p0circuit.sink import sink_score
@@ -34,10 +34,10 @@ def measure(model: Any = None, rows: int = 2, length: int = 64, edges: int = 12)
     info = describe(model)
     prompts = random_tokens(info.vocab_size, n=rows, length=length)
     senders = components(model, [0, 1], heads=True)
-    receiving = (info.layers - 2) * info.heads
+    receiving = (info.n_layers - 2) * info.n_heads
     if len(senders) * receiving < FEW_EDGES:
         senders += nodes_of([f"neuron.{layer}.{n}" for layer in (0, 1) for n in range(info.d_mlp)], model)
-    values = replacements(model, contrast(prompts, 8, info.vocab_size), senders)
+    values = patch_values(model, shift_prompts(prompts, 8, info.vocab_size), senders)
     key_edges(model, prompts, senders[:1], values)  # warm both code and caches
 
     start = time.perf_counter()
@@ -47,8 +47,8 @@ def measure(model: Any = None, rows: int = 2, length: int = 64, edges: int = 12)
     every = [
         (number, layer, head)
         for number in range(len(senders))
-        for layer in range(2, info.layers)
-        for head in range(info.heads)
+        for layer in range(2, info.n_layers)
+        for head in range(info.n_heads)
     ]
     drawn = torch.randperm(len(every), generator=torch.Generator().manual_seed(0))[:edges].tolist()
     clean = clean_outputs(model, prompts)
@@ -79,9 +79,9 @@ def clean_outputs(model: Any, prompts: PromptSet) -> dict[str, torch.Tensor]:
     def keep(activation: torch.Tensor, hook: Any, name: str) -> None:
         found[name] = activation.clone()
 
-    names = [f"blocks.{layer}.hook_{part}_out" for layer in range(describe(model).layers) for part in ("attn", "mlp")]
+    names = [f"blocks.{layer}.hook_{part}_out" for layer in range(describe(model).n_layers) for part in ("attn", "mlp")]
     hooks = [(name, functools.partial(keep, name=name)) for name in names]
-    forward(model, prompts.ids, hooks=hooks, stop_at_layer=describe(model).layers)
+    forward(model, prompts.ids, hooks=hooks, stop_at_layer=describe(model).n_layers)
     return found
 
 
@@ -98,7 +98,7 @@ def hooked_edge(
     heard: dict[str, torch.Tensor] = {}
     name = key_hook(model, layer)
     # Only this head's score is read, so it does not matter who else has its key.
-    own = head // (describe(model).heads // describe(model).kv_heads)
+    own = head // (describe(model).n_heads // describe(model).n_kv_heads)
 
     def send(activation: torch.Tensor, hook: Any) -> torch.Tensor:
         activation = activation.clone()

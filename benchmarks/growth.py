@@ -20,7 +20,7 @@ from p0circuit.interventions.activation_patching import patch_components, patch_
 from p0circuit.interventions.closed_form import key_edges
 from p0circuit.interventions.metrics import sink_score_of
 from p0circuit.interventions.nodes import components
-from p0circuit.interventions.pairs import contrast, replacements
+from p0circuit.interventions.pairs import patch_values, shift_prompts
 from p0circuit.models import describe, forward
 from p0circuit.prompts import random_tokens
 
@@ -34,9 +34,9 @@ def measure(layers: Sequence[int] = (6, 12), lengths: Sequence[int] = (64, 128))
         info = describe(model)
         metric = sink_score_of([count // 2])
         for length in lengths:
-            pair = contrast(random_tokens(info.vocab_size, n=2, length=length), SHIFT, info.vocab_size)
+            pair = shift_prompts(random_tokens(info.vocab_size, n=2, length=length), SHIFT, info.vocab_size)
             senders = components(model, [0, 1], heads=True)
-            values = replacements(model, pair, senders)
+            values = patch_values(model, pair, senders)
 
             def neurons(number: int, model: Any = model, pair: Any = pair, metric: Any = metric) -> Any:
                 return lambda: patch_neurons(model, pair, metric, layers=[0], neurons=range(number))
@@ -50,7 +50,7 @@ def measure(layers: Sequence[int] = (6, 12), lengths: Sequence[int] = (64, 128))
                 "64 neurons": (64, neurons(64)),
                 "256 neurons": (256, neurons(256)),
                 "closed form": (
-                    len(senders) * (count - 2) * info.heads,
+                    len(senders) * (count - 2) * info.n_heads,
                     lambda model=model, pair=pair, some=senders, values=values: key_edges(
                         model, pair.clean, some, values
                     ),

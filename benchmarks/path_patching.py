@@ -25,7 +25,7 @@ from p0circuit.interventions.edge_search import search_edges
 from p0circuit.interventions.metrics import Metric, loss, sink_score_of
 from p0circuit.interventions.metrics import measure as measure_metric
 from p0circuit.interventions.nodes import Node, components
-from p0circuit.interventions.pairs import Contrast, contrast, replacements
+from p0circuit.interventions.pairs import PromptPair, patch_values, shift_prompts
 from p0circuit.interventions.path_patching import Receiver, path_patch
 from p0circuit.models import describe, forward
 from p0circuit.models.forward import hooked
@@ -47,26 +47,26 @@ def measure(model: Any = None, rows: int = 2, length: int = 64, edges: int = 12)
     model = gpt2_shape() if model is None else model
     info = describe(model)
     prompts = random_tokens(info.vocab_size, n=rows, length=length)
-    pair = contrast(prompts, SHIFT, info.vocab_size)
+    pair = shift_prompts(prompts, SHIFT, info.vocab_size)
     return general(model, prompts, pair, edges) | search(model, prompts, pair, edges)
 
 
 @torch.no_grad()
-def general(model: Any, prompts: PromptSet, pair: Contrast, edges: int) -> dict[str, Any]:
+def general(model: Any, prompts: PromptSet, pair: PromptPair, edges: int) -> dict[str, Any]:
     """Some edges into Q, V and MLPs, for the sink score of a later block and for the loss."""
     clean = clean_outputs(model, prompts)
     info = describe(model)
     senders = components(model, [0, 1], heads=True)
-    values = replacements(model, pair, senders)
-    middle = max(2, info.layers // 2)
+    values = patch_values(model, pair, senders)
+    middle = max(2, info.n_layers // 2)
     receivers = [
         name
         for layer in (middle, middle + 1)
-        if layer < info.layers
+        if layer < info.n_layers
         for name in (f"attn.{layer}.1.q", f"attn.{layer}.kv0.v", f"mlp.{layer}")
     ]
     found: dict[str, Any] = {}
-    for label, metric in (("sink", sink_score_of([min(middle + 2, info.layers - 1)])), ("loss", loss())):
+    for label, metric in (("sink", sink_score_of([min(middle + 2, info.n_layers - 1)])), ("loss", loss())):
         start = time.perf_counter()
         result = path_patch(model, prompts, senders, receivers, values, metric)
         ours = time.perf_counter() - start
@@ -91,18 +91,18 @@ def general(model: Any, prompts: PromptSet, pair: Contrast, edges: int) -> dict[
 
 
 @torch.no_grad()
-def search(model: Any, prompts: PromptSet, pair: Contrast, edges: int) -> dict[str, Any]:
+def search(model: Any, prompts: PromptSet, pair: PromptPair, edges: int) -> dict[str, Any]:
     """The edges that matter among all there are, for the sink score of the sink heads."""
     clean = clean_outputs(model, prompts)
     heads, _ = sink_heads(record(model, prompts, SINK_SCORE, cache=None)[SINK_SCORE])
     info, metric = describe(model), sink_score_of(heads)
     senders = components(model, heads=True)
-    receivers = [f"mlp.{layer}" for layer in range(info.layers)]
-    for layer in range(info.layers):
-        receivers += [f"attn.{layer}.{head}.q" for head in range(info.heads)]
-        receivers += [f"attn.{layer}.kv{head}.{part}" for head in range(info.kv_heads) for part in "kv"]
+    receivers = [f"mlp.{layer}" for layer in range(info.n_layers)]
+    for layer in range(info.n_layers):
+        receivers += [f"attn.{layer}.{head}.q" for head in range(info.n_heads)]
+        receivers += [f"attn.{layer}.kv{head}.{part}" for head in range(info.n_kv_heads) for part in "kv"]
     start = time.perf_counter()
-    values = replacements(model, pair, senders)
+    values = patch_values(model, pair, senders)
     threshold = SHARE * whole_effect(model, prompts, pair, metric)
     with count_passes() as counted:
         result = search_edges(model, prompts, senders, receivers, values, heads, threshold, budget=BUDGET)
@@ -121,8 +121,8 @@ def search(model: Any, prompts: PromptSet, pair: Contrast, edges: int) -> dict[s
         "search_found": len(result.strong_edges),
         "search_exact_runs": len(result.exact.edges),
         "search_beyond_the_budget": len(result.unverified),
-        "search_passes": counted.passes(prompts.n, prompts.length, describe(model).layers),
-        "search_fewer_passes": count / counted.passes(prompts.n, prompts.length, describe(model).layers),
+        "search_passes": counted.passes(prompts.n, prompts.length, describe(model).n_layers),
+        "search_fewer_passes": count / counted.passes(prompts.n, prompts.length, describe(model).n_layers),
         "search_seconds": ours,
         "search_loop_seconds": theirs / len(drawn) * count,
         "search_speedup": theirs / len(drawn) * count / ours,
@@ -133,10 +133,10 @@ def search(model: Any, prompts: PromptSet, pair: Contrast, edges: int) -> dict[s
     }
 
 
-def whole_effect(model: Any, prompts: PromptSet, pair: Contrast, metric: Metric) -> float:
+def whole_effect(model: Any, prompts: PromptSet, pair: PromptPair, metric: Metric) -> float:
     """The size of the mean change of the metric when P0's whole stream is that of the shifted run."""
-    streams = [Node("resid_pre", layer) for layer in range(describe(model).layers)]
-    values = replacements(model, pair, streams)
+    streams = [Node("resid_pre", layer) for layer in range(describe(model).n_layers)]
+    values = patch_values(model, pair, streams)
     before = measure_metric(model, prompts, metric)
     with ablate(model, prompts, streams, values):
         after = measure_metric(model, prompts, metric)
@@ -156,7 +156,7 @@ def hooked_edge(
     info = describe(model)
     target = Receiver.parse(receiver, info)
     rows, p0 = torch.arange(prompts.n), prompts.p0
-    group = info.heads // info.kv_heads
+    group = info.n_heads // info.n_kv_heads
     places = {
         "q": query_hook(model, target.layer),
         "k": key_hook(model, target.layer),

@@ -17,7 +17,7 @@ import torch
 
 from benchmarks import activation_patching, closed_form, path_patching, transformer_lens4, vocabulary
 from benchmarks.models import SHAPES
-from p0circuit.interventions.pairs import contrast
+from p0circuit.interventions.pairs import shift_prompts
 from p0circuit.models import describe
 from p0circuit.prompts import random_tokens
 
@@ -50,8 +50,8 @@ def measure(model: Any, size: Size = FULL, say: Callable[[str], None] = lambda m
     """
     info = describe(model)
     figures: dict[str, Any] = {
-        "layers": info.layers,
-        "heads": info.heads,
+        "layers": info.n_layers,
+        "heads": info.n_heads,
         "rows": size.rows,
         "length": size.length,
         "device": str(model.cfg.device),
@@ -59,7 +59,7 @@ def measure(model: Any, size: Size = FULL, say: Callable[[str], None] = lambda m
         "machine": platform.machine(),
     }
     prompts = random_tokens(info.vocab_size, n=size.rows, length=size.length)
-    pair = contrast(prompts, path_patching.SHIFT, info.vocab_size)
+    pair = shift_prompts(prompts, path_patching.SHIFT, info.vocab_size)
     parts: dict[str, Callable[[], dict[str, Any]]] = {
         "edges into K at P0": lambda: closed_form.measure(model, size.rows, size.length, size.edges),
         "activation-patching grid": lambda: activation_patching.measure(model, size.rows, size.length, size.memory),

@@ -19,7 +19,7 @@ import torch
 
 from p0circuit.interventions.metrics import sink_score_of
 from p0circuit.interventions.nodes import Node
-from p0circuit.interventions.pairs import contrast, replacements
+from p0circuit.interventions.pairs import patch_values, shift_prompts
 from p0circuit.interventions.path_patching import path_patch
 from p0circuit.models import describe, forward
 from p0circuit.models.bridge import to_bridge
@@ -58,14 +58,14 @@ def measure(model: Any = None, rows: int = 2, length: int = 64, layers_after: in
     model = gpt2_bridge() if model is None else model
     info = describe(model)
     prompts = random_tokens(info.vocab_size, n=rows, length=length)
-    source = Node("head", info.layers - layers_after - 1, 1)
-    values = replacements(model, contrast(prompts, 8, info.vocab_size), [source])
-    last = info.layers - 1
+    source = Node("head", info.n_layers - layers_after - 1, 1)
+    values = patch_values(model, shift_prompts(prompts, 8, info.vocab_size), [source])
+    last = info.n_layers - 1
     receivers = [
         f"attn.{layer}.{head}.{part}"
         for part in _PARTS
-        for layer in range(source.layer + 1, info.layers)
-        for head in range(info.heads)
+        for layer in range(source.layer + 1, info.n_layers)
+        for head in range(info.n_heads)
     ]
     forward(model, prompts.ids)
 
@@ -100,7 +100,7 @@ def direct_path(model: Any, prompts: PromptSet, source: Node, value: torch.Tenso
     """TransformerLens's own sweep [layer, head]: the mean sink score of the last block with each edge patched."""
     from transformer_lens import patching
 
-    name, last = source.hook, describe(model).layers - 1
+    name, last = source.hook, describe(model).n_layers - 1
     found: dict[str, torch.Tensor] = {}
 
     def keep(activation: torch.Tensor, hook: Any, place: str) -> None:

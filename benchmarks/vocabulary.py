@@ -43,7 +43,7 @@ def measure(model: Any = None, tokens: int | None = None, length: int = 64) -> d
     # Of tokens that were swept, or there would be nothing to compare.
     few = random_tokens(count, n=min(8, count), length=length)
     start = time.perf_counter()
-    forward(model, few.ids, stop_at_layer=info.layers)
+    forward(model, few.ids, stop_at_layer=info.n_layers)
     usual = (time.perf_counter() - start) / few.n * count
 
     found: dict[int, torch.Tensor] = {}
@@ -51,7 +51,7 @@ def measure(model: Any = None, tokens: int | None = None, length: int = 64) -> d
     def read(stream: torch.Tensor, hook: Any) -> None:
         found[0] = stream[:, 0].norm(dim=-1).clone()
 
-    forward(model, few.ids, hooks=[(f"blocks.{info.layers - 1}.hook_resid_post", read)], stop_at_layer=info.layers)
+    forward(model, few.ids, hooks=[(f"blocks.{info.n_layers - 1}.hook_resid_post", read)], stop_at_layer=info.n_layers)
     chosen = final_norms[few.ids[:, 0]]
     return {
         "vocab_sweep_over_matmul": ours / bare,
@@ -61,15 +61,15 @@ def measure(model: Any = None, tokens: int | None = None, length: int = 64) -> d
         "vocab_sweep_speedup_over_full_prompts": usual / ours,
         "vocab_sweep_relative_difference": float(((chosen - found[0]) / found[0]).abs().max()),
         "vocab_sweep_extra_mb": peak_mb(lambda: vocabulary_sweep(model, ids[: 4 * CHUNK]))
-        + 4 * max(0, count - 4 * CHUNK) * (info.layers + 1) / 1e6,
-        "vocab_sweep_extra_mb_with_all_keys": 4 * count * info.layers * info.kv_heads * info.head_size / 1e6,
+        + 4 * max(0, count - 4 * CHUNK) * (info.n_layers + 1) / 1e6,
+        "vocab_sweep_extra_mb_with_all_keys": 4 * count * info.n_layers * info.n_kv_heads * info.d_head / 1e6,
     }
 
 
 def bare_products(model: Any, tokens: int) -> None:
     """The matrix products of one-token rows through all blocks, chunk by chunk, and nothing else."""
     info = describe(model)
-    d, wide, narrow = info.d_model, info.d_mlp, info.kv_heads * info.head_size
+    d, wide, narrow = info.d_model, info.d_mlp, info.n_kv_heads * info.d_head
     # A gated MLP reads the stream twice.
     reads = 2 if getattr(model.cfg, "gated_mlp", False) else 1
     shapes = [(d, narrow), (narrow, d), *[(d, wide)] * reads, (wide, d)]
@@ -77,7 +77,7 @@ def bare_products(model: Any, tokens: int) -> None:
     for start in range(0, tokens, CHUNK):
         rows = min(CHUNK, tokens - start)
         stream, mixed, hidden = torch.randn(rows, d), torch.randn(rows, narrow), torch.randn(rows, wide)
-        for _ in range(info.layers):
+        for _ in range(info.n_layers):
             for value, weight in zip((stream, mixed, *[stream] * reads, hidden), weights, strict=True):
                 torch.mm(value, weight)
 

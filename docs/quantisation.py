@@ -24,7 +24,7 @@ PAGE = Path(__file__).with_suffix(".md")
 def measure(out: Path, samples: int = SAMPLES) -> list[Run]:
     """The runs of p0-nano as each kind of GGUF file, F16 first."""
     from p0circuit.experiments import EXPERIMENTS
-    from p0circuit.experiments.conditions import readable_by_seeds
+    from p0circuit.experiments.conditions import pooled_prompts_for
     from p0circuit.io import data_dir
     from p0circuit.models import load_model, one_thread_if_small
     from p0circuit.models.gguf_writer import write_gguf
@@ -35,7 +35,7 @@ def measure(out: Path, samples: int = SAMPLES) -> list[Run]:
         name = f"{MODEL}-{kind}"
         model = load_model(write_gguf(data_dir() / "models" / MODEL, out / f"{name}.gguf", kind))
         one_thread_if_small(model)
-        prompts = readable_by_seeds(model, TEXT, samples, LENGTH, 0)
+        prompts = pooled_prompts_for(model, TEXT, samples, LENGTH, 0)
         reproduce(model, prompts, out / name, [make() for make in EXPERIMENTS.values()], controls=False)
         runs += find_runs(out / name)
     return runs

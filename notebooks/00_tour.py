@@ -112,7 +112,7 @@ page.show(norm_direction.figures["layers"], "norm and direction of the stream at
 # %% tags=["cover"]
 from p0circuit.experiments.sink_under_study import excess_scores
 from p0circuit.figures.intervals import bars
-from p0circuit.interventions.attention_edits import isolate, mix
+from p0circuit.interventions.attention_edits import attend_to_self_only, copy_attention_row
 from p0circuit.stats import bootstrap
 from p0circuit.teaching import sink_of
 
@@ -121,8 +121,8 @@ sink = sink_of(lm, prompts)
 blocks = ["attn.0", "attn.1"]
 surgeries = {
     "as it is": [],
-    "16 alone": [isolate(lm, sink.prompts, blocks, offset=16)],
-    "P0 mixed": [mix(lm, sink.prompts, blocks, donor=16)],
+    "16 alone": [attend_to_self_only(lm, sink.prompts, blocks, offset=16)],
+    "P0 mixed": [copy_attention_row(lm, sink.prompts, blocks, donor=16)],
 }
 panels = {
     place: {

@@ -298,7 +298,7 @@ page.show(pd.DataFrame(rows, columns=columns))
 # If half of a head's attention goes to one token, does that token's content flood everything? No: its *value* vector is
 # short. What a sink head reads at P0 is next to nothing, so attending there is a way of doing nothing (Guo et al.,
 # [arXiv 2410.13835](https://arxiv.org/abs/2410.13835), call it value-state drain). That nothing is missed without it takes
-# an intervention: [`Remedies`](../p0circuit/experiments/remedies.py) sets P0's value to zero in the sink heads, and the
+# an intervention: [`Mitigations`](../p0circuit/experiments/remedies.py) sets P0's value to zero in the sink heads, and the
 # loss hardly moves (notebook [08](08_practice.ipynb)).
 
 # %%

@@ -314,10 +314,10 @@ print(f"position {t} has become {became:.2f} of the sink that P0 still is")
 
 # %%
 from p0circuit.experiments.paper.c01_sink_map import view_heads
-from p0circuit.interventions.attention_edits import isolate
+from p0circuit.interventions.attention_edits import attend_to_self_only
 
 one = half.subset([0])
-operated = isolate(
+operated = attend_to_self_only(
     lm, one, ["attn.0", "attn.1"], offset=t
 )  # the same surgery, from the package
 title = f"Sink heads while position {t} attends to itself alone in blocks 0 and 1"

@@ -263,10 +263,10 @@ from p0circuit.experiments.surgery import ordinary_streams
 from p0circuit.interventions.ablation import replace_direction, replace_norm
 
 after_block_1 = ["resid_post.1"]
-lent = ordinary_streams(lm, sink.prompts, [16])[:, 2]  # what position 16 hands to block 2
+donor = ordinary_streams(lm, sink.prompts, [16])[:, 2]  # what position 16 hands to block 2
 changes = {
     "norm_cut": replace_norm(lm, sink.prompts, after_block_1),
-    "direction_replaced": replace_direction(lm, sink.prompts, after_block_1, lent),
+    "direction_replaced": replace_direction(lm, sink.prompts, after_block_1, donor),
 }
 clean = excess_scores(lm, sink.prompts, sink.heads).mean()
 left = {

@@ -48,8 +48,7 @@ import math
 import pandas as pd
 import torch
 
-from p0circuit.interventions.pairs import contrast
-from p0circuit.models.info import drawable
+from p0circuit.interventions.pairs import shifted_pair
 from p0circuit.teaching import Page, open_model, read_prompts, sink_of, verdict
 
 page = Page(out)
@@ -63,7 +62,7 @@ print(f"sink heads: {sink.heads}; looking at head {head} of layer {layer}")
 # ## 1. Two runs that differ in one thing
 #
 # A patch takes an activation from one run and puts it into another. What it can tell you depends on what the two runs
-# differ in. We want to isolate *being first*, so:
+# differ in. We want to attend_to_self_only *being first*, so:
 #
 # - **clean**: a prompt. Token $x$ is at P0.
 # - **shifted**: the same prompt behind $m = 8$ random tokens. The same token $x$, with the same continuation, is at
@@ -77,8 +76,7 @@ print(f"sink heads: {sink.heads}; looking at head {head} of layer {layer}")
 # %%
 m = 8
 clean_prompts = sink.prompts.subset(slice(0, 16))
-vocabulary, special = drawable(lm)
-pair = contrast(clean_prompts, m, vocabulary, seed, tuple(special))
+pair = shifted_pair(lm, clean_prompts, m, seed)
 clean_ids, shifted_ids = pair.clean.ids, pair.shifted.ids
 assert torch.equal(clean_ids[:, 0], shifted_ids[:, m])
 
@@ -200,7 +198,7 @@ page.show(
 # %% [markdown]
 # ### All of blocks 0 and 1 together
 #
-# **Claim C7**, [`ThePath`](../p0circuit/experiments/path.py), says: attention and MLPs of blocks 0 and 1, at P0, are
+# **Claim C7**, [`CausalPath`](../p0circuit/experiments/path.py), says: attention and MLPs of blocks 0 and 1, at P0, are
 # necessary and sufficient together. What could they lose at most? As much as if the *whole* stream at P0, before every
 # block, were that of the shifted run. So patch both, and divide.
 
@@ -280,11 +278,11 @@ print(f"effect of the whole component (section 2): {noising[sender]:+.4f}")
 
 # %%
 from p0circuit.interventions.nodes import components as all_components
-from p0circuit.interventions.pairs import replacements
+from p0circuit.interventions.pairs import patch_values
 from p0circuit.interventions.path_patching import path_patch
 
 senders = all_components(lm, range(layer))  # embed, attn.0, mlp.0, …
-values = replacements(lm, pair, senders)  # what each computes when the token is not first
+values = patch_values(lm, pair, senders)  # what each computes when the token is not first
 receivers = [f"attn.{layer}.{head}.{part}" for part in "qkv"]
 edges = path_patch(lm, pair.clean, senders, receivers, values, metric)
 table = edges.to_dataframe()
@@ -294,7 +292,7 @@ page.show(table.head(8))
 
 # %% [markdown]
 # All that matters arrives in K. (An edge into Q at P0 cannot matter in any model, since P0's own query sees P0 alone,
-# and V changes what the head reads, not where it looks. So this is a weak result by itself; `ThePath` measures the
+# and V changes what the head reads, not where it looks. So this is a weak result by itself; `CausalPath` measures the
 # stronger form as well, with the whole stream into Q of all later queries.)
 #
 # ### Exercise 4.2
@@ -434,7 +432,7 @@ from p0circuit.figures.style import new_figure
 from p0circuit.interventions.path_patching import edges_into_keys
 
 with_heads = all_components(lm, range(layer), heads=True)
-new_values = replacements(lm, pair, with_heads)
+new_values = patch_values(lm, pair, with_heads)
 into_keys = edges_into_keys(lm, pair.clean, with_heads, new_values)
 effects = into_keys.effect.mean(1)  # [sender, layer, head]
 print(f"{effects.numel()} edges by {into_keys.method}; error {into_keys.error:.0e}")
@@ -465,18 +463,18 @@ page.show(figure, "effects of all edges into the keys of P0")
 # ## 5. The circuit
 #
 # Do that for every input of every component (Q, K, V and MLPs), keep the edges that change the sink by 5 % or more, and of
-# those what leads to the sink heads: a circuit. [`Circuit`](../p0circuit/experiments/circuit.py) draws it, and `ThePath`
+# those what leads to the sink heads: a circuit. [`Circuit`](../p0circuit/experiments/circuit.py) draws it, and `CausalPath`
 # gives the verdict on C7, here on few prompts. (The picture is made of eight prompts, that of the tour of four, and they
 # differ: effects are means over prompts, and an edge near the limit is above it with some and below it with others. All
 # edges of the tour are here, too.)
 
 # %%
-from p0circuit.experiments import Circuit, CircuitConfig, ThePath, ThePathConfig
+from p0circuit.experiments import CausalPath, CausalPathConfig, Circuit, CircuitConfig
 
 circuit = Circuit(CircuitConfig(samples=8)).run(lm, prompts)
 page.show(circuit.figures["graph"], "the circuit of the sink, recovered by path patching")
 
-path = ThePath(ThePathConfig(samples=24, runs=768)).run(lm, prompts)
+path = CausalPath(CausalPathConfig(samples=24, runs=768)).run(lm, prompts)
 page.show(
     path.figures["shares"], "shares of blocks 0 and 1, of Q, K and V in the effect on the sink"
 )

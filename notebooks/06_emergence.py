@@ -127,7 +127,10 @@ page.show(figure, "the development of p0-nano, measured here and as shipped")
 from p0circuit.experiments import Early
 
 early = Early().run(traces)
-page.show(early.figures["courses"], "excess score, induction and loss along training, all runs")
+page.show(
+    early.figures["training_curves"],
+    "excess score, induction and loss along training, all runs",
+)
 columns = ["run", "formation_share", "not_before_share", "induction_share", "final_excess"]
 page.show(early.tables["formation"][columns])
 verdict(early)
@@ -315,7 +318,9 @@ verdict(methods)
 # $$C_\text{causal} = 1 - \frac{\mathrm{Sink}[2{:}] \;\text{with}\; x_2 \;\text{of the shifted run}}{\mathrm{Sink}[2{:}]} .$$
 
 # %%
-page.show(concentration.figures["courses"], "causal and observed concentration along training")
+page.show(
+    concentration.figures["training_curves"], "causal and observed concentration along training"
+)
 page.show(metrics(concentration))
 verdict(concentration)
 
@@ -332,9 +337,8 @@ verdict(concentration)
 # %%
 from p0circuit.experiments.practice import find_used_sink
 from p0circuit.experiments.sink_under_study import excess_scores
-from p0circuit.interventions.pairs import contrast, values_at
+from p0circuit.interventions.pairs import shifted_pair, values_at
 from p0circuit.models import list_models
-from p0circuit.models.info import drawable
 from p0circuit.prompts import bos_id, from_ids
 from p0circuit.recording.quantities import SINK_SCORE
 from p0circuit.recording.record import record
@@ -347,8 +351,7 @@ for name in [name for name in ("bos-0", "moe-0", "force-sink-0", "p0-nano") if n
     plain = read_prompts(lm, samples, seed)
     # The sink heads, and text in which there is a sink: as it is if there is one, else behind BOS.
     found, condition = find_used_sink(lm, plain)
-    vocabulary, special = drawable(lm)
-    pair = contrast(found.prompts, 8, vocabulary, seed, tuple(special))
+    pair = shifted_pair(lm, found.prompts, 8, seed)
     (first,) = values_at(lm, pair.clean, ["resid_post.1"]).values()
     (ninth,) = values_at(lm, pair.shifted, ["resid_post.1"], pair.position).values()
     moved = plain.split()[1].ids.clone()

@@ -65,7 +65,16 @@ page = Page(out)
 lm = open_model(model)
 prompts = read_prompts(lm, samples, seed)
 about = describe(lm)
-told = ["name", "architecture", "backend", "layers", "heads", "kv_heads", "d_model", "context"]
+told = [
+    "name",
+    "architecture",
+    "backend",
+    "n_layers",
+    "n_heads",
+    "n_kv_heads",
+    "d_model",
+    "n_ctx",
+]
 told += ["positions", "window", "experts", "parallel_blocks"]
 rows = [(field, str(getattr(about, field))) for field in told]
 page.show(pd.DataFrame(rows, columns=["field", "value"]))
@@ -121,7 +130,7 @@ for name, config in configs.items():
     best = max(float(cache["pattern", layer][..., 0].mean((0, 2)).max()) for layer in range(3))
     found = describe(opened)
     rows.append(
-        (name, found.backend, found.kv_heads, found.positions, found.experts, apart, best)
+        (name, found.backend, found.n_kv_heads, found.positions, found.experts, apart, best)
     )
 columns = [
     "architecture",
@@ -266,7 +275,7 @@ trained = {name: train(runs[name], bos) for name, bos in starts.items()}
 # everything alike would give (dashed), and the sink is *formed* when three in a row are; a circle marks the first of them.
 
 # %% tags=["cover"]
-from p0circuit.figures.training import Course, courses
+from p0circuit.figures.training import TrainingCurve, training_curves
 from p0circuit.sink import least_excess
 
 lines = []
@@ -277,13 +286,13 @@ for name, run in runs.items():
     readings["loss"] = [np.mean(losses[max(0, at - 5) : at + 5]) for at in readings["step"]]
     since = readings["formation_step"].iloc[-1]
     formed = None if pd.isna(since) else int((readings["step"] == since).argmax())
-    lines.append(Course(name, name, readings, formed))
+    lines.append(TrainingCurve(name, name, readings, formed))
 panels = {
     "Loss": ("loss", "nats per token"),
     "Highest heads": ("excess", "excess score"),
     "Norm ratio after block 1": ("norm_ratio", "P0 over median"),
 }
-figure = courses(panels, lines, "Two runs, as the monitor saw them")
+figure = training_curves(panels, lines, "Two runs, as the monitor saw them")
 figure.axes[1].axhline(least_excess(LENGTH), color="0.5", linewidth=0.8, linestyle="--")
 page.show(figure, "loss, excess score and norm ratio of two runs in training")
 

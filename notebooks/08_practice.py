@@ -213,7 +213,7 @@ verdict(first_token)
 #
 # </details>
 #
-# ## 5. Remedies, side by side
+# ## 5. Mitigations, side by side
 #
 # What can be done without training, on the same rows: put something in front; hide P0's key from the sink heads, or zero
 # its value; give the softmax somewhere else to go, an extra logit of zero,
@@ -223,16 +223,16 @@ verdict(first_token)
 # or let the cache forget, with and without the first tokens kept.
 
 # %%
-from p0circuit.experiments import Remedies, RemediesConfig
+from p0circuit.experiments import Mitigations, MitigationsConfig
 
-config = RemediesConfig(samples=32, int8_samples=16, spread_samples=16)
-remedies = Remedies(config).run(lm, prompts)
+config = MitigationsConfig(samples=32, int8_samples=16, spread_samples=16)
+remedies = Mitigations(config).run(lm, prompts)
 page.show(
     remedies.figures["side-by-side"], "eight remedies and what becomes of five quantities"
 )
 
 # %% [markdown]
-# Read it by rows ([`Remedies`](../p0circuit/experiments/remedies.py)):
+# Read it by rows ([`Mitigations`](../p0circuit/experiments/remedies.py)):
 #
 # - **P0's value zeroed** changes nearly nothing, **P0's key hidden** costs loss. What P0 *says* does not matter, that
 #   attention can *go* there does.

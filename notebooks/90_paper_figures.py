@@ -72,18 +72,23 @@ from p0circuit.experiments import (
     EXPERIMENTS,
     AmplificationConfig,
     AnyTokenConfig,
+    CausalPathConfig,
     CircuitConfig,
     DormantHeadsConfig,
     FirstTokenConfig,
     LimitsConfig,
-    RemediesConfig,
+    MitigationsConfig,
     StreamingConfig,
-    ThePathConfig,
 )
-from p0circuit.experiments.conditions import readable_by_seeds
+from p0circuit.experiments.conditions import pooled_prompts_for
 from p0circuit.models import describe
 from p0circuit.report.contents import find_runs
-from p0circuit.reproduction import TRAINING, beginner_of, reproduce, reproduce_training
+from p0circuit.reproduction import (
+    TRAINING,
+    initial_checkpoint_of,
+    reproduce,
+    reproduce_training,
+)
 from p0circuit.teaching import Page, evidence, open_model
 from p0circuit.training.runs import as_trained, shipped_runs
 
@@ -95,19 +100,21 @@ place = folder / describe(lm).name.replace("/", "--")
 if samples is None and (place / "manifest.json").is_file():
     print("a finished run lies there: nothing is measured")
 else:
-    prompts = readable_by_seeds(lm, text, samples or 30, 64, seed)
-    beginner = beginner_of(model, lambda step: open_model(model, step)) if controls else None
+    prompts = pooled_prompts_for(lm, text, samples or 30, 64, seed)
+    beginner = (
+        initial_checkpoint_of(model, lambda step: open_model(model, step)) if controls else None
+    )
     # Fewer rows where many things are tried on each, fewer draws, no very long rows; the thresholds are the same.
     less = {
         "any-token": AnyTokenConfig(continuations=8, full_tokens=64),
         "amplification": AmplificationConfig(draws=32, shown_samples=8),
-        "path": ThePathConfig(runs=1024),
+        "path": CausalPathConfig(runs=1024),
         "circuit": CircuitConfig(samples=8),
         "limits": LimitsConfig(lengths=(16, 32, 64, 128, 256, 512), tokens=2048),
         "streaming": StreamingConfig(long_tokens=2048),
         "dormant-heads": DormantHeadsConfig(orders=5, domain_samples=16, domain_orders=1),
         "first-token": FirstTokenConfig(tokens=4, steps=20),
-        "remedies": RemediesConfig(register_steps=20),
+        "remedies": MitigationsConfig(register_steps=20),
     }
     cut = less if quick or (quick is None and samples is None) else {}
     every = [make(cut[name]) if name in cut else make() for name, make in EXPERIMENTS.items()]

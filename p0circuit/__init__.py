@@ -40,7 +40,7 @@ _HOMES = {
     "Recognition": "experiments",
     "Structure": "experiments",
     "Amplification": "experiments",
-    "ThePath": "experiments",
+    "CausalPath": "experiments",
     "DirectionOrNorm": "experiments",
     "Content": "experiments",
     "KeySide": "experiments",

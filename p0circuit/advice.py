@@ -107,7 +107,7 @@ def passes(model: Any, prompts: PromptSet) -> float:
     # The sink, and in two conditions also the loss; then full attention and windows with several tokens kept.
     looked, streaming = 1 if bos_id(model) is None else 4, 1 + len(SINKS) + len(DROPPED)
     # The model as it is and with three ways to round; its heads in order, and ever more of them zeroed.
-    int8, dormant = 4 * min(INT8_ROWS, half), (2 + len(steps(info.layers * info.heads))) * min(DORMANT_ROWS, half)
+    int8, dormant = 4 * min(INT8_ROWS, half), (2 + len(steps(info.n_layers * info.n_heads))) * min(DORMANT_ROWS, half)
     if model.tokenizer is None:
         # Losses on random tokens tell nothing, so they are not measured.
         return looked + int8 / prompts.n

@@ -131,7 +131,14 @@ def reproduce(
     from p0circuit.models.source import gguf_name, holds_no_checkpoints
     from p0circuit.report.contents import find_runs, write_overview
     from p0circuit.report.html import write_report
-    from p0circuit.reproduction import FORWARD_PASSES, SAMPLES, TRAINING, beginner_of, failed, reproduce_training
+    from p0circuit.reproduction import (
+        FORWARD_PASSES,
+        SAMPLES,
+        TRAINING,
+        failed,
+        initial_checkpoint_of,
+        reproduce_training,
+    )
     from p0circuit.reproduction import reproduce as reproduce_model
     from p0circuit.training.runs import as_trained, shipped_runs
 
@@ -156,7 +163,7 @@ def reproduce(
             _forecast(source, [checkpoint], count, length, FORWARD_PASSES)
             model = _load(source, checkpoint)
             prompts = _three_seeds(model, text, count, length, seed)
-            beginner = beginner_of(source.name, lambda step, source=source: _load(source, step))
+            beginner = initial_checkpoint_of(source.name, lambda step, source=source: _load(source, step))
             label, title = describe(model).name, describe(model).title
             directory = out / label.replace("/", "--")
             experiments = [make() for make in EXPERIMENTS.values()]
@@ -206,9 +213,8 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Run one experiment on one model, in the condition in which it has its sink, or on the traces of training runs."""
-    from p0circuit.experiments import find_experiment
+    from p0circuit.experiments import find_experiment, over_runs
     from p0circuit.experiments.sink_condition import find_condition
-    from p0circuit.experiments.training import runs_experiment as over_runs
     from p0circuit.models import describe
     from p0circuit.reproduction import TRAINING
     from p0circuit.training.runs import as_trained, shipped_runs
@@ -324,7 +330,7 @@ def advise(
     say(f"at most {passes(loaded, prompts):.0f} passes over {prompts.n} prompts")
     with count_passes() as counted:
         found = advise_on(loaded, prompts)
-    used = counted.passes(prompts.n, prompts.length, describe(loaded).layers)
+    used = counted.passes(prompts.n, prompts.length, describe(loaded).n_layers)
     say(f"it took {used:.1f} passes")
     directory = out / found.model.replace("/", "--")
     written = write_advice(found, directory)
@@ -825,21 +831,21 @@ def _prompts(
     model: Any, text: str | None, samples: int, length: int, seed: int, first: First, announce: bool = True
 ) -> PromptSet:
     """Crops of the text, or random tokens for a model that has no tokenizer to read text with."""
-    from p0circuit.experiments.conditions import readable
+    from p0circuit.experiments.conditions import prompts_for
 
     if model.tokenizer is None and first is First.bos:
         raise ValueError(f"{_name(model)} has no tokenizer, and so no BOS token that is known: use --first random")
     if announce:
         _say_what_it_reads(model, text)
-    return readable(model, text, samples, length, seed, first.value)
+    return prompts_for(model, text, samples, length, seed, first.value)
 
 
 def _three_seeds(model: Any, text: str | None, samples: int, length: int, seed: int) -> PromptSet:
     """The prompts of a reproduction: as many as asked for, drawn in equal parts by three seeds."""
-    from p0circuit.experiments.conditions import readable_by_seeds
+    from p0circuit.experiments.conditions import pooled_prompts_for
 
     _say_what_it_reads(model, text)
-    return readable_by_seeds(model, text, samples, length, seed)
+    return pooled_prompts_for(model, text, samples, length, seed)
 
 
 def _say_what_it_reads(model: Any, text: str | None) -> None:

@@ -132,7 +132,7 @@ class PromptSet:
             raise ValueError(f"{self.n} rows are too few to split into {tuple(fractions)}: a part would be empty")
         return tuple(self.subset(sorted(part.tolist())) for part in parts)
 
-    def behind(self, first: int | Int[Tensor, " batch"]) -> PromptSet:
+    def prepend(self, first: int | Int[Tensor, " batch"]) -> PromptSet:
         """The same rows with another token (one for all, or one for each) before them and their last token left out.
 
         `without_first` undoes it.
@@ -293,7 +293,7 @@ def natural_text(
     if first_token == "text":
         return prompts
     # The description has `first_token`; "behind" tells of what is put before the rows later.
-    return replace(prompts.behind(_first_tokens(tokenizer, first_token, n, rng)), description=description)
+    return replace(prompts.prepend(_first_tokens(tokenizer, first_token, n, rng)), description=description)
 
 
 def random_tokens(
@@ -370,7 +370,7 @@ def _unpadded(rows: Int[np.ndarray, "batch pos"], description: dict[str, Any], s
 def _drawn(builder: str, rows: Int[np.ndarray, "batch pos"], vocab_size: int, bos: int | None, seed: int) -> PromptSet:
     description = {"builder": builder, "vocab_size": vocab_size, "n": len(rows), "length": rows.shape[1]}
     prompts = _unpadded(rows, description, seed)
-    return prompts if bos is None else prompts.behind(bos)
+    return prompts if bos is None else prompts.prepend(bos)
 
 
 def _drawable(vocab_size: int, bos: int | None, special: Collection[int]) -> Int[np.ndarray, " tokens"]:
@@ -479,8 +479,8 @@ def condition_of(model: Any, prompts: PromptSet) -> str:
     return WITH_BOS if bool((counts == 1).all()) else TWO_BOS
 
 
-def drawable_with(tokenizer: Any, vocab_size: int) -> tuple[int, Collection[int]]:
-    """`drawable` for a tokenizer, None where there is none, and the size of the embedding."""
+def sampleable_vocabulary_of(tokenizer: Any, vocab_size: int) -> tuple[int, Collection[int]]:
+    """`sampleable_vocabulary` for a tokenizer, None where there is none, and the size of the embedding."""
     if tokenizer is None:
         return vocab_size, ()
     # Many models have embeddings that no token of theirs leads to.

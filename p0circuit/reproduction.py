@@ -21,7 +21,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,6 +38,7 @@ from p0circuit.log import say
 from p0circuit.models import ModelError, describe, device_of, forward, list_checkpoints, load_model
 from p0circuit.models.controls import shuffled_neurons, untrained
 from p0circuit.models.device_map import placement_of
+from p0circuit.models.memory import return_freed_memory
 from p0circuit.models.passes import count_passes
 from p0circuit.prompts import PromptSet, random_tokens
 from p0circuit.recording.batch_size import batch_size_for
@@ -70,9 +70,9 @@ def reproduce(
     """Run the experiments and their controls on one model, leave everything in `directory`, return the claims.
 
     The prompts are put after BOS first where the model has its sink only there (`find_condition`).
-    `beginner` is the model's own first checkpoint, as `beginner_of` gives it; without one its architecture is given
-    new weights. An experiment that breaks off is told of in its claim's entry; `failed` finds those. Without `controls`
-    the claims are not tried where they must fail.
+    `beginner` is the model's own first checkpoint, as `initial_checkpoint_of` gives it; without one its architecture
+    is given new weights. If an experiment raises, its error is stored in its claim's entry; `failed` finds those.
+    Without `controls` the claims are not tried where they must fail.
     """
     started = time.time()
     (directory / "manifest.json").unlink(missing_ok=True)
@@ -81,7 +81,7 @@ def reproduce(
         condition = find_condition(model, prompts)
     prompts = condition.prompts
     say(condition.summary)
-    used = {"condition": count.passes(prompts.n, prompts.length, info.layers)}
+    used = {"condition": count.passes(prompts.n, prompts.length, info.n_layers)}
     declared = {experiment.id: experiment.passes(model, prompts) for experiment in experiments}
     # What the same experiments take in a run that is not quick.
     full = {name: EXPERIMENTS[name]().passes(model, prompts) for name in declared if name in EXPERIMENTS}
@@ -91,12 +91,12 @@ def reproduce(
     broken: dict[str, str] = {}
     with remember_rows(), count_passes() as count:
         record_clean(model, prompts)
-        used["clean recording"] = count.passes(prompts.n, prompts.length, info.layers)
+        used["clean recording"] = count.passes(prompts.n, prompts.length, info.n_layers)
         for number, experiment in enumerate(experiments, 1):
             measured = partial(run_or_read, experiment, model, prompts, directory)
             with count_passes() as own:
                 entry = _entry(experiment, info.name, measured, f"{number}/{len(experiments)} ")
-            used[experiment.id] = own.passes(prompts.n, prompts.length, info.layers)
+            used[experiment.id] = own.passes(prompts.n, prompts.length, info.n_layers)
             if experiment.claim is not None:
                 entries.append(entry | {"quantisation": info.quantisation, "controls": []})
             if entry["error"]:
@@ -117,7 +117,7 @@ def reproduce(
                     entry["controls"].append(_as_control(name, found))
                 # The decoy is another, smaller model, whose blocks are not this one's.
                 if name != DECOY:
-                    used[f"control, {name}"] = count.passes(prompts.n, prompts.length, info.layers)
+                    used[f"control, {name}"] = count.passes(prompts.n, prompts.length, info.n_layers)
         except ModelError as reason:
             say(f"control, {name}: left out: {reason}")
         _write_claims(directory, entries)
@@ -154,7 +154,7 @@ def quick_samples(parameters: int) -> int:
     return QUICK_SAMPLES if parameters <= LARGE_PARAMETERS else QUICK_SAMPLES_LARGE
 
 
-def beginner_of(source: str | Path, load: Callable[[int], Any]) -> Any:
+def initial_checkpoint_of(source: str | Path, load: Callable[[int], Any]) -> Any:
     """The model's own first checkpoint, untrained, as `load` loads it by its step; None where none is kept."""
     try:
         return load(0) if 0 in list_checkpoints(source) else None
@@ -238,6 +238,7 @@ def _entry(
 ) -> dict[str, Any]:
     """The experiment's line in claims.json, whatever becomes of the measurement; `subject` is what it is about."""
     started, error = time.monotonic(), None
+    return_freed_memory()
     told = f"{experiment.claim.id} {experiment.id}" if experiment.claim else experiment.id
     try:
         result = measure()
@@ -252,8 +253,9 @@ def _entry(
         found = result.claim or {"verdict": "reproduced", "why": ""}
         judgement = Judgement(found["verdict"], found["why"])
     verdict = judgement.verdict if experiment.claim or judgement.verdict == "not applicable" else "measured"
-    say(f"{label}{told}: {verdict} ({time.monotonic() - started:.1f} s)" + (f": {judgement.why}" if error else ""))
-    record = experiment.claim.record(judgement, measured) if experiment.claim else asdict(judgement)
+    say(f"{label}{told}: {verdict} ({time.monotonic() - started:.1f} s)" + (f": {judgement.reason}" if error else ""))
+    bare = {"verdict": judgement.verdict, "why": judgement.reason}
+    record = experiment.claim.record(judgement, measured) if experiment.claim else bare
     return record | {"experiment": experiment.id, "model": subject, "notes": notes, "error": error}
 
 
@@ -320,7 +322,7 @@ def _estimate(model: Any, prompts: PromptSet, passes: float) -> str:
     # Where weights are brought for every batch, it is a whole batch that tells.
     most = 16 if placement_of(model) is None else prompts.n
     rows = min(prompts.n, most, batch_size_for(model, prompts.length, with_logits=True))
-    end = describe(model).layers
+    end = describe(model).n_layers
     forward(model, prompts.ids[:rows], prompts.attention_mask[:rows], stop_at_layer=end)
     started = time.perf_counter()
     forward(model, prompts.ids[:rows], prompts.attention_mask[:rows], stop_at_layer=end)

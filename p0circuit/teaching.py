@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
 from p0circuit.experiments.base import Experiment, NotApplicable
-from p0circuit.experiments.conditions import readable
+from p0circuit.experiments.conditions import prompts_for
 from p0circuit.experiments.surgery import Sink, find_sink
 from p0circuit.figures.attention_view import AttentionView
 from p0circuit.interventions.nodes import Node
@@ -67,7 +67,7 @@ def open_model(name: str | Path, checkpoint: int | str | None = None) -> Any:
 
 def read_prompts(model: Any, samples: int, seed: int = 0, length: int = 64) -> PromptSet:
     """Crops of the shipped code, without BOS; random tokens for a model that has no tokenizer to read text with."""
-    return readable(model, TEXT, samples, length, seed)
+    return prompts_for(model, TEXT, samples, length, seed)
 
 
 def sink_of(model: Any, prompts: PromptSet) -> Sink:

@@ -134,7 +134,7 @@ def test_every_shipped_model(name: str) -> None:
             assert found["loss_without_sink"]["low"] > 0
         assert (advice.statements[2].measured["loss added by BOS"].high < 0) >= bool(found["bos_dependent"])
     if found["dormant_heads"]:
-        used = prompts if "without BOS" in advice.statements[1].text else prompts.behind(model.tokenizer.bos_token_id)
+        used = prompts if "without BOS" in advice.statements[1].text else prompts.prepend(model.tokenizer.bos_token_id)
         other = used.split()[1]
         without = remove_heads(model, other, found["dormant_heads"])
         losses = [
@@ -230,7 +230,7 @@ def test_how_many_tokens_to_keep() -> None:
 def test_bos_before_the_text_is_taken_away_first() -> None:
     model = load_model("bos-0")
     prompts = text_for(model)
-    plain, after = (advise(model, rows) for rows in (prompts, prompts.behind(model.tokenizer.bos_token_id)))
+    plain, after = (advise(model, rows) for rows in (prompts, prompts.prepend(model.tokenizer.bos_token_id)))
     assert plain.to_json() == after.to_json() and plain.bos_dependent is True
     assert "BOS lowers the loss of the text by 0." in plain.statements[2].text
 
@@ -241,7 +241,7 @@ def test_it_takes_no_more_passes_than_it_says(name: str) -> None:
     prompts = text_for(model, 32, 40)
     with count_passes() as count:
         advise(model, prompts)
-    used = count.passes(prompts.n, prompts.length, describe(model).layers)
+    used = count.passes(prompts.n, prompts.length, describe(model).n_layers)
     # Rows of one token, as for the P0 direction, are a few thousandths of a pass.
     assert 0.3 * passes(model, prompts) < used <= passes(model, prompts) + 0.01
 

@@ -189,7 +189,7 @@ def test_sink_says_what_would_be_after_bos_where_the_sink_depends_on_it(p0: Run)
     found = json.loads(p0("sink", "bos-0", "--json", *options).out)
     model = load_model("bos-0")
     text = natural_text(model.tokenizer, "stdlib", n=40, length=40, seed=1)
-    rows = text.behind(model.tokenizer.bos_token_id).subset(slice(0, 32))
+    rows = text.prepend(model.tokenizer.bos_token_id).subset(slice(0, 32))
     expected = sink_summary(model, rows, bos=True)
     assert found["sink_rate"] < 0.05 and (found["condition"], expected["condition"]) == ("without BOS", "with BOS")
     assert found["after_bos"] == {"n": 32, **{key: expected[key] for key in ("sink_rate", "sink_rate_from_layer_2")}}
@@ -376,7 +376,7 @@ def test_the_first_layers_alone(p0: Run, tiny_model_dir: Path, tmp_path: Path) -
     quick = ("--out", tmp_path, "--layers", 2, *QUICK)
     assert p0("run", "norm-direction", "--model", tiny_model_dir, *quick).code == 0
     result = Result.load(tmp_path / "tiny[:2]" / "norm-direction.json")
-    assert result.provenance["model"]["layers"] == 2
+    assert result.provenance["model"]["n_layers"] == 2
     ended = p0("run", "norm-direction", "--model", tiny_model_dir, "--out", tmp_path, "--layers", 9)
     assert ended.code == 2 and "tiny has 3 layers; layers=9 is not among them" in ended.err
 

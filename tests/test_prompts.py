@@ -375,21 +375,21 @@ def test_padded_rows_have_the_sink_scores_of_unpadded_ones(positions: str) -> No
 
 def test_another_token_before_the_rows() -> None:
     prompts = random_tokens(30, n=3, length=5)
-    assert prompts.behind(7).ids.tolist() == [[7, *row[:-1]] for row in prompts.ids.tolist()]
+    assert prompts.prepend(7).ids.tolist() == [[7, *row[:-1]] for row in prompts.ids.tolist()]
     firsts = torch.tensor([1, 2, 3])
-    assert prompts.behind(firsts).ids[:, 0].tolist() == [1, 2, 3]
+    assert prompts.prepend(firsts).ids[:, 0].tolist() == [1, 2, 3]
     with pytest.raises(ValueError, match="one first token for each of 3 rows"):
-        prompts.behind(firsts[:2])
+        prompts.prepend(firsts[:2])
     with pytest.raises(ValueError, match="rows are padded"):
-        prompts.left_padded([2, 3, 4]).behind(7)
+        prompts.left_padded([2, 3, 4]).prepend(7)
 
 
 def test_taking_the_first_token_away_undoes_putting_one_there() -> None:
     prompts = random_tokens(30, n=4, length=6)
-    after = prompts.behind(0)
+    after = prompts.prepend(0)
     assert after.without_first().fingerprint() == prompts.fingerprint()
     assert after.without_first().description == prompts.description
-    twice = after.behind(torch.tensor([3, 4, 5, 6]))
+    twice = after.prepend(torch.tensor([3, 4, 5, 6]))
     assert twice.description["behind"] == ["one per row", 0]
     assert twice.without_first().fingerprint() == after.fingerprint()
     assert twice.without_first().description == after.description
@@ -410,7 +410,7 @@ def test_a_row_that_was_given_with_its_first_token_becomes_shorter_without_it() 
     with pytest.raises(ValueError, match="at least 2 tokens"):
         from_ids([[0, 5]]).without_first()
     with pytest.raises(ValueError, match=r"cut off each of 3 rows, got those of 2"):
-        replace(prompts.behind(0), ids=prompts.ids[[0, 0, 1]], attention_mask=prompts.attention_mask[[0, 0, 1]])
+        replace(prompts.prepend(0), ids=prompts.ids[[0, 0, 1]], attention_mask=prompts.attention_mask[[0, 0, 1]])
 
 
 @given(st.data())
@@ -464,7 +464,7 @@ def test_impossible_splits_are_refused_and_halves_are_not_the_order_of_the_rows(
 
 def test_descriptions_go_to_json(tokenizer: PreTrainedTokenizerFast) -> None:
     natural = natural_text(tokenizer, Path(ENGLISH), n=6, length=8, first_token="random")
-    several = (natural.split()[0], natural.left_padded(), random_tokens(9, bos=1), natural.behind(1).behind(2))
+    several = (natural.split()[0], natural.left_padded(), random_tokens(9, bos=1), natural.prepend(1).prepend(2))
     for prompts in (natural, *several, from_ids([[1, 2]])):
         assert json.loads(json.dumps(prompts.description)) == prompts.description
         assert "tensor" not in repr(prompts)

@@ -12,8 +12,8 @@ import torch
 
 from p0circuit.experiments import BosAblation, KeySide, NormDirection, SinkMap, SinkMapConfig
 from p0circuit.experiments.base import Experiment, NotApplicable
-from p0circuit.experiments.claim import Claim, Clause
-from p0circuit.experiments.conditions import readable_by_seeds
+from p0circuit.experiments.claim import Claim, Criterion
+from p0circuit.experiments.conditions import pooled_prompts_for
 from p0circuit.models import load_model
 from p0circuit.models.gguf_writer import write_gguf
 from p0circuit.prompts import pooled, random_tokens
@@ -24,7 +24,7 @@ from p0circuit.results import Result
 from p0circuit.stats import Interval
 from p0circuit.training.runs import as_trained, shipped_runs
 
-CLAIM = Claim("C99", "Broken", "nowhere", "It breaks.", "By breaking.", (Clause("x", ">", 0),), "None.")
+CLAIM = Claim("C99", "Broken", "nowhere", "It breaks.", "By breaking.", (Criterion("x", ">", 0),), "None.")
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def test_claims_are_tested_in_the_condition_of_the_sink(tmp_path):
     names = {"p0-nano": "without BOS", "bos-0": "with BOS"}
     for name, condition in names.items():
         model = load_model(name)
-        prompts = readable_by_seeds(model, None, 24, 40)
+        prompts = pooled_prompts_for(model, None, 24, 40)
         entries = reproduce(model, prompts, tmp_path / name, [SinkMap(), BosAblation(), KeySide()], controls=False)
         manifest = json.loads((tmp_path / name / "manifest.json").read_text())
         assert manifest["condition"]["name"] == condition and manifest["text"] == "stdlib"
@@ -107,7 +107,7 @@ def test_rows_that_lost_another_token_to_bos_are_another_run():
     model = load_model("bos-0")
     text = random_tokens(64, n=4, length=12)
     changed = replace(text, ids=torch.cat([text.ids[:, :-1], text.ids[:, -1:] + 1], dim=1))
-    after, other = text.behind(0), changed.behind(0)
+    after, other = text.prepend(0), changed.prepend(0)
     assert after.fingerprint() == other.fingerprint()
     keys = {result_key(BosAblation(), model, prompts) for prompts in (after, other)}
     assert len(keys) == 2

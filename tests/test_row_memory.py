@@ -26,7 +26,7 @@ def prompts():
 
 
 def passes(count, prompts, model):
-    return count.passes(prompts.n, prompts.length, describe(model).layers)
+    return count.passes(prompts.n, prompts.length, describe(model).n_layers)
 
 
 def test_halves_and_subsets_come_from_the_whole(model, prompts):

@@ -84,16 +84,16 @@ def test_direction_consistency_is_the_mean_cosine_to_the_mean_direction():
     assert torch.allclose(sink.direction_cosines(same), torch.ones(4))
 
 
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_key_query_cosine_pairs_each_query_head_with_the_key_of_its_group(kv_heads):
+@pytest.mark.parametrize("n_kv_heads", [1, 2, 4])
+def test_key_query_cosine_pairs_each_query_head_with_the_key_of_its_group(n_kv_heads):
     generator = torch.Generator().manual_seed(3)
     queries = torch.randn(2, 6, 4, 8, generator=generator)
-    keys = torch.randn(2, 6, kv_heads, 8, generator=generator)
+    keys = torch.randn(2, 6, n_kv_heads, 8, generator=generator)
     position = torch.tensor([0, 2])
     got = sink.key_query_cosine(queries, keys, position)
     for row in range(2):
         for head in range(4):
-            key = keys[row, position[row], head // (4 // kv_heads)]
+            key = keys[row, position[row], head // (4 // n_kv_heads)]
             after = range(int(position[row]) + 1, 6)
             literal = [float(queries[row, t, head] @ key / queries[row, t, head].norm() / key.norm()) for t in after]
             assert got[row, head].item() == pytest.approx(sum(literal) / len(literal), abs=1e-6)

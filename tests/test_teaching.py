@@ -18,10 +18,10 @@ from p0circuit.experiments.base import NotApplicable
 from p0circuit.figures.maps import heat_maps
 from p0circuit.interventions.ablation import ablate
 from p0circuit.interventions.metrics import measure, sink_score_of
-from p0circuit.interventions.pairs import contrast, replacements
+from p0circuit.interventions.pairs import patch_values, shift_prompts
 from p0circuit.interventions.path_patching import edges_into_keys, path_patch
 from p0circuit.models import load_model
-from p0circuit.models.info import drawable
+from p0circuit.models.info import sampleable_vocabulary
 from p0circuit.report.contents import find_runs
 from p0circuit.stats import Interval
 from p0circuit.teaching import Page, read_prompts
@@ -263,9 +263,9 @@ def test_the_edge_checker_knows_the_neighbours_of_the_right_answer(
     """In `p0-nano` most of the effect goes another way than by the edge; in `wired` all of it does."""
     model = load_model(name)
     prompts = read_prompts(model, samples, length=16)
-    vocabulary, special = drawable(model)
-    pair = contrast(prompts, 4, vocabulary, 0, tuple(special))
-    values = replacements(model, pair, [sender])
+    vocabulary, special = sampleable_vocabulary(model)
+    pair = shift_prompts(prompts, 4, vocabulary, 0, tuple(special))
+    values = patch_values(model, pair, [sender])
     metric, layer = sink_score_of([head]), head[0]
     into_keys = edges_into_keys(model, prompts, [sender], values).effect[0, :, layer].mean(0).tolist()
     right, elsewhere = into_keys[head[1]], into_keys[1]

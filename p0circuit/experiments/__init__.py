@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from p0circuit.experiments.base import Experiment, NotApplicable
-from p0circuit.experiments.claim import Claim, Clause
+from p0circuit.experiments.claim import Claim, Criterion
 from p0circuit.experiments.deployment.c17_streaming import Streaming, StreamingConfig
 from p0circuit.experiments.deployment.c18_quantisation import Quantisation, QuantisationConfig
 from p0circuit.experiments.deployment.c19_dormant_heads import DormantHeads, DormantHeadsConfig
 from p0circuit.experiments.deployment.c20_first_token import FirstToken, FirstTokenConfig
-from p0circuit.experiments.deployment.mitigations import Remedies, RemediesConfig
+from p0circuit.experiments.deployment.mitigations import Mitigations, MitigationsConfig
 from p0circuit.experiments.exploratory.circuit import Circuit, CircuitConfig
 from p0circuit.experiments.exploratory.experts import Experts, ExpertsConfig
 from p0circuit.experiments.exploratory.norm_direction import NormDirection, NormDirectionConfig
@@ -20,7 +20,7 @@ from p0circuit.experiments.paper.c03_any_token import AnyToken, AnyTokenConfig
 from p0circuit.experiments.paper.c04_recognition import Recognition, RecognitionConfig
 from p0circuit.experiments.paper.c05_structure import Structure, StructureConfig
 from p0circuit.experiments.paper.c06_amplification import Amplification, AmplificationConfig
-from p0circuit.experiments.paper.c07_causal_path import ThePath, ThePathConfig
+from p0circuit.experiments.paper.c07_causal_path import CausalPath, CausalPathConfig
 from p0circuit.experiments.paper.c08_direction_or_norm import DirectionOrNorm, DirectionOrNormConfig
 from p0circuit.experiments.paper.c09_content import Content, ContentConfig
 from p0circuit.experiments.paper.c10_key_side import KeySide, KeySideConfig
@@ -42,7 +42,7 @@ EXPERIMENTS: dict[str, type[Any]] = {
         Recognition,
         Structure,
         Amplification,
-        ThePath,
+        CausalPath,
         DirectionOrNorm,
         Content,
         KeySide,
@@ -52,7 +52,7 @@ EXPERIMENTS: dict[str, type[Any]] = {
         Quantisation,
         DormantHeads,
         FirstToken,
-        Remedies,
+        Mitigations,
         Circuit,
         Experts,
     )
@@ -106,14 +106,16 @@ __all__ = [
     "AnyTokenConfig",
     "BosAblation",
     "BosAblationConfig",
+    "CausalPath",
+    "CausalPathConfig",
     "Circuit",
     "CircuitConfig",
     "Claim",
-    "Clause",
     "Concentration",
     "Content",
     "ContentConfig",
     "Convergence",
+    "Criterion",
     "DirectionOrNorm",
     "DirectionOrNormConfig",
     "DormantHeads",
@@ -131,6 +133,8 @@ __all__ = [
     "Limits",
     "LimitsConfig",
     "Methods",
+    "Mitigations",
+    "MitigationsConfig",
     "NormDirection",
     "NormDirectionConfig",
     "NotApplicable",
@@ -138,8 +142,6 @@ __all__ = [
     "QuantisationConfig",
     "Recognition",
     "RecognitionConfig",
-    "Remedies",
-    "RemediesConfig",
     "RunsExperiment",
     "SinkMap",
     "SinkMapConfig",
@@ -147,8 +149,6 @@ __all__ = [
     "StreamingConfig",
     "Structure",
     "StructureConfig",
-    "ThePath",
-    "ThePathConfig",
     "find_experiment",
     "over_runs",
 ]

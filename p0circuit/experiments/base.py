@@ -43,7 +43,7 @@ def second_half(prompts: PromptSet) -> int:
 def is_large(info: ModelInfo) -> bool:
     """Whether quick runs of a model of this size take smaller configurations; decided by its size alone."""
     # Four matrices of attention and two of an MLP four times as wide, as in most models.
-    return 12 * info.layers * info.d_model**2 >= LARGE_MODEL
+    return 12 * info.n_layers * info.d_model**2 >= LARGE_MODEL
 
 
 class NotApplicable(ValueError):
@@ -118,7 +118,7 @@ class Experiment(ABC):
             "config": asdict(self.config),
             "passes": {
                 "declared": round(declared, 2),
-                "used": round(count.passes(prompts.n, prompts.length, info.layers), 2),
+                "used": round(count.passes(prompts.n, prompts.length, info.n_layers), 2),
             },
             "seconds": round(time.monotonic() - started, 2),
             "from_cache": sorted(self._cached),

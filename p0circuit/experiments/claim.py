@@ -1,6 +1,6 @@
 """A claim: one statement with a threshold fixed before measuring, and the one place where verdicts are made.
 
-A threshold is a list of clauses, each comparing a measured value, or an end of its 95 % interval, with a number. All
+A threshold is a list of criteria, each comparing a measured value, or an end of its 95 % interval, with a number. All
 that apply to the model must hold. A claim that misses its threshold is `not reproduced`: that is a finding.
 """
 
@@ -15,7 +15,7 @@ from typing import Any, Literal
 from p0circuit.stats import Interval
 
 Verdict = Literal["reproduced", "not reproduced", "not applicable"]
-Sense = Literal[">", ">=", "<", "<="]
+Op = Literal[">", ">=", "<", "<="]
 
 _COMPARE: dict[str, Callable[[float, float], bool]] = {
     ">": operator.gt,
@@ -27,27 +27,27 @@ _ENDS = {"value": "", "low": ", lower end of the interval,", "high": ", upper en
 
 
 @dataclass(frozen=True)
-class Clause:
-    """`metric` must compare with `bound` as `sense` says, taken at its value or at an end of its interval.
+class Criterion:
+    """`metric` must compare with `threshold` as `op` says, taken at its value or at an end of its interval.
 
-    `if_measured`: the clause is about some kinds of models only, and does not count where its metric is absent.
+    `if_measured`: the criterion is about some kinds of models only, and does not count where its metric is absent.
     """
 
     metric: str
-    sense: Sense
-    bound: float
-    end: Literal["value", "low", "high"] = "value"
+    op: Op
+    threshold: float
+    at: Literal["value", "low", "high"] = "value"
     if_measured: bool = False
 
     def compared(self, measured: Mapping[str, Interval]) -> float:
-        """What is compared with the bound."""
-        return getattr(measured[self.metric], self.end)
+        """What is compared with the threshold."""
+        return getattr(measured[self.metric], self.at)
 
     def holds(self, measured: Mapping[str, Interval]) -> bool:
-        return _COMPARE[self.sense](self.compared(measured), self.bound)
+        return _COMPARE[self.op](self.compared(measured), self.threshold)
 
     def __str__(self) -> str:
-        return f"{self.metric}{_ENDS[self.end]} {self.sense} {self.bound:g}"
+        return f"{self.metric}{_ENDS[self.at]} {self.op} {self.threshold:g}"
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Judgement:
     """A verdict and the reason for it in one sentence."""
 
     verdict: Verdict
-    why: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Claim:
         source: paper and section.
         statement: what is claimed: the hypothesis.
         measure: what is measured, in a sentence or two.
-        clauses: the threshold for `reproduced`; they are not moved after measuring.
+        criteria: the threshold for `reproduced`; they are not moved after measuring.
         control: what must not show the effect.
     """
 
@@ -76,29 +76,30 @@ class Claim:
     source: str
     statement: str
     measure: str
-    clauses: tuple[Clause, ...]
+    criteria: tuple[Criterion, ...]
     control: str
 
     @property
     def threshold(self) -> str:
-        """The clauses in words."""
-        return "; ".join(str(clause) + (" (where it applies)" if clause.if_measured else "") for clause in self.clauses)
+        """The criteria in words."""
+        texts = (str(one) + (" (where it applies)" if one.if_measured else "") for one in self.criteria)
+        return "; ".join(texts)
 
     def judge(self, measured: Mapping[str, Interval]) -> Judgement:
         """The verdict on measured values; there is none on a value that is not a finite number.
 
         Raises:
-            KeyError: a metric is missing that some clause cannot do without.
+            KeyError: a metric is missing that some criterion cannot do without.
         """
-        applying = [clause for clause in self.clauses if clause.metric in measured or not clause.if_measured]
+        applying = [one for one in self.criteria if one.metric in measured or not one.if_measured]
         if not applying:
             return Judgement("not applicable", "nothing that its threshold is about exists in this model")
-        if no_number := [clause for clause in applying if not math.isfinite(clause.compared(measured))]:
+        if no_number := [criterion for criterion in applying if not math.isfinite(criterion.compared(measured))]:
             told = "; ".join(f"{name} is {measured[name]}" for name in dict.fromkeys(c.metric for c in no_number))
             return Judgement("not applicable", f"{told}: not a number that a threshold can be held against")
-        missed = [clause for clause in applying if not clause.holds(measured)]
-        # Two clauses may be about one value and its interval.
-        names = dict.fromkeys(clause.metric for clause in missed or applying)
+        missed = [criterion for criterion in applying if not criterion.holds(measured)]
+        # Two criteria may be about one value and its interval.
+        names = dict.fromkeys(criterion.metric for criterion in missed or applying)
         told = "; ".join(f"{name} is {measured[name]}" for name in names)
         if missed:
             return Judgement("not reproduced", f"{told}; needed {' and '.join(map(str, missed))}")
@@ -116,5 +117,5 @@ class Claim:
             "control": self.control,
             "measured": {name: interval.to_json() for name, interval in measured.items()},
             "verdict": judgement.verdict,
-            "why": judgement.why,
+            "why": judgement.reason,
         }

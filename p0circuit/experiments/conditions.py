@@ -15,7 +15,7 @@ from typing import Any
 from p0circuit.experiments.base import NotApplicable
 from p0circuit.models import StoredModel, describe
 from p0circuit.models.catalog import named_model
-from p0circuit.models.info import drawable
+from p0circuit.models.info import sampleable_vocabulary
 from p0circuit.prompts import (
     RANDOM_FIRST,
     RANDOM_TOKENS,
@@ -61,7 +61,7 @@ def with_and_without_bos(model: Any, prompts: PromptSet) -> dict[str, PromptSet]
     pair = {WITHOUT_BOS: text}
     if bos is not None and bool(text.attention_mask.all()):
         # Rows that have their one BOS are left alone: they need not have come from `behind`.
-        pair[WITH_BOS] = prompts if condition_of(model, prompts) == WITH_BOS else text.behind(bos)
+        pair[WITH_BOS] = prompts if condition_of(model, prompts) == WITH_BOS else text.prepend(bos)
     return pair
 
 
@@ -75,11 +75,11 @@ def conditions(model: Any, prompts: PromptSet) -> dict[str, PromptSet]:
     """
     made = with_and_without_bos(model, prompts)
     text = made[WITHOUT_BOS]
-    size, special = drawable(model)
+    size, special = sampleable_vocabulary(model)
     # Another seed than that of the prompts, which may be random tokens themselves.
     seed = prompts.seed + 1
     drawn = random_tokens(size, prompts.n, prompts.length, seed, special=special)
-    made[RANDOM_FIRST] = text.behind(drawn.ids[:, 0])
+    made[RANDOM_FIRST] = text.prepend(drawn.ids[:, 0])
     made[RANDOM_TOKENS] = drawn
     made[REPEATED_TOKEN] = repeated_token(size, prompts.n, prompts.length, seed, special=special)
     return made
@@ -99,7 +99,7 @@ def default_text(model: Any) -> str:
     return "stdlib" if trained_here else "docs"
 
 
-def readable(
+def prompts_for(
     model: Any, text: str | None, n: int, length: int, seed: int = 0, first_token: str | int = "text"
 ) -> PromptSet:
     """Crops of a text (as `natural_text` names it), or random tokens for a model without a tokenizer.
@@ -116,10 +116,10 @@ def readable(
     return replace(prompts, description=prompts.description | {"text_chosen_by": chosen_by})
 
 
-def readable_by_seeds(model: Any, text: str | None, n: int, length: int, seed: int = 0) -> PromptSet:
+def pooled_prompts_for(model: Any, text: str | None, n: int, length: int, seed: int = 0) -> PromptSet:
     """What a reproduction reads: as `readable`, drawn in equal parts by three seeds, the first of them `seed`."""
     shares = [share for share in (n - 2 * (n // 3), n // 3, n // 3) if share]
-    return pooled([readable(model, text, share, length, seed + i) for i, share in enumerate(shares)])
+    return pooled([prompts_for(model, text, share, length, seed + i) for i, share in enumerate(shares)])
 
 
 def text_like(model: Any, prompts: PromptSet, length: int, count: int) -> PromptSet:
@@ -133,9 +133,9 @@ def text_like(model: Any, prompts: PromptSet, length: int, count: int) -> Prompt
         first = about.get("first_token", "text")
         text = natural_text(model.tokenizer, about["source"], count, length, prompts.seed, first)
     else:
-        size, special = drawable(model)
+        size, special = sampleable_vocabulary(model)
         text = random_tokens(size, count, length, prompts.seed, special=special)
     before = about.get("behind", [])
     for token in reversed(before if isinstance(before, list) else [before]):
-        text = text.behind(token) if isinstance(token, int) else text
+        text = text.prepend(token) if isinstance(token, int) else text
     return text

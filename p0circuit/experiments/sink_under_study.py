@@ -18,7 +18,7 @@ from torch import Tensor
 from p0circuit.experiments.base import NotApplicable
 from p0circuit.prompts import PromptSet
 from p0circuit.recording.quantities import score_at
-from p0circuit.recording.record import HooksByRow, record
+from p0circuit.recording.record import BatchIntervention, record
 from p0circuit.sink import CONTROL, SINK_THRESHOLD, TIMES_UNIFORM, least_excess, sink_heads
 from p0circuit.stats import Interval, bootstrap
 
@@ -93,7 +93,7 @@ def scores_of(
     prompts: PromptSet,
     heads: Heads,
     offset: int = 0,
-    interventions: Sequence[HooksByRow] = (),
+    interventions: Sequence[BatchIntervention] = (),
 ) -> Float[np.ndarray, " sample"]:
     """The mean score that these heads give to the position `offset` places after P0."""
     quantity = score_at(offset)
@@ -105,14 +105,14 @@ def excess_scores(
     prompts: PromptSet,
     heads: Heads,
     offset: int = 0,
-    interventions: Sequence[HooksByRow] = (),
+    interventions: Sequence[BatchIntervention] = (),
 ) -> Float[np.ndarray, " sample"]:
     """These heads' mean excess score of P0, or of the position `offset` places after it."""
     return over_heads(excess_by_head(model, prompts, interventions, (offset,))[offset], heads)
 
 
 def excess_by_head(
-    model: Any, prompts: PromptSet, interventions: Sequence[HooksByRow] = (), offsets: Sequence[int] = (0,)
+    model: Any, prompts: PromptSet, interventions: Sequence[BatchIntervention] = (), offsets: Sequence[int] = (0,)
 ) -> dict[int, ByHead]:
     """The excess score of every head at some positions, all from the same run: their score minus that of position 8."""
     wanted = {offset: score_at(offset) for offset in {*offsets, CONTROL}}

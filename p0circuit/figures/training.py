@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -25,7 +26,7 @@ from p0circuit.figures.style import (
 
 
 @dataclass(frozen=True)
-class Course:
+class TrainingCurve:
     """One training run in a figure: its table, the group whose colour it has, and the index where its sink formed."""
 
     label: str
@@ -46,7 +47,7 @@ def development(runs: dict[str, pd.DataFrame], formation_step: int | None = None
         "Induction": ("induction_score", "best head"),
     }
     figure, axes = new_figure(2 * COLUMN, 4.2, 2, 3, sharex=True)
-    lines = [Course(name, name, table) for name, table in runs.items()]
+    lines = [TrainingCurve(name, name, table) for name, table in runs.items()]
     _draw_courses(axes.flat, panels, lines, "step")
     for axis in axes.flat:
         if formation_step is not None:
@@ -65,7 +66,7 @@ def development(runs: dict[str, pd.DataFrame], formation_step: int | None = None
 
 
 @styled
-def courses(panels: dict[str, tuple[str, str]], runs: Sequence[Course], title: str) -> Figure:
+def training_curves(panels: dict[str, tuple[str, str]], runs: Sequence[TrainingCurve], title: str) -> Figure:
     """Columns of many runs over the tokens seen, one panel each; a panel is its title, its column and its label.
 
     Runs of a group share a colour; a circle marks the checkpoint at which a run's sink has formed.
@@ -78,7 +79,7 @@ def courses(panels: dict[str, tuple[str, str]], runs: Sequence[Course], title: s
 
 
 @styled
-def methods_beside(runs: Sequence[Course], final: pd.DataFrame, title: str) -> Figure:
+def methods_beside(runs: Sequence[TrainingCurve], final: pd.DataFrame, title: str) -> Figure:
     """Training methods: sink and loss along training, and the final sink against the final norm ratio, run by run."""
     figure, axes = new_figure(2 * COLUMN + 0.6, 3.2, 1, 3)
     panels = {"Sink heads": ("excess", "excess score"), "Held-out loss": ("loss", "nats per token")}
@@ -123,7 +124,9 @@ def predictions(errors: pd.DataFrame, deviations: pd.DataFrame, title: str) -> F
     return figure
 
 
-def _draw_courses(axes: Iterable[Axes], panels: dict[str, tuple[str, str]], runs: Sequence[Course], over: str) -> None:
+def _draw_courses(
+    axes: Iterable[Axes], panels: dict[str, tuple[str, str]], runs: Sequence[TrainingCurve], over: str
+) -> None:
     """Columns of runs over steps or tokens on a log axis, one panel each."""
     colours = _colours_of(runs)
     # Step 0 has its place on a log axis too, the same for all runs: at half of the first step of any.
@@ -146,5 +149,5 @@ def _draw_courses(axes: Iterable[Axes], panels: dict[str, tuple[str, str]], runs
         axis.set(title=title, ylabel=label, xlabel=over)
 
 
-def _colours_of(runs: Sequence[Course]) -> dict[str, str]:
+def _colours_of(runs: Sequence[TrainingCurve]) -> dict[str, str]:
     return dict(zip(dict.fromkeys(run.group for run in runs), itertools.cycle(COLOURS), strict=False))

@@ -1,6 +1,6 @@
 """Activation patching: put what a component computes in one run into another run, and see what becomes of a metric.
 
-The two runs are those of a `Contrast`. *Noising* puts values of the shifted run into the clean one, at P0: does the
+The two runs are those of a `PromptPair`. *Noising* puts values of the shifted run into the clean one, at P0: does the
 sink go (is the component necessary)? *Denoising* puts values of the clean run into the shifted one, at the position m
 of the same token: does a sink appear there (is it sufficient)? A grid has one `Patch` per cell and runs like this:
 
@@ -38,7 +38,7 @@ from torch import Tensor
 from p0circuit.interventions.batched_runs import by_slot, measure_slots, repeated
 from p0circuit.interventions.metrics import Complete, Metric, Rows, batches, measure, read_logits, reading_hooks
 from p0circuit.interventions.nodes import InterventionError, Node, nodes_of
-from p0circuit.interventions.pairs import Contrast, values_at
+from p0circuit.interventions.pairs import PromptPair, values_at
 from p0circuit.models import ModelError, describe, forward, resume
 from p0circuit.models.forward import Hook, hook_point
 from p0circuit.prompts import PromptSet
@@ -113,7 +113,7 @@ class PatchGrid:
 
     @property
     def corrupted(self) -> Float[Tensor, " batch"]:
-        """The metric of the other run, `shifted` in a contrast."""
+        """The metric of the other run, `shifted` in a pair."""
         return self.source if self.direction == "noising" else self.base
 
     def effect(self, seed: int = 0) -> list[Interval]:
@@ -178,7 +178,7 @@ class PatchGrid:
 @torch.no_grad()
 def patch_grid(
     model: Any,
-    pair: Contrast,
+    pair: PromptPair,
     patches: Sequence[Patch],
     metric: Metric,
     direction: Direction = "noising",
@@ -187,8 +187,8 @@ def patch_grid(
     """Apply each patch by itself to the clean run (noising) or the shifted run (denoising) and measure.
 
     As many patches go side by side as keep a pass within the memory of one forward over the same rows, logits
-    included, unless `patches_per_batch` says otherwise. Patches may hold any values: those of `contrast_patches`, or
-    of `replacements` for zero, mean and resample ablation. Any two sets of prompts make a pair: Contrast(a, b, 0).
+    included, unless `patches_per_batch` says otherwise. Patches may hold any values: those of `pair_patches`, or
+    of `patch_values` for zero, mean and resample ablation. Any two sets of prompts make a pair: PromptPair(a, b, 0).
 
     Raises:
         InterventionError: a node, position or direction that does not exist, values of another shape or not finite,
@@ -219,9 +219,9 @@ def patch_grid(
     )
 
 
-def contrast_patches(
+def pair_patches(
     model: Any,
-    pair: Contrast,
+    pair: PromptPair,
     nodes: Sequence[str | Node],
     direction: Direction = "noising",
     offsets: Sequence[int] = (0,),
@@ -243,7 +243,7 @@ def contrast_patches(
 
 def patch_components(
     model: Any,
-    pair: Contrast,
+    pair: PromptPair,
     metric: Metric,
     components: Sequence[Component] = get_args(Component),
     layers: Sequence[int] | None = None,
@@ -262,13 +262,13 @@ def patch_components(
         if name != "embed" or layer == 0
     ]
     nodes = [node for node in nodes if _exists(model, node)]
-    patches = contrast_patches(model, pair, nodes, direction, offsets)
+    patches = pair_patches(model, pair, nodes, direction, offsets)
     return patch_grid(model, pair, patches, metric, direction, patches_per_batch)
 
 
 def patch_heads(
     model: Any,
-    pair: Contrast,
+    pair: PromptPair,
     metric: Metric,
     layers: Sequence[int] | None = None,
     offsets: Sequence[int] = (0,),
@@ -276,14 +276,14 @@ def patch_heads(
     patches_per_batch: int | None = None,
 ) -> PatchGrid:
     """The grid of layers x heads x offsets: what single heads hand on (z, before the output matrix)."""
-    nodes = [Node("head", layer, head) for layer in _layers(model, layers) for head in range(describe(model).heads)]
-    patches = contrast_patches(model, pair, nodes, direction, offsets)
+    nodes = [Node("head", layer, head) for layer in _layers(model, layers) for head in range(describe(model).n_heads)]
+    patches = pair_patches(model, pair, nodes, direction, offsets)
     return patch_grid(model, pair, patches, metric, direction, patches_per_batch)
 
 
 def patch_neurons(
     model: Any,
-    pair: Contrast,
+    pair: PromptPair,
     metric: Metric,
     layers: Sequence[int] | None = None,
     neurons: Sequence[int] | None = None,
@@ -294,11 +294,11 @@ def patch_neurons(
     """The grid of layers x MLP neurons (all, if none are named) x offsets."""
     chosen = range(describe(model).d_mlp) if neurons is None else neurons
     nodes = [Node("neuron", layer, neuron) for layer in _layers(model, layers) for neuron in chosen]
-    patches = contrast_patches(model, pair, nodes, direction, offsets)
+    patches = pair_patches(model, pair, nodes, direction, offsets)
     return patch_grid(model, pair, patches, metric, direction, patches_per_batch)
 
 
-def _runs(pair: Contrast, direction: Direction) -> tuple[PromptSet, Tensor, PromptSet, Tensor]:
+def _runs(pair: PromptPair, direction: Direction) -> tuple[PromptSet, Tensor, PromptSet, Tensor]:
     """The prompts patched into and the place in them, then those the values come from."""
     if direction not in get_args(Direction):
         raise InterventionError(f"unknown direction {direction!r}; expected 'noising' or 'denoising'")
@@ -311,7 +311,7 @@ def _runs(pair: Contrast, direction: Direction) -> tuple[PromptSet, Tensor, Prom
 
 
 def _layers(model: Any, layers: Sequence[int] | None) -> Sequence[int]:
-    count = describe(model).layers
+    count = describe(model).n_layers
     for layer in layers or ():
         if not 0 <= layer < count:
             raise InterventionError(f"there is no layer {layer} to patch: {describe(model).name} has 0 to {count - 1}")
@@ -338,7 +338,7 @@ def _check(
         raise InterventionError(f"patches_per_batch={patches_per_batch}: expected at least 1")
     for patch in patches:
         node = patch.node.check(info)
-        width = {"head": (info.head_size,), "neuron": ()}.get(node.kind, (info.d_model,))
+        width = {"head": (info.d_head,), "neuron": ()}.get(node.kind, (info.d_model,))
         expected = (base.n, *torch.tensor(patch.offset).shape, *width)
         if tuple(patch.value.shape) != expected:
             raise InterventionError(f"the value for {node} is {list(patch.value.shape)}; expected {list(expected)}")
@@ -352,7 +352,7 @@ def _measure_patches(
     """Steps 1 to 4 for one batch of rows: the metric of the base run, and with each patch."""
     found, moved, values = {}, {}, {}
     stream = forward(model, rows.ids, rows.mask, stop_at_layer=0)
-    for layer in range(describe(model).layers):
+    for layer in range(describe(model).n_layers):
         here = {number: patch for number, patch in patches.items() if patch.node.layer == layer}
         behind = {number for number, patch in here.items() if _acts_on_one_token(model, patch.node, metric)}
         before, below, mixed = stream, dict(found), {}
@@ -396,7 +396,7 @@ def _acts_on_one_token(model: Any, node: Node, metric: Metric) -> bool:
     """Whether a patch is behind the attention of its block, and nothing that the metric reads in this block is."""
     prefix = f"blocks.{node.layer}."
     read = {reading.hook.removeprefix(prefix) for reading in metric.readings if reading.hook.startswith(prefix)}
-    followed = node.layer + 1 < describe(model).layers and _exists(model, Node("head", node.layer, 0))
+    followed = node.layer + 1 < describe(model).n_layers and _exists(model, Node("head", node.layer, 0))
     return followed and node.kind not in ("embed", "resid_pre") and read <= _BEFORE_MIXING
 
 
@@ -488,6 +488,6 @@ def _patches_that_fit(model: Any, rows: Rows) -> int:
     info = describe(model)
     length = rows.ids.shape[1]
     # What a block holds at once, in numbers per token: its MLP's hidden layer or its attention, a few times over.
-    block = max(4 * info.d_mlp + 5 * info.d_model, 5 * info.heads * length)
+    block = max(4 * info.d_mlp + 5 * info.d_model, 5 * info.n_heads * length)
     whole = max(block, info.vocab_size + 2 * info.d_model, _SMALL / rows.ids.numel())
     return max(1, int(whole / block))

@@ -48,12 +48,14 @@ def remove_heads(model: Any, prompts: PromptSet, heads: Sequence[str | Node]) ->
 # Interventions on attention: `heads` are nodes, `attn.LAYER` for all heads of a block or `attn.LAYER.HEAD` for one.
 
 
-def isolate(model: Any, prompts: PromptSet, heads: Sequence[str | Node], offset: Offset) -> Intervention:
+def attend_to_self_only(model: Any, prompts: PromptSet, heads: Sequence[str | Node], offset: Offset) -> Intervention:
     """Mask surgery: let one position attend to itself alone, as if it were first."""
     return edit_attention(model, prompts, heads, "hook_pattern", attending_to_itself, positions_of(prompts, offset))
 
 
-def mix(model: Any, prompts: PromptSet, heads: Sequence[str | Node], donor: Offset, offset: Offset = 0) -> Intervention:
+def copy_attention_row(
+    model: Any, prompts: PromptSet, heads: Sequence[str | Node], donor: Offset, offset: Offset = 0
+) -> Intervention:
     """Mask surgery: give P0 (or another position) the attention output that the donor has, the donor's mix of values.
 
     The donor's attention weights of the same row and pass are applied to the values of all positions up to the donor,
@@ -68,7 +70,7 @@ def mask_key(model: Any, prompts: PromptSet, heads: Sequence[str | Node], offset
     return edit_attention(model, prompts, heads, "hook_attn_scores", without_key, positions_of(prompts, offset))
 
 
-def redirect(
+def redirect_attention(
     model: Any, prompts: PromptSet, heads: Sequence[str | Node], target: Offset, offset: Offset = 0
 ) -> Intervention:
     """Move the sink: what queries at or after the target attend to P0 (or another position) goes to the target."""

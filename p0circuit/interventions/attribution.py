@@ -13,7 +13,7 @@ gives a first-order estimate for all of them from one forward and one backward p
 4. `screen` patches the strongest nodes of the estimate exactly, and a random sample of the others, and says how well
    the estimate did.
 
-What estimates are good for. The gradient is right for small replacements: its error is of second order in their size.
+What estimates are good for. The gradient is right for small patch_values: its error is of second order in their size.
 Sinks are about the worst case for it, because norms and softmax saturate: where P0's norm is far above what heads
 need, gradients are near zero although the replacement would end the sink. Estimates may still come in the right order
 then, but their sizes mean nothing. Nor does a gradient see what jumps: P0 sent to another expert, or over a kink.
@@ -46,7 +46,7 @@ from p0circuit.interventions.activation_patching import Patch, patch_grid
 from p0circuit.interventions.batched_runs import check_value
 from p0circuit.interventions.metrics import Complete, Metric, Rows, read_logits, reading_hooks
 from p0circuit.interventions.nodes import InterventionError, Kind, Node, nodes_of
-from p0circuit.interventions.pairs import Contrast, Reference, replacements
+from p0circuit.interventions.pairs import PromptPair, Reference, patch_values
 from p0circuit.models import ModelInfo, describe, device_of, forward
 from p0circuit.models.forward import Hook
 from p0circuit.prompts import PromptSet
@@ -110,7 +110,7 @@ class Agreement:
 
 
 @dataclass(frozen=True, eq=False)
-class Screen:
+class ScreenedAttribution:
     """Estimates for all nodes, and exact patching of the strongest of them and of a random sample of the rest.
 
     Attributes:
@@ -184,18 +184,18 @@ class Screen:
         return np.where(self._is_top, 1.0, (len(self.attribution.nodes) - self.top) / max(sampled, 1))
 
 
-def replacements_at_p0(
+def patch_values_at_p0(
     model: Any,
-    pair: Contrast,
+    pair: PromptPair,
     kinds: Sequence[Kind] = ("head", "neuron"),
     reference: Reference = "shifted",
     layers: Sequence[int] | None = None,
     offset: int = 8,
 ) -> dict[Node, Float[Tensor, "batch ..."]]:
-    """`contrast.replacements` for all nodes of some kinds; all heads or neurons of a layer are read in one go.
+    """`pair.patch_values` for all nodes of some kinds; all heads or neurons of a layer are read in one go.
 
     Raises:
-        InterventionError: a kind or layer that does not exist, neurons of a mixture of experts, or as `replacements`.
+        InterventionError: a kind or layer that does not exist, neurons of a mixture of experts, or as `patch_values`.
     """
     info = describe(model)
     if not kinds or not set(kinds) <= set(get_args(Kind)):
@@ -208,11 +208,11 @@ def replacements_at_p0(
     wholes = [
         _Layer(kind, layer)
         for kind in kinds
-        for layer in (range(info.layers) if layers is None else layers)
+        for layer in (range(info.n_layers) if layers is None else layers)
         if kind != "embed" or layer == 0
     ]
     found: dict[Node, Tensor] = {}
-    for whole, value in replacements(model, pair, wholes, reference, offset).items():
+    for whole, value in patch_values(model, pair, wholes, reference, offset).items():
         if whole.kind in ("head", "neuron"):
             found |= {Node(whole.kind, whole.layer, index): one for index, one in enumerate(value.unbind(1))}
         else:
@@ -275,7 +275,7 @@ def screen(
     top: int = 50,
     sample: int | None = 50,
     seed: int = 0,
-) -> Screen:
+) -> ScreenedAttribution:
     """`attribute`, then patch the `top` nodes of the estimate and a random `sample` of the others exactly.
 
     `sample=None` patches all of the others.
@@ -294,8 +294,8 @@ def screen(
     checked = torch.cat([strongest, others[drawn]])
     patches = [Patch(node, values[node]) for node in (found.nodes[number] for number in checked)]
     # Only values are put in, none is taken from another run: the prompts make a pair with themselves.
-    grid = patch_grid(model, Contrast(prompts, prompts, 0), patches, metric)
-    return Screen(found, checked, len(strongest), grid.patched - grid.base)
+    grid = patch_grid(model, PromptPair(prompts, prompts, 0), patches, metric)
+    return ScreenedAttribution(found, checked, len(strongest), grid.patched - grid.base)
 
 
 class _Layer(Node):
@@ -395,8 +395,8 @@ def _integrated(
 
 def rows_with_gradients(info: ModelInfo, length: int) -> int:
     """How many rows keep what a backward pass needs of all blocks within half a gigabyte; at least one."""
-    block = 10 * info.d_model + 5 * info.d_mlp + 5 * info.heads * length
-    return max(1, BATCH_BYTES // (4 * length * (info.layers * block + 3 * info.vocab_size)))
+    block = 10 * info.d_model + 5 * info.d_mlp + 5 * info.n_heads * length
+    return max(1, BATCH_BYTES // (4 * length * (info.n_layers * block + 3 * info.vocab_size)))
 
 
 def _table(nodes: Sequence[Node]) -> pd.DataFrame:

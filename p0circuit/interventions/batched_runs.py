@@ -68,7 +68,7 @@ def sender_hooks(
 
     hooks: list[Hook] = [(name, functools.partial(send, sent=sent)) for name, sent in by_hook.items()]
     first = min((sender.layer for sender in senders), default=0)
-    for layer in range(first, info.layers if stop_at_layer is None else stop_at_layer):
+    for layer in range(first, info.n_layers if stop_at_layer is None else stop_at_layer):
         for node, carries in ((Node("attn", layer), "all"), (Node("mlp", layer), "mlps")):
             if through not in (carries, "all"):
                 hooks.append((node.hook, functools.partial(cut, depth=node.depth)))
@@ -107,7 +107,7 @@ def check_value(node: Node, values: Mapping[Node, Tensor], batch: int, info: Any
         raise InterventionError(
             f"there is no value to put in the place of {node}; values are given for {[*map(str, values)]}"
         )
-    shape = {"head": (batch, info.head_size), "neuron": (batch,)}.get(node.kind, (batch, info.d_model))
+    shape = {"head": (batch, info.d_head), "neuron": (batch,)}.get(node.kind, (batch, info.d_model))
     if tuple(values[node].shape) != shape:
         raise InterventionError(f"the value for {node} has shape {list(values[node].shape)}; expected {list(shape)}")
     if not bool(torch.isfinite(values[node]).all()):

@@ -81,7 +81,7 @@ def p0_keys(
 ) -> Float[Tensor, "slot batch layer kv_head d_head"]:
     """P0's keys below layer `layers`, as they enter the scores: slot 0 clean, slot 1 + i with sender i patched."""
     info = describe(model)
-    layers = info.layers if layers is None else layers
+    layers = info.n_layers if layers is None else layers
     per_pass = max(1, ROWS_AT_ONCE // len(tokens) - 1)
     parts: list[Tensor] = []
     for start in range(0, max(1, len(senders)), per_pass):
@@ -125,7 +125,7 @@ class ScoreForm:
             cap = model.cfg.attn_scores_soft_cap
             return cls(1 / attention.attn_scale, cap if cap > 0 else None)
         own = attention.original_component
-        fallback = getattr(own, "inv_norm_factor", describe(model).head_size ** -0.5)
+        fallback = getattr(own, "inv_norm_factor", describe(model).d_head ** -0.5)
         return cls(getattr(own, "scaling", fallback), getattr(own, "attn_logit_softcapping", None))
 
     def score(
@@ -257,7 +257,7 @@ def query_side(
         else:
             read(layer, side)
 
-    end = info.layers if layers is None else layers
+    end = info.n_layers if layers is None else layers
     hooks = [*hooks]
     for layer in range(end):
         hooks += [(query_hook(model, layer), read_query), (key_hook(model, layer), read_key)]
@@ -293,7 +293,7 @@ def key_edges(
     """The sink score of every head with each sender's new value in its key of P0, all other paths cut.
 
     A head is reached by the senders computed before its block reads the stream; for the others `patched` equals
-    `clean`. `values` are the senders' new values at P0, as `contrast.replacements` gives them.
+    `clean`. `values` are the senders' new values at P0, as `pair.patch_values` gives them.
 
     Raises:
         InterventionError: as `sender_hooks`.

@@ -214,7 +214,7 @@ def search_edges(
     Args:
         senders: embedding, attention outputs, their heads, MLPs.
         receivers: Q, K or V of heads or of groups of heads, and MLPs.
-        values: the senders' new values at P0, as `contrast.replacements` gives them.
+        values: the senders' new values at P0, as `pair.patch_values` gives them.
         heads: (layer, head) of the sink heads; the metric is their mean sink score.
         threshold: the least size of a mean effect.
         sets: names for sets of receivers, all K or all V, that are patched together.
@@ -352,8 +352,8 @@ def expected_passes(
         heads: whether single heads send; their blocks then send as groups first.
         kinds: the receivers that are screened by rows of one token.
     """
-    layers = info.layers
-    senders = 1 + layers * (2 + (info.heads if heads else 0))
+    layers = info.n_layers
+    senders = 1 + layers * (2 + (info.n_heads if heads else 0))
     few = screening_rows < rows
     # One run without a gradient, and one with it at each point.
     clean = (1 + POINTS * WITH_GRADIENT) * (screening_rows + rows * few)
@@ -404,7 +404,7 @@ class _Exact:
 
     def cost(self, pair: Pair | None) -> float:
         """The passes of an edge, from its first receiver to the metric's last block; None: of half of the blocks."""
-        end, layers = self.metric.end(self.model), describe(self.model).layers
+        end, layers = self.metric.end(self.model), describe(self.model).n_layers
         start = end / 2 if pair is None else min(member.layer for member in self.targets[pair[1]])
         return max(0.0, end - start) / layers
 
@@ -544,7 +544,7 @@ class _Screen:
         first_v, first_mlp = {}, {}
         for layer, side in layers.items():
             weighted = torch.einsum("pbqhd,bhq->pbhd", side.slope, side.attention)
-            change = changes[:, :, layer].repeat_interleave(self.info.heads // self.info.kv_heads, dim=2)
+            change = changes[:, :, layer].repeat_interleave(self.info.n_heads // self.info.n_kv_heads, dim=2)
             first_v[layer] = torch.einsum("pbhd,sbhd->spbh", weighted, change)
             move = inputs.mlp[1:, :, layer] - inputs.mlp[0, :, layer]
             first_mlp[layer] = torch.einsum("pbd,sbd->spb", self.slope_mlp[:, :, layer], move)
@@ -635,7 +635,7 @@ class _Screen:
 
     def _read_value(self, layer: int, heads: Sequence[int], change: Tensor) -> Float[Tensor, "point batch"]:
         side = self.layers[layer]
-        change = change.repeat_interleave(self.info.heads // self.info.kv_heads, dim=1)
+        change = change.repeat_interleave(self.info.n_heads // self.info.n_kv_heads, dim=1)
         along = torch.einsum("pbqhd,bhd->pbhq", side.slope, change) * side.attention * side.later[:, None]
         return along[:, :, list(heads)].sum((2, 3))
 
@@ -759,7 +759,7 @@ def _clean_side(
         attention[layer] = pattern[index, :, :, rows.place].clone()
         rest = pattern.clone()
         rest[index, :, :, rows.place] = 0
-        values = mixed[layer].repeat_interleave(info.heads // info.kv_heads, dim=2)
+        values = mixed[layer].repeat_interleave(info.n_heads // info.n_kv_heads, dim=2)
         whole = rest.sum(-1, keepdim=True).clamp(min=torch.finfo(rest.dtype).tiny)
         # Normalised: what is read if P0 is given nothing. A query that sees P0 alone reads nothing else.
         mixed[layer] = torch.einsum("bhqk,bkhd->bqhd", rest / whole, values)
@@ -777,10 +777,10 @@ def _clean_side(
     later = ((position > rows.place[:, None]) & rows.mask).to(slopes[0])
     layers = {}
     for layer, side in sides.items():
-        counted = torch.zeros(info.heads, device=rows.place.device)
+        counted = torch.zeros(info.n_heads, device=rows.place.device)
         for head in (head for at, head in heads if at == layer):
             counted[head] += 1 / len(heads)
-        value = at_p0[layer].repeat_interleave(info.heads // info.kv_heads, dim=1)
+        value = at_p0[layer].repeat_interleave(info.n_heads // info.n_kv_heads, dim=1)
         layers[layer] = _Layer(
             side,
             later,
@@ -834,7 +834,7 @@ def _slopes(
             if added and total.requires_grad:
                 slopes = torch.autograd.grad(total, list(added.values()), allow_unused=True, materialize_grads=True)
                 slope_of = dict(zip(added, slopes, strict=True))
-            shape = (*here.ids.shape, info.heads, info.head_size)
+            shape = (*here.ids.shape, info.n_heads, info.d_head)
             for layer in range(end):
                 slope = slope_of.get(f"blocks.{layer}.attn.hook_z")
                 z[layer].append(total.new_zeros(shape) if slope is None else slope)

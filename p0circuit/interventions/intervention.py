@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 
 from p0circuit.interventions.edits import at_least_float32, row_indices
 from p0circuit.interventions.nodes import InterventionError, Node, nodes_of
-from p0circuit.interventions.pairs import Contrast, replacements, values_at
+from p0circuit.interventions.pairs import PromptPair, patch_values, values_at
 from p0circuit.models import describe, forward
 from p0circuit.models.forward import Hook, hooked
 from p0circuit.prompts import PromptSet
@@ -27,7 +27,7 @@ Argument = Tensor | Mapping[Node, Tensor] | Callable[[Tensor, slice], Tensor]
 found in the pass from the values at all positions and which rows these are."""
 Given = Literal["zero", "mean", "resample"] | Tensor | Mapping[Node, Tensor]
 """What to put somewhere: "zero"; "mean" over the row's positions after P0; "resample", the next row's value at the
-same place; a tensor [value] or [batch, value] for all nodes; or one per node, as `values_at` and `replacements` give.
+same place; a tensor [value] or [batch, value] for all nodes; or one per node, as `values_at` and `patch_values` give.
 """
 Offset = int | Int[Tensor, " batch"]
 """A position counted from P0, for all rows or for each."""
@@ -35,7 +35,7 @@ Offset = int | Int[Tensor, " batch"]
 
 @dataclass(frozen=True, eq=False)
 class Intervention:
-    """Changes to what a model computes, made for the rows of one set of prompts.
+    """ArchitectureEdits to what a model computes, made for the rows of one set of prompts.
 
     Under `with` its hooks stand on the model and expect all rows of the prompts in one batch; leaving the block takes
     them off, exceptions included. `record(..., interventions=[...])` takes the prompts in batches of any size.
@@ -165,7 +165,7 @@ def heads_by_layer(names: Sequence[str | Node], model: Any) -> dict[int, list[in
     for node in nodes_of(names, model):
         if node.kind not in ("attn", "head"):
             raise InterventionError(f"{node} has no attention; expected attn.LAYER or attn.LAYER.HEAD")
-        heads = range(describe(model).heads) if node.index is None else [node.index]
+        heads = range(describe(model).n_heads) if node.index is None else [node.index]
         found.setdefault(node.layer, set()).update(heads)
     return {layer: sorted(heads) for layer, heads in found.items()}
 
@@ -183,7 +183,7 @@ def resolve_values(
 ) -> dict[Node, Float[Tensor, "batch ..."]]:
     """What was given as one tensor per node, with a row for every prompt."""
     if given == "mean":
-        return replacements(model, Contrast(prompts, prompts, 0), nodes, "mean")
+        return patch_values(model, PromptPair(prompts, prompts, 0), nodes, "mean")
     if given == "resample":
         if prompts.n == 1:
             raise InterventionError("there is no other row to resample from; expected at least 2 prompts")
@@ -193,7 +193,7 @@ def resolve_values(
     info = describe(model)
     found = {}
     for node in nodes:
-        shape = {"neuron": (), "head": (info.head_size,)}.get(node.kind, (info.d_model,))
+        shape = {"neuron": (), "head": (info.d_head,)}.get(node.kind, (info.d_model,))
         if isinstance(given, Mapping) and node not in given:
             raise InterventionError(f"no value was given for {node}, only for {', '.join(map(str, given))}")
         value = torch.zeros(shape) if given == "zero" else given[node] if isinstance(given, Mapping) else given

@@ -97,7 +97,7 @@ class Metric:
 
     def end(self, model: Any) -> int:
         """The layer before which a pass may stop: nothing but logits is left to read."""
-        return describe(model).layers if self.last_layer is None else self.last_layer + 1
+        return describe(model).n_layers if self.last_layer is None else self.last_layer + 1
 
     def check(self, model: Any) -> Metric:
         """The metric itself, if this model has all that it reads.
@@ -160,7 +160,7 @@ def read_logits(
     at_once: int | None = None,
 ) -> None:
     """Put the readings of logits into `found`, from the stream after the last block, `at_once` rows at a time."""
-    size, layers = at_once or len(stream), describe(model).layers
+    size, layers = at_once or len(stream), describe(model).n_layers
     for number, reading in enumerate(metric.readings):
         if reading.hook == LOGITS:
             parts = []

@@ -113,9 +113,9 @@ class Node:
         Raises:
             InterventionError: there is no such layer, head or neuron, or no stream between attention and MLP.
         """
-        if not 0 <= self.layer < info.layers:
-            raise InterventionError(f"{self}: {info.name} has layers 0 to {info.layers - 1}")
-        limit = {"head": info.heads, "neuron": info.d_mlp}.get(self.kind)
+        if not 0 <= self.layer < info.n_layers:
+            raise InterventionError(f"{self}: {info.name} has layers 0 to {info.n_layers - 1}")
+        limit = {"head": info.n_heads, "neuron": info.d_mlp}.get(self.kind)
         if limit is not None and (self.index is None or not 0 <= self.index < limit):
             raise InterventionError(f"{self}: {info.name} has {self.kind}s 0 to {limit - 1} in a layer")
         if self.kind == "neuron" and info.experts:
@@ -134,9 +134,9 @@ def components(model: Any, layers: Sequence[int] | None = None, heads: bool = Fa
     """
     info = describe(model)
     found = [Node("embed")]
-    for layer in range(info.layers) if layers is None else layers:
+    for layer in range(info.n_layers) if layers is None else layers:
         if heads:
-            found += [Node("head", layer, head) for head in range(info.heads)]
+            found += [Node("head", layer, head) for head in range(info.n_heads)]
         else:
             found.append(Node("attn", layer))
         found.append(Node("mlp", layer))

@@ -1,4 +1,4 @@
-"""What an intervention puts in the place of the clean value: the contrast that isolates being first.
+"""What an intervention puts in the place of the clean value: the pair that isolates being first.
 
 *Clean* has token x at P0. *Shifted* has the same token, with the same continuation, at position m behind a random
 prefix. Nothing differs but that x is first in one and not in the other. What a node computes at x in the shifted run
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from p0circuit.interventions.nodes import InterventionError, Node, nodes_of
 from p0circuit.models import forward
+from p0circuit.models.info import sampleable_vocabulary
 from p0circuit.prompts import PromptSet, from_ids
 from p0circuit.recording.batch_size import batch_size_for
 
@@ -26,7 +27,7 @@ Reference = Literal["shifted", "resample", "position", "mean", "zero"]
 
 
 @dataclass(frozen=True)
-class Contrast:
+class PromptPair:
     """Pairs of runs: row i of `shifted` is row i of `clean` behind `shift` other tokens."""
 
     clean: PromptSet
@@ -39,7 +40,25 @@ class Contrast:
         return self.shifted.p0 + self.shift
 
 
-def contrast(prompts: PromptSet, shift: int, vocab_size: int, seed: int = 0, special: Sequence[int] = ()) -> Contrast:
+def shifted_pair(model: Any, prompts: PromptSet, shift: int = 8, seed: int = 0) -> PromptPair:
+    """Pair prompts with themselves after `shift` random tokens, so that the same token is first and not first.
+
+    Args:
+        model: a hooked model; its tokenizer and embedding say which tokens can be drawn. Special ones never are.
+        prompts: the clean run.
+        shift: how many tokens to prepend.
+        seed: of the random tokens.
+
+    Raises:
+        InterventionError: `shift` is below 1.
+    """
+    size, special = sampleable_vocabulary(model)
+    return shift_prompts(prompts, shift, size, seed, tuple(special))
+
+
+def shift_prompts(
+    prompts: PromptSet, shift: int, vocab_size: int, seed: int = 0, special: Sequence[int] = ()
+) -> PromptPair:
     """Pair prompts with themselves behind a prefix of `shift` tokens drawn uniformly, `special` ones excepted.
 
     Another seed gives other prefixes. Left-padded prompts keep their padding, before the prefix.
@@ -58,7 +77,7 @@ def contrast(prompts: PromptSet, shift: int, vocab_size: int, seed: int = 0, spe
     place = prompts.p0[:, None] + torch.arange(shift)
     ids, mask = ids.scatter(1, place, prefix), mask.scatter(1, place, torch.ones_like(prefix, dtype=torch.bool))
     shifted = from_ids(ids, mask, vocab_size)
-    return Contrast(prompts, shifted, shift)
+    return PromptPair(prompts, shifted, shift)
 
 
 @torch.no_grad()
@@ -78,9 +97,9 @@ def values_at(
     return _read(model, prompts, checked, read)
 
 
-def replacements(
+def patch_values(
     model: Any,
-    pair: Contrast,
+    pair: PromptPair,
     nodes: Sequence[str | Node],
     reference: Reference = "shifted",
     offset: int = 8,

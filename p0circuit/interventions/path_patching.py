@@ -83,18 +83,18 @@ class Receiver:
         """
         if match := _ATTENTION.fullmatch(name):
             layer, grouped, indices, kind = int(match[1]), bool(match[2]), match[3], match[4]
-            count = info.kv_heads if grouped else info.heads
-            chosen = [*range(info.heads)] if indices is None else [int(index) for index in indices.split("+")]
+            count = info.n_kv_heads if grouped else info.n_heads
+            chosen = [*range(info.n_heads)] if indices is None else [int(index) for index in indices.split("+")]
             if grouped and kind == "q":
                 raise InterventionError(f"{name}: queries belong to query heads; expected attn.LAYER.HEAD.q")
-            if layer >= info.layers or max(chosen) >= count:
+            if layer >= info.n_layers or max(chosen) >= count:
                 what = "key/value heads" if grouped else "heads"
                 raise InterventionError(
-                    f"{name}: {info.name} has layers 0 to {info.layers - 1} and {what} 0 to {count - 1}"
+                    f"{name}: {info.name} has layers 0 to {info.n_layers - 1} and {what} 0 to {count - 1}"
                 )
             if len({*chosen}) < len(chosen):
                 raise InterventionError(f"{name} names a head twice; expected each once")
-            group = info.heads // info.kv_heads
+            group = info.n_heads // info.n_kv_heads
             if grouped:
                 chosen = [head for index in chosen for head in range(index * group, (index + 1) * group)]
             return cls(kind, layer, tuple(chosen), name)  # pyright: ignore[reportArgumentType]
@@ -120,9 +120,9 @@ def receivers_of(
     """The names of all receivers of some kinds in some layers (all if not given), one for each query head."""
     info = describe(model)
     found = []
-    for layer in range(info.layers) if layers is None else layers:
+    for layer in range(info.n_layers) if layers is None else layers:
         parts = [kind for kind in kinds if kind in ("q", "k", "v")]
-        found += [f"attn.{layer}.{head}.{part}" for head in range(info.heads) for part in parts]
+        found += [f"attn.{layer}.{head}.{part}" for head in range(info.n_heads) for part in parts]
         found += [f"{kind}.{layer}" for kind in kinds if kind not in parts]
     return found
 
@@ -449,8 +449,8 @@ def _key_edges_by_hooks(
     rows = _rows(model, prompts, prompts.p0)
     per_batch = max(1, TOKENS_AT_ONCE // rows.ids.numel())
     scores = []
-    for layer in range(info.layers):
-        every = Receiver("k", layer, tuple(range(info.heads)), f"attn.{layer}.k")
+    for layer in range(info.n_layers):
+        every = Receiver("k", layer, tuple(range(info.n_heads)), f"attn.{layer}.k")
         stream = forward(model, rows.ids, rows.mask, stop_at_layer=layer)
         parts = [_own_scores(model, rows, stream, layer, [])]
         for start in range(0, len(senders), per_batch):

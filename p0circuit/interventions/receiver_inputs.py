@@ -196,7 +196,7 @@ def input_hooks(model: Any, rows: Rows, variants: Sequence[Variant]) -> list[Hoo
     def add_values(z: Tensor, hook: Any, layer: int, run: dict[str, Tensor]) -> Tensor:
         changed, pattern = z.clone(), run["pattern"]
         for mine, patch in by_place[layer, "v"]:
-            group = info.heads // patch.new.shape[1]
+            group = info.n_heads // patch.new.shape[1]
             for head in patch.heads:
                 weight = pattern[mine][index, head, :, place]
                 changed[mine][:, :, head] += weight[:, :, None] * patch.new[:, None, head // group].to(z)

@@ -73,9 +73,9 @@ def p0_blocks(model: Any, probe: Float[Tensor, "row d_model"]) -> list[P0Block] 
         return None
     if cfg.act_fn not in _ACTIVATIONS or cfg.attn_only:
         return None
-    blocks = [_block(block, cfg, info.kv_heads) for block in model.blocks]
+    blocks = [_block(block, cfg, info.n_kv_heads) for block in model.blocks]
     rows = probe[:_PROBED]
-    expected = resume(model, rows[:, None], 0, stop_at_layer=info.layers)[:, 0]
+    expected = resume(model, rows[:, None], 0, stop_at_layer=info.n_layers)[:, 0]
     for block in blocks:
         rows = block(rows)
     tolerance = 1e-10 if rows.dtype == torch.float64 else 1e-4
@@ -95,7 +95,7 @@ def _norm(norm: Any, cfg: Any) -> Callable[[Tensor], Tensor]:
     return lambda stream: functional.rms_norm(stream, shape, norm.w, cfg.eps)
 
 
-def _block(block: Any, cfg: Any, kv_heads: int) -> P0Block:
+def _block(block: Any, cfg: Any, n_kv_heads: int) -> P0Block:
     attention, mlp = block.attn, block.mlp
     # Grouped-query attention repeats its values for the heads of a group; the parameters hold them once.
     grouped = hasattr(attention, "_W_V")

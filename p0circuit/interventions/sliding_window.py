@@ -136,7 +136,7 @@ def streamed(model: Any, prompts: PromptSet, kept: Sequence[int], window: int) -
         return changed
 
     changes: list[tuple[str, Change]] = []
-    for layer in range(describe(model).layers):
+    for layer in range(describe(model).n_layers):
         seen: dict[str, Tensor] = {}
         if rotary:
             changes.append((query_hook(model, layer), functools.partial(keep, name="query", seen=seen)))
@@ -185,7 +185,7 @@ def rotations(model: Any, length: int) -> list[Rotation]:
 @torch.no_grad()
 def _measured_rotations(model: Any, length: int) -> list[Rotation]:
     info = describe(model)
-    drawn = torch.randn(PROBES, info.head_size, generator=torch.Generator().manual_seed(0))
+    drawn = torch.randn(PROBES, info.d_head, generator=torch.Generator().manual_seed(0))
     seen: list[Tensor] = []
 
     def put(keys: Tensor, hook: Any) -> Tensor:
@@ -195,10 +195,10 @@ def _measured_rotations(model: Any, length: int) -> list[Rotation]:
         seen.append(keys[:, :, 0])
 
     hooks = []
-    for layer in range(info.layers):
+    for layer in range(info.n_layers):
         hooks += [(f"blocks.{layer}.attn.hook_k", put), (key_hook(model, layer), read)]
     ids = torch.zeros(PROBES, length, dtype=torch.long)
-    forward(model, ids, hooks=hooks, stop_at_layer=info.layers)
+    forward(model, ids, hooks=hooks, stop_at_layer=info.n_layers)
     return [_rotation(probes, f"block {layer} of {info.name}") for layer, probes in enumerate(seen)]
 
 

@@ -3,7 +3,7 @@
 P0 attends to itself alone, so what it computes depends on its token only. A full-length prompt per token would compute
 the same numbers again at T times the cost: the sweep runs the vocabulary as a batch of one-token rows, in chunks small
 enough to stay in the processor's cache. Where only the stream is asked for and the model's blocks allow it, a block is
-reduced to what one row needs (`one_row.py`).
+reduced to what one row needs (`single_token.py`).
 
 `sink_scores_by_token` then asks what each token's key would draw: the keys are put, one by one, before the queries of
 fixed continuations (closed form, see `closed_form.py`).
@@ -60,7 +60,7 @@ def vocabulary_sweep(
     """The exact P0 stream of every token of the vocabulary (or of `tokens`).
 
     `residual_layers` counts streams: l is the one before block l, the number of layers the one at the end. Keeping
-    vectors costs memory: 4 * tokens * d_model bytes for each stream, 4 * tokens * kv_heads * d_head for each layer's
+    vectors costs memory: 4 * tokens * d_model bytes for each stream, 4 * tokens * n_kv_heads * d_head for each layer's
     keys, in float32; norms alone cost next to nothing.
 
     Raises:
@@ -69,20 +69,22 @@ def vocabulary_sweep(
     """
     info = describe(model)
     for layer in (*residual_layers, *(layer + 1 for layer in key_layers)):
-        if not 0 <= layer <= info.layers:
-            raise InterventionError(f"{info.name} has {info.layers} layers; streams 0 to {info.layers}, keys one fewer")
+        if not 0 <= layer <= info.n_layers:
+            raise InterventionError(
+                f"{info.name} has {info.n_layers} layers; streams 0 to {info.n_layers}, keys one fewer"
+            )
     if tokens is None:
         tokens = torch.arange(info.vocab_size)
     if not key_layers:
         fast = _sweep_streams(model, tokens, residual_layers, chunk)
         if fast is not None:
             return fast
-    streams = [f"blocks.{layer}.hook_resid_pre" for layer in range(info.layers)]
-    streams.append(f"blocks.{info.layers - 1}.hook_resid_post")
+    streams = [f"blocks.{layer}.hook_resid_pre" for layer in range(info.n_layers)]
+    streams.append(f"blocks.{info.n_layers - 1}.hook_resid_post")
     dtype = next(model.parameters()).dtype
-    norms = torch.empty(len(tokens), info.layers + 1, dtype=dtype)
+    norms = torch.empty(len(tokens), info.n_layers + 1, dtype=dtype)
     residual = {layer: torch.empty(len(tokens), info.d_model, dtype=dtype) for layer in residual_layers}
-    keys = {layer: torch.empty(len(tokens), info.kv_heads, info.head_size, dtype=dtype) for layer in key_layers}
+    keys = {layer: torch.empty(len(tokens), info.n_kv_heads, info.d_head, dtype=dtype) for layer in key_layers}
     for start in track(range(0, len(tokens), chunk), "sweeping the vocabulary"):
         part = slice(start, start + chunk)
 
@@ -96,7 +98,7 @@ def vocabulary_sweep(
 
         hooks: list[Hook] = [(name, functools.partial(read_stream, layer=layer)) for layer, name in enumerate(streams)]
         hooks += [(key_hook(model, layer), functools.partial(read_key, layer=layer)) for layer in key_layers]
-        forward(model, tokens[part, None], hooks=hooks, stop_at_layer=info.layers)
+        forward(model, tokens[part, None], hooks=hooks, stop_at_layer=info.n_layers)
     return VocabularySweep(tokens, norms, residual, keys)
 
 
@@ -109,16 +111,16 @@ def _sweep_streams(
     if blocks is None:
         return None
     dtype = next(model.parameters()).dtype
-    norms = torch.empty(len(tokens), info.layers + 1, dtype=dtype)
+    norms = torch.empty(len(tokens), info.n_layers + 1, dtype=dtype)
     residual = {layer: torch.empty(len(tokens), info.d_model, dtype=dtype) for layer in residual_layers}
     for start in track(range(0, len(tokens), chunk), "sweeping the vocabulary"):
         part = slice(start, start + chunk)
         stream = forward(model, tokens[part, None], stop_at_layer=0)[:, 0]
-        for layer in range(info.layers + 1):
+        for layer in range(info.n_layers + 1):
             norms[part, layer] = stream.norm(dim=-1).cpu()
             if layer in residual:
                 residual[layer][part] = stream.cpu()
-            if layer < info.layers:
+            if layer < info.n_layers:
                 stream = blocks[layer](stream)
     return VocabularySweep(tokens, norms, residual)
 
@@ -139,12 +141,12 @@ def sink_scores_by_token(
     if tokens is None:
         tokens = torch.arange(info.vocab_size)
     side = query_side(model, prompts)
-    scores = torch.empty(len(tokens), info.layers, info.heads)
+    scores = torch.empty(len(tokens), info.n_layers, info.n_heads)
     # Scored keys are [token, prompt, head, query]; this many tokens keep that at some tens of megabytes.
-    at_once = max(1, 2**23 // (prompts.n * info.heads * prompts.length))
+    at_once = max(1, 2**23 // (prompts.n * info.n_heads * prompts.length))
     for start in track(range(0, len(tokens), chunk), "sweeping the vocabulary"):
         part = slice(start, start + chunk)
-        sweep = vocabulary_sweep(model, tokens[part], key_layers=range(info.layers), chunk=chunk)
+        sweep = vocabulary_sweep(model, tokens[part], key_layers=range(info.n_layers), chunk=chunk)
         for layer, key in sweep.keys.items():
             for place, some in zip(range(start, start + chunk, at_once), key.split(at_once), strict=False):
                 spread = some[:, None].expand(-1, prompts.n, -1, -1)

@@ -10,15 +10,15 @@ hook_resid_pre, _post       d_model     the stream into and out of a block
 hook_resid_mid              d_model     the stream between attention and MLP; none in parallel blocks (GPT-NeoX), nor
                                         where a block norms the sum (post-norm OPT, BERT) or scales it (Granite)
 hook_attn_out, hook_mlp_out d_model     what is added to the stream, after a norm of its own (OLMo-2, Gemma-2)
-attn.hook_q                 heads, head_size     after projection and bias, before the norm of queries and keys (Qwen3,
-attn.hook_k, attn.hook_v    kv_heads, head_size  OLMo-2, OLMoE) and before the rotation
-attn.hook_rot_q             heads, head_size     after that norm and the rotation: what the scores are products of; only
-attn.hook_rot_k             kv_heads, head_size  with rotary positions, and not where the bridge leaves the rotation to
+attn.hook_q                 heads, d_head     after projection and bias, before the norm of queries and keys (Qwen3,
+attn.hook_k, attn.hook_v    n_kv_heads, d_head  OLMo-2, OLMoE) and before the rotation
+attn.hook_rot_q             heads, d_head     after that norm and the rotation: what the scores are products of; only
+attn.hook_rot_k             n_kv_heads, d_head  with rotary positions, and not where the bridge leaves the rotation to
                                                  transformers (GPT-J, CodeGen)
 attn.hook_attn_scores       [batch, heads, query, key] scaled, soft-capped, with ALiBi and mask: masked keys have -inf
                                         (hooked) or the dtype's minimum (bridge)
 attn.hook_pattern           [batch, heads, query, key] the softmax of it; the rows of padding are without meaning
-attn.hook_z                 heads, head_size     the mix of values, before the output projection
+attn.hook_z                 heads, d_head     the mix of values, before the output projection
 mlp.hook_pre, mlp.hook_post d_mlp       before the activation, and after it (and the gate); none in a mixture of experts
 
 A name a model does not have is an error, never a hook that does not fire. In GPT-Neo, GPT-J and XGLM, whose attention

@@ -24,13 +24,13 @@ from torch import Tensor, nn
 from p0circuit.models.info import ModelError
 
 FIELD = "p0circuit"
-"""The entry of config.json, a dictionary of the fields of `Changes`."""
+"""The entry of config.json, a dictionary of the fields of `ArchitectureEdits`."""
 GATES = "p0circuit_gates"
 """The buffer of a hooked model that holds its gates."""
 
 
 @dataclass(frozen=True)
-class Changes:
+class ArchitectureEdits:
     """How a forward pass differs from its architecture's.
 
     `force_sink` is the number of channels kept for P0 alone, 0 for no masking; `gated_attention` puts a gate on the
@@ -41,14 +41,14 @@ class Changes:
     gated_attention: bool = False
 
     def __bool__(self) -> bool:
-        return self != Changes()
+        return self != ArchitectureEdits()
 
     def to_json(self) -> dict[str, Any]:
         """The dictionary that goes into config.json."""
         return {name: value for name, value in asdict(self).items() if value}
 
     @classmethod
-    def of(cls, config: Any, name: str = "config.json") -> Changes:
+    def of(cls, config: Any, name: str = "config.json") -> ArchitectureEdits:
         """Read them from a `transformers` config.
 
         Raises:
@@ -126,7 +126,9 @@ def gate_name(layer: int) -> str:
     return f"model.layers.{layer}.self_attn.gate.weight"
 
 
-def change_hf(hf: Any, changes: Changes, gates: Sequence[Float[Tensor, "inner d_model"]] = ()) -> list[Any]:
+def edit_hf_model(
+    hf: Any, changes: ArchitectureEdits, gates: Sequence[Float[Tensor, "inner d_model"]] = ()
+) -> list[Any]:
     """Change the forward pass of a `transformers` model; returns the handles that undo it.
 
     Raises:
@@ -141,9 +143,11 @@ def change_hf(hf: Any, changes: Changes, gates: Sequence[Float[Tensor, "inner d_
 
 
 @contextlib.contextmanager
-def changed(hf: Any, changes: Changes, gates: Sequence[Float[Tensor, "inner d_model"]] = ()) -> Iterator[None]:
+def changed(
+    hf: Any, changes: ArchitectureEdits, gates: Sequence[Float[Tensor, "inner d_model"]] = ()
+) -> Iterator[None]:
     """Change the forward pass of a `transformers` model inside a `with`; nothing if there is nothing to change."""
-    handles = change_hf(hf, changes, gates) if changes else []
+    handles = edit_hf_model(hf, changes, gates) if changes else []
     try:
         yield
     finally:
@@ -151,7 +155,9 @@ def changed(hf: Any, changes: Changes, gates: Sequence[Float[Tensor, "inner d_mo
             handle.remove()
 
 
-def change_hooked(model: Any, changes: Changes, gates: Sequence[Float[Tensor, "inner d_model"]] = ()) -> Any:
+def edit_hooked_model(
+    model: Any, changes: ArchitectureEdits, gates: Sequence[Float[Tensor, "inner d_model"]] = ()
+) -> Any:
     """Change the forward pass of a hooked model for good, hook points included; returns the model."""
     from p0circuit.models.forward import hook_point
 
@@ -177,7 +183,7 @@ def p0_placed(model: Any, mask: Tensor | None) -> contextlib.AbstractContextMana
     return contextlib.nullcontext() if place is None else place.at(mask)
 
 
-def _change(sites: _Sites, changes: Changes, place: P0Place, gate: Callable[[int], Tensor]) -> list[Any]:
+def _change(sites: _Sites, changes: ArchitectureEdits, place: P0Place, gate: Callable[[int], Tensor]) -> list[Any]:
     handles = []
     for layer, (norms, after) in enumerate(zip(*sites, strict=True)):
         if changes.gated_attention:

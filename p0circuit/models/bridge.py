@@ -186,14 +186,14 @@ def _hook_delegated_attention(bridge: Any, logits: Tensor) -> bool:
 
 def _attention(
     module: Any,
-    query: Float[Tensor, "batch heads pos head_size"],
-    key: Float[Tensor, "batch kv_heads pos head_size"],
-    value: Float[Tensor, "batch kv_heads pos head_size"],
+    query: Float[Tensor, "batch heads pos d_head"],
+    key: Float[Tensor, "batch n_kv_heads pos d_head"],
+    value: Float[Tensor, "batch n_kv_heads pos d_head"],
     attention_mask: Tensor | None,
     scaling: float | None = None,
     softcap: float | None = None,
     **kwargs: Any,
-) -> tuple[Float[Tensor, "batch pos heads head_size"], None]:
+) -> tuple[Float[Tensor, "batch pos heads d_head"], None]:
     """Eager attention as `transformers` computes it, with the hooks of the bridge around it."""
     around = getattr(module, "hooks_around", None)
 

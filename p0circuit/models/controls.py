@@ -59,7 +59,7 @@ def shuffled_neurons(model: Any, seed: int = 0) -> Iterator[Any]:
     Raises:
         ModelError: its neurons cannot be reached, as in a mixture of experts.
     """
-    layers = range(describe(model).layers)
+    layers = range(describe(model).n_layers)
     names = [f"blocks.{layer}.mlp.hook_post" for layer in layers]
     if missing := [name for name in names if name not in hook_points(model).by_name]:
         raise ModelError(f"the neurons of {describe(model).name} cannot be shuffled: it has no hook point {missing[0]}")

@@ -56,10 +56,10 @@ def forward(
     _check_ready(model)
     _check_ids(ids, info)
     mask = _check_mask(attention_mask, ids.shape, model)
-    stop = _check_layer("stop_at_layer", stop_at_layer, 0, info.layers)
+    stop = _check_layer("stop_at_layer", stop_at_layer, 0, info.n_layers)
     ids = ids.to(model.cfg.device)
     hooks = _between(model, hooks, -1, stop)
-    add_blocks(ids.numel(), info.layers if stop is None else stop)
+    add_blocks(ids.numel(), info.n_layers if stop is None else stop)
     with p0_placed(model, mask):
         if info.backend == "hooked":
             with hooked(model, hooks):
@@ -90,13 +90,13 @@ def resume(
         raise ModelError(f"expected a residual of shape [batch, pos, {info.d_model}], got {list(residual.shape)}")
     _check_length(residual.shape[1], info)
     mask = _check_mask(attention_mask, residual.shape[:2], model)
-    start = _check_layer("start_at_layer", start_at_layer, 0, info.layers) or 0
-    stop = _check_layer("stop_at_layer", stop_at_layer, start, info.layers)
+    start = _check_layer("start_at_layer", start_at_layer, 0, info.n_layers) or 0
+    stop = _check_layer("stop_at_layer", stop_at_layer, start, info.n_layers)
     residual = residual.to(model.cfg.device)
     hooks = _between(model, hooks, start, stop)
     if stop == start:
         return residual
-    add_blocks(residual.shape[0] * residual.shape[1], (info.layers if stop is None else stop) - start)
+    add_blocks(residual.shape[0] * residual.shape[1], (info.n_layers if stop is None else stop) - start)
     if info.backend == "hooked":
         with hooked(model, hooks), p0_placed(model, mask):
             return model(residual, start_at_layer=start, attention_mask=mask, stop_at_layer=stop)
@@ -228,8 +228,8 @@ def _between(model: Any, hooks: Sequence[Hook], start: int, stop: int | None) ->
 def _why_missing(model: Any, name: str) -> str:
     info = describe(model)
     hook = re.sub(r"^blocks\.\d+\.", "", name)
-    if hook != name and layer_of(name, info.layers) >= info.layers:
-        return f": it has blocks 0 to {info.layers - 1}"
+    if hook != name and layer_of(name, info.n_layers) >= info.n_layers:
+        return f": it has blocks 0 to {info.n_layers - 1}"
     if hook == "hook_resid_mid" and info.parallel_blocks:
         return ": attention and MLP of its blocks read the same input, there is no stream between them"
     if hook in ("mlp.hook_pre", "mlp.hook_post") and info.experts:
@@ -258,9 +258,9 @@ def _check_ids(ids: Tensor, info: Any) -> None:
 
 
 def _check_length(length: int, info: Any) -> None:
-    if info.context is not None and length > info.context:
+    if info.n_ctx is not None and length > info.n_ctx:
         raise ModelError(
-            f"sequence of {length} tokens, but {info.name} has {info.positions} positions for {info.context} of them; "
+            f"sequence of {length} tokens, but {info.name} has {info.positions} positions for {info.n_ctx} of them; "
             "shorten the prompts"
         )
 

@@ -96,10 +96,10 @@ def _family_fields(config: Any, architecture: str) -> dict[str, Any]:
             "normalization_type": "LN",
         }
     heads = config.num_attention_heads
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    d_head = getattr(config, "head_dim", None) or config.hidden_size // heads
     shape = {
         "d_model": config.hidden_size,
-        "d_head": head_size,
+        "d_head": d_head,
         "n_heads": heads,
         "n_layers": config.num_hidden_layers,
         "n_ctx": config.max_position_embeddings,
@@ -111,13 +111,13 @@ def _family_fields(config: Any, architecture: str) -> dict[str, Any]:
         "d_mlp": config.intermediate_size,
         "act_fn": _ACTIVATIONS[config.hidden_act],
         "positional_embedding_type": "rotary",
-        "rotary_dim": head_size,
+        "rotary_dim": d_head,
         **_rope_fields(config),
     }
     if architecture == "GPTNeoXForCausalLM":
         return shape | {
             "eps": config.layer_norm_eps,
-            "rotary_dim": int(head_size * _rope(config).get("partial_rotary_factor", 1.0)),
+            "rotary_dim": int(d_head * _rope(config).get("partial_rotary_factor", 1.0)),
             "parallel_attn_mlp": config.use_parallel_residual,
             "normalization_type": "LN",
         }
@@ -164,7 +164,7 @@ def _unsupported(config: Any, architecture: str) -> str | None:
         return f"{architecture} is not among {', '.join(FAMILIES)}"
     activation = getattr(config, "hidden_act", None) or getattr(config, "activation_function", None)
     heads = getattr(config, "num_attention_heads", 0)
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    d_head = getattr(config, "head_dim", None) or config.hidden_size // heads
     rope_type = _rope(config).get("rope_type", "default")
     reasons = {
         f"activation {activation!r}": activation not in _ACTIVATIONS,
@@ -187,5 +187,5 @@ def _unsupported(config: Any, architecture: str) -> str | None:
         reasons["MLP biases"] = architecture == "LlamaForCausalLM" and config.mlp_bias
     if architecture == "Olmo2ForCausalLM":
         reasons["grouped-query attention in OLMo-2"] = config.num_key_value_heads != heads
-        reasons["heads that do not add up to the stream's width"] = heads * head_size != config.hidden_size
+        reasons["heads that do not add up to the stream's width"] = heads * d_head != config.hidden_size
     return next((reason for reason, holds in reasons.items() if holds), None)

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from p0circuit.prompts import drawable_with
+from p0circuit.prompts import sampleable_vocabulary_of
 from p0circuit.results import titled
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class ModelInfo:
     """The description of a hooked model that the rest of the package relies on.
 
     `positions` is "learned" for any table added to the embeddings. `window` holds one entry per layer: how many keys a
-    query sees, itself included, or None for all of them. `context` is the longest sequence in tokens, None where
+    query sees, itself included, or None for all of them. `n_ctx` is the longest sequence in tokens, None where
     nothing limits it. `d_mlp` is the width of one expert in a mixture of experts; `experts` is then their number, and
     0 for dense models. In `parallel_blocks` the MLP reads the block's input instead of the stream after attention.
     `quantisation` is how the weights were rounded before they were loaded, as in "Q4_1"; None for plain weights.
@@ -62,14 +62,14 @@ class ModelInfo:
     name: str
     backend: Literal["hooked", "bridge"]
     architecture: str
-    layers: int
-    heads: int
-    kv_heads: int
-    head_size: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    d_head: int
     d_model: int
     d_mlp: int
     vocab_size: int
-    context: int | None
+    n_ctx: int | None
     positions: Positions
     window: tuple[int | None, ...]
     experts: int
@@ -102,14 +102,14 @@ def describe(model: Any) -> ModelInfo:
         name=cfg.model_name or "custom",
         backend=backend,
         architecture=(cfg.original_architecture if hf is None else cfg.architecture) or "custom",
-        layers=cfg.n_layers,
-        heads=cfg.n_heads,
-        kv_heads=cfg.n_key_value_heads or cfg.n_heads,
-        head_size=cfg.d_head,
+        n_layers=cfg.n_layers,
+        n_heads=cfg.n_heads,
+        n_kv_heads=cfg.n_key_value_heads or cfg.n_heads,
+        d_head=cfg.d_head,
         d_model=cfg.d_model,
         d_mlp=0 if cfg.attn_only else (cfg.d_mlp if hf is None else _mlp_width(hf, cfg)) or 0,
         vocab_size=cfg.d_vocab,
-        context=None if positions in ("alibi", "none") else cfg.n_ctx,
+        n_ctx=None if positions in ("alibi", "none") else cfg.n_ctx,
         positions=positions,
         window=_hooked_windows(cfg) if hf is None else layer_windows(hf),
         experts=(cfg.num_experts or 0) if hf is None else experts(hf),
@@ -196,6 +196,6 @@ def _is_parallel(model: Any) -> bool:
     return any(cls.__name__ == "ParallelBlockBridge" for cls in type(model.blocks[0]).__mro__)
 
 
-def drawable(model: Any) -> tuple[int, Collection[int]]:
+def sampleable_vocabulary(model: Any) -> tuple[int, Collection[int]]:
     """What random tokens are drawn from: the size of the vocabulary, and the special tokens to leave out."""
-    return drawable_with(getattr(model, "tokenizer", None), describe(model).vocab_size)
+    return sampleable_vocabulary_of(getattr(model, "tokenizer", None), describe(model).vocab_size)

@@ -96,7 +96,7 @@ def load_model(
     _check_arguments(name, backend, dtype, device_map)
     if str(name) in WIRED:
         return _wired(str(name), backend, checkpoint, device, dtype)
-    from p0circuit.models.architecture_edits import change_hooked, changed
+    from p0circuit.models.architecture_edits import changed, edit_hooked_model
 
     source = resolve(name, checkpoint)
     config = check_folder(source)
@@ -124,13 +124,13 @@ def load_model(
         raise ModelError("this TransformerLens has no HookedTransformer any more; use backend='bridge'")
     if backend == "hooked" or (backend == "auto" and available() and type(hf).__name__ in FAMILIES):
         try:
-            model = _checked(change_hooked(to_hooked(hf, source.name, tokenizer), changes, gates), logits)
+            model = _checked(edit_hooked_model(to_hooked(hf, source.name, tokenizer), changes, gates), logits)
             return note_quantisation(model, source.quantisation)
         except ModelError as error:
             if backend == "hooked":
                 raise
             logging.getLogger(__name__).info("%s; using TransformerBridge", error)
-    model = _checked(change_hooked(to_bridge(hf, source.name, tokenizer), changes, gates), logits)
+    model = _checked(edit_hooked_model(to_bridge(hf, source.name, tokenizer), changes, gates), logits)
     return note_quantisation(model, source.quantisation)
 
 
@@ -236,7 +236,7 @@ def _load_placed(
     source: Source, config: Any, device_map: DeviceMap, device: Any, dtype: Any, folder: str | Path | None
 ) -> Any:
     """The bridge of a model whose weights are spread by a device map."""
-    from p0circuit.models.architecture_edits import change_hooked, changed
+    from p0circuit.models.architecture_edits import changed, edit_hooked_model
     from p0circuit.models.device_map import new_folder, offload_parent, to_placed_bridge
 
     planned = _plan(source, config, device_map, device, dtype, folder)
@@ -247,7 +247,7 @@ def _load_placed(
         changes, gates = _changes(source, hf, planned.device)
         with changed(hf, changes, gates):
             logits = _causal_logits(source, hf, planned.device)
-        return _checked(change_hooked(to_placed_bridge(hf, tokenizer, planned, place), changes, gates), logits)
+        return _checked(edit_hooked_model(to_placed_bridge(hf, tokenizer, planned, place), changes, gates), logits)
 
 
 def _wired(name: str, backend: Backend, checkpoint: int | str | None, device: Any, dtype: Any) -> Any:
@@ -335,12 +335,12 @@ def _load_hf(
     """Load the weights with `transformers`, and make sure that they are all there, finite, and causal."""
     from transformers import AutoModelForCausalLM
 
-    from p0circuit.models.architecture_edits import Changes
+    from p0circuit.models.architecture_edits import ArchitectureEdits
     from p0circuit.models.device_map import let_wait, weights_of, without_warnings
 
     # Weights that are elsewhere, and experts that no other process shares.
     expected = ["accelerate.big_modeling", "transformers.distributed.tensor_parallel"]
-    if Changes.of(config.get_text_config(), source.name).gated_attention:
+    if ArchitectureEdits.of(config.get_text_config(), source.name).gated_attention:
         # Its gates are no weights that `transformers` knows.
         expected.append("transformers.modeling_utils")
     placed: dict[str, Any] = {}
@@ -383,9 +383,9 @@ def _is_finite(weight: Any) -> bool:
 
 def _changes(source: Source, hf: Any, device: Any) -> tuple[Any, list[Any]]:
     """What the model's `p0circuit` field changes in its forward pass, and the gates if it has any."""
-    from p0circuit.models.architecture_edits import Changes, gate_name
+    from p0circuit.models.architecture_edits import ArchitectureEdits, gate_name
 
-    changes, gates = Changes.of(hf.config.get_text_config(), source.name), []
+    changes, gates = ArchitectureEdits.of(hf.config.get_text_config(), source.name), []
     if changes.gated_attention:
         from safetensors import safe_open
 

@@ -2,8 +2,8 @@
 
 One *pass* is all prompts of an experiment through all blocks. Half of the rows, or half of the blocks, is half a pass;
 a row of one token is one token's share of a row. What is counted is tokens times blocks, wherever this package runs
-blocks (`forward`, `resume`, and the single-token forward of `interventions.one_row`). A forward pass whose gradient is
-taken counts three times, since its backward pass costs about two more. The unembedding is not counted.
+blocks (`forward`, `resume`, and the single-token forward of `interventions.single_token`). A forward pass with its
+gradient counts three times, since the backward pass costs about two more. The unembedding is not counted.
 
 Passes are exact and repeatable where seconds depend on the machine: they are what experiments declare and what tests
 compare.
@@ -43,7 +43,7 @@ def count_passes() -> Iterator[PassCount]:
     Example:
         with count_passes() as count:
             forward(model, prompts.ids)
-        count.passes(prompts.n, prompts.length, describe(model).layers)  # 1.0
+        count.passes(prompts.n, prompts.length, describe(model).n_layers)  # 1.0
     """
     count = PassCount()
     token = _COUNTS.set((*_COUNTS.get(), count))

@@ -26,7 +26,7 @@ def batch_size_for(model: Any, length: int, with_logits: bool, row_by_row: bool 
     """
     info, placement = describe(model), placement_of(model)
     logit_bytes = model.cfg.dtype.itemsize if row_by_row else 4 * LOGIT_COPIES
-    row = info.heads, length, info.vocab_size if with_logits else 0, logit_bytes
+    row = info.n_heads, length, info.vocab_size if with_logits else 0, logit_bytes
     if placement is not None:
         return rows_that_fit(placement.plan.activations // 2, *row)
     most = rows_that_fit(BATCH_BYTES, *row)

@@ -32,7 +32,7 @@ from p0circuit.recording.quantities import TOKEN_LOSSES, Batch, Quantity, hook_n
 
 
 @runtime_checkable
-class HooksByRow(Protocol):
+class BatchIntervention(Protocol):
     """An intervention as `record` sees it: made for a set of prompts, it has hooks for any batch of its rows."""
 
     @property
@@ -113,7 +113,7 @@ def record(
     what: Quantity | Sequence[Quantity],
     batch_size: int | None = None,
     cache: Cache | Literal["default"] | None = "default",
-    interventions: Sequence[HooksByRow] = (),
+    interventions: Sequence[BatchIntervention] = (),
 ) -> Recording:
     """Run the prompts through the model once and keep the quantities asked for.
 
@@ -156,7 +156,7 @@ def record(
         reading = [quantity for quantity in missing if quantity.scope == "logits"]
         row_by_row = all(quantity is TOKEN_LOSSES for quantity in reading)
         size = batch_size or batch_size_for(model, prompts.length, bool(reading), row_by_row)
-        layers, device = describe(model).layers, device_of(model)
+        layers, device = describe(model).n_layers, device_of(model)
         parts: dict[str, list[Tensor]] = {quantity.name: [] for quantity in missing}
         for start in track(range(0, prompts.n, size), "recording"):
             part = slice(start, start + size)

@@ -33,10 +33,10 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from p0circuit.interventions.pairs import contrast
+from p0circuit.interventions.pairs import shift_prompts
 from p0circuit.io import write_atomically
 from p0circuit.models.info import ModelError
-from p0circuit.prompts import PromptSet, drawable_with, from_ids, natural_text, random_tokens
+from p0circuit.prompts import PromptSet, from_ids, natural_text, random_tokens, sampleable_vocabulary_of
 from p0circuit.sink import CONTROL, least_excess
 from p0circuit.training.live_measurement import SHIFT, Measurement, measure, same_randomness, unwrap
 
@@ -273,8 +273,8 @@ class P0Monitor:
                 f"monitor shorter rows"
             )
         if self._prefix is None:
-            drawn, special = drawable_with(self._tokenizer, vocab_size)
-            self._prefix = contrast(probe, SHIFT, drawn, probe.seed, tuple(special)).shifted.ids[:, :SHIFT]
+            drawn, special = sampleable_vocabulary_of(self._tokenizer, vocab_size)
+            self._prefix = shift_prompts(probe, SHIFT, drawn, probe.seed, tuple(special)).shifted.ids[:, :SHIFT]
         return probe, self._prefix
 
     def _write(self) -> None:

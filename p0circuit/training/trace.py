@@ -31,12 +31,12 @@ from torch import Tensor
 from p0circuit import sink
 from p0circuit.interventions.ablation import ablate
 from p0circuit.interventions.nodes import InterventionError
-from p0circuit.interventions.pairs import contrast, replacements
+from p0circuit.interventions.pairs import patch_values, shifted_pair
 from p0circuit.io import code_fingerprint, write_json
 from p0circuit.log import say
 from p0circuit.models import ModelError, StoredModel, describe, list_checkpoints, load_model, stored_model
 from p0circuit.models.checkpoints import STEP, Label, parse_label
-from p0circuit.models.info import drawable
+from p0circuit.models.info import sampleable_vocabulary
 from p0circuit.models.source import holds_no_checkpoints, local_folder
 from p0circuit.prompts import PromptSet, from_ids, random_tokens
 from p0circuit.recording.quantities import (
@@ -169,8 +169,10 @@ def measure_checkpoint(model: Any, prompts: PromptSet) -> dict[str, Any]:
     monitor reads too (`probe.Measurement`) are the same numbers on the same prompts.
     """
     info = describe(model)
-    if info.layers <= EARLY_BLOCKS:
-        raise ModelError(f"{info.name} has {info.layers} layers; a trace needs blocks beyond the first {EARLY_BLOCKS}")
+    if info.n_layers <= EARLY_BLOCKS:
+        raise ModelError(
+            f"{info.name} has {info.n_layers} layers; a trace needs blocks beyond the first {EARLY_BLOCKS}"
+        )
     beside = score_at(CONTROL)
     quantities = [SINK_SCORE, beside, NORM_RATIO, RESIDUAL_NORMS, TOKEN_LOSSES, residual_at()]
     recording = record(model, prompts, quantities, cache=None)
@@ -209,10 +211,9 @@ def causal_concentration(model: Any, prompts: PromptSet, clean: Float[Tensor, "s
         return float(sink.sink_rate(scores.double(), from_layer=EARLY_BLOCKS).mean())
 
     def behind_others() -> float:
-        vocabulary, special = drawable(model)
-        pair = contrast(prompts, SHIFT, vocabulary, prompts.seed, tuple(special))
+        pair = shifted_pair(model, prompts, SHIFT, prompts.seed)
         node = f"resid_post.{EARLY_BLOCKS - 1}"
-        change = ablate(model, prompts, [node], replacements(model, pair, [node]))
+        change = ablate(model, prompts, [node], patch_values(model, pair, [node]))
         return rate(record(model, prompts, SINK_SCORE, cache=None, interventions=[change])[SINK_SCORE])
 
     return lost_share(rate(clean), behind_others)
@@ -223,7 +224,7 @@ def induction_score(model: Any, prompts: PromptSet, rows: int = 32) -> float:
 
     Olsson et al. 2022 (arXiv 2209.11895).
     """
-    vocabulary, special = drawable(model)
+    vocabulary, special = sampleable_vocabulary(model)
     half = prompts.length // 2
     once = random_tokens(vocabulary, n=rows, length=half, seed=prompts.seed, special=special).ids
     twice = torch.cat([once, once], dim=1)

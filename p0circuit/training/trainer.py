@@ -28,7 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from p0circuit import text
 from p0circuit.io import write_atomically, write_json
-from p0circuit.models.architecture_edits import change_hf, gates_of
+from p0circuit.models.architecture_edits import edit_hf_model, gates_of
 from p0circuit.training import corpus
 from p0circuit.training.card import write_card
 from p0circuit.training.variants import TrainConfig, build_model
@@ -243,7 +243,7 @@ def train(
     tokenizer, stream, held_out = prepare_corpus(config, out)
     model = build_model(config)
     if config.changes:
-        change_hf(model, config.changes, gates_of(model))
+        edit_hf_model(model, config.changes, gates_of(model))
     state = TrainState(model, build_optimizer(config, model))
     saved = out / "work" / "state.safetensors"
     if saved.exists():

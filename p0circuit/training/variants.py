@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from p0circuit import text
-from p0circuit.models.architecture_edits import FIELD, Changes, new_gates
+from p0circuit.models.architecture_edits import FIELD, ArchitectureEdits, new_gates
 
 ARCHITECTURES = ("llama", "mistral", "gpt2", "qwen3_moe")
 
@@ -39,7 +39,8 @@ class TrainConfig:
     `bos_share` of the rows begin with BOS; the others with a token drawn uniformly (`random_first`) or with plain
     text. `loss_at_p0=False` is the TNLM loss. Lengths are in tokens, `final_learning_rate` is a share of the peak.
     `window` (how many keys a query sees) goes with mistral, `experts` with qwen3_moe, where `d_mlp` is the width of one
-    expert and `router_loss` the weight of the load-balancing loss. `force_sink` and `gated_attention`: `Changes`.
+    expert and `router_loss` the weight of the load-balancing loss. `force_sink` and `gated_attention`: see
+    `ArchitectureEdits`.
     """
 
     layers: int = 4
@@ -92,9 +93,9 @@ class TrainConfig:
             raise ValueError(f"force_sink must lie between 0 and d_model {self.d_model}, got {self.force_sink}")
 
     @property
-    def changes(self) -> Changes:
+    def changes(self) -> ArchitectureEdits:
         """What the forward pass does that its architecture does not."""
-        return Changes(self.force_sink, self.gated_attention)
+        return ArchitectureEdits(self.force_sink, self.gated_attention)
 
 
 def parse_options(options: Sequence[str]) -> dict[str, Any]:

@@ -129,13 +129,13 @@ def test_the_parts_add_up(family: str, backend: str, family_model: Any, ids: Ten
         assert bool((pattern[..., masked] == 0).all()) and bool((pattern[..., ~masked] > 0).all())
         assert bool((scores[..., masked] < -1e30).all())
         assert close(scores.softmax(-1), pattern, 1e-5)
-        per_head = info.heads // info.kv_heads
+        per_head = info.n_heads // info.n_kv_heads
         values = at["attn.hook_v"].repeat_interleave(per_head, dim=2)
         assert close(torch.einsum("bhqk,bkhd->bqhd", pattern, values), at["attn.hook_z"], 1e-5)
         if info.positions != "alibi":
             rot = "rot_" if info.positions == "rotary" else ""
             keys = at[f"attn.hook_{rot}k"].repeat_interleave(per_head, dim=2)
-            products = torch.einsum("bqhd,bkhd->bhqk", at[f"attn.hook_{rot}q"], keys) / info.head_size**0.5
+            products = torch.einsum("bqhd,bkhd->bhqk", at[f"attn.hook_{rot}q"], keys) / info.d_head**0.5
             cap = 3.0 if family == "gemma2" else None
             expected = products if cap is None else cap * (products / cap).tanh()
             assert close(scores[..., ~masked], expected[..., ~masked])
@@ -146,12 +146,12 @@ def test_shapes(family: str, backend: str, family_model: Any, ids: Tensor) -> No
     model = family_model(family, backend)
     info = describe(model)
     seen = record(model, ids)
-    of_heads = (2, LENGTH, info.heads, info.head_size)
-    of_keys = (2, LENGTH, info.kv_heads, info.head_size)
+    of_heads = (2, LENGTH, info.n_heads, info.d_head)
+    of_keys = (2, LENGTH, info.n_kv_heads, info.d_head)
     expected = {hook: (2, LENGTH, info.d_model) for hook in BLOCK_HOOKS if "resid" in hook or "_out" in hook}
     expected |= {"attn.hook_q": of_heads, "attn.hook_z": of_heads, "attn.hook_k": of_keys, "attn.hook_v": of_keys}
     expected |= {"attn.hook_rot_q": of_heads, "attn.hook_rot_k": of_keys}
-    expected |= {hook: (2, info.heads, LENGTH, LENGTH) for hook in ("attn.hook_attn_scores", "attn.hook_pattern")}
+    expected |= {hook: (2, info.n_heads, LENGTH, LENGTH) for hook in ("attn.hook_attn_scores", "attn.hook_pattern")}
     expected |= {hook: (2, LENGTH, info.d_mlp) for hook in HIDDEN}
     for name, activation in seen.items():
         if name != "logits":

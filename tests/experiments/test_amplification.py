@@ -22,7 +22,7 @@ from p0circuit.experiments.paper.c06_amplification import (
 from p0circuit.experiments.sink_under_study import excess_scores, find_sink_heads
 from p0circuit.interventions.experts import experts_at_p0
 from p0circuit.interventions.nodes import Node
-from p0circuit.interventions.pairs import contrast, replacements
+from p0circuit.interventions.pairs import patch_values, shift_prompts
 from p0circuit.models import forward, load_model
 from p0circuit.models.constructed.build import wired_model
 from p0circuit.models.constructed.truth import wired_truth
@@ -101,7 +101,7 @@ def test_projections_add_up(family_model: Callable[[str, str], Any], case: tuple
 def test_what_follows_a_token_makes_no_difference_to_its_new_value(family_model: Callable[[str, str], Any]) -> None:
     model, prompts = family_model("qwen2", "hooked"), random_tokens(96, n=3, length=8)
     nodes = [Node("mlp", 1), Node("neuron", 0, 5)]
-    long, short = (replacements(model, contrast(p, 4, 96, 3), nodes) for p in (prompts, _two_tokens(prompts)))
+    long, short = (patch_values(model, shift_prompts(p, 4, 96, 3), nodes) for p in (prompts, _two_tokens(prompts)))
     for node in nodes:
         torch.testing.assert_close(short[node], long[node], rtol=1e-4, atol=1e-5)
 

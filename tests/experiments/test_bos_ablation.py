@@ -28,7 +28,7 @@ def result(tiny: Any, text: PromptSet) -> Result:
 def literal(tiny: Any, text: PromptSet) -> dict[str, dict[str, np.ndarray]]:
     """Per condition and quantity one number for each row."""
     found: dict[str, dict[str, Any]] = {}
-    for name, prompts in (("without BOS", text), ("with BOS", text.behind(tiny.tokenizer.bos_token_id))):
+    for name, prompts in (("without BOS", text), ("with BOS", text.prepend(tiny.tokenizer.bos_token_id))):
         scores, losses = [], []
         for row, ids in enumerate(prompts.ids):
             logits, cache = run_with_cache(tiny, ids)

@@ -96,7 +96,7 @@ def test_what_it_takes_is_declared(most_edges):
     find_sink_heads(model, prompts)
     with count_passes() as counted:
         experiment.run(model, prompts)
-    assert counted.passes(prompts.n, prompts.length, describe(model).layers) == pytest.approx(
+    assert counted.passes(prompts.n, prompts.length, describe(model).n_layers) == pytest.approx(
         experiment.passes(model, prompts), rel=0.25
     )
 

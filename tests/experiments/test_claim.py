@@ -7,14 +7,14 @@ import math
 import pytest
 
 from p0circuit.experiments import EXPERIMENTS, RUN_EXPERIMENTS
-from p0circuit.experiments.claim import Claim, Clause
+from p0circuit.experiments.claim import Claim, Criterion
 from p0circuit.stats import Interval
 
 TENTH = Interval(0.1, 0.05, 0.15, 20)
 
 
-def claim(*clauses: Clause) -> Claim:
-    return Claim("C0", "A claim", "nowhere", "It is so.", "By looking.", clauses, "Not looking.")
+def claim(*criteria: Criterion) -> Claim:
+    return Claim("C0", "A claim", "nowhere", "It is so.", "By looking.", criteria, "Not looking.")
 
 
 @pytest.mark.parametrize(
@@ -31,40 +31,40 @@ def claim(*clauses: Clause) -> Claim:
     ],
 )
 def test_a_clause_compares_the_value_or_an_end(sense, bound, end, holds):
-    assert Clause("rate", sense, bound, end).holds({"rate": TENTH}) is holds
+    assert Criterion("rate", sense, bound, end).holds({"rate": TENTH}) is holds
 
 
 def test_every_clause_must_hold_and_the_reason_shows_those_that_do_not():
-    both = claim(Clause("rate", ">", 0.02), Clause("rate", ">", 0.02, "low"), Clause("loss", "<", 1))
+    both = claim(Criterion("rate", ">", 0.02), Criterion("rate", ">", 0.02, "low"), Criterion("loss", "<", 1))
     judged = both.judge({"rate": TENTH, "loss": Interval(0.5, 0.4, 0.6, 20)})
     assert judged.verdict == "reproduced"
-    assert judged.why == "rate is 0.100 [0.050, 0.150]; loss is 0.500 [0.400, 0.600]"
+    assert judged.reason == "rate is 0.100 [0.050, 0.150]; loss is 0.500 [0.400, 0.600]"
     judged = both.judge({"rate": TENTH, "loss": Interval(2.0, 1.9, 2.1, 20)})
     assert judged.verdict == "not reproduced"
-    assert judged.why == "loss is 2.000 [1.900, 2.100]; needed loss < 1"
+    assert judged.reason == "loss is 2.000 [1.900, 2.100]; needed loss < 1"
 
 
 def test_there_is_no_verdict_on_what_is_no_number():
-    one = claim(Clause("share", "<=", 0.2), Clause("rate", ">", 0.2, "low"))
+    one = claim(Criterion("share", "<=", 0.2), Criterion("rate", ">", 0.2, "low"))
     nothing = Interval(math.nan, math.nan, math.nan, 3)
     judged = one.judge({"share": nothing, "rate": TENTH})
-    assert judged.verdict == "not applicable" and judged.why.startswith("share is nan [nan, nan]: not a number")
+    assert judged.verdict == "not applicable" and judged.reason.startswith("share is nan [nan, nan]: not a number")
     # Only what is compared counts.
     assert one.judge({"share": TENTH, "rate": Interval(0.5, 0.4, math.inf, 3)}).verdict == "reproduced"
     assert one.judge({"share": TENTH, "rate": Interval(0.5, -math.inf, 0.6, 3)}).verdict == "not applicable"
 
 
 def test_a_clause_about_other_models_does_not_count():
-    some = claim(Clause("rotary", "<=", 0.25, if_measured=True), Clause("learned", ">=", 0.5, if_measured=True))
+    some = claim(Criterion("rotary", "<=", 0.25, if_measured=True), Criterion("learned", ">=", 0.5, if_measured=True))
     assert some.judge({"learned": TENTH}).verdict == "not reproduced"
     assert some.judge({"rotary": TENTH}).verdict == "reproduced"
     assert some.judge({"other": TENTH}).verdict == "not applicable"
     with pytest.raises(KeyError, match="rate"):
-        claim(Clause("rate", ">", 0)).judge({"other": TENTH})
+        claim(Criterion("rate", ">", 0)).judge({"other": TENTH})
 
 
 def test_the_entry_of_claims_json():
-    one = claim(Clause("rate", ">", 0.02, "low"))
+    one = claim(Criterion("rate", ">", 0.02, "low"))
     entry = one.record(one.judge({"rate": TENTH}), {"rate": TENTH})
     assert entry["id"] == "C0" and entry["verdict"] == "reproduced"
     assert entry["threshold"] == "rate, lower end of the interval, > 0.02"
@@ -78,4 +78,4 @@ def test_claims_are_numbered_without_gaps_and_say_what_they_rest_on():
         f"C{number}" for number in range(1, len(claims) + 1)
     ]
     for one in claims:
-        assert all((one.title, one.source, one.statement, one.measure, one.clauses, one.control)), one.id
+        assert all((one.title, one.source, one.statement, one.measure, one.criteria, one.control)), one.id

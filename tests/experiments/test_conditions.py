@@ -11,15 +11,15 @@ from p0circuit.experiments import (
     AnyToken,
     AnyTokenConfig,
     BosAblation,
+    Mitigations,
+    MitigationsConfig,
     NotApplicable,
-    Remedies,
-    RemediesConfig,
     SinkMap,
 )
 from p0circuit.experiments.conditions import (
     default_text,
-    readable,
-    readable_by_seeds,
+    pooled_prompts_for,
+    prompts_for,
     text_as_it_is,
     text_like,
     with_and_without_bos,
@@ -59,17 +59,17 @@ def on_bos() -> Any:
 
 
 def text_of(model: Any, n: int = 32, length: int = 40) -> PromptSet:
-    return readable_by_seeds(model, "stdlib", n, length)
+    return pooled_prompts_for(model, "stdlib", n, length)
 
 
 def test_rows_are_told_apart_by_what_they_begin_with(nano: Any) -> None:
     assert nano.tokenizer.bos_token_id == BOS
     text = text_of(nano, n=4)
-    some = from_ids(torch.cat([text.ids, text.behind(BOS).ids]))
-    named = {WITHOUT_BOS: text, WITH_BOS: text.behind(BOS), TWO_BOS: text.behind(BOS).behind(BOS), SOME_BOS: some}
+    some = from_ids(torch.cat([text.ids, text.prepend(BOS).ids]))
+    named = {WITHOUT_BOS: text, WITH_BOS: text.prepend(BOS), TWO_BOS: text.prepend(BOS).prepend(BOS), SOME_BOS: some}
     for name, prompts in named.items():
         assert condition_of(nano, prompts) == name
-    padded = text.behind(BOS).left_padded([9, 8, 40, 7], pad_token=5)
+    padded = text.prepend(BOS).left_padded([9, 8, 40, 7], pad_token=5)
     assert condition_of(nano, padded) == WITH_BOS
     # What pads the rows is no token of theirs, though it be BOS.
     assert condition_of(nano, text.left_padded([9, 8, 40, 7], pad_token=BOS)) == WITHOUT_BOS
@@ -79,8 +79,8 @@ def test_rows_are_told_apart_by_what_they_begin_with(nano: Any) -> None:
 def test_the_pair_is_the_same_whatever_it_is_made_from(nano: Any) -> None:
     text = text_of(nano, n=5)
     expected = {name: rows.ids.tolist() for name, rows in with_and_without_bos(nano, text).items()}
-    assert expected == {WITHOUT_BOS: text.ids.tolist(), WITH_BOS: text.behind(BOS).ids.tolist()}
-    for prompts in (text.behind(BOS), text.behind(BOS).behind(BOS)):
+    assert expected == {WITHOUT_BOS: text.ids.tolist(), WITH_BOS: text.prepend(BOS).ids.tolist()}
+    for prompts in (text.prepend(BOS), text.prepend(BOS).prepend(BOS)):
         assert {name: rows.ids.tolist() for name, rows in with_and_without_bos(nano, prompts).items()} == expected
     # Rows that were given with their BOS keep it, and are shorter without.
     given = from_ids([[BOS, 7, 8, 9], [BOS, 9, 8, 7]])
@@ -98,7 +98,7 @@ def test_the_pair_is_the_same_whatever_it_is_made_from(nano: Any) -> None:
 def test_new_text_has_as_many_bos_as_the_prompts(nano: Any) -> None:
     text = text_of(nano, n=6)
     begun = natural_text(nano.tokenizer, "stdlib", n=6, length=40, first_token="bos")
-    for prompts, count in ((text, 0), (begun, 1), (text.behind(BOS), 1), (text.behind(BOS).behind(BOS), 2)):
+    for prompts, count in ((text, 0), (begun, 1), (text.prepend(BOS), 1), (text.prepend(BOS).prepend(BOS), 2)):
         assert text_like(nano, prompts, 24, 3).leading(BOS).tolist() == [count] * 3
 
 
@@ -115,7 +115,7 @@ def test_the_condition_is_the_first_in_which_there_is_a_sink(nano: Any, on_bos: 
     rows, _ = rows_to_choose_on(on_bos, text_of(on_bos))
     with pytest.raises(NotApplicable, match="no sink to explain"):
         find_sink_heads(on_bos, rows)
-    assert after.excess == {WITH_BOS: find_sink_heads(on_bos, rows.behind(BOS)).excess}
+    assert after.excess == {WITH_BOS: find_sink_heads(on_bos, rows.prepend(BOS)).excess}
     # A choice that was made is not made again.
     again = find_condition(on_bos, after.prompts)
     assert again.prompts is after.prompts and again.excess == {} and "given with BOS" in again.summary
@@ -150,14 +150,14 @@ def test_the_rows_it_is_chosen_on_share_no_text_with_the_prompts(nano: Any) -> N
 
 def test_c2_measures_the_same_in_either_condition(on_bos: Any) -> None:
     text = text_of(on_bos, n=24)
-    plain, after = (BosAblation().run(on_bos, prompts) for prompts in (text, text.behind(BOS)))
+    plain, after = (BosAblation().run(on_bos, prompts) for prompts in (text, text.prepend(BOS)))
     assert plain.metrics == after.metrics
     assert plain.tables["heads"].equals(after.tables["heads"]) and plain.notes == after.notes
     assert plain.claim is not None and plain.claim["verdict"] == "not reproduced"
     assert any("the sink depends on BOS" in note for note in after.notes)
     assert any("does not depend on BOS" in note for note in BosAblation().run(load_model("p0-nano"), text).notes)
     # Rows that were given with BOS have a token less without it: the same targets all the same.
-    given = BosAblation().run(on_bos, from_ids(text.behind(BOS).ids))
+    given = BosAblation().run(on_bos, from_ids(text.prepend(BOS).ids))
     assert given.metrics["loss_without_bos"].value == pytest.approx(plain.metrics["loss_without_bos"].value, abs=0.2)
     with pytest.raises(NotApplicable, match="padded"):
         BosAblation().run(on_bos, text.left_padded())
@@ -165,14 +165,14 @@ def test_c2_measures_the_same_in_either_condition(on_bos: Any) -> None:
 
 def test_c3_fails_where_only_bos_is_the_sink(on_bos: Any, nano: Any) -> None:
     config = AnyTokenConfig(continuations=8, full_tokens=16, full_continuations=2, probe_tokens=16)
-    bound = AnyToken(config).run(on_bos, text_of(on_bos, n=24).behind(BOS))
+    bound = AnyToken(config).run(on_bos, text_of(on_bos, n=24).prepend(BOS))
     assert bound.claim is not None and bound.claim["verdict"] == "not reproduced"
     assert bound.metrics["median_score_over_that_of_bos"].high < 0.5
     assert any("the sink is bound to BOS" in note for note in bound.notes)
     # By hand: every token's score as a row of the same table, BOS's among them.
     scores = bound.tables["tokens"].set_index("token")["sink_score"]
     assert bound.metrics["median_score_over_that_of_bos"].value == pytest.approx(scores.median() / scores[BOS], rel=0.2)
-    free = AnyToken(config).run(nano, text_of(nano, n=24).behind(BOS))
+    free = AnyToken(config).run(nano, text_of(nano, n=24).prepend(BOS))
     assert free.metrics["median_score_over_that_of_bos"].low > 0.5
     assert "median_score_over_that_of_bos" not in AnyToken(config).run(nano, text_of(nano, n=24)).metrics
 
@@ -185,22 +185,22 @@ def test_what_chooses_its_condition_itself_goes_with_that_of_the_prompts(on_bos:
         again, same = find_used_sink(model, find_condition(model, text).prompts)
         assert (again.heads, same) == (found.heads, condition) and torch.equal(again.prompts.ids, found.prompts.ids)
     # Chosen by whoever put BOS there, though the text alone has a sink.
-    assert find_used_sink(nano, text_of(nano).behind(BOS))[1] == WITH_BOS
-    for prompts in (text_of(nano), text_of(nano).behind(BOS)):
+    assert find_used_sink(nano, text_of(nano).prepend(BOS))[1] == WITH_BOS
+    for prompts in (text_of(nano), text_of(nano).prepend(BOS)):
         assert torch.equal(under(nano, prompts, WITHOUT_BOS).ids, text_of(nano).ids)
-        assert torch.equal(under(nano, prompts, WITH_BOS).ids, text_of(nano).behind(BOS).ids)
+        assert torch.equal(under(nano, prompts, WITH_BOS).ids, text_of(nano).prepend(BOS).ids)
 
 
 def test_remedies_are_the_same_from_either_condition(on_bos: Any) -> None:
     text = text_of(on_bos, n=16)
-    few = Remedies(RemediesConfig(samples=6, int8_samples=4, spread_samples=2, tokens=2, register_steps=2))
-    plain, after = (few.run(on_bos, prompts) for prompts in (text, text.behind(BOS)))
+    few = Mitigations(MitigationsConfig(samples=6, int8_samples=4, spread_samples=2, tokens=2, register_steps=2))
+    plain, after = (few.run(on_bos, prompts) for prompts in (text, text.prepend(BOS)))
     assert plain.metrics == after.metrics
 
 
 def test_the_sink_map_shows_the_heads_of_the_condition(on_bos: Any) -> None:
     text = text_of(on_bos, n=8)
-    plain, after = (SinkMap().run(on_bos, prompts) for prompts in (text, text.behind(BOS)))
+    plain, after = (SinkMap().run(on_bos, prompts) for prompts in (text, text.prepend(BOS)))
     assert plain.metrics == after.metrics
     assert after.view is not None and after.view.tokens[0] == "<|bos|>"
     assert any("given after BOS" in note for note in after.notes)
@@ -209,7 +209,7 @@ def test_the_sink_map_shows_the_heads_of_the_condition(on_bos: Any) -> None:
 def test_the_sink_after_bos_is_told_where_there_is_none_without(on_bos: Any, nano: Any) -> None:
     told = after_bos(on_bos, text_of(on_bos, n=40))
     assert told is not None and told["n"] == 32 and told["sink_rate"] > 0.2
-    assert after_bos(on_bos, text_of(on_bos).behind(BOS)) is None
+    assert after_bos(on_bos, text_of(on_bos).prepend(BOS)) is None
     assert after_bos(nano, text_of(nano)) is None
     with untrained(nano):
         assert after_bos(nano, text_of(nano)) is None
@@ -218,7 +218,7 @@ def test_the_sink_after_bos_is_told_where_there_is_none_without(on_bos: Any, nan
 
 def test_the_text_is_that_of_the_model(nano: Any, family_model: Any) -> None:
     assert default_text(nano) == "stdlib"
-    prompts = readable(nano, None, 4, 16)
-    assert prompts.fingerprint() == readable(nano, "stdlib", 4, 16).fingerprint()
+    prompts = prompts_for(nano, None, 4, 16)
+    assert prompts.fingerprint() == prompts_for(nano, "stdlib", 4, 16).fingerprint()
     assert (prompts.description["source"], prompts.description["text_chosen_by"]) == ("stdlib", "the model")
-    assert readable(nano, "english", 4, 16).description["text_chosen_by"] == "the caller"
+    assert prompts_for(nano, "english", 4, 16).description["text_chosen_by"] == "the caller"

@@ -86,13 +86,13 @@ def test_surgery_against_a_stream_edited_by_hand(family_model: Any, sink: Sink) 
         for row in range(4):
             p0, token = own[row][0], own[(row + 1) % 4][0]
             ordinary = own[(row + 1) % 4][LENDERS[row % 2]]
-            size, lent = float(p0 @ direction), float(ordinary @ direction)
+            size, donor = float(p0 @ direction), float(ordinary @ direction)
             shares.append(1 - size**2 / norm(p0) ** 2)
-            replaced = p0 + (lent - size) * direction
+            replaced = p0 + (donor - size) * direction
             cosines.append(float(replaced @ direction) / norm(replaced))
             changed = [
                 token + (size - float(token @ direction)) * direction,
-                ordinary + (size - lent) * direction,
+                ordinary + (size - donor) * direction,
                 replaced,
                 p0 - size * direction,
             ]

@@ -97,8 +97,8 @@ def test_surgery_against_a_stream_edited_by_hand(family_model: Any, sink: Sink) 
             stream = streams[row][block]
             size = median([norm(vector) for vector in stream[1:]])
             cut += excess(row, block, stream[0] / norm(stream[0]) * size)
-            lent = streams[(row + 1) % 4][block][LENDERS[row % 2]]
-            turned += excess(row, block, lent / norm(lent) * norm(stream[0]))
+            donor = streams[(row + 1) % 4][block][LENDERS[row % 2]]
+            turned += excess(row, block, donor / norm(donor) * norm(stream[0]))
         assert blocks["norm cut to the others' median", block] == pytest.approx(cut / clean, rel=1e-4, abs=1e-5)
         assert blocks["direction of an ordinary position", block] == pytest.approx(turned / clean, rel=1e-4, abs=1e-5)
     assert result.metrics["left_with_norm_cut"].value == pytest.approx(cut / clean, rel=1e-4, abs=1e-5)

@@ -77,7 +77,7 @@ def test_every_part_against_plain_loops(
 ) -> None:
     model = family_model(*case)
     prompts = random_tokens(96, n=2, length=9)
-    mean = torch.randn(len(HEADS), describe(model).head_size)
+    mean = torch.randn(len(HEADS), describe(model).d_head)
     quantity = _parts_at(model, LAYER, HEADS, mean, offset)
     found = record(model, prompts, quantity, cache=None)[quantity]
     expected = torch.tensor([literal(model, ids, mean, offset) for ids in prompts.ids])
@@ -88,7 +88,7 @@ def test_padding_is_neither_query_nor_key(family_model: Callable[[str, str], Any
     model = family_model("qwen2", "bridge")
     prompts = random_tokens(96, n=2, length=9)
     padded = prompts.left_padded([6, 8])
-    mean = torch.randn(len(HEADS), describe(model).head_size)
+    mean = torch.randn(len(HEADS), describe(model).d_head)
     quantity = _parts_at(model, LAYER, HEADS, mean, 0)
     found = record(model, padded, quantity, cache=None)[quantity]
     for row, length in enumerate((6, 8)):

@@ -9,8 +9,14 @@ import pytest
 import torch
 
 from p0circuit.experiments import NotApplicable
-from p0circuit.experiments.paper.c11_limits import Limits, LimitsConfig, blind_queries, different_tokens, opened
-from p0circuit.interventions.pairs import contrast
+from p0circuit.experiments.paper.c11_limits import (
+    Limits,
+    LimitsConfig,
+    blind_queries,
+    different_tokens,
+    with_repeated_prefix,
+)
+from p0circuit.interventions.pairs import shift_prompts
 from p0circuit.models import load_model
 from p0circuit.models.constructed.build import decoy_model, wired_model
 from p0circuit.models.hooked import available
@@ -74,7 +80,7 @@ def test_a_prefix_takes_the_sink_with_it(wired: Result) -> None:
     chosen = distinct(12, LENGTH).split()[1]
     for prefix in (1, 3):
         # A prefix of the very same token is a copy of it: one row in 64.
-        shifted = contrast(chosen, prefix, 64).shifted.ids
+        shifted = shift_prompts(chosen, prefix, 64).shifted.ids
         for name, place in (("the text's first token", prefix), ("the new first token", 0)):
             assert table[prefix, name] == pytest.approx(predicted_scores(shifted, place).mean(), abs=2e-3)
     assert table[3, "the text's first token"] < 0.01 < 0.7 < table[3, "the new first token"]
@@ -162,10 +168,13 @@ def test_blind_queries_against_a_loop(family_model: Any, backend: str) -> None:
 def test_opened_replaces_the_second_to_the_last_of_so_many_tokens() -> None:
     prompts = from_ids([[1, 2, 3, 4, 5], [0, 6, 7, 8, 9]], [[1, 1, 1, 1, 1], [0, 1, 1, 1, 1]])
     first = torch.tensor([[1], [6]])
-    assert opened(prompts, first, 1).ids.tolist() == prompts.ids.tolist()
-    assert opened(prompts, first, 3).ids.tolist() == [[1, 1, 1, 4, 5], [0, 6, 6, 6, 9]]
-    assert opened(prompts, first, 5).ids.tolist() == [[1] * 5, [0, 6, 6, 6, 6]]
-    assert opened(prompts, 10 + torch.arange(10).view(2, 5), 2).ids.tolist() == [[1, 11, 3, 4, 5], [0, 6, 17, 8, 9]]
+    assert with_repeated_prefix(prompts, first, 1).ids.tolist() == prompts.ids.tolist()
+    assert with_repeated_prefix(prompts, first, 3).ids.tolist() == [[1, 1, 1, 4, 5], [0, 6, 6, 6, 9]]
+    assert with_repeated_prefix(prompts, first, 5).ids.tolist() == [[1] * 5, [0, 6, 6, 6, 6]]
+    assert with_repeated_prefix(prompts, 10 + torch.arange(10).view(2, 5), 2).ids.tolist() == [
+        [1, 11, 3, 4, 5],
+        [0, 6, 17, 8, 9],
+    ]
 
 
 def test_different_tokens_are_different_and_not_the_first(tiny: Any) -> None:

@@ -10,9 +10,16 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from p0circuit.experiments import RUN_EXPERIMENTS, Concentration, Convergence, Early, Methods, find_experiment
+from p0circuit.experiments import (
+    RUN_EXPERIMENTS,
+    Concentration,
+    Convergence,
+    Early,
+    Methods,
+    find_experiment,
+    over_runs,
+)
 from p0circuit.experiments.base import NotApplicable
-from p0circuit.experiments.training import runs_experiment as over_runs
 from p0circuit.experiments.training.c14_concentration import permuted_trend, spearman
 from p0circuit.experiments.training.c15_convergence import held_out_errors, lead_and_lag
 from p0circuit.results import Result

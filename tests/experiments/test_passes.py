@@ -7,7 +7,7 @@ import pytest
 from p0circuit.experiments import EXPERIMENTS
 from p0circuit.experiments.base import NotApplicable, is_large
 from p0circuit.experiments.clean_recording import CLEAN_PASSES, record_clean
-from p0circuit.experiments.conditions import readable
+from p0circuit.experiments.conditions import prompts_for
 from p0circuit.models import describe, load_model
 from p0circuit.models.passes import count_passes
 from p0circuit.recording.memory import remember_rows
@@ -21,7 +21,7 @@ FEW = 32
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_declared_is_used(experiment):
     model = load_model("p0-nano")
-    prompts = readable(model, None, FEW, 64)
+    prompts = prompts_for(model, None, FEW, 64)
     with remember_rows():
         record_clean(model, prompts)
         check(EXPERIMENTS[experiment](), model, prompts)
@@ -29,21 +29,21 @@ def test_declared_is_used(experiment):
 
 def test_experts(tmp_path):
     model = load_model("moe-0")
-    prompts = readable(model, None, FEW, 64)
+    prompts = prompts_for(model, None, FEW, 64)
     check(EXPERIMENTS["experts"](), model, prompts)
 
 
 def test_the_clean_recording_takes_two_passes():
     model = load_model("p0-nano")
-    prompts = readable(model, None, 8, 48)
+    prompts = prompts_for(model, None, 8, 48)
     with count_passes() as count, remember_rows():
         record_clean(model, prompts)
-    assert count.passes(8, 48, describe(model).layers) == CLEAN_PASSES
+    assert count.passes(8, 48, describe(model).n_layers) == CLEAN_PASSES
 
 
 @pytest.mark.parametrize("experiment", ["recognition", "key-side", "direction-or-norm"])
 def test_a_quick_run_of_a_real_model(smollm2, experiment):
-    prompts = readable(smollm2, None, 16, 64)
+    prompts = prompts_for(smollm2, None, 16, 64)
     info = describe(smollm2)
     chosen = EXPERIMENTS[experiment]()
     assert is_large(info) and chosen.quick(info).passes(smollm2, prompts) <= chosen.passes(smollm2, prompts)

@@ -15,14 +15,14 @@ from p0circuit.experiments.paper.c07_causal_path import (
     BESIDE,
     JOINT,
     WHOLE,
-    ThePath,
-    ThePathConfig,
+    CausalPath,
+    CausalPathConfig,
     at_p0,
     joint_changes,
 )
 from p0circuit.experiments.sink_under_study import find_sink_heads
 from p0circuit.interventions.metrics import measure, sink_score_of
-from p0circuit.interventions.pairs import contrast
+from p0circuit.interventions.pairs import shift_prompts
 from p0circuit.interventions.path_patching import PathEffects
 from p0circuit.models import describe, forward, load_model
 from p0circuit.models.bridge import to_bridge
@@ -37,7 +37,7 @@ from p0circuit.sink import uniform_excess
 from tests.families import VOCAB
 
 SHIFTS, LENGTH = (4, 9), 24
-QUICK = ThePathConfig(shifts=SHIFTS, runs=600)
+QUICK = CausalPathConfig(shifts=SHIFTS, runs=600)
 
 
 def distinct(n: int, length: int, seed: int = 0) -> Any:
@@ -65,7 +65,7 @@ def predicted_scores(ids: torch.Tensor, place: int, also: int | None = None) -> 
 
 @pytest.fixture(scope="module", params=["rotary", "learned"])
 def wired(request: pytest.FixtureRequest) -> Result:
-    return ThePath(QUICK).run(wired_model(request.param), distinct(12, LENGTH))
+    return CausalPath(QUICK).run(wired_model(request.param), distinct(12, LENGTH))
 
 
 def test_the_wired_path_is_reproduced_and_the_control_shows_nothing(wired: Result) -> None:
@@ -89,7 +89,7 @@ def test_the_total_effects_are_those_of_the_construction(wired: Result) -> None:
         whole = table[(table["shift"] == shift) & (table["patched"] == WHOLE)].set_index("direction")["change"]
         assert whole["noising"] == pytest.approx(-lost, abs=2e-3)
         # The prefix's own P0 and the patched position share the sink.
-        shifted = contrast(chosen, shift, 64, number).shifted.ids
+        shifted = shift_prompts(chosen, shift, 64, number).shifted.ids
         won = predicted_scores(shifted, shift, also=shift) - predicted_scores(shifted, shift)
         assert whole["denoising"] == pytest.approx(won.mean(), abs=2e-3)
 
@@ -120,7 +120,7 @@ def test_both_figures_are_drawn_with_labels(wired: Result) -> None:
 
 def test_a_sink_made_by_the_position_embedding_takes_another_path() -> None:
     """Learned positions can carry the sink: then the embedding has it, blocks 0-1 none, and the claim is missed."""
-    result = ThePath(QUICK).run(embedded_sink(), distinct(12, LENGTH))
+    result = CausalPath(QUICK).run(embedded_sink(), distinct(12, LENGTH))
     assert result.claim is not None and result.claim["verdict"] == "not reproduced"
     for direction in ("noising", "denoising"):
         assert result.metrics[f"share_of_blocks_0_1_in_{direction}"].value == pytest.approx(0, abs=1e-3)
@@ -144,10 +144,10 @@ def embedded_sink() -> Any:
 def test_joint_patches_against_rows_patched_one_by_one(family_model: Any, name: str, backend: str) -> None:
     model, heads = family_model(name, backend), [(1, 0), (2, 3)]
     prompts = random_tokens(VOCAB, n=3, length=14)
-    pair = contrast(prompts, 5, VOCAB)
+    pair = shift_prompts(prompts, 5, VOCAB)
     beside = torch.tensor([1, 13, 6])
     blocks = [f"blocks.{layer}.hook_{part}_out" for layer in (0, 1) for part in ("attn", "mlp")]
-    stream = [f"blocks.{layer}.hook_resid_pre" for layer in range(describe(model).layers)]
+    stream = [f"blocks.{layer}.hook_resid_pre" for layer in range(describe(model).n_layers)]
     found = joint_changes(model, pair, heads, beside)
     for row in range(3):
         clean, shifted = pair.clean.ids[row : row + 1], pair.shifted.ids[row : row + 1]
@@ -231,7 +231,7 @@ def test_rows_are_dealt_out_to_the_shifts_and_bounded_by_the_runs(wired: Result)
     components, edges = wired.tables["components"], wired.tables["edges"]
     # 6 rows are measured; 15 single patches both ways, and 5 senders to 9 inputs, would allow 20 and 6 of them.
     assert set(components["n"]) == {6} and set(edges["n"]) == {6}
-    few = ThePath(ThePathConfig(shifts=SHIFTS, runs=100, samples=5)).run(wired_model(), distinct(12, LENGTH))
+    few = CausalPath(CausalPathConfig(shifts=SHIFTS, runs=100, samples=5)).run(wired_model(), distinct(12, LENGTH))
     assert set(few.tables["joint"]["n"]) == {5}
     assert set(few.tables["components"]["n"]) == {3} and set(few.tables["edges"]["n"]) == {2}
 
@@ -239,15 +239,15 @@ def test_rows_are_dealt_out_to_the_shifts_and_bounded_by_the_runs(wired: Result)
 def test_the_trained_model_runs_through_blocks_0_and_1() -> None:
     model = load_model("p0-nano")
     prompts = natural_text(model.tokenizer, "stdlib", n=24, length=32, first_token="random")
-    result = ThePath(ThePathConfig(shifts=(8,), runs=600)).run(model, prompts)
+    result = CausalPath(CausalPathConfig(shifts=(8,), runs=600)).run(model, prompts)
     assert result.claim is not None and result.claim["verdict"] == "reproduced"
     assert abs(result.metrics["share_of_random_position_in_noising"].value) < 0.05
 
 
 @pytest.mark.parametrize("positions", ["rotary", "learned"])
 def test_a_bounded_run_says_of_the_wired_model_what_a_thorough_one_says(wired: Result, positions: Any) -> None:
-    config = ThePathConfig(shifts=SHIFTS, most_edges=0)
-    result = ThePath(config).run(wired_model(positions), distinct(12, LENGTH))
+    config = CausalPathConfig(shifts=SHIFTS, most_edges=0)
+    result = CausalPath(config).run(wired_model(positions), distinct(12, LENGTH))
     assert result.claim is not None and result.claim["verdict"] == "reproduced"
     for name, interval in wired.metrics.items():
         # Denoising differs between the shifts, and a bounded run has each row at one of them.
@@ -267,7 +267,7 @@ def test_a_bounded_run_says_of_the_wired_model_what_a_thorough_one_says(wired: R
 def test_a_bounded_run_on_a_bridge_with_padded_rows() -> None:
     model = to_bridge(wired_huggingface("rotary"), "wired")
     prompts = distinct(12, LENGTH).left_padded([LENGTH - row for row in range(12)])
-    result = ThePath(ThePathConfig(shifts=SHIFTS, most_edges=0)).run(model, prompts)
+    result = CausalPath(CausalPathConfig(shifts=SHIFTS, most_edges=0)).run(model, prompts)
     assert result.claim is not None and result.claim["verdict"] == "reproduced"
     assert result.metrics["share_of_k_in_total_effect"].value == pytest.approx(1, abs=2e-3)
     assert result.metrics["edges_at_random_position_over_those_at_p0"].value == pytest.approx(0, abs=2e-3)
@@ -275,20 +275,22 @@ def test_a_bounded_run_on_a_bridge_with_padded_rows() -> None:
 
 def test_the_map_of_a_bounded_run_has_every_layer_in_its_place() -> None:
     """Where most cells of denoising have no exact patch, those that have one must not move to another layer."""
-    result = ThePath(ThePathConfig(shifts=SHIFTS, most_edges=0, row_runs=20)).run(wired_model(), distinct(12, LENGTH))
+    result = CausalPath(CausalPathConfig(shifts=SHIFTS, most_edges=0, row_runs=20)).run(
+        wired_model(), distinct(12, LENGTH)
+    )
     table = result.tables["components"]
     assert (table["direction"] == "denoising").sum() < (table["direction"] == "noising").sum()
     maps: Any = result.figures["components"]
     for axis in maps.axes[:2]:
-        assert axis.images[0].get_array().shape[0] == describe(wired_model()).layers
+        assert axis.images[0].get_array().shape[0] == describe(wired_model()).n_layers
 
 
 def test_a_bounded_run_of_p0_nano_is_near_the_thorough_one() -> None:
     model = load_model("p0-nano")
     prompts = natural_text(model.tokenizer, "stdlib", n=24, length=32, first_token="random")
     config = {"shifts": (8,), "rows": 12, "row_runs": 30}
-    thorough = ThePath(ThePathConfig(shifts=(8,), runs=3072)).run(model, prompts)
-    bounded = ThePath(ThePathConfig(**config, most_edges=0)).run(model, prompts)
+    thorough = CausalPath(CausalPathConfig(shifts=(8,), runs=3072)).run(model, prompts)
+    bounded = CausalPath(CausalPathConfig(**config, most_edges=0)).run(model, prompts)
     for direction in ("noising", "denoising"):
         # With one shift the same rows are patched, and only where values are read differs.
         for name in (f"share_of_blocks_0_1_in_{direction}", f"total_effect_of_{direction}"):
@@ -305,8 +307,8 @@ def test_a_bounded_run_of_p0_nano_is_near_the_thorough_one() -> None:
 @pytest.mark.parametrize("n", [2, 3, 4])
 @pytest.mark.parametrize("most_edges", [0, 2000])
 def test_a_few_prompts_are_enough_to_run_it(n: int, most_edges: int) -> None:
-    config = ThePathConfig(shifts=(2, 4, 9), most_edges=most_edges)
-    result = ThePath(config).run(wired_model(), distinct(n, LENGTH))
+    config = CausalPathConfig(shifts=(2, 4, 9), most_edges=most_edges)
+    result = CausalPath(config).run(wired_model(), distinct(n, LENGTH))
     assert result.metrics["share_of_k_among_edges_into_sink_heads"].value == pytest.approx(1, abs=1e-3)
     assert set(result.tables["edges"]["n"]) == {result.metrics["total_effect_of_noising"].n}
 
@@ -315,11 +317,11 @@ def test_a_few_prompts_are_enough_to_run_it(n: int, most_edges: int) -> None:
 def test_what_it_takes_is_declared(most_edges: int) -> None:
     model = load_model("p0-nano")
     prompts = natural_text(model.tokenizer, "stdlib", n=24, length=64)
-    experiment = ThePath(ThePathConfig(most_edges=most_edges, row_runs=24))
+    experiment = CausalPath(CausalPathConfig(most_edges=most_edges, row_runs=24))
     find_sink_heads(model, prompts)
     with count_passes() as counted:
         experiment.run(model, prompts)
-    assert counted.passes(prompts.n, prompts.length, describe(model).layers) == pytest.approx(
+    assert counted.passes(prompts.n, prompts.length, describe(model).n_layers) == pytest.approx(
         experiment.passes(model, prompts), rel=0.25
     )
 
@@ -327,16 +329,16 @@ def test_what_it_takes_is_declared(most_edges: int) -> None:
 def test_nothing_to_explain_is_not_applicable() -> None:
     model = load_model("p0-nano", checkpoint=0)
     with pytest.raises(NotApplicable, match="no sink to explain"):
-        ThePath().run(model, natural_text(model.tokenizer, "stdlib", n=16, length=32))
+        CausalPath().run(model, natural_text(model.tokenizer, "stdlib", n=16, length=32))
     with pytest.raises(NotApplicable, match="no sink to explain"):
-        ThePath().run(decoy_model(), distinct(12, LENGTH))
+        CausalPath().run(decoy_model(), distinct(12, LENGTH))
 
 
 def test_without_room_for_a_prefix_it_is_not_applicable_and_with_some_it_says_so() -> None:
     model = wired_model()
     with pytest.raises(NotApplicable, match=r"no room for a prefix of 4 tokens before prompts of 254"):
-        ThePath().run(model, random_tokens(64, n=4, length=254))
-    result = ThePath(ThePathConfig(shifts=(2, 250), runs=100)).run(model, distinct(8, 20))
+        CausalPath().run(model, random_tokens(64, n=4, length=254))
+    result = CausalPath(CausalPathConfig(shifts=(2, 250), runs=100)).run(model, distinct(8, 20))
     assert "longer prefixes do not fit 256 positions" in result.notes
     assert set(result.tables["joint"]["shift"]) == {2}
     assert uniform_excess(20) < result.metrics["total_effect_of_denoising"].value

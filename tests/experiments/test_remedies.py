@@ -23,11 +23,11 @@ from p0circuit.experiments.deployment.mitigations import (
     WINDOW_KEPT,
     ZERO_LOGIT,
     ZERO_LOGIT_ALL,
-    Remedies,
-    RemediesConfig,
-    Remedy,
+    Mitigation,
+    Mitigations,
+    MitigationsConfig,
     int8_errors,
-    remedies_for,
+    mitigations_for,
     text_losses,
 )
 from p0circuit.interventions.attention_edits import mask_key, zero_logit
@@ -44,7 +44,7 @@ N, T = 3, 30
 PROMPTS = random_tokens(VOCAB, N, T, seed=5)
 TEXT = PROMPTS.ids[:, :-1]
 CASES = [("gpt2", "hooked"), ("llama-grouped", "hooked"), ("llama-grouped", "bridge"), ("opt", "bridge")]
-SMALL = RemediesConfig(samples=24, int8_samples=8, spread_samples=8, tokens=3, register_steps=3)
+SMALL = MitigationsConfig(samples=24, int8_samples=8, spread_samples=8, tokens=3, register_steps=3)
 
 
 def literal_softmax(scores: Tensor) -> Tensor:
@@ -97,10 +97,10 @@ def test_losses_and_errors_are_those_of_the_same_text(family_model: Any) -> None
     model = family_model("llama-grouped", "bridge")
     heads = ["attn.1.0", "attn.1.2"]
     remedies = {
-        None: Remedy(),
-        7: Remedy(7),
-        "hidden": Remedy(None, lambda rows: mask_key(model, rows, heads)),
-        "both": Remedy(7, lambda rows: mask_key(model, rows, heads)),
+        None: Mitigation(),
+        7: Mitigation(7),
+        "hidden": Mitigation(None, lambda rows: mask_key(model, rows, heads)),
+        "both": Mitigation(7, lambda rows: mask_key(model, rows, heads)),
     }
     for remedy in remedies.values():
         before = [] if remedy.prefix is None else [remedy.prefix]
@@ -127,23 +127,23 @@ def test_losses_and_errors_are_those_of_the_same_text(family_model: Any) -> None
 
 def test_what_a_model_cannot_take_is_left_out() -> None:
     notes: list[str] = []
-    base, remedies = remedies_for(wired_model(), random_tokens(64, 4, 40), ["attn.2.0"], "without BOS", None, notes)
+    base, remedies = mitigations_for(wired_model(), random_tokens(64, 4, 40), ["attn.2.0"], "without BOS", None, notes)
     assert base == AS_IS and BEHIND_BOS not in remedies and BEHIND_REGISTER not in remedies
     assert any("BOS" in note for note in notes) and any("register" in note for note in notes)
     model = load_model("p0-nano")
     prompts = natural_text(model.tokenizer, "code", n=4, length=40)
-    base, remedies = remedies_for(model, prompts, ["attn.3.1"], "with BOS", torch.zeros(128), [])
+    base, remedies = mitigations_for(model, prompts, ["attn.3.1"], "with BOS", torch.zeros(128), [])
     bos = model.tokenizer.bos_token_id
     assert base == BEHIND_BOS and remedies[KEY_HIDDEN].prefix == bos and remedies[AS_IS].prefix is None
     padded = prompts.left_padded([30] * 4)
-    assert WINDOW not in remedies_for(model, padded, ["attn.3.1"], "without BOS", None, notes)[1]
+    assert WINDOW not in mitigations_for(model, padded, ["attn.3.1"], "without BOS", None, notes)[1]
     assert any("padded" in note for note in notes)
 
 
 def test_the_shipped_model_with_every_remedy() -> None:
     model = load_model("p0-nano")
     prompts = natural_text(model.tokenizer, "stdlib", n=48, length=48)
-    result = Remedies(SMALL).run(model, prompts)
+    result = Mitigations(SMALL).run(model, prompts)
     table = result.tables["remedies"]
     assert set(table["remedy"]) == {
         AS_IS, BEHIND_BOS, BEHIND_REGISTER, KEY_HIDDEN, VALUE_ZEROED, ZERO_LOGIT, ZERO_LOGIT_ALL, WINDOW, WINDOW_KEPT
@@ -167,12 +167,12 @@ def test_where_there_is_no_sink_there_is_nothing_to_remedy() -> None:
     text = natural_text(untrained.tokenizer, "english", n=8, length=32)
     for model, prompts in ((untrained, text), (decoy_model(), random_tokens(64, 8, 32))):
         with pytest.raises(NotApplicable, match="no sink to explain"):
-            Remedies().run(model, prompts)
+            Mitigations().run(model, prompts)
     wired = wired_model()
     with pytest.raises(NotApplicable, match="without padding"):
-        Remedies().run(wired, random_tokens(64, 8, 32).left_padded([30] * 8))
+        Mitigations().run(wired, random_tokens(64, 8, 32).left_padded([30] * 8))
     with pytest.raises(NotApplicable, match="at least 24 tokens, got 20"):
-        Remedies().run(wired, random_tokens(64, 8, 20))
-    result = Remedies(SMALL).run(wired, random_tokens(64, 16, 26))
+        Mitigations().run(wired, random_tokens(64, 8, 20))
+    result = Mitigations(SMALL).run(wired, random_tokens(64, 16, 26))
     assert any("random tokens" in note for note in result.notes)
     assert describe(wired).name in str(result.provenance["model"])

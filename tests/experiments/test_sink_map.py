@@ -179,7 +179,7 @@ def test_configurations_are_frozen() -> None:
 
 @pytest.mark.parametrize("bos", [False, True])
 def test_the_summary_holds_the_same_numbers(tiny: Any, text: PromptSet, bos: bool) -> None:
-    prompts = text.behind(tiny.tokenizer.bos_token_id) if bos else text
+    prompts = text.prepend(tiny.tokenizer.bos_token_id) if bos else text
     summary = sink_summary(tiny, prompts, bos)
     scores = literal_scores(tiny, prompts)
     caches = [run_with_cache(tiny, ids)[1] for ids in prompts.ids]

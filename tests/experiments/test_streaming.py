@@ -128,7 +128,7 @@ def test_the_long_stream_stands_behind_bos_like_the_prompts() -> None:
 
     model = load_model("p0-nano")
     prompts = natural_text(model.tokenizer, "english", n=4, length=16)
-    assert set(text_like(model, prompts.behind(0), 24, 3).ids[:, 0].tolist()) == {0}
+    assert set(text_like(model, prompts.prepend(0), 24, 3).ids[:, 0].tolist()) == {0}
     plain = text_like(model, prompts, 24, 3)
     assert plain.ids.shape == (3, 24) and 0 not in plain.ids
     drawn = text_like(decoy_model(), random_tokens(64, 4, 16), 24, 3)

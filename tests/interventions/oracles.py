@@ -14,7 +14,7 @@ from p0circuit.sink import sink_score
 
 def component_outputs(model: Any, prompts: Any) -> dict[str, torch.Tensor]:
     """What every attention and MLP writes on the clean prompts, by hook name."""
-    names = [f"blocks.{layer}.hook_{part}_out" for layer in range(describe(model).layers) for part in ("attn", "mlp")]
+    names = [f"blocks.{layer}.hook_{part}_out" for layer in range(describe(model).n_layers) for part in ("attn", "mlp")]
     cache: dict[str, torch.Tensor] = {}
 
     def keep(activation, hook, name):
@@ -50,7 +50,7 @@ def literal_key_edge(
         return clean[name]
 
     hooks = [(sender.hook, send)]
-    for later in range(describe(model).layers):
+    for later in range(describe(model).n_layers):
         for part, stage in (("attn", 1), ("mlp", 3)):
             if sender.depth < (later, stage) and (part == "attn" or through == "direct"):
                 name = f"blocks.{later}.hook_{part}_out"

@@ -24,10 +24,17 @@ from p0circuit.interventions.ablation import (
     replace_orthogonal,
     set_component,
 )
-from p0circuit.interventions.attention_edits import isolate, mask_key, mix, redirect, remove_heads, zero_value
+from p0circuit.interventions.attention_edits import (
+    attend_to_self_only,
+    copy_attention_row,
+    mask_key,
+    redirect_attention,
+    remove_heads,
+    zero_value,
+)
 from p0circuit.interventions.intervention import Intervention, p0_direction
 from p0circuit.interventions.nodes import InterventionError, Node
-from p0circuit.interventions.pairs import contrast, replacements, values_at
+from p0circuit.interventions.pairs import patch_values, shift_prompts, values_at
 from p0circuit.models import ModelError, describe, forward
 from p0circuit.models.constructed.build import wired_model
 from p0circuit.models.constructed.truth import wired_truth
@@ -287,12 +294,12 @@ def test_a_run_patched_with_itself_is_the_same_bit_for_bit(
             match_statistics(model, prompts, nodes, donor=offset, offset=offset),
             match_statistics(model, prompts, nodes, donor=offset, offset=offset, only_norm=True),
             replace_orthogonal(model, prompts, nodes, own, own, offset),
-            mix(model, prompts, ["attn.0", "attn.1.1"], donor=offset, offset=offset),
-            redirect(model, prompts, ["attn.0"], target=offset, offset=offset),
+            copy_attention_row(model, prompts, ["attn.0", "attn.1.1"], donor=offset, offset=offset),
+            redirect_attention(model, prompts, ["attn.0"], target=offset, offset=offset),
         ):
             assert same(clean, look(model, prompts, nothing))
     # P0 attends to nothing but itself already.
-    assert same(clean, look(model, prompts, isolate(model, prompts, ["attn.0", "attn.1", "attn.2"], 0)))
+    assert same(clean, look(model, prompts, attend_to_self_only(model, prompts, ["attn.0", "attn.1", "attn.2"], 0)))
     assert all_hooks(model) == hooks_before
 
 
@@ -344,8 +351,8 @@ def test_a_given_tensor_may_be_one_for_all_rows_and_an_offset_one_per_row(
     seen = look(model, prompts, ablate(model, prompts, ["mlp.1", "attn.0"], vector, per_row))
     for name in ("blocks.1.hook_mlp_out", "blocks.0.hook_attn_out"):
         assert torch.equal(at(seen[name], prompts.p0 + per_row), vector.expand(N, -1))
-    pair = contrast(prompts, 2, VOCAB)
-    shifted = replacements(model, pair, ["mlp.1"], "shifted")
+    pair = shift_prompts(prompts, 2, VOCAB)
+    shifted = patch_values(model, pair, ["mlp.1"], "shifted")
     seen = look(model, prompts, ablate(model, prompts, ["mlp.1"], shifted))
     assert torch.equal(at(seen["blocks.1.hook_mlp_out"], prompts.p0), shifted[Node("mlp", 1)])
 
@@ -429,11 +436,11 @@ def test_mask_surgery_reaches_the_attention_output(
 ) -> None:
     model, t = family_model(family, backend), 4
     info, place = describe(model), prompts.p0 + t
-    groups = info.heads // info.kv_heads
+    groups = info.n_heads // info.n_kv_heads
     clean = look(model, prompts)
 
-    alone = look(model, prompts, isolate(model, prompts, ["attn.0", "attn.1.2"], t))
-    for layer, heads in ((0, range(info.heads)), (1, [2])):
+    alone = look(model, prompts, attend_to_self_only(model, prompts, ["attn.0", "attn.1.2"], t))
+    for layer, heads in ((0, range(info.n_heads)), (1, [2])):
         values = alone[f"blocks.{layer}.attn.hook_v"].repeat_interleave(groups, dim=2)
         for head in heads:
             read = at(alone[f"blocks.{layer}.attn.hook_z"], place)[:, head]
@@ -443,13 +450,13 @@ def test_mask_surgery_reaches_the_attention_output(
     assert not close(at(alone["blocks.1.attn.hook_pattern"][:, 1], place), shown, 1e-3)
     assert same_before(place, alone, clean, prompts, model)
 
-    mixed = look(model, prompts, mix(model, prompts, ["attn.0", "attn.1"], donor=t))
+    mixed = look(model, prompts, copy_attention_row(model, prompts, ["attn.0", "attn.1"], donor=t))
     for layer in (0, 1):
         out = mixed[f"blocks.{layer}.hook_attn_out"]
         assert close(at(out, prompts.p0), at(out, place))
     assert torch.equal(at(mixed["blocks.0.hook_attn_out"], place), at(clean["blocks.0.hook_attn_out"], place))
     assert not close(mixed["logits"], clean["logits"], 1e-3)
-    one = look(model, prompts, mix(model, prompts, ["attn.0.3"], donor=t))["blocks.0.attn.hook_z"]
+    one = look(model, prompts, copy_attention_row(model, prompts, ["attn.0.3"], donor=t))["blocks.0.attn.hook_z"]
     assert close(at(one, prompts.p0)[:, 3], at(clean["blocks.0.attn.hook_z"], place)[:, 3])
     assert torch.equal(one[:, :, :3], clean["blocks.0.attn.hook_z"][:, :, :3])
 
@@ -460,11 +467,11 @@ def test_a_key_is_hidden_or_a_value_zeroed_for_the_chosen_heads_alone(
 ) -> None:
     model, layer, head = family_model(family, backend), 1, 1
     info = describe(model)
-    groups = info.heads // info.kv_heads
+    groups = info.n_heads // info.n_kv_heads
     clean = look(model, prompts)
     pattern, z = clean[f"blocks.{layer}.attn.hook_pattern"], clean[f"blocks.{layer}.attn.hook_z"]
     values = clean[f"blocks.{layer}.attn.hook_v"].repeat_interleave(groups, dim=2)
-    others = [other for other in range(info.heads) if other != head]
+    others = [other for other in range(info.n_heads) if other != head]
 
     for offset in (0, 3):
         place = prompts.p0 + offset
@@ -509,7 +516,9 @@ def test_a_key_is_hidden_or_a_value_zeroed_for_the_chosen_heads_alone(
 def test_the_sink_moves_with_its_attention(family: str, backend: str, family_model: Any, prompts: PromptSet) -> None:
     model = family_model(family, backend)
     clean = look(model, prompts)["blocks.1.attn.hook_pattern"]
-    seen = look(model, prompts, redirect(model, prompts, ["attn.1.0"], target=4))["blocks.1.attn.hook_pattern"]
+    seen = look(model, prompts, redirect_attention(model, prompts, ["attn.1.0"], target=4))[
+        "blocks.1.attn.hook_pattern"
+    ]
     assert torch.equal(seen[:, 1:], clean[:, 1:])
     for row in ROWS:
         p0, t = int(prompts.p0[row]), int(prompts.p0[row]) + 4
@@ -543,7 +552,7 @@ def test_recording_in_batches_is_recording_under_with(
         ablate(model, prompts, ["attn.0", "neuron.1.3"], "resample", torch.tensor([0, 3, 8, 1, 2])),
         replace_norm(model, prompts, ["resid_mid.1"]),
         match_statistics(model, prompts, ["attn.1"], donor=0, offset=5),
-        isolate(model, prompts, ["attn.0"], 3),
+        attend_to_self_only(model, prompts, ["attn.0"], 3),
         zero_value(model, prompts, ["attn.2.1"]),
         mask_key(model, prompts, ["attn.2.3"]),
     ]
@@ -578,7 +587,7 @@ def test_what_an_intervention_gives_is_never_cached_or_read_from_the_cache(
 def test_other_rows_lengths_or_prompts_are_refused(family_model: Any, prompts: PromptSet) -> None:
     model = family_model("llama-grouped", "bridge")
     before = all_hooks(model)
-    for cut in (ablate(model, prompts, ["mlp.0"]), isolate(model, prompts, ["attn.0.1"], 3)):
+    for cut in (ablate(model, prompts, ["mlp.0"]), attend_to_self_only(model, prompts, ["attn.0.1"], 3)):
         with pytest.raises(InterventionError, match="made for 5 prompts of 11 tokens met 2 of 11"), cut:
             record(model, prompts, SINK_SCORE, batch_size=2)
         with pytest.raises(InterventionError, match="made for 5 prompts of 11 tokens met 5 of 9"), cut:
@@ -620,7 +629,7 @@ def test_the_p0_direction_is_that_of_full_prompts(
 ) -> None:
     model = family_model(family, backend)
     streams = record(model, prompts, residual_at(0))[residual_at(0)]
-    for layer in range(describe(model).layers + 1):
+    for layer in range(describe(model).n_layers + 1):
         mean = normalize(streams[:, layer], dim=-1).mean(0)
         assert close(p0_direction(model, prompts, layer), mean / mean.norm(), 1e-4)
 
@@ -651,7 +660,7 @@ def test_surgery_on_the_wired_model_does_what_its_construction_says(positions: A
 
     elsewhere = edits.with_component(torch.randn(160), direction, torch.tensor(0.0))
     gone = [
-        mix(model, prompts, ["attn.0"], donor=t),
+        copy_attention_row(model, prompts, ["attn.0"], donor=t),
         match_statistics(model, prompts, ["attn.0"], donor=t, offset=0),
         replace_direction(model, prompts, ["resid_pre.2"], elsewhere),
         set_component(model, prompts, ["resid_post.1"], direction),
@@ -660,7 +669,7 @@ def test_surgery_on_the_wired_model_does_what_its_construction_says(positions: A
     ]
     assert all(score(cut)[0] < 0.08 for cut in gone)
     kept = [
-        mix(model, prompts, ["attn.1"], donor=t),
+        copy_attention_row(model, prompts, ["attn.1"], donor=t),
         replace_norm(model, prompts, ["resid_pre.2"]),
         replace_orthogonal(model, prompts, ["resid_pre.2"], direction),
         zero_value(model, prompts, names),
@@ -670,7 +679,7 @@ def test_surgery_on_the_wired_model_does_what_its_construction_says(positions: A
     assert all(abs(score(cut)[0] - clean[0]) < 0.02 for cut in kept)
     size = values_at(model, prompts, ["resid_pre.2"])[Node("resid_pre", 2)] @ direction
     shared = [
-        isolate(model, prompts, ["attn.0"], t),
+        attend_to_self_only(model, prompts, ["attn.0"], t),
         match_statistics(model, prompts, ["attn.0"], donor=0, offset=t, only_norm=True),
         match_statistics(model, prompts, ["attn.0"], donor=0, offset=t),
         add_component(model, prompts, ["resid_pre.2"], direction, size, offset=t),
@@ -678,7 +687,7 @@ def test_surgery_on_the_wired_model_does_what_its_construction_says(positions: A
     for cut in shared:
         at_p0, at_t = score(cut)
         assert abs(at_p0 - at_t) < 0.05 and at_t > 0.4
-    moved = score(redirect(model, prompts, names, target=t))
+    moved = score(redirect_attention(model, prompts, names, target=t))
     assert moved[0] == 0 and abs(moved[1] - clean.sum()) < 1e-5
 
 
@@ -687,8 +696,8 @@ def test_surgery_on_the_wired_model_does_what_its_construction_says(positions: A
 Make = Callable[[Any, PromptSet], Any]
 REFUSED: dict[str, tuple[Make, str]] = {
     "position after the end": (lambda m, p: ablate(m, p, ["mlp.0"], offset=9), "expected 0 to 7"),
-    "position before P0": (lambda m, p: isolate(m, p, ["attn.0"], -1), "expected 0 to 7"),
-    "donor outside": (lambda m, p: mix(m, p, ["attn.0"], donor=8), "position 8 after P0 lies outside"),
+    "position before P0": (lambda m, p: attend_to_self_only(m, p, ["attn.0"], -1), "expected 0 to 7"),
+    "donor outside": (lambda m, p: copy_attention_row(m, p, ["attn.0"], donor=8), "position 8 after P0 lies outside"),
     "offsets of other rows": (lambda m, p: ablate(m, p, ["mlp.0"], offset=torch.arange(3)), "each of 5 rows"),
     "no such head": (lambda m, p: mask_key(m, p, ["attn.1.4"]), "heads 0 to 3"),
     "no such layer": (lambda m, p: remove_heads(m, p, ["attn.3.0"]), "layers 0 to 2"),

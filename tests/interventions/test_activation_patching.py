@@ -16,7 +16,7 @@ from benchmarks.memory import PeakMemory
 from p0circuit.interventions import activation_patching as ap
 from p0circuit.interventions.activation_patching import (
     Patch,
-    contrast_patches,
+    pair_patches,
     patch_components,
     patch_grid,
     patch_heads,
@@ -35,7 +35,7 @@ from p0circuit.interventions.metrics import (
     sink_score_of,
 )
 from p0circuit.interventions.nodes import InterventionError, Node
-from p0circuit.interventions.pairs import Contrast, contrast, replacements
+from p0circuit.interventions.pairs import PromptPair, patch_values, shift_prompts
 from p0circuit.models import ModelError, describe, forward, load_model
 from p0circuit.models.constructed.build import wired_model
 from p0circuit.models.constructed.truth import wired_truth
@@ -49,8 +49,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 needs_hooked = pytest.mark.skipif(not available(), reason="this TransformerLens has no HookedTransformer")
 TOKENS = random_tokens(VOCAB, n=3, length=9, seed=1)
 SHIFT = 4
-PAIR = contrast(TOKENS, SHIFT, VOCAB)
-PADDED = contrast(TOKENS.left_padded([9, 6, 7]), SHIFT, VOCAB)
+PAIR = shift_prompts(TOKENS, SHIFT, VOCAB)
+PADDED = shift_prompts(TOKENS.left_padded([9, 6, 7]), SHIFT, VOCAB)
 SINK = sink_score_of([1, (2, 0), (2, 3)])
 
 
@@ -107,7 +107,7 @@ def literal_run(model, prompts, patch=None, place=None):
         return activation
 
     hooks = [] if patch is None else [(patch.node.hook, edit)]
-    for layer in range(describe(model).layers):
+    for layer in range(describe(model).n_layers):
         for name in ("attn.hook_pattern", "hook_resid_post"):
             hooks.append((f"blocks.{layer}.{name}", lambda a, hook, key=(layer, name): seen.update({key: a.clone()})))
     seen[LOGITS] = forward(model, prompts.ids, prompts.attention_mask, hooks=hooks)
@@ -161,7 +161,7 @@ def test_a_grid_equals_a_plain_hook_loop(load, name, backend):
         (PAIR, "noising", 0, ["sink", "norm"]),
         (PADDED, "denoising", 1, ["sink", "loss"]),
     ):
-        patches = contrast_patches(model, pair, some_nodes(model), direction, [offset])
+        patches = pair_patches(model, pair, some_nodes(model), direction, [offset])
         base, place, other, other_place = ap._runs(pair, direction)
         runs = [literal_run(model, base, patch, place) for patch in patches]
         for metric, literal in map(METRICS.get, read):
@@ -194,7 +194,7 @@ def test_grids_equal_those_of_transformer_lens(load, name, dtype, tolerance):
     model = load(name, "hooked", dtype)
     info, length = describe(model), 4
     ours, others = (random_tokens(VOCAB, n=2, length=length, seed=seed) for seed in (2, 3))
-    pair, layers, offsets = Contrast(ours, others, 0), range(info.layers), range(length)
+    pair, layers, offsets = PromptPair(ours, others, 0), range(info.n_layers), range(length)
     _, cache = model.run_with_cache(others.ids)
     patterns = {}
 
@@ -239,8 +239,8 @@ def test_grids_equal_those_of_transformer_lens(load, name, dtype, tolerance):
 def test_patching_a_run_with_itself_changes_no_bit(load, name, backend):
     model = load(name, backend)
     for prompts in (TOKENS, PADDED.clean):
-        pair = Contrast(prompts, prompts, 0)
-        patches = contrast_patches(model, pair, some_nodes(model))
+        pair = PromptPair(prompts, prompts, 0)
+        patches = pair_patches(model, pair, some_nodes(model))
         for metric in (SINK, loss()):
             for at_once in (None, 1, 3):
                 grid = patch_grid(model, pair, patches, metric, patches_per_batch=at_once)
@@ -256,8 +256,8 @@ def test_one_at_a_time_the_pass_itself_changes_no_bit(load, name, backend):
     (rows,) = batches(model, TOKENS, TOKENS.p0)
     stream = forward(model, rows.ids, stop_at_layer=0)
     for metric in (SINK, loss()):
-        for patch in contrast_patches(
-            model, Contrast(TOKENS, TOKENS, 0), ["embed", "attn.0", "mlp.0", "attn.0.2", "neuron.0.3"]
+        for patch in pair_patches(
+            model, PromptPair(TOKENS, TOKENS, 0), ["embed", "attn.0", "mlp.0", "attn.0.2", "neuron.0.3"]
         ):
             assert torch.equal(
                 ap._branch(model, stream, 0, rows, {0: patch}, metric, {})[0], measure(model, TOKENS, metric)
@@ -277,7 +277,7 @@ def test_patching_everything_gives_the_other_run(load, name, backend):
         Patch(Node("resid_post", 0), forward(model, other.ids, stop_at_layer=1), everywhere),
     ]
     for metric in (SINK, norm_ratio_after(2), loss([0, 5])):
-        pair = Contrast(TOKENS, other, 0)
+        pair = PromptPair(TOKENS, other, 0)
         if metric.name != "loss":  # whose targets are the base run's tokens, which no patch changes
             grid = patch_grid(model, pair, patches, metric, patches_per_batch=1)
             assert torch.equal(grid.patched, grid.source.expand(3, -1)), metric.name
@@ -313,7 +313,7 @@ def test_what_comes_later_does_not_reach_p0(model):
 def test_any_shape_grouping_and_padding(heads, rotary, window, pads, length, shift, offset, direction, at_once, seed):
     model = tiny_model(*heads, rotary, window, seed)
     prompts = random_tokens(13, n=len(pads), length=length, seed=seed).left_padded([length - pad for pad in pads])
-    pair = contrast(prompts, shift, 13, seed)
+    pair = shift_prompts(prompts, shift, 13, seed)
     nodes = [
         "embed",
         "attn.0",
@@ -324,7 +324,7 @@ def test_any_shape_grouping_and_padding(heads, rotary, window, pads, length, shi
         "resid_pre.1",
         "attn.1.0",
     ]
-    patches = contrast_patches(model, pair, nodes, direction, [offset])
+    patches = pair_patches(model, pair, nodes, direction, [offset])
     base, place, *_ = ap._runs(pair, direction)
     grid = patch_grid(model, pair, patches, sink_score_of([(1, heads[0] - 1)]), direction, at_once)
     for patch, patched in zip(patches, grid.patched, strict=True):
@@ -367,7 +367,7 @@ def test_a_pass_starts_at_its_patch_and_ends_with_the_metric(load):
         for layer, block in enumerate(model.blocks)
     ]
     try:
-        patches = contrast_patches(model, PAIR, ["attn.1.0", "attn.1.1", "attn.1.2"])
+        patches = pair_patches(model, PAIR, ["attn.1.0", "attn.1.1", "attn.1.2"])
         calls.clear()
         patch_grid(model, PAIR, patches, norm_ratio_after(1), patches_per_batch=2)
         # The base run, two branches from block 1 on, and the other run; block 2 never.
@@ -391,7 +391,7 @@ def test_a_pass_starts_at_its_patch_and_ends_with_the_metric(load):
 def test_no_grid_takes_more_than_one_and_a_half_forwards(length, vocab, monkeypatch):
     monkeypatch.setattr(ap, "_SMALL", 0)  # the rule as for models of any size
     model = middling_model(3, vocab)
-    pair = contrast(random_tokens(vocab, n=6, length=length), SHIFT, vocab)
+    pair = shift_prompts(random_tokens(vocab, n=6, length=length), SHIFT, vocab)
     whole = peak(lambda: forward(model, pair.clean.ids))
     grids = {
         "components": lambda: patch_components(model, pair, SINK),
@@ -408,7 +408,7 @@ def test_no_grid_takes_more_than_one_and_a_half_forwards(length, vocab, monkeypa
 @needs_hooked
 def test_memory_does_not_grow_with_layers_or_patches(monkeypatch):
     monkeypatch.setattr(ap, "_SMALL", 0)
-    pair = contrast(random_tokens(200, n=6, length=32), SHIFT, 200)
+    pair = shift_prompts(random_tokens(200, n=6, length=32), SHIFT, 200)
     shallow, deep = middling_model(2, 200), middling_model(6, 200)
     few, many = (peak(lambda m=m: patch_components(m, pair, sink_score_of([0, 1]))) for m in (shallow, deep))
     assert many < 1.05 * few
@@ -448,7 +448,7 @@ def test_a_pass_that_ended_early_leaves_nothing_behind(load, backend):
 @pytest.mark.parametrize("positions", ["rotary", "learned"])
 def test_on_the_wired_model_the_grids_show_the_circuit(positions):
     model, truth = wired_model(positions), wired_truth()
-    pair = contrast(random_tokens(64, n=8, length=24, seed=1), 7, 64)
+    pair = shift_prompts(random_tokens(64, n=8, length=24, seed=1), 7, 64)
     metric = sink_score_of(truth.sink_heads)
 
     def effects(grid):
@@ -485,7 +485,7 @@ def test_on_the_wired_model_the_grids_show_the_circuit(positions):
 
 def test_any_values_can_be_patched_in(model):
     nodes = ["attn.0", "mlp.1"]
-    zero = replacements(model, PAIR, nodes, "zero")
+    zero = patch_values(model, PAIR, nodes, "zero")
     grid = patch_grid(model, PAIR, [Patch(node, value) for node, value in zero.items()], SINK)
     for node, patched in zip(zero, grid.patched, strict=True):
         run = literal_run(model, PAIR.clean, Patch(node, zero[node]), PAIR.clean.p0)
@@ -512,7 +512,7 @@ def test_ready_made_metrics_say_what_they_mean(model):
 
 def test_effects_and_their_intervals(model):
     prompts = random_tokens(VOCAB, n=40, length=8, seed=4)
-    pair = contrast(prompts, 3, VOCAB)
+    pair = shift_prompts(prompts, 3, VOCAB)
     noised, denoised = (patch_heads(model, pair, SINK, layers=[0], direction=way) for way in ("noising", "denoising"))
     assert torch.equal(noised.clean, noised.base) and torch.equal(noised.corrupted, noised.source)
     assert torch.allclose(noised.clean, denoised.clean, atol=1e-6) and torch.equal(denoised.corrupted, denoised.base)
@@ -577,7 +577,7 @@ REFUSED = {
     "past the end": (patch_with(offset=9), InterventionError, "expected an offset from 0 to 8"),
     "before the row": (patch_with(offset=-1), InterventionError, "expected an offset from 0 to 8"),
     "rows that do not pair": (
-        lambda m: patch_heads(m, Contrast(TOKENS, TOKENS.subset([0]), 0), SINK),
+        lambda m: patch_heads(m, PromptPair(TOKENS, TOKENS.subset([0]), 0), SINK),
         InterventionError,
         "3 clean and 1 shifted",
     ),
@@ -606,7 +606,7 @@ REFUSED = {
         "in the middle of a pass",
     ),
     "equal runs": (
-        lambda m: patch_heads(m, Contrast(TOKENS, TOKENS, 0), SINK).effect(), InterventionError, "same sink score"
+        lambda m: patch_heads(m, PromptPair(TOKENS, TOKENS, 0), SINK).effect(), InterventionError, "same sink score"
     ),
 }  # fmt: skip
 
@@ -635,7 +635,7 @@ def test_damaged_and_training_models_are_refused(family_folder, backend):
     if backend == "hooked" and not available():
         pytest.skip("this TransformerLens has no HookedTransformer")
     model = load_model(family_folder("gpt2"), backend)
-    patches = contrast_patches(model, PAIR, ["mlp.0"])
+    patches = pair_patches(model, PAIR, ["mlp.0"])
     standing = hooks_on(model)
     model.train()
     with pytest.raises(ModelError, match="training mode"):
@@ -654,4 +654,4 @@ def test_parallel_blocks_have_no_middle(load):
     model = load("neox", "hooked" if available() else "bridge")
     assert "resid_mid" not in {node.kind for node in patch_components(model, PAIR, SINK).nodes}
     with pytest.raises(InterventionError, match="nothing is between"):
-        contrast_patches(model, PAIR, ["resid_mid.0"])
+        pair_patches(model, PAIR, ["resid_mid.0"])

@@ -11,7 +11,7 @@ import torch
 
 from p0circuit.interventions import attribution
 from p0circuit.interventions.activation_patching import Patch, patch_grid
-from p0circuit.interventions.attribution import Attribution, Screen, attribute, replacements_at_p0, screen
+from p0circuit.interventions.attribution import Attribution, ScreenedAttribution, attribute, patch_values_at_p0, screen
 from p0circuit.interventions.metrics import (
     Metric,
     Reading,
@@ -22,7 +22,7 @@ from p0circuit.interventions.metrics import (
     sink_score_of,
 )
 from p0circuit.interventions.nodes import InterventionError, Node
-from p0circuit.interventions.pairs import Contrast, contrast, replacements
+from p0circuit.interventions.pairs import PromptPair, patch_values, shift_prompts
 from p0circuit.models import ModelError, describe, forward
 from p0circuit.models.constructed.build import wired_model
 from p0circuit.models.constructed.truth import wired_truth
@@ -31,7 +31,7 @@ from p0circuit.prompts import from_ids, random_tokens
 from tests.families import CASES, VOCAB
 
 PROMPTS = random_tokens(VOCAB, n=3, length=10, seed=1).left_padded([10, 7, 4])
-PAIR = contrast(PROMPTS, 4, VOCAB)
+PAIR = shift_prompts(PROMPTS, 4, VOCAB)
 SINK = sink_score_of([1, 2])
 
 
@@ -40,14 +40,14 @@ def kinds_of(model) -> list[str]:
 
 
 def exact_effects(model, prompts, values, metric):
-    grid = patch_grid(model, Contrast(prompts, prompts, 0), [Patch(*one) for one in values.items()], metric)
+    grid = patch_grid(model, PromptPair(prompts, prompts, 0), [Patch(*one) for one in values.items()], metric)
     return grid.patched - grid.base
 
 
 def partway(model, pair, fraction, kinds):
     """Values a small part of the way from the clean to the shifted ones."""
-    clean = replacements_at_p0(model, Contrast(pair.clean, pair.clean, 0), kinds, "position", offset=0)
-    shifted = replacements_at_p0(model, pair, kinds)
+    clean = patch_values_at_p0(model, PromptPair(pair.clean, pair.clean, 0), kinds, "position", offset=0)
+    shifted = patch_values_at_p0(model, pair, kinds)
     return {node: clean[node] + fraction * (shifted[node] - clean[node]) for node in clean}
 
 
@@ -87,7 +87,7 @@ def test_linear_streams_have_exact_estimates_for_replacements_of_any_size():
         seed=0, dtype=torch.float64,
     )  # fmt: skip
     linear = HookedTransformer(config).eval()
-    values = replacements_at_p0(linear, PAIR, ["embed", "resid_pre", "attn", "head"])
+    values = patch_values_at_p0(linear, PAIR, ["embed", "resid_pre", "attn", "head"])
     metric = stream_at_p0(2, 24)
     exact = exact_effects(linear, PROMPTS, values, metric)
     for steps in (0, 2):
@@ -98,8 +98,8 @@ def test_linear_streams_have_exact_estimates_for_replacements_of_any_size():
 
 
 def test_the_last_mlp_adds_to_the_stream_and_so_is_exact(model, prompts):
-    info, pair = describe(model), contrast(prompts, 4, VOCAB)
-    values = replacements_at_p0(model, pair, ["neuron", "mlp", "resid_post"], layers=[2])
+    info, pair = describe(model), shift_prompts(prompts, 4, VOCAB)
+    values = patch_values_at_p0(model, pair, ["neuron", "mlp", "resid_post"], layers=[2])
     exact = exact_effects(model, prompts, values, stream_at_p0(2, info.d_model))
     found = attribute(model, prompts, values, stream_at_p0(2, info.d_model))
     assert found.nodes == tuple(values)
@@ -126,7 +126,7 @@ def test_small_replacements_have_their_exact_effects(family_model, name, backend
 def test_the_error_decays_with_the_square_of_the_replacement(model, prompts, metric):
     errors = []
     for fraction in (4e-2, 2e-2, 1e-2):
-        values = partway(model, contrast(prompts, 4, VOCAB), fraction, kinds_of(model))
+        values = partway(model, shift_prompts(prompts, 4, VOCAB), fraction, kinds_of(model))
         exact = exact_effects(model, prompts, values, metric)
         errors.append(float((attribute(model, prompts, values, metric).estimate - exact).norm()))
     for larger, smaller in itertools.pairwise(errors):
@@ -135,17 +135,17 @@ def test_the_error_decays_with_the_square_of_the_replacement(model, prompts, met
 
 def test_padding_makes_no_difference(family_model):
     model = family_model("llama-grouped")
-    padded = attribute(model, PROMPTS, replacements_at_p0(model, PAIR), SINK)
+    padded = attribute(model, PROMPTS, patch_values_at_p0(model, PAIR), SINK)
     for row, length in enumerate([10, 7, 4]):
         alone = from_ids(PROMPTS.ids[row : row + 1, -length:], vocab_size=VOCAB)
-        values = {node: value[row : row + 1] for node, value in replacements_at_p0(model, PAIR).items()}
+        values = {node: value[row : row + 1] for node, value in patch_values_at_p0(model, PAIR).items()}
         found = attribute(model, alone, values, SINK)
         assert torch.allclose(found.estimate[:, 0], padded.estimate[:, row], atol=1e-5)
 
 
 @pytest.mark.parametrize("steps", [0, 2])
 def test_rows_one_at_a_time_give_the_same(model, prompts, steps, monkeypatch):
-    values = replacements_at_p0(model, contrast(prompts, 4, VOCAB))
+    values = patch_values_at_p0(model, shift_prompts(prompts, 4, VOCAB))
     together = attribute(model, prompts, values, SINK, steps)
     monkeypatch.setattr(attribution, "BATCH_BYTES", 1)
     alone = attribute(model, prompts, values, SINK, steps)
@@ -154,7 +154,7 @@ def test_rows_one_at_a_time_give_the_same(model, prompts, steps, monkeypatch):
 
 
 def test_what_comes_after_the_last_reading_has_no_effect(model, prompts):
-    values = replacements_at_p0(model, contrast(prompts, 4, VOCAB), kinds_of(model), "resample")
+    values = patch_values_at_p0(model, shift_prompts(prompts, 4, VOCAB), kinds_of(model), "resample")
     for steps in (0, 1):
         found = attribute(model, prompts, values, sink_score_of([1]), steps)
         for node, estimate in zip(found.nodes, found.estimate, strict=True):
@@ -196,7 +196,7 @@ SETS = [("head", 0), ("head", 1), ("neuron", 0), ("neuron", 1), ("attn", 0), ("m
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize(("kind", "layer"), SETS)
 def test_a_set_adds_up_to_the_effect_of_replacing_it_together(model, prompts, kind, layer, steps):
-    values = replacements_at_p0(model, contrast(prompts, 4, VOCAB), [kind], "resample", [layer])
+    values = patch_values_at_p0(model, shift_prompts(prompts, 4, VOCAB), [kind], "resample", [layer])
     found = attribute(model, prompts, values, SINK, steps)
     together, _ = replaced_partway(model, prompts, list(values), values, 1.0)
     assert torch.allclose(found.estimate.sum(0), together - found.clean, atol=1e-6 if prompts is not PROMPTS else 1e-12)
@@ -204,14 +204,16 @@ def test_a_set_adds_up_to_the_effect_of_replacing_it_together(model, prompts, ki
 
 
 def test_a_component_by_itself_gets_its_exact_effect(model, prompts):
-    values = replacements_at_p0(model, contrast(prompts, 4, VOCAB), ["embed", "attn", "mlp", "resid_mid", "resid_post"])
+    values = patch_values_at_p0(
+        model, shift_prompts(prompts, 4, VOCAB), ["embed", "attn", "mlp", "resid_mid", "resid_post"]
+    )
     found = attribute(model, prompts, values, SINK, steps=1)
     assert torch.allclose(found.estimate, exact_effects(model, prompts, values, SINK), atol=1e-6)
 
 
 @pytest.mark.parametrize(("kind", "layer"), SETS[:4])
 def test_many_steps_share_as_the_integral_does(model, prompts, kind, layer):
-    values = replacements_at_p0(model, contrast(prompts, 4, VOCAB), [kind], layers=[layer])
+    values = patch_values_at_p0(model, shift_prompts(prompts, 4, VOCAB), [kind], layers=[layer])
     fractions = (np.arange(40) + 0.5) / 40
     parts = [replaced_partway(model, prompts, list(values), values, fraction)[1] for fraction in fractions]
     integral = torch.stack(parts).mean(0).T
@@ -235,7 +237,7 @@ WIRED_PROMPTS = random_tokens(64, n=6, length=24, seed=0)
 
 @functools.lru_cache
 def wired_screen(model, steps):
-    values = replacements_at_p0(model, contrast(WIRED_PROMPTS, 5, 64))
+    values = patch_values_at_p0(model, shift_prompts(WIRED_PROMPTS, 5, 64))
     metric = sink_score_of(wired_truth().sink_heads)
     return screen(model, WIRED_PROMPTS, values, metric, steps, top=8, sample=None)
 
@@ -279,7 +281,7 @@ def test_integrated_gradients_have_the_sizes_right_but_split_what_both_heads_do(
 
 
 def test_the_report_when_everything_is_checked(model, prompts):
-    values = replacements_at_p0(model, contrast(prompts, 4, VOCAB))
+    values = patch_values_at_p0(model, shift_prompts(prompts, 4, VOCAB))
     found = screen(model, prompts, values, SINK, top=20, sample=None)
     assert sorted(found.checked.tolist()) == list(range(len(values)))
     exact = exact_effects(model, prompts, values, SINK)
@@ -302,7 +304,9 @@ def test_a_sample_stands_for_the_rest():
     estimate = torch.tensor([9.0, -8.0, 3.0, 2.0, 2.0, 1.0, 0.5, 0.0])[:, None]
     exact = torch.tensor([10.0, -1.0, 2.0, 0.0])[:, None]
     nodes = tuple(Node("neuron", 0, number) for number in range(8))
-    found = Screen(Attribution("x", nodes, 0, torch.zeros(1), estimate), torch.tensor([0, 1, 3, 7]), 2, exact)
+    found = ScreenedAttribution(
+        Attribution("x", nodes, 0, torch.zeros(1), estimate), torch.tensor([0, 1, 3, 7]), 2, exact
+    )
     drawn, truth = np.repeat([9.0, -8.0, 2.0, 0.0], [1, 1, 3, 3]), np.repeat([10.0, -1.0, 2.0, 0.0], [1, 1, 3, 3])
     everything, top, rest = (found.agreement(among) for among in ("all", "top", "rest"))
     assert everything.pearson == pytest.approx(np.corrcoef(drawn, truth)[0, 1])
@@ -318,7 +322,7 @@ def test_a_sample_stands_for_the_rest():
 
 
 def test_the_sample_is_drawn_by_its_seed_and_the_tables_name_every_node(model, prompts):
-    values = replacements_at_p0(model, contrast(prompts, 4, VOCAB))
+    values = patch_values_at_p0(model, shift_prompts(prompts, 4, VOCAB))
     first, again, other = (screen(model, prompts, values, SINK, top=5, sample=7, seed=seed) for seed in (0, 0, 1))
     assert torch.equal(first.checked, again.checked)
     assert not torch.equal(first.checked, other.checked)
@@ -343,10 +347,10 @@ def test_the_sample_is_drawn_by_its_seed_and_the_tables_name_every_node(model, p
 def test_values_are_those_of_the_contrast(family_model, reference):
     model = family_model("llama-grouped")
     nodes = ["embed", "mlp.1", "attn.0.3", "attn.1.0", "neuron.0.0", "neuron.1.47"]
-    one_by_one = replacements(model, PAIR, nodes, reference, offset=2)
-    found = replacements_at_p0(model, PAIR, ["embed", "mlp", "head", "neuron"], reference, [0, 1], offset=2)
+    one_by_one = patch_values(model, PAIR, nodes, reference, offset=2)
+    found = patch_values_at_p0(model, PAIR, ["embed", "mlp", "head", "neuron"], reference, [0, 1], offset=2)
     info = describe(model)
-    assert len(found) == 1 + 2 * (1 + info.heads + info.d_mlp)
+    assert len(found) == 1 + 2 * (1 + info.n_heads + info.d_mlp)
     for node, value in one_by_one.items():
         assert torch.allclose(found[node], value, atol=1e-6), str(node)
 
@@ -361,14 +365,14 @@ def test_nothing_stays_on_the_model_whatever_the_mode_of_the_caller(family_model
     try:
         flags = [parameter.requires_grad for parameter in model.parameters()]
         assert any(flags)
-        values = replacements_at_p0(model, PAIR)
+        values = patch_values_at_p0(model, PAIR)
         plain = attribute(model, PROMPTS, values, SINK)
         with torch.no_grad():
             assert torch.equal(attribute(model, PROMPTS, values, SINK).estimate, plain.estimate)
             assert not torch.is_grad_enabled()
         with torch.inference_mode():
             prompts = from_ids(PROMPTS.ids.clone(), PROMPTS.attention_mask.clone(), VOCAB)
-            values = replacements_at_p0(model, contrast(prompts, 4, VOCAB))
+            values = patch_values_at_p0(model, shift_prompts(prompts, 4, VOCAB))
             assert torch.equal(attribute(model, prompts, values, SINK).estimate, plain.estimate)
         assert not plain.estimate.requires_grad and not plain.clean.requires_grad
         assert all(parameter.grad is None for parameter in model.parameters())
@@ -380,7 +384,7 @@ def test_nothing_stays_on_the_model_whatever_the_mode_of_the_caller(family_model
 
 def test_a_model_whose_parameters_need_no_gradient_has_estimates_too(family_model):
     model = family_model("llama-grouped")
-    values = replacements_at_p0(model, PAIR)
+    values = patch_values_at_p0(model, PAIR)
     plain = attribute(model, PROMPTS, values, SINK)
     model.requires_grad_(False)
     try:
@@ -419,9 +423,9 @@ def test_bad_input_is_refused_and_leaves_no_hook(family_model):
         with pytest.raises(InterventionError, match="at least 1 of each"):
             screen(model, PROMPTS, {node: good}, SINK, top=top, sample=sample)
     with pytest.raises(InterventionError, match="expected some of embed"):
-        replacements_at_p0(model, PAIR, [])
+        patch_values_at_p0(model, PAIR, [])
     with pytest.raises(InterventionError, match="layers 0 to 2"):
-        replacements_at_p0(model, PAIR, ["head"], layers=[3])
+        patch_values_at_p0(model, PAIR, ["head"], layers=[3])
     whole = screen(model, PROMPTS, {node: good}, SINK)
     with pytest.raises(InterventionError, match="all have been patched"):
         whole.agreement("rest")
@@ -440,8 +444,8 @@ def test_bad_input_is_refused_and_leaves_no_hook(family_model):
 def test_experts_keep_their_neurons_to_themselves(family_model):
     model = family_model("mixtral")
     with pytest.raises(InterventionError, match=r"belong to its 4 experts .* such as head, attn and mlp"):
-        replacements_at_p0(model, PAIR)
+        patch_values_at_p0(model, PAIR)
     with pytest.raises(InterventionError, match="belong to its 4 experts"):
         attribute(model, PROMPTS, {Node("neuron", 0, 0): torch.zeros(3)}, SINK)
-    found = screen(model, PROMPTS, replacements_at_p0(model, PAIR, ["head", "attn", "mlp"]), SINK, top=4)
+    found = screen(model, PROMPTS, patch_values_at_p0(model, PAIR, ["head", "attn", "mlp"]), SINK, top=4)
     assert len(found.checked) == 3 * (4 + 2)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from p0circuit.interventions.closed_form import key_edges, p0_keys
 from p0circuit.interventions.nodes import InterventionError, Node, components
-from p0circuit.interventions.pairs import contrast, replacements
+from p0circuit.interventions.pairs import patch_values, shift_prompts
 from p0circuit.interventions.single_token import p0_blocks
 from p0circuit.interventions.vocabulary import sink_scores_by_token, vocabulary_sweep
 from p0circuit.models import describe, forward
@@ -32,12 +32,12 @@ def senders_of(model) -> list[Node]:
 def test_closed_form_equals_path_patching_with_hooks(family_model, name, backend, through):
     model = family_model(name, backend)
     senders = senders_of(model)
-    values = replacements(model, contrast(PROMPTS, 4, VOCAB), senders)
+    values = patch_values(model, shift_prompts(PROMPTS, 4, VOCAB), senders)
     edges = key_edges(model, PROMPTS, senders, values, through)
     assert edges.method == "closed form"
     moved = 0.0
     for sender, patched in zip(senders, edges.patched, strict=True):
-        for layer in range(sender.layer, describe(model).layers):
+        for layer in range(sender.layer, describe(model).n_layers):
             literal = literal_key_edge(model, PROMPTS, sender, values[sender], layer, through)
             assert torch.allclose(patched[:, layer], literal, atol=1e-5, rtol=0), (str(sender), layer)
             moved = max(moved, float((literal - edges.clean[:, layer]).abs().max()))
@@ -50,7 +50,7 @@ def test_in_float64_they_agree_to_1e_10(family_model, name):
     # Without Mixtral: the grouped matrix product that transformers uses for its experts has no float64.
     model = family_model(name, "hooked", torch.float64)
     senders = [Node("embed"), Node("head", 0, 1), Node("mlp", 0)]
-    values = replacements(model, contrast(PROMPTS, 4, VOCAB), senders)
+    values = patch_values(model, shift_prompts(PROMPTS, 4, VOCAB), senders)
     edges = key_edges(model, PROMPTS, senders, values)
     for sender, patched in zip(senders, edges.patched, strict=True):
         literal = literal_key_edge(model, PROMPTS, sender, values[sender], 2)
@@ -70,7 +70,7 @@ def test_any_shape_and_padding(grouped_model, length, rows, shift, seed, padded)
     prompts = random_tokens(VOCAB, n=rows, length=length, seed=seed)
     prompts = prompts.left_padded(seed=seed) if padded else prompts
     senders = [Node("mlp", 0), Node("head", 1, 3)]
-    values = replacements(grouped_model, contrast(prompts, shift, VOCAB, seed), senders)
+    values = patch_values(grouped_model, shift_prompts(prompts, shift, VOCAB, seed), senders)
     edges = key_edges(grouped_model, prompts, senders, values)
     for sender, patched in zip(senders, edges.patched, strict=True):
         literal = literal_key_edge(grouped_model, prompts, sender, values[sender], 2)
@@ -80,7 +80,7 @@ def test_any_shape_and_padding(grouped_model, length, rows, shift, seed, padded)
 @torch.no_grad()
 def test_own_values_change_nothing(grouped_model):
     senders = senders_of(grouped_model)
-    own = replacements(grouped_model, contrast(PROMPTS, 1, VOCAB), senders, "position", offset=0)
+    own = patch_values(grouped_model, shift_prompts(PROMPTS, 1, VOCAB), senders, "position", offset=0)
     edges = key_edges(grouped_model, PROMPTS, senders, own)
     assert float(edges.effect.abs().max()) < 1e-6
 
@@ -98,7 +98,7 @@ def test_one_token_rows_give_the_keys_of_full_prompts(grouped_model):
 def test_the_vocabulary_sweep_is_the_p0_stream_of_full_prompts(grouped_model):
     sweep = vocabulary_sweep(grouped_model, residual_layers=[0, 3], key_layers=[1], chunk=40)
     prompts = random_tokens(VOCAB, n=VOCAB, length=6, seed=0)
-    prompts = prompts.behind(torch.arange(VOCAB))
+    prompts = prompts.prepend(torch.arange(VOCAB))
     found = {}
     hooks = [
         ("blocks.2.hook_resid_post", lambda stream, hook: found.update(end=stream[:, 0].clone())),

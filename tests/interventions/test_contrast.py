@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from p0circuit.interventions.pairs import contrast, replacements, values_at
+from p0circuit.interventions.pairs import patch_values, shift_prompts, values_at
 from p0circuit.models.constructed.build import wired_model
 from p0circuit.prompts import random_tokens
 from p0circuit.recording import batch_size
@@ -17,12 +17,12 @@ NODES = ["embed", "attn.0", "attn.1.2", "mlp.1", "neuron.0.17", "resid_post.2"]
 def test_rows_one_at_a_time_give_what_all_at_once_give(monkeypatch: pytest.MonkeyPatch, padded: bool) -> None:
     model, prompts = wired_model(), random_tokens(64, n=5, length=12)
     prompts = prompts.left_padded([12, 5, 9, 3, 7]) if padded else prompts
-    pair = contrast(prompts, 3, 64)
+    pair = shift_prompts(prompts, 3, 64)
     last = torch.full((5,), 11)
 
     def everything():
-        yield from replacements(model, pair, NODES).items()
-        yield from replacements(model, pair, NODES, "mean").items()
+        yield from patch_values(model, pair, NODES).items()
+        yield from patch_values(model, pair, NODES, "mean").items()
         yield from values_at(model, prompts, NODES, last).items()
 
     at_once = list(everything())

@@ -11,14 +11,14 @@ from p0circuit.interventions.closed_form import key_hook, query_hook
 from p0circuit.interventions.edge_search import search_edges
 from p0circuit.interventions.metrics import Rows, loss, measure, sink_score_of
 from p0circuit.interventions.nodes import InterventionError, Node, components
-from p0circuit.interventions.pairs import contrast, replacements
+from p0circuit.interventions.pairs import patch_values, shift_prompts
 from p0circuit.interventions.path_patching import path_patch, receivers_of
 from p0circuit.interventions.receiver_inputs import InputPatch, measure_inputs, read_at_p0
 from p0circuit.models import describe, forward, load_model, passes
 from p0circuit.models.constructed.build import wired_model
 from p0circuit.models.constructed.truth import wired_truth
 from p0circuit.models.forward import hooked
-from p0circuit.models.info import drawable
+from p0circuit.models.info import sampleable_vocabulary
 from p0circuit.models.passes import count_passes
 from p0circuit.prompts import natural_text, random_tokens
 from tests.families import CASES, VOCAB
@@ -45,10 +45,10 @@ def studied(name):
 @torch.no_grad()
 def test_the_same_edges_as_exhaustive_search_at_a_twentieth_of_a_pass_per_edge(name, runs_alone):
     model, prompts, heads = studied(name)
-    vocabulary, special = drawable(model)
-    pair = contrast(prompts, 8, vocabulary, 0, tuple(special))
+    vocabulary, special = sampleable_vocabulary(model)
+    pair = shift_prompts(prompts, 8, vocabulary, 0, tuple(special))
     senders, receivers = components(model, heads=True), receivers_of(model)
-    values = replacements(model, pair, senders)
+    values = patch_values(model, pair, senders)
     every = path_patch(model, prompts, senders, receivers, values, sink_score_of(heads))
     exact = dict(zip(every.edges, every.effect.mean(1).tolist(), strict=True))
     threshold = SHARE * float(every.clean.mean())
@@ -56,7 +56,7 @@ def test_the_same_edges_as_exhaustive_search_at_a_twentieth_of_a_pass_per_edge(n
         search = search_edges(model, prompts, senders, receivers, values, heads, threshold)
     assert set(search.strong_edges) == {edge for edge, effect in exact.items() if abs(effect) >= threshold}
     assert len(search.strong_edges) >= 5
-    assert len(every.edges) / counted.passes(prompts.n, prompts.length, describe(model).layers) >= 20
+    assert len(every.edges) / counted.passes(prompts.n, prompts.length, describe(model).n_layers) >= 20
     # What it gives are the exact effects, and no edge is lost from the count.
     for edge, effect in zip(search.exact.edges, search.exact.effect.mean(1).tolist(), strict=True):
         assert effect == pytest.approx(exact[edge], abs=1e-6)
@@ -72,8 +72,8 @@ def test_exact_effects_are_those_of_path_patching_in_every_family(family_model, 
     model = family_model(name, backend)
     info, prompts = describe(model), random_tokens(VOCAB, n=3, length=10, seed=1)
     senders = [Node("embed"), Node("head", 0, 1), Node("mlp", 0), Node("mlp", 1)]
-    values = replacements(model, contrast(prompts, 4, VOCAB), senders)
-    receivers = ["attn.1.3.k", f"attn.2.kv{info.kv_heads - 1}.k", "attn.1.k", "attn.2.0+2.v", "attn.1.1.v", "mlp.1"]
+    values = patch_values(model, shift_prompts(prompts, 4, VOCAB), senders)
+    receivers = ["attn.1.3.k", f"attn.2.kv{info.n_kv_heads - 1}.k", "attn.1.k", "attn.2.0+2.v", "attn.1.1.v", "mlp.1"]
     heads = [(1, 0), (2, 1), (2, 3)]
     every = path_patch(model, prompts, senders, receivers, values, sink_score_of(heads))
     search = search_edges(model, prompts, senders, receivers, values, heads, 1e-9)
@@ -91,7 +91,7 @@ def test_an_edge_into_k_of_the_last_sink_heads_is_estimated_exactly(family_model
     model = family_model("llama-grouped")
     prompts = random_tokens(VOCAB, n=3, length=10, seed=2).left_padded([10, 7, 9])
     senders = [Node("mlp", 0), Node("head", 1, 2), Node("mlp", 1)]
-    values = replacements(model, contrast(prompts, 3, VOCAB), senders)
+    values = patch_values(model, shift_prompts(prompts, 3, VOCAB), senders)
     search = search_edges(model, prompts, senders, receivers_of(model, [2], ["k"]), values, [(2, 1), (2, 2)], 1e-9)
     exact = dict(zip(search.exact.edges, search.exact.effect, strict=True))
     assert search.by_row is not None and any(effect.abs().max() > 1e-3 for effect in exact.values())
@@ -107,11 +107,11 @@ def test_inputs_set_in_several_blocks_against_literal_hooks(family_model, name):
     prompts = random_tokens(VOCAB, n=2, length=9, seed=4)
     place = torch.tensor([4, 2])
     generator = torch.Generator().manual_seed(0)
-    index, every = torch.arange(2), tuple(range(info.heads))
+    index, every = torch.arange(2), tuple(range(info.n_heads))
     new = {
-        **{("q", layer): torch.randn(2, info.heads, info.head_size, generator=generator) for layer in (1, 2)},
+        **{("q", layer): torch.randn(2, info.n_heads, info.d_head, generator=generator) for layer in (1, 2)},
         **{
-            (part, layer): torch.randn(2, info.kv_heads, info.head_size, generator=generator)
+            (part, layer): torch.randn(2, info.n_kv_heads, info.d_head, generator=generator)
             for part in "kv"
             for layer in (1, 2)
         },
@@ -147,7 +147,7 @@ def test_inputs_set_in_several_blocks_against_literal_hooks(family_model, name):
 def test_what_is_read_at_p0_from_one_token_is_what_full_rows_read(family_model):
     model = family_model("llama-grouped")
     prompts, sender = random_tokens(VOCAB, n=3, length=8), Node("mlp", 0)
-    values = replacements(model, contrast(prompts, 4, VOCAB), [sender])
+    values = patch_values(model, shift_prompts(prompts, 4, VOCAB), [sender])
     inputs = read_at_p0(model, prompts.ids[:, 0], [sender], values, 3)
     found = {}
     names = {"key": key_hook(model, 2), "value": "blocks.2.attn.hook_v", "mlp": "blocks.2.hook_mlp_out"}
@@ -162,7 +162,7 @@ def test_what_is_read_at_p0_from_one_token_is_what_full_rows_read(family_model):
 def test_receivers_above_the_sink_heads_have_no_effect_and_are_not_run(family_model):
     model = family_model("llama-grouped")
     prompts, senders = random_tokens(VOCAB, n=2, length=9), [Node("mlp", 0), Node("mlp", 1)]
-    values = replacements(model, contrast(prompts, 3, VOCAB), senders)
+    values = patch_values(model, shift_prompts(prompts, 3, VOCAB), senders)
     receivers = receivers_of(model)
     every = path_patch(model, prompts, senders, receivers[13:], values, sink_score_of([(1, 0), (1, 2)]))
     search = search_edges(
@@ -178,7 +178,7 @@ def test_receivers_above_the_sink_heads_have_no_effect_and_are_not_run(family_mo
 def test_a_set_of_receivers_is_patched_together():
     """K of all sink heads of the wired model at once is the whole sink; each alone a third of it."""
     model, prompts, heads = studied("rotary")
-    values = replacements(model, contrast(prompts, 8, 64), [Node("mlp", 1)])
+    values = patch_values(model, shift_prompts(prompts, 8, 64), [Node("mlp", 1)])
     keys = [f"attn.{layer}.{head}.k" for layer, head in heads]
     search = search_edges(model, prompts, ["mlp.1"], keys, values, heads, 0.05, {"sink.k": keys})
     effect = dict(zip(search.exact.edges, search.exact.effect.mean(1).tolist(), strict=True))
@@ -191,17 +191,17 @@ def test_a_set_of_receivers_is_patched_together():
 @torch.no_grad()
 def test_a_budget_of_passes_is_kept_and_what_it_leaves_out_is_said(runs_alone):
     model, prompts, heads = studied("p0-nano")
-    vocabulary, special = drawable(model)
+    vocabulary, special = sampleable_vocabulary(model)
     senders, receivers = components(model), [f"mlp.{layer}" for layer in range(3)]
     receivers += [f"attn.{layer}.{part}" for layer in range(4) for part in "kv"]
-    values = replacements(model, contrast(prompts, 8, vocabulary, 0, tuple(special)), senders)
+    values = patch_values(model, shift_prompts(prompts, 8, vocabulary, 0, tuple(special)), senders)
     search = functools.partial(search_edges, model, prompts, senders, receivers, values, heads)
     with count_passes() as counted:
         few = search(0.002, budget=3.0, sample=2, screening_rows=4)
     assert few.unverified and few.by_row is None
     assert (
         len(few.exact.edges) <= 12
-        and counted.passes(prompts.n, prompts.length, describe(model).layers) < 3 + 1 + 3 * 1.25 + 2
+        and counted.passes(prompts.n, prompts.length, describe(model).n_layers) < 3 + 1 + 3 * 1.25 + 2
     )
     assert any("beyond the limit" in line for line in few.summary())
     with pytest.raises(InterventionError, match="screening_rows=None"):
@@ -220,7 +220,7 @@ def test_a_budget_of_passes_is_kept_and_what_it_leaves_out_is_said(runs_alone):
 def test_bad_input_is_refused(family_model):
     model = family_model("llama-grouped")
     prompts, node = random_tokens(VOCAB, n=2, length=9, seed=4), Node("mlp", 0)
-    values = replacements(model, contrast(prompts, 3, VOCAB), [node])
+    values = patch_values(model, shift_prompts(prompts, 3, VOCAB), [node])
     for message, receivers, options in [
         ("threshold above 0", ["mlp.1"], {"threshold": 0.0}),
         ("no negative number", ["mlp.1"], {"sample": -1}),

@@ -10,7 +10,7 @@ import torch
 from p0circuit.experiments.paper.c07_causal_path import at_p0
 from p0circuit.interventions.metrics import loss, measure, norm_ratio_after, sink_score_of
 from p0circuit.interventions.nodes import InterventionError, Node, components
-from p0circuit.interventions.pairs import contrast, replacements
+from p0circuit.interventions.pairs import patch_values, shift_prompts
 from p0circuit.interventions.path_patching import Receiver, edges_into_keys, own_scores, path_patch, receivers_of
 from p0circuit.models import describe, forward
 from p0circuit.models.bridge import to_bridge
@@ -24,7 +24,7 @@ from tests.interventions.oracles import component_outputs
 
 PROMPTS = random_tokens(VOCAB, n=2, length=9, seed=4)
 METRIC = sink_score_of([2])
-CONTRAST = contrast(PROMPTS, 3, VOCAB)
+CONTRAST = shift_prompts(PROMPTS, 3, VOCAB)
 
 
 clean_outputs = functools.lru_cache(maxsize=2)(component_outputs)
@@ -52,7 +52,7 @@ def literal_path_patch(model, prompts, sender, receiver, value, metric, place, t
     heard = {}
     hooks.append((name, lambda activation, hook: heard.update(now=activation[rows, place].clone())))
     hooks.append((sender.hook, functools.partial(put, value=value, index=index)))
-    for later in range(describe(model).layers):
+    for later in range(describe(model).n_layers):
         for part, stage in (("attn", 1), ("mlp", 3)):
             if sender.depth < (later, stage) and (part == "attn" or through == "direct"):
                 frozen = clean[f"blocks.{later}.hook_{part}_out"]
@@ -75,11 +75,11 @@ def test_edges_equal_the_literal_way(family_model, name, backend):
     model = family_model(name, backend)
     info = describe(model)
     senders = [Node("head", 0, 1), Node("mlp", 0)]
-    values = replacements(model, CONTRAST, senders)
+    values = patch_values(model, CONTRAST, senders)
     receivers = {
         "attn.1.3.q": (1, "q", 3),
         "attn.1.kv0.k": (1, "k", 0),
-        f"attn.2.kv{info.kv_heads - 1}.v": (2, "v", info.kv_heads - 1),
+        f"attn.2.kv{info.n_kv_heads - 1}.v": (2, "v", info.n_kv_heads - 1),
         "mlp.1": (1, "mlp", None),
         "resid_post.1": (1, "resid_post", None),
     }
@@ -99,7 +99,7 @@ def test_a_group_of_heads_is_one_receiver(family_model):
     """Q, K and V of all heads of a block, or of some of them, against all of them set in one run."""
     model = family_model("llama-grouped")
     node = Node("mlp", 0)
-    values = replacements(model, CONTRAST, [node])
+    values = patch_values(model, CONTRAST, [node])
     receivers = {
         "attn.1.k": ("k", None),
         "attn.1.q": ("q", None),
@@ -122,7 +122,7 @@ def test_own_scores_need_no_pass_for_an_edge_into_k_or_q_at_any_position(family_
         model = family_model(name)
         for place in (None, torch.tensor([4, 2])):
             senders = [Node("mlp", 0), Node("head", 1, 0)]
-            values = replacements(model, CONTRAST, senders)
+            values = patch_values(model, CONTRAST, senders)
             receivers = ["attn.2.1.k", "attn.2.0.q", "attn.2.kv1.k", "attn.2.q"]
             own = own_scores(model, PROMPTS, senders, receivers, values, place)
             assert len(own.edges) == len(senders) * len(receivers)
@@ -143,7 +143,7 @@ def test_edges_at_another_position(family_model):
     model = family_model("llama")
     place = torch.tensor([4, 2])
     senders = [Node("mlp", 0), Node("head", 1, 0)]
-    values = replacements(model, CONTRAST, senders)
+    values = patch_values(model, CONTRAST, senders)
     receivers = {"attn.2.1.q": (2, "q", 1), "attn.2.0.k": (2, "k", 0), "attn.2.2.v": (2, "v", 2)}
     effects = path_patch(model, PROMPTS, senders, list(receivers), values, loss([0, 2]), place)
     for (sender, receiver), patched in zip(effects.edges, effects.patched, strict=True):
@@ -174,7 +174,7 @@ def test_k_and_v_of_one_query_head_under_grouped_query_attention():
     grouped, ungrouped = (wrap(m, "m") for m in (hf, ungrouped_twin(build("llama-grouped"))))
     assert torch.allclose(forward(grouped, PROMPTS.ids), forward(ungrouped, PROMPTS.ids), atol=1e-4)
     senders = [Node("mlp", 0), Node("head", 1, 2)]
-    values = replacements(grouped, CONTRAST, senders)
+    values = patch_values(grouped, CONTRAST, senders)
     names = [f"attn.2.{head}.{kind}" for head in range(4) for kind in "kv"]
     effects = path_patch(grouped, PROMPTS, senders, names, values, loss())
     for (sender, receiver), patched in zip(effects.edges, effects.patched, strict=True):
@@ -193,7 +193,7 @@ def test_k_and_v_of_one_query_head_under_grouped_query_attention():
 def test_hooks_and_closed_form_agree(family_model, name, backend):
     model = family_model(name, backend)
     senders = components(model, [0, 1])
-    values = replacements(model, CONTRAST, senders)
+    values = patch_values(model, CONTRAST, senders)
     fast = edges_into_keys(model, PROMPTS, senders, values, "mlps")
     slow = edges_into_keys(model, PROMPTS, senders, values, "mlps", method="hooks")
     assert (fast.method, slow.method) == ("closed form", "hooks")
@@ -205,7 +205,7 @@ def test_hooks_and_closed_form_agree(family_model, name, backend):
 def test_own_values_change_nothing(family_model):
     model = family_model("qwen3")
     senders = components(model, [0, 1])
-    own = replacements(model, CONTRAST, senders, "position", offset=0)
+    own = patch_values(model, CONTRAST, senders, "position", offset=0)
     effects = path_patch(model, PROMPTS, senders, receivers_of(model, [2]), own, norm_ratio_after(2))
     assert float(effects.effect.abs().max()) < 1e-5
 
@@ -216,9 +216,9 @@ def test_direct_effects_of_a_complete_set_add_up_where_the_norm_is_frozen(family
     """With the receiver's norm frozen its input is linear in the stream, so what the edges bring adds up."""
     model = family_model(name, dtype=torch.float64) if available() else family_model(name)
     info = describe(model)
-    layer = info.layers - 1
+    layer = info.n_layers - 1
     senders = components(model, range(layer))
-    values = replacements(model, CONTRAST, senders)
+    values = patch_values(model, CONTRAST, senders)
     scales = {}
     scale = f"blocks.{layer}.ln1.hook_scale"
     forward(model, PROMPTS.ids, hooks=[(scale, lambda value, hook: scales.update(now=value.clone()))])
@@ -256,9 +256,9 @@ def test_direct_effects_of_a_complete_set_add_up_where_the_norm_is_frozen(family
 def test_every_true_edge_of_the_wired_model_is_above_every_false_one(positions):
     model, truth = wired_model(positions), wired_truth()
     prompts = random_tokens(64, n=4, length=24, seed=5)
-    pair = contrast(prompts, 6, 64)
+    pair = shift_prompts(prompts, 6, 64)
     senders = components(model, heads=True)
-    values = replacements(model, pair, senders)
+    values = patch_values(model, pair, senders)
     effects = path_patch(model, prompts, senders, receivers_of(model), values, sink_score_of(truth.sink_heads))
     sizes = dict(zip(effects.edges, effects.effect.mean(1).abs().tolist(), strict=True))
     assert set(sizes) == set(truth.candidate_edges(neurons=False))
@@ -272,7 +272,7 @@ def test_every_true_edge_of_the_wired_model_is_above_every_false_one(positions):
 def test_bad_input_is_refused_and_leaves_no_hook(family_model):
     model = family_model("llama-grouped")
     node = Node("mlp", 1)
-    values = replacements(model, CONTRAST, [node])
+    values = patch_values(model, CONTRAST, [node])
     for message, receivers, options in [
         ("comes before every sender", ["attn.1.0.k"], {}),
         ("comes before every sender", ["mlp.1"], {}),

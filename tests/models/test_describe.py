@@ -18,29 +18,29 @@ EXPECTED: dict[str, dict[str, Any]] = {
     "neox": {"architecture": "GPTNeoXForCausalLM", "parallel_blocks": True},
     "neox-sequential": {"architecture": "GPTNeoXForCausalLM"},
     "llama": {"architecture": "LlamaForCausalLM"},
-    "llama-grouped": {"architecture": "LlamaForCausalLM", "kv_heads": 2, "head_size": 12},
-    "mistral": {"architecture": "MistralForCausalLM", "kv_heads": 2, "head_size": 12, "window": (6, 6, 6)},
-    "qwen2": {"architecture": "Qwen2ForCausalLM", "kv_heads": 2},
-    "qwen2-windows": {"architecture": "Qwen2ForCausalLM", "kv_heads": 2, "window": (None, 5, 5)},
-    "qwen3": {"architecture": "Qwen3ForCausalLM", "kv_heads": 2, "head_size": 12},
+    "llama-grouped": {"architecture": "LlamaForCausalLM", "n_kv_heads": 2, "d_head": 12},
+    "mistral": {"architecture": "MistralForCausalLM", "n_kv_heads": 2, "d_head": 12, "window": (6, 6, 6)},
+    "qwen2": {"architecture": "Qwen2ForCausalLM", "n_kv_heads": 2},
+    "qwen2-windows": {"architecture": "Qwen2ForCausalLM", "n_kv_heads": 2, "window": (None, 5, 5)},
+    "qwen3": {"architecture": "Qwen3ForCausalLM", "n_kv_heads": 2, "d_head": 12},
     "olmo2": {"architecture": "Olmo2ForCausalLM"},
     "opt": {"architecture": "OPTForCausalLM", "positions": "learned"},
-    "mixtral": {"architecture": "MixtralForCausalLM", "kv_heads": 2, "experts": 4},
-    "qwen3-moe": {"architecture": "Qwen3MoeForCausalLM", "kv_heads": 2, "head_size": 12, "experts": 4, "d_mlp": 24},
-    "olmoe": {"architecture": "OlmoeForCausalLM", "kv_heads": 2, "experts": 4},
-    "bloom": {"architecture": "BloomForCausalLM", "positions": "alibi", "context": None, "d_mlp": 128},
-    "smollm3-nope": {"architecture": "SmolLM3ForCausalLM", "kv_heads": 2, "positions": "none", "context": None},
-    "gemma2": {"architecture": "Gemma2ForCausalLM", "kv_heads": 2, "head_size": 12, "window": (5, None, 5)},
+    "mixtral": {"architecture": "MixtralForCausalLM", "n_kv_heads": 2, "experts": 4},
+    "qwen3-moe": {"architecture": "Qwen3MoeForCausalLM", "n_kv_heads": 2, "d_head": 12, "experts": 4, "d_mlp": 24},
+    "olmoe": {"architecture": "OlmoeForCausalLM", "n_kv_heads": 2, "experts": 4},
+    "bloom": {"architecture": "BloomForCausalLM", "positions": "alibi", "n_ctx": None, "d_mlp": 128},
+    "smollm3-nope": {"architecture": "SmolLM3ForCausalLM", "n_kv_heads": 2, "positions": "none", "n_ctx": None},
+    "gemma2": {"architecture": "Gemma2ForCausalLM", "n_kv_heads": 2, "d_head": 12, "window": (5, None, 5)},
 }
 PLAIN = {
-    "layers": LAYERS,
-    "heads": 4,
-    "kv_heads": 4,
-    "head_size": 8,
+    "n_layers": LAYERS,
+    "n_heads": 4,
+    "n_kv_heads": 4,
+    "d_head": 8,
     "d_model": 32,
     "d_mlp": 48,
     "vocab_size": VOCAB,
-    "context": CONTEXT,
+    "n_ctx": CONTEXT,
     "positions": "rotary",
     "window": (None, None, None),
     "experts": 0,
@@ -66,7 +66,7 @@ def test_a_model_built_by_hand() -> None:
     shape = {"d_model": 8, "d_head": 4, "n_heads": 2, "n_layers": 2, "n_ctx": 16, "d_vocab": 11, "act_fn": "relu"}
     info = describe(HookedTransformer({**shape, "device": "cpu"}))
     assert (info.name, info.backend, info.architecture) == ("custom", "hooked", "custom")
-    assert (info.positions, info.context, info.d_mlp, info.kv_heads) == ("learned", 16, 32, 2)
+    assert (info.positions, info.n_ctx, info.d_mlp, info.n_kv_heads) == ("learned", 16, 32, 2)
     local = {"use_local_attn": True, "window_size": 3, "attn_types": ["local", "global"], "attn_only": True}
     rotary = {"positional_embedding_type": "rotary", "model_name": "toy", "device": "cpu"}
     info = describe(HookedTransformer({**shape, **local, **rotary}))
@@ -80,7 +80,7 @@ def test_a_model_built_by_hand() -> None:
             Family(
                 "JambaConfig", {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2, "mamba_d_state": 4}
             ),
-            {"positions": "none", "context": None, "experts": 2},
+            {"positions": "none", "n_ctx": None, "experts": 2},
         ),
         (
             Family("GPTNeoConfig", {"num_layers": 4, "attention_types": [[["global", "local"], 2]], "window_size": 5}),
@@ -88,7 +88,7 @@ def test_a_model_built_by_hand() -> None:
         ),
         (
             Family("FalconConfig", {"multi_query": True}),
-            {"positions": "rotary", "kv_heads": 1, "parallel_blocks": True},
+            {"positions": "rotary", "n_kv_heads": 1, "parallel_blocks": True},
         ),
     ],
     ids=["jamba", "gpt-neo", "falcon"],

@@ -179,7 +179,7 @@ def test_no_label_means_the_type_of_most_weights(tiny_model_dir: Path, tmp_path:
 def test_the_options_of_loading_work_on_a_file(files: Path) -> None:
     path, whole = files / "tiny-Q4_1.gguf", load_model(files / "tiny-Q4_1.gguf", device="cpu")
     first = load_model(path, device="cpu", layers=2)
-    assert describe(first).title == "tiny-Q4_1[:2] (Q4_1)" and describe(first).layers == 2
+    assert describe(first).title == "tiny-Q4_1[:2] (Q4_1)" and describe(first).n_layers == 2
     plan = plan_model(path, "cpu", device="cpu")
     assert sum(plan.weights.values()) > 0
     placed = load_model(path, device="cpu", device_map="cpu")
@@ -440,7 +440,7 @@ def test_what_does_not_fit_is_refused_before_it_is_read(q4: Path, monkeypatch: p
 def test_smollm2_is_what_transformers_makes_of_the_file(smollm2: Any, smollm2_file: Path) -> None:
     info = describe(smollm2)
     assert (info.name, info.title) == ("smollm2-135m", "smollm2-135m (Q4_1)")
-    assert (info.layers, info.heads, info.kv_heads, info.d_model) == (30, 9, 3, 576)
+    assert (info.n_layers, info.n_heads, info.n_kv_heads, info.d_model) == (30, 9, 3, 576)
     assert info.backend == ("hooked" if available() else "bridge")
     expected = AutoModelForCausalLM.from_pretrained(
         smollm2_file.parent,
@@ -472,7 +472,7 @@ def test_gemma_is_what_transformers_makes_of_the_file(own_cache: Path, monkeypat
         pytest.skip("238 MB: it is tested once it is there (p0circuit fetch gemma3-270m)")
     path, model = fetched_file(entry), load_model(entry.name, device="cpu")
     info = describe(model)
-    assert (info.title, info.backend, info.layers) == ("gemma3-270m (Q4_K_M)", "bridge", 18)
+    assert (info.title, info.backend, info.n_layers) == ("gemma3-270m (Q4_K_M)", "bridge", 18)
     assert [layer for layer, window in enumerate(info.window) if window is None] == [5, 11, 17]
     assert set(info.window) == {512, None}
     header = read_header(path)

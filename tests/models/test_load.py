@@ -442,8 +442,8 @@ def test_what_would_not_fit_is_refused_before_it_is_read(llama: Path, monkeypatc
     monkeypatch.undo()
     # Half the bytes fit, and so do fewer layers.
     monkeypatch.setattr(load_module, "free_memory", lambda device: whole - 1)
-    assert describe(load_model(llama, device="cpu", dtype=torch.bfloat16)).layers == 3
-    assert describe(load_model(llama, device="cpu", layers=2)).layers == 2
+    assert describe(load_model(llama, device="cpu", dtype=torch.bfloat16)).n_layers == 3
+    assert describe(load_model(llama, device="cpu", layers=2)).n_layers == 2
 
 
 def test_free_memory_is_what_the_system_has() -> None:

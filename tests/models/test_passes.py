@@ -19,7 +19,7 @@ def model():
 
 @torch.no_grad()
 def test_a_pass_is_all_rows_through_all_blocks(model):
-    layers = describe(model).layers
+    layers = describe(model).n_layers
     with count_passes() as whole:
         forward(model, IDS)
         with count_passes() as rows:
@@ -38,7 +38,7 @@ def test_a_pass_is_all_rows_through_all_blocks(model):
 def test_a_pass_with_a_gradient_counts_its_backward_pass(model):
     with count_passes() as count:
         forward(model, IDS)
-    assert count.passes(4, 6, describe(model).layers) == WITH_GRADIENT
+    assert count.passes(4, 6, describe(model).n_layers) == WITH_GRADIENT
 
 
 @torch.no_grad()
@@ -48,7 +48,7 @@ def test_single_token_rows_in_bare_operations_count_as_well():
         vocabulary_sweep(model, tokens)
     with count_passes() as hooked:
         vocabulary_sweep(model, tokens, key_layers=[0])
-    layers = describe(model).layers
+    layers = describe(model).n_layers
     assert hooked.token_blocks == 60 * layers
     # The bare form is compared with the model itself on four tokens, block by block, before it is used.
     assert hooked.token_blocks <= bare.token_blocks <= hooked.token_blocks + 2 * 4 * layers

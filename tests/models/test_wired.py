@@ -461,15 +461,15 @@ def receive(weights: dict[str, Tensor], clean: dict[str, Tensor], receiver: str,
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
-@pytest.mark.parametrize("contrast", ["shifted", "zero"])
-def test_brute_force_path_patching_finds_the_true_edges_and_no_others(positions: Positions, contrast: str) -> None:
+@pytest.mark.parametrize("pair", ["shifted", "zero"])
+def test_brute_force_path_patching_finds_the_true_edges_and_no_others(positions: Positions, pair: str) -> None:
     model, weights = wired_model(positions), wired_weights(positions)
     length, shift = 12, 5
     ids = distinct(4, length)
     shifted_ids = torch.cat([distinct(4, 64, seed=1)[:, :shift], ids], dim=1)
     clean, shifted = run(model, ids), run(model, shifted_ids)
     here = contributions(clean, weights, 0)
-    there = contributions(shifted, weights, shift) if contrast == "shifted" else dict.fromkeys(here, torch.tensor(0.0))
+    there = contributions(shifted, weights, shift) if pair == "shifted" else dict.fromkeys(here, torch.tensor(0.0))
     before = sink_scores(clean).mean(0)
 
     def effect(sender: str, receiver: str) -> float:
@@ -479,7 +479,7 @@ def test_brute_force_path_patching_finds_the_true_edges_and_no_others(positions:
     # Most neurons write nothing in either run: their edges need no forward pass.
     silent = {name for name in here if not (there[name] - here[name]).any()}
     effects = {edge: 0.0 if edge[0] in silent else effect(*edge) for edge in TRUTH.candidate_edges()}
-    expected = TRUTH.edges if contrast == "shifted" else TRUTH.edges | TRUTH.supply_edges
+    expected = TRUTH.edges if pair == "shifted" else TRUTH.edges | TRUTH.supply_edges
     worst_true = min(expected, key=lambda edge: effects[edge])
     worst_false = max(effects.keys() - expected, key=lambda edge: effects[edge])
     gone = float(min(before)) - TRUTH.score_gone(length)

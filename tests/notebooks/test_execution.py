@@ -22,17 +22,17 @@ import torch
 
 from p0circuit import experiments, notebooks
 from p0circuit.advice import advise
-from p0circuit.experiments.conditions import readable_by_seeds
+from p0circuit.experiments.conditions import pooled_prompts_for
 from p0circuit.experiments.paper.c07_causal_path import JOINT, WHOLE, joint_changes
 from p0circuit.experiments.practice import find_used_sink
 from p0circuit.experiments.surgery import find_sink
 from p0circuit.interventions.activation_patching import patch_components
 from p0circuit.interventions.metrics import sink_score_of
-from p0circuit.interventions.pairs import contrast, replacements
+from p0circuit.interventions.pairs import patch_values, shift_prompts
 from p0circuit.interventions.path_patching import edges_into_keys
 from p0circuit.models import load_model
 from p0circuit.models.constructed.truth import wired_truth
-from p0circuit.models.info import drawable
+from p0circuit.models.info import sampleable_vocabulary
 from p0circuit.prompts import random_tokens
 from p0circuit.recording.quantities import SINK_SCORE
 from p0circuit.recording.record import record
@@ -77,7 +77,7 @@ def result(name: str) -> Result:
         "Content": experiments.ContentConfig(scan_samples=2),
         "Streaming": experiments.StreamingConfig(other_samples=4, long_tokens=512),
         "DormantHeads": experiments.DormantHeadsConfig(domain_samples=2, domain_orders=1),
-        "Remedies": experiments.RemediesConfig(int8_samples=2, spread_samples=2, tokens=2),
+        "Mitigations": experiments.MitigationsConfig(int8_samples=2, spread_samples=2, tokens=2),
     }
     kind = getattr(experiments, name)
     made = kind(configured[name]) if name in configured else kind()
@@ -131,8 +131,8 @@ def amplification(left: Path) -> Figures:
 def patching(left: Path) -> Figures:
     model = p0_nano()
     sink = find_sink(model, read_prompts(model, SAMPLES))
-    vocabulary, special = drawable(model)
-    pair = contrast(sink.prompts.subset(slice(0, 16)), 8, vocabulary, 0, tuple(special))
+    vocabulary, special = sampleable_vocabulary(model)
+    pair = shift_prompts(sink.prompts.subset(slice(0, 16)), 8, vocabulary, 0, tuple(special))
     head = sink.heads[0]
     joint = joint_changes(model, pair, [head], torch.full((pair.clean.n,), 5))
     shares = {
@@ -140,7 +140,7 @@ def patching(left: Path) -> Figures:
         for direction in ("noising", "denoising")
     }
     grid = patch_components(model, pair, sink_score_of([head]), ("mlp",), [1])
-    edges = edges_into_keys(model, pair.clean, ["mlp.1"], replacements(model, pair, ["mlp.1"]), method="hooks")
+    edges = edges_into_keys(model, pair.clean, ["mlp.1"], patch_values(model, pair, ["mlp.1"]), method="hooks")
     edge = float(edges.effect[0, :, head[0], head[1]].mean())
     return {
         "clean_score": float(grid.base.mean()),
@@ -180,7 +180,7 @@ def emergence(left: Path) -> Figures:
     lm = load_model("bos-0")
     plain = read_prompts(lm, SAMPLES)
     heads = find_used_sink(lm, plain)[0].heads
-    behind = plain.behind(lm.tokenizer.bos_token_id).split()[1]
+    behind = plain.prepend(lm.tokenizer.bos_token_id).split()[1]
     moved = plain.split()[1].ids.clone()
     moved[:, 16] = lm.tokenizer.bos_token_id
     _, cache = lm.run_with_cache(moved)
@@ -217,7 +217,7 @@ def practice(left: Path) -> Figures:
         **metrics("Quantisation", "error_left_with_p0_kept"),
         **metrics("FirstToken", "spread_left_with_neutral_prefix"),
         **metrics("DormantHeads", "heads_in_sink_order"),
-        "loss_added_by_hiding_p0": result("Remedies").metrics["loss_added_by_p0s_key_hidden"].value,
+        "loss_added_by_hiding_p0": result("Mitigations").metrics["loss_added_by_p0s_key_hidden"].value,
         "int8_error_by_hand": float(errors.mean()),
         "loss_without_sink": advice.loss_without_sink.value,
         "hangs_on_bos": 0.0,
@@ -291,9 +291,9 @@ def report(left: Path) -> Figures:
     assert not any(claim["error"] for claim in claims.values())
     verdicts = Counter(claim["verdict"] for claim in claims.values())
     tested = [kind for kind in (*experiments.EXPERIMENTS.values(), *experiments.RUN_EXPERIMENTS.values()) if kind.claim]
-    first = {kind.claim.id: kind.claim.clauses[0].metric for kind in tested if kind.claim}
+    first = {kind.claim.id: kind.claim.criteria[0].metric for kind in tested if kind.claim}
     assert claims.keys() == first.keys()
-    prompts, runs = readable_by_seeds(p0_nano(), "stdlib", FEW, 64), as_trained(shipped_runs())
+    prompts, runs = pooled_prompts_for(p0_nano(), "stdlib", FEW, 64), as_trained(shipped_runs())
     again = [experiments.SinkMap().run(p0_nano(), prompts), experiments.KeySide().run(p0_nano(), prompts)]
     again += [kind().run(runs) for kind in experiments.RUN_EXPERIMENTS.values()]
     values = {identity: claims[identity]["measured"][metric]["value"] for identity, metric in first.items()}

@@ -16,9 +16,9 @@ import torch
 
 from p0circuit import notebooks, teaching
 from p0circuit.interventions.closed_form import key_hook
-from p0circuit.interventions.pairs import contrast, replacements
+from p0circuit.interventions.pairs import patch_values, shift_prompts
 from p0circuit.models import load_model
-from p0circuit.models.info import drawable
+from p0circuit.models.info import sampleable_vocabulary
 from p0circuit.teaching import read_prompts
 from p0circuit.training.runs import as_trained, of_variant, shipped_runs
 from tests.notebooks.command import ROOT, p0circuit
@@ -149,12 +149,12 @@ def edge_room(room: dict[str, Any]) -> list[Any]:
     """What notebook 04 has at hand at its second exercise, and what the checker gets beside the answer."""
     lm, m, other, sender = load_model("p0-nano"), 8, (3, 2), "mlp.1"
     prompts = read_prompts(lm, 4, length=24)
-    vocabulary, special = drawable(lm)
-    pair = contrast(prompts, m, vocabulary, 0, tuple(special))
+    vocabulary, special = sampleable_vocabulary(lm)
+    pair = shift_prompts(prompts, m, vocabulary, 0, tuple(special))
     caches = (lm.run_with_cache(one.ids)[1] for one in (pair.clean, pair.shifted))
     room |= dict(zip(("clean_cache", "shifted_cache"), caches, strict=True))
     room |= {"lm": lm, "m": m, "other": other, "clean_ids": pair.clean.ids, "key_hook": key_hook, "put": teaching.put}
-    return [lm, pair.clean, replacements(lm, pair, [sender]), sender, other]
+    return [lm, pair.clean, patch_values(lm, pair, [sender]), sender, other]
 
 
 QUESTION = re.compile(r"### Question (\d\.\d)")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from p0circuit.experiments.claim import Claim, Clause
+from p0circuit.experiments.claim import Claim, Criterion
 from p0circuit.figures.attention_view import AttentionView, attention_view, save_view
 from p0circuit.figures.maps import heat_maps
 from p0circuit.results import Result
@@ -26,7 +26,7 @@ def claim(identity: str, title: str, bound: float = 0.3) -> Claim:
         source="Somebody et al., section 3",
         statement=f"{title}: what is claimed.",
         measure="The share of something.",
-        clauses=(Clause("share", ">=", bound, "low"),),
+        criteria=(Criterion("share", ">=", bound, "low"),),
         control="The same share elsewhere.",
     )
 

@@ -15,7 +15,7 @@ from p0circuit.figures.intervals import bars
 from p0circuit.figures.lines import trajectories
 from p0circuit.figures.maps import heat_maps
 from p0circuit.figures.style import COLUMN, Series, new_figure
-from p0circuit.figures.training import Course, courses
+from p0circuit.figures.training import TrainingCurve, training_curves
 from p0circuit.stats import Interval
 
 PAGE = 2 * COLUMN + 0.3
@@ -177,7 +177,7 @@ def test_a_figure_belongs_to_no_window_and_leaves_no_style_behind() -> None:
 
 def test_training_runs_have_a_number_at_each_decade_alone() -> None:
     table = pd.DataFrame({"step": [0, 12, 400], "tokens": [0, 12_000, 400_000], "excess": [0.0, 0.1, 0.5]})
-    axis = courses({"Sink": ("excess", "score")}, [Course("a", "a", table)], "made up").axes[0]
+    axis = training_curves({"Sink": ("excess", "score")}, [TrainingCurve("a", "a", table)], "made up").axes[0]
     low, high = axis.get_xlim()
     assert [tick for tick in axis.get_xticks() if low <= tick <= high] == [10_000, 100_000]
     assert not any(label.get_text() for label in axis.get_xticklabels(minor=True))

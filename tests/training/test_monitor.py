@@ -38,11 +38,11 @@ from transformers import (
 )
 
 from p0circuit import sink
-from p0circuit.interventions.pairs import contrast, values_at
+from p0circuit.interventions.pairs import shift_prompts, values_at
 from p0circuit.io import data_dir
 from p0circuit.models import ModelError, forward, load_model
-from p0circuit.models.architecture_edits import change_hf, gates_of
-from p0circuit.models.info import drawable
+from p0circuit.models.architecture_edits import edit_hf_model, gates_of
+from p0circuit.models.info import sampleable_vocabulary
 from p0circuit.prompts import from_ids, natural_text, random_tokens
 from p0circuit.recording.quantities import NORM_RATIO, SINK_SCORE, residual_at, score_at
 from p0circuit.recording.record import record
@@ -93,7 +93,7 @@ def variant(name: str) -> nn.Module:
     config = replace(VARIANTS[name], **SMALL)
     model = sharp(build_model(config))
     if config.changes:
-        change_hf(model, config.changes, gates_of(model))
+        edit_hf_model(model, config.changes, gates_of(model))
     return model
 
 
@@ -101,12 +101,12 @@ def variant(name: str) -> nn.Module:
 
 
 def by_the_package(model, prompts):
-    """A reading's numbers from `record`, the contrast and the sink functions, on a hooked model."""
+    """A reading's numbers from `record`, the pair and the sink functions, on a hooked model."""
     scores = record(model, prompts, SINK_SCORE, cache=None)[SINK_SCORE]
     recording = record(model, prompts, [NORM_RATIO, residual_at(), score_at(CONTROL)], cache=None)
     at_p0, ratios = recording[residual_at()].float(), recording[NORM_RATIO]
-    vocabulary, special = drawable(model)
-    pair = contrast(prompts, SHIFT, vocabulary, prompts.seed, tuple(special))
+    vocabulary, special = sampleable_vocabulary(model)
+    pair = shift_prompts(prompts, SHIFT, vocabulary, prompts.seed, tuple(special))
     (shifted,) = values_at(model, pair.shifted, ["resid_post.1"], pair.position).values()
 
     def replace_p0(residual, hook):

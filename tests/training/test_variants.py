@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from p0circuit.models import ModelError, describe, forward, load_model
-from p0circuit.models.architecture_edits import Changes, change_hf, gates_of, reserve_channels
+from p0circuit.models.architecture_edits import ArchitectureEdits, edit_hf_model, gates_of, reserve_channels
 from p0circuit.models.hooked import available
 from p0circuit.prompts import from_ids
 from p0circuit.recording.fingerprint import weights_fingerprint
@@ -45,7 +45,7 @@ def saved(request, tmp_path_factory):
     config = small(request.param)
     model = sharpened(config)
     if config.changes:
-        change_hf(model, config.changes, gates_of(model))
+        edit_hf_model(model, config.changes, gates_of(model))
     folder = tmp_path_factory.mktemp(request.param) / request.param
     save_model(folder, model, None)
     with torch.no_grad():
@@ -119,7 +119,7 @@ def test_what_cannot_be_changed_is_refused(tmp_path):
     with pytest.raises(ModelError, match=r"lacks the gates model\.layers\.1"):
         load_model(tmp_path / "m")
     with pytest.raises(ModelError, match="Llama"):
-        change_hf(build_model(small("learned")), Changes(force_sink=2))
+        edit_hf_model(build_model(small("learned")), ArchitectureEdits(force_sink=2))
 
 
 @pytest.mark.parametrize(

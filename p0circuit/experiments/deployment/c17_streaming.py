@@ -29,7 +29,7 @@ import numpy as np
 from jaxtyping import Float
 
 from p0circuit.experiments.base import Experiment, NotApplicable, is_large
-from p0circuit.experiments.claim import Claim, Clause
+from p0circuit.experiments.claim import Claim, Criterion
 from p0circuit.experiments.conditions import text_like, with_and_without_bos
 from p0circuit.experiments.practice import find_used_sink
 from p0circuit.experiments.surgery import lines
@@ -120,7 +120,7 @@ class Streaming(Experiment):
         "times what dropping another early position costs.",
         measure="Loss in nats per token with one of the first four tokens dropped from the cache minus that with all "
         "four kept beside the window: that of P0 minus five times the size of the mean of the others.",
-        clauses=(Clause("dropping_p0_beyond_5_times_another", ">", 0, "low"),),
+        criteria=(Criterion("dropping_p0_beyond_5_times_another", ">", 0, "low"),),
         control="Positions 1, 2 and 3, dropped in the same way; position 8 kept in P0's place.",
     )
 
@@ -131,7 +131,7 @@ class Streaming(Experiment):
         config, n, length, info = self.config, prompts.n, prompts.length, describe(model)
         given = min(n, config.samples) * length * (len(SINKS) + 1 + len(DROPPED))
         other = min(n, config.other_samples) * length * (1 + len(DROPPED)) if bos_id(model) is not None else 0
-        long = min(length * config.long_windows, info.context or 10**9)
+        long = min(length * config.long_windows, info.n_ctx or 10**9)
         rows = max(1, min(n, config.long_tokens // long)) if long >= 2 * length else 0
         return (given + other + rows * long * (1 + len(SINKS))) / (n * length)
 
@@ -203,11 +203,11 @@ class Streaming(Experiment):
     def _long(self, model: Any, prompts: PromptSet, notes: list[str]) -> Losses | None:
         """Step 6; None where the model's context or the text ends too early."""
         info, window = describe(model), prompts.length
-        length = min(window * self.config.long_windows, info.context or 10**9)
+        length = min(window * self.config.long_windows, info.n_ctx or 10**9)
         count = max(1, min(prompts.n, self.config.long_tokens // length))
         try:
             if length < 2 * window:
-                raise ValueError(f"its context is {info.context} tokens")
+                raise ValueError(f"its context is {info.n_ctx} tokens")
             text = text_like(model, prompts, length, count)
             losses = decoded(model, text, window, [None, *SINKS])
         except ValueError as reason:

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from p0circuit.experiments.base import Experiment, is_large, second_half
-from p0circuit.experiments.claim import Claim, Clause
+from p0circuit.experiments.claim import Claim, Criterion
 from p0circuit.experiments.practice import find_used_sink, under
 from p0circuit.interventions.int8 import (
     INPUTS,
@@ -92,9 +92,9 @@ class Quantisation(Experiment):
         "least halves.",
         measure="Relative error of the inputs of all matrix products at positions other than P0, rounded to int8 with "
         "one grid per tensor (each row is a tensor of its own), with P0 kept in high precision over with P0 in.",
-        clauses=(
-            Clause("error_left_with_p0_kept", "<=", 0.5, "high"),
-            Clause("error_left_with_another_position_kept", ">", 0.5, "low"),
+        criteria=(
+            Criterion("error_left_with_p0_kept", "<=", 0.5, "high"),
+            Criterion("error_left_with_another_position_kept", ">", 0.5, "low"),
         ),
         control="Another position kept in high precision instead of P0.",
     )

@@ -29,12 +29,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from p0circuit.experiments.base import Experiment, is_large, second_half
-from p0circuit.experiments.claim import Claim, Clause
+from p0circuit.experiments.claim import Claim, Criterion
 from p0circuit.experiments.conditions import with_and_without_bos
 from p0circuit.experiments.practice import find_used_sink, under
 from p0circuit.interventions.attention_edits import remove_heads
 from p0circuit.models import ModelInfo, describe, forward
-from p0circuit.models.info import drawable
+from p0circuit.models.info import sampleable_vocabulary
 from p0circuit.prompts import RANDOM_TOKENS, SHIPPED_TEXTS, PromptSet, bos_id, natural_text, random_tokens
 from p0circuit.recording.batch_size import batch_size_for
 from p0circuit.recording.quantities import SINK_SCORE, TOKEN_LOSSES
@@ -110,7 +110,7 @@ class DormantHeads(Experiment):
         "1 % more loss than in a random order.",
         measure="How many heads of an order can be zeroed before the loss is above 1.01 times that of the whole model: "
         "in the order of the sink score minus in a random order, over random orders.",
-        clauses=(Clause("heads_beyond_random_order", ">", 0, "low"),),
+        criteria=(Criterion("heads_beyond_random_order", ">", 0, "low"),),
         control="Random orders; beside them the order of the norm of what heads add to the stream.",
     )
 
@@ -120,7 +120,7 @@ class DormantHeads(Experiment):
     def passes(self, model: Any, prompts: PromptSet) -> float:
         config, info = self.config, describe(model)
         rows = min(config.samples, second_half(prompts))
-        counts = len(steps(info.layers * info.heads, config.coarse))
+        counts = len(steps(info.n_layers * info.n_heads, config.coarse))
         # One pass more for the norms of what heads add. With all heads zeroed, every order is the same.
         runs = 1 + (2 + config.orders) * counts - (0 if config.coarse else 1 + config.orders)
         # How far an order is followed in a further domain is not known beforehand: a third of the way is assumed.
@@ -147,7 +147,7 @@ class DormantHeads(Experiment):
         metrics = _metrics(runs)
         notes = [
             f"{condition}; {found.note}",
-            f"of {info.layers * info.heads} heads {_told(metrics)} can be zeroed at {TOLERANCE:.0%} more loss",
+            f"of {info.n_layers * info.n_heads} heads {_told(metrics)} can be zeroed at {TOLERANCE:.0%} more loss",
             f"orders made on {made_on.n} prompts, losses measured on {measured_on.n} others",
         ]
         if model.tokenizer is None:
@@ -209,7 +209,7 @@ def by_output_norm(model: Any, prompts: PromptSet) -> Order:
 def random_orders(model: Any, count: int, seed: int) -> dict[str, Order]:
     """All heads in so many random orders."""
     info, rng = describe(model), np.random.default_rng(seed)
-    heads = [(layer, head) for layer in range(info.layers) for head in range(info.heads)]
+    heads = [(layer, head) for layer in range(info.n_layers) for head in range(info.n_heads)]
     return {f"{RANDOM} {number}": [heads[place] for place in rng.permutation(len(heads))] for number in range(count)}
 
 
@@ -220,7 +220,7 @@ def output_norms(model: Any, prompts: PromptSet) -> Float[Tensor, "layer head"]:
     Before the norm that some models (OLMo 2, Gemma 2) put behind their attention, and without biases.
     """
     info = describe(model)
-    norms = torch.zeros(info.layers, info.heads, dtype=torch.float64)
+    norms = torch.zeros(info.n_layers, info.n_heads, dtype=torch.float64)
     rows = batch_size_for(model, prompts.length, with_logits=False)
 
     def add(z: Tensor, hook: Any, layer: int, after: Tensor) -> None:
@@ -235,9 +235,9 @@ def output_norms(model: Any, prompts: PromptSet) -> Float[Tensor, "layer head"]:
         after = mask & (torch.arange(prompts.length) > prompts.p0[part, None])
         hooks: list[tuple[str, Callable[..., None]]] = [
             (f"blocks.{layer}.attn.hook_z", functools.partial(add, layer=layer, after=after))
-            for layer in range(info.layers)
+            for layer in range(info.n_layers)
         ]
-        forward(model, ids, mask, hooks=hooks, stop_at_layer=info.layers)
+        forward(model, ids, mask, hooks=hooks, stop_at_layer=info.n_layers)
     return norms / int(prompts.attention_mask.sum() - prompts.n)
 
 
@@ -350,7 +350,7 @@ def _other_texts(model: Any, prompts: PromptSet, condition: str, count: int, not
             texts[source] = natural_text(model.tokenizer, source, count, prompts.length, prompts.seed)
         except ValueError as reason:
             notes.append(f"{source}: left out, {reason}")
-    size, special = drawable(model)
+    size, special = sampleable_vocabulary(model)
     texts[RANDOM_TOKENS] = random_tokens(size, count, prompts.length, prompts.seed + 1, special=special)
     others = with_and_without_bos(model, prompts.subset(slice(0, count)))
     del others[condition]

@@ -34,13 +34,13 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from p0circuit.experiments.base import Experiment, NotApplicable, is_large, second_half
-from p0circuit.experiments.claim import Claim, Clause
+from p0circuit.experiments.claim import Claim, Criterion
 from p0circuit.experiments.practice import find_used_sink, under
 from p0circuit.interventions.ablation import ablate
 from p0circuit.interventions.attribution import rows_with_gradients
 from p0circuit.models import ModelInfo, describe, forward
 from p0circuit.models.device_map import placement_of
-from p0circuit.models.info import drawable
+from p0circuit.models.info import sampleable_vocabulary
 from p0circuit.models.passes import WITH_GRADIENT
 from p0circuit.prompts import WITHOUT_BOS, PromptSet, bos_id, from_ids
 from p0circuit.recording.quantities import TOKEN_LOSSES
@@ -98,9 +98,9 @@ class FirstToken(Experiment):
         measure="The standard deviation, over tokens in the first place, of the mean loss from 8 positions on; behind "
         "a neutral prefix over without one. Stricter than the statement: the same token behind the varied one has to "
         "leave more than half, or it need not stand before it.",
-        clauses=(
-            Clause("spread_left_with_neutral_prefix", "<=", 0.5, "high"),
-            Clause("spread_left_with_neutral_token_second", ">", 0.5, "low"),
+        criteria=(
+            Criterion("spread_left_with_neutral_prefix", "<=", 0.5, "high"),
+            Criterion("spread_left_with_neutral_token_second", ">", 0.5, "low"),
         ),
         control="The neutral token behind the varied one; a token in the middle varied.",
     )
@@ -214,7 +214,7 @@ def neutral_token(model: Any, others: PromptSet) -> int:
         newline = model.tokenizer("\n", add_special_tokens=False)["input_ids"]
         if len(newline) == 1:
             return int(newline[0])
-    size, special = drawable(model)
+    size, special = sampleable_vocabulary(model)
     counts = others.ids[others.attention_mask].bincount(minlength=size)
     counts[list(special)] = 0
     return int(counts.argmax())
@@ -269,7 +269,7 @@ def drawn_tokens(
     model: Any, prompts: PromptSet, tokens: int, generator: torch.Generator
 ) -> Int[Tensor, "sample token"]:
     """Tokens for each row, drawn from all of the vocabulary but special ones."""
-    size, special = drawable(model)
+    size, special = sampleable_vocabulary(model)
     pool = torch.tensor([token for token in range(size) if token not in special])
     return pool[torch.randint(len(pool), (prompts.n, tokens), generator=generator)]
 

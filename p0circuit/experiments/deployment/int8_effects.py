@@ -261,7 +261,7 @@ def _batches(model: Any, prompts: PromptSet) -> list[_Rows]:
 
 def _sites(model: Any) -> tuple[Site, ...]:
     """The inputs of matrix products, then the stream before each block."""
-    return (*input_sites(model), *(Site(block, STREAM) for block in range(describe(model).layers)))
+    return (*input_sites(model), *(Site(block, STREAM) for block in range(describe(model).n_layers)))
 
 
 def _of_products(errors: Float[np.ndarray, "sample site"], sites: Sequence[Site]) -> Float[np.ndarray, " sample"]:

@@ -1,4 +1,4 @@
-"""Remedies side by side: what becomes of the loss, the sink and its outlier when something is done about P0.
+"""Mitigations side by side: what becomes of the loss, the sink and its outlier when something is done about P0.
 
 1. *The sink* is looked for in the text as it is and, if there is none, behind BOS; there the surgery is done, too. Its
    heads are chosen on one half of the prompts (on which the register is trained) and everything is measured on the
@@ -85,7 +85,7 @@ Change = Callable[[PromptSet], Intervention]
 
 
 @dataclass(frozen=True)
-class Remedy:
+class Mitigation:
     """What stands before the text, and what is changed in the model."""
 
     prefix: Prefix = None
@@ -104,7 +104,7 @@ class Remedy:
 
 
 @dataclass(frozen=True)
-class RemediesConfig:
+class MitigationsConfig:
     """The most rows; of these so many for int8 and for the spread, with so many first tokens each; the register's."""
 
     samples: int = 128
@@ -114,13 +114,13 @@ class RemediesConfig:
     register_steps: int = 40
 
 
-class Remedies(Experiment):
+class Mitigations(Experiment):
     """What can be done about the sink without training, measured on the same rows."""
 
     id = "remedies"
-    title = "Remedies side by side"
+    title = "Mitigations side by side"
 
-    def __init__(self, config: RemediesConfig = RemediesConfig()) -> None:
+    def __init__(self, config: MitigationsConfig = MitigationsConfig()) -> None:
         super().__init__(config)
 
     def passes(self, model: Any, prompts: PromptSet) -> float:
@@ -133,10 +133,10 @@ class Remedies(Experiment):
         trained = config.register_steps * FirstTokenConfig.batch * WITH_GRADIENT if register else 0
         return (remedies * (rows + int8 + spread_over * config.tokens) + trained) / prompts.n
 
-    def quick(self, info: ModelInfo) -> Remedies:
+    def quick(self, info: ModelInfo) -> Mitigations:
         if not is_large(info):
             return self
-        return Remedies(RemediesConfig(samples=8, int8_samples=8, spread_samples=4, tokens=3, register_steps=0))
+        return Mitigations(MitigationsConfig(samples=8, int8_samples=8, spread_samples=4, tokens=3, register_steps=0))
 
     def measure(self, model: Any, prompts: PromptSet) -> Result:
         """Raises NotApplicable without a sink, where attention cannot be edited, and where rows are padded or short."""
@@ -152,7 +152,7 @@ class Remedies(Experiment):
         rows = chosen.subset(slice(0, config.samples))
         register = prefixes_of(model, others, FirstTokenConfig(steps=config.register_steps)).get(REGISTER)
         notes = [found.note, f"that sink is in text {condition}; measured on {rows.n} rows"]
-        base, remedies = remedies_for(model, rows, found.names, condition, register, notes)
+        base, remedies = mitigations_for(model, rows, found.names, condition, register, notes)
         if model.tokenizer is None:
             notes.append("the prompts are random tokens: their losses tell little about text")
         measured = {each: measured_with(model, rows, remedy, found.heads, config) for each, remedy in remedies.items()}
@@ -169,26 +169,26 @@ class Remedies(Experiment):
         return Result(self.id, self.title, metrics, {"remedies": table}, figures, notes=notes)
 
 
-def remedies_for(
+def mitigations_for(
     model: Any, prompts: PromptSet, sink_heads: list[str], condition: str, register: Prefix, notes: list[str]
-) -> tuple[str, dict[str, Remedy]]:
+) -> tuple[str, dict[str, Mitigation]]:
     """Every remedy that this model can take, by name, and the name of the one that the others are compared with.
 
     That is the text as it is, or behind BOS where the sink is only there; the surgery is done on it. What cannot be
     done is left out, with a note.
     """
     bos = bos_id(model)
-    remedies = {AS_IS: Remedy()}
+    remedies = {AS_IS: Mitigation()}
     if bos is not None:
-        remedies[BEHIND_BOS] = Remedy(bos)
+        remedies[BEHIND_BOS] = Mitigation(bos)
     else:
         notes.append("there is no BOS token to put before the text")
     if register is not None:
-        remedies[BEHIND_REGISTER] = Remedy(register)
+        remedies[BEHIND_REGISTER] = Mitigation(register)
     else:
         notes.append(NO_REGISTER)
     base, prefix = (BEHIND_BOS, bos) if condition == WITH_BOS else (AS_IS, None)
-    everywhere = [f"attn.{layer}" for layer in range(describe(model).layers)]
+    everywhere = [f"attn.{layer}" for layer in range(describe(model).n_layers)]
     length = prompts.length if prefix is not None else prompts.length - 1
     window = length // WINDOWS_PER_ROW
     surgery: dict[str, Change] = {
@@ -204,11 +204,11 @@ def remedies_for(
             WINDOW: lambda rows: streamed(model, rows, (), window),
             WINDOW_KEPT: lambda rows: streamed(model, rows, range(FIRST), window),
         }
-    return base, remedies | {name: Remedy(prefix, change) for name, change in surgery.items()}
+    return base, remedies | {name: Mitigation(prefix, change) for name, change in surgery.items()}
 
 
 def measured_with(
-    model: Any, prompts: PromptSet, remedy: Remedy, heads: Heads, config: RemediesConfig = RemediesConfig()
+    model: Any, prompts: PromptSet, remedy: Mitigation, heads: Heads, config: MitigationsConfig = MitigationsConfig()
 ) -> dict[str, Float[np.ndarray, " sample"]]:
     """Every quantity of `QUANTITIES` for the samples it was measured on."""
     text = prompts.ids[:, :-1]
@@ -224,7 +224,7 @@ def measured_with(
     }
 
 
-def text_losses(model: Any, text: Int[Tensor, "row pos"], remedy: Remedy) -> Float[np.ndarray, "row prediction"]:
+def text_losses(model: Any, text: Int[Tensor, "row pos"], remedy: Mitigation) -> Float[np.ndarray, "row prediction"]:
     """The losses of the predictions made from 8 tokens into the text on."""
     rows, changes = remedy.applied(model, text)
     return _of_text(record(model, rows, TOKEN_LOSSES, interventions=changes)[TOKEN_LOSSES].double().numpy(), text)
@@ -238,7 +238,7 @@ def _of_text(
 
 
 @torch.no_grad()
-def int8_errors(model: Any, text: Int[Tensor, "row pos"], remedy: Remedy) -> Float[np.ndarray, " row"]:
+def int8_errors(model: Any, text: Int[Tensor, "row pos"], remedy: Mitigation) -> Float[np.ndarray, " row"]:
     """The error of the inputs of matrix products, one grid per row, P0 in: mean over them, at positions after P0."""
     # An intervention under `with` wants all its rows in one batch.
     size = batch_size_for(model, text.shape[1] + 1, with_logits=True)
@@ -263,7 +263,7 @@ def int8_errors(model: Any, text: Int[Tensor, "row pos"], remedy: Remedy) -> Flo
     return np.concatenate(errors)
 
 
-def _spread(model: Any, prompts: PromptSet, remedy: Remedy, tokens: int) -> Float[np.ndarray, " sample"]:
+def _spread(model: Any, prompts: PromptSet, remedy: Mitigation, tokens: int) -> Float[np.ndarray, " sample"]:
     """The standard deviation of the loss over tokens in the first place of the text, as C20 has it."""
     drawn = drawn_tokens(model, prompts, tokens, torch.Generator().manual_seed(prompts.seed + 1))
     text = prompts.ids[:, None, :-1].repeat(1, tokens, 1)

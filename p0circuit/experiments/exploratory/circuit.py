@@ -25,10 +25,9 @@ from p0circuit.interventions.closed_form import KeyEdges, NotOfTheClosedForm
 from p0circuit.interventions.edge_search import expected_passes, search_edges
 from p0circuit.interventions.metrics import sink_score_of
 from p0circuit.interventions.nodes import components
-from p0circuit.interventions.pairs import Contrast, contrast, replacements
+from p0circuit.interventions.pairs import PromptPair, patch_values, shifted_pair
 from p0circuit.interventions.path_patching import TOKENS_AT_ONCE, edges_into_keys, path_patch, receivers_of
 from p0circuit.models import ModelInfo, describe
-from p0circuit.models.info import drawable
 from p0circuit.prompts import PromptSet
 from p0circuit.recording.quantities import SINK_SCORE
 from p0circuit.results import Result
@@ -77,8 +76,7 @@ class Circuit(Experiment):
         names = [f"attn.{layer}.{head}" for layer, head in heads]
         chosen = second.subset(slice(0, config.samples))
         layers = range(max(layer for layer, _ in heads) + 1)
-        vocabulary, special = drawable(model)
-        pair = contrast(chosen, config.shift, vocabulary, prompts.seed, tuple(special))
+        pair = shifted_pair(model, chosen, config.shift, prompts.seed)
         which = f"sink heads: {listed(heads)}" + ("" if above else " (the highest; none is above the threshold)")
         study = _Study(model, pair, heads, names, layers, which)
         edges = _edges_up_to(info, layers[-1])
@@ -89,27 +87,27 @@ class Circuit(Experiment):
         info, n, length = describe(model), prompts.n, prompts.length
         config, rows = self.config, min(self.config.samples, n - n // 2)
         recording = rows * (1 + config.shift / length)
-        if _edges_up_to(info, info.layers - 1) > config.most_edges:
+        if _edges_up_to(info, info.n_layers - 1) > config.most_edges:
             screening = min(rows, config.screening_rows)
             return (recording + expected_passes(info, length, rows, screening, config.budget, heads=True)) / n
-        senders, heads = 1 + info.layers * (info.heads + 1), info.heads
+        senders, heads = 1 + info.n_layers * (info.n_heads + 1), info.n_heads
         per_batch = max(1, TOKENS_AT_ONCE // (rows * length))
         slots = senders + -(-senders // per_batch)
         total = 2.0
-        for layer in range(info.layers):
+        for layer in range(info.n_layers):
             before = 1 + layer * (heads + 1)
             # Edges into Q have no effect and are not run.
             edges = 2 * heads * before + before + heads
             # The clean run up to the layer; what its receivers read from every sender; the edges themselves.
-            total += layer / info.layers + slots * (layer + 1) / info.layers
-            total += edges * (info.layers - layer) / info.layers
+            total += layer / info.n_layers + slots * (layer + 1) / info.n_layers
+            total += edges * (info.n_layers - layer) / info.n_layers
         return (recording + rows * (total + (senders + 1) / length)) / n
 
     def _patch_all(self, study: _Study) -> Result:
         """Step 3 for small models: every edge, exactly."""
         model, chosen, heads, names = study.model, study.pair.clean, study.heads, study.names
         senders, receivers = components(model, study.layers, heads=True), receivers_of(model, study.layers)
-        values = replacements(model, study.pair, senders)
+        values = patch_values(model, study.pair, senders)
         effects = path_patch(model, chosen, senders, receivers, values, sink_score_of(heads))
         keys = edges_into_keys(model, chosen, senders, values)
 
@@ -131,7 +129,7 @@ class Circuit(Experiment):
         receivers = [f"mlp.{layer}" for layer in range(last)]
         receivers += [f"attn.{layer}.{part}" for layer in study.layers for part in "kv"]
         sets = {f"sink.{part}": [f"{name}.{part}" for name in study.names] for part in "kv"}
-        values = replacements(model, study.pair, senders)
+        values = patch_values(model, study.pair, senders)
         clean = bootstrap(scores_of(model, chosen, heads))
         threshold = config.share * clean.value
         try:
@@ -206,7 +204,7 @@ class _Study:
     """What is studied: the model, the pair of runs, and the sink heads, up to whose last layer edges count."""
 
     model: Any
-    pair: Contrast
+    pair: PromptPair
     heads: Sequence[tuple[int, int]]
     names: list[str]
     layers: range
@@ -215,8 +213,8 @@ class _Study:
 
 def _edges_up_to(info: ModelInfo, layer: int) -> int:
     """About how many edges there are between single heads, MLPs and their inputs up to a layer."""
-    senders = 1 + (layer + 1) * (info.heads + 1)
-    return senders * (layer + 1) * (3 * info.heads + 1) // 2
+    senders = 1 + (layer + 1) * (info.n_heads + 1)
+    return senders * (layer + 1) * (3 * info.n_heads + 1) // 2
 
 
 def _key_table(keys: KeyEdges, heads: Sequence[tuple[int, int]]) -> pd.DataFrame:

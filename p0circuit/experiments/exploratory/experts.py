@@ -93,7 +93,7 @@ class Experts(Experiment):
         if not info.experts:
             return 0.0
         # P0 is always routed to the same few experts of a block, mostly two.
-        few, at_p0 = min(config.samples, rows), 2 * info.layers
+        few, at_p0 = min(config.samples, rows), 2 * info.n_layers
         most = min(config.most, at_p0)
         # One by one at P0 and everywhere; together likewise, and random ones.
         runs = 2 * min(config.alone, at_p0) + len(_numbers(most)) * (2 + config.draws)
@@ -114,7 +114,7 @@ class Experts(Experiment):
             raise NotApplicable(f"{info.title} has no mixture of experts below its last sink head ({found.note})")
         few = found.prompts.subset(slice(0, self.config.samples))
         # Where the sink heads read; those of blocks 0 and 1 read before there is a norm to speak of.
-        reader = min(info.layers, max(EARLY, min(layer for layer, _ in found.heads)))
+        reader = min(info.n_layers, max(EARLY, min(layer for layer, _ in found.heads)))
 
         def without(experts: Sequence[Expert], offset: int | None = None) -> Left:
             return _left(model, few, found, reader, experts, offset)
@@ -337,7 +337,7 @@ def _draw_routing(
         "Norm written at P0": norms / max(norms.max(), 1e-30),
     }
     # Dense blocks have a line too, so that lines are layers.
-    panels = {name: np.zeros((info.layers, info.experts)) for name in found}
+    panels = {name: np.zeros((info.n_layers, info.experts)) for name in found}
     for name, values in found.items():
         panels[name][list(layers)] = values
     return heat_maps(panels, f"{info.title}: the experts of P0", "share (of the largest norm)", x_label="expert")

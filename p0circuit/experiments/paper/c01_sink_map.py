@@ -15,12 +15,12 @@ import numpy as np
 
 from p0circuit import sink
 from p0circuit.experiments.base import Experiment, mean_over_samples
-from p0circuit.experiments.claim import Claim, Clause
+from p0circuit.experiments.claim import Claim, Criterion
 from p0circuit.experiments.conditions import conditions
 from p0circuit.models import describe
 from p0circuit.prompts import RANDOM_TOKENS, WITH_BOS, WITHOUT_BOS, PromptSet, condition_of
 from p0circuit.recording.quantities import PATTERNS, SINK_SCORE, score_at
-from p0circuit.recording.record import HooksByRow, record
+from p0circuit.recording.record import BatchIntervention, record
 from p0circuit.results import Result
 from p0circuit.sink import CONTROL
 from p0circuit.stats import bootstrap
@@ -53,9 +53,9 @@ class SinkMap(Experiment):
         statement="Most of the attention of many heads from layer 2 on goes to position zero, without BOS too.",
         measure="Share of (sample, head) pairs from layer 2 on whose mean attention to P0 is above 0.3, on natural "
         "text without BOS; and how far that is above 5 times the same share for position 8.",
-        clauses=(
-            Clause("sink_rate_from_layer_2", ">", 0.05, "low"),
-            Clause("sink_rate_from_layer_2_above_5_times_position_8", ">", 0),
+        criteria=(
+            Criterion("sink_rate_from_layer_2", ">", 0.05, "low"),
+            Criterion("sink_rate_from_layer_2_above_5_times_position_8", ">", 0),
         ),
         control="The same rate of position 8.",
     )
@@ -75,7 +75,7 @@ class SinkMap(Experiment):
         eps, info = self.config.eps, describe(model)
         place = min(self.config.control, prompts.length - 1)
         control = score_at(place)
-        starts = sorted({0, min(2, info.layers - 1)})
+        starts = sorted({0, min(2, info.n_layers - 1)})
         maps, rows, rates, metrics = {}, [], [], {}
         late = starts[-1]
         for name, condition in conditions(model, prompts).items():
@@ -111,13 +111,14 @@ class SinkMap(Experiment):
         given = WITH_BOS if condition_of(model, prompts) == WITH_BOS else WITHOUT_BOS
         notes = [] if WITH_BOS in maps else ["There is no BOS token: the condition with BOS is left out."]
         notes.append(
-            f"{info.layers * info.heads} heads are looked at and no interval of a single head is corrected for that; "
+            f"{info.n_layers * info.n_heads} heads are looked at and no interval of a single head is corrected for "
+            "that; "
             "the claim's rates are over all of them"
         )
         if given == WITH_BOS:
             notes.append("the claim is about text without BOS; these prompts were given after BOS, where the sink is")
         if late < 2:
-            notes.append(f"{info.title} has {info.layers} layers: 'from layer 2' is from its last one")
+            notes.append(f"{info.title} has {info.n_layers} layers: 'from layer 2' is from its last one")
         columns = ["condition", "layer", "head", "sink_score", "standard_deviation", f"score_at_{place}"]
         rate_columns = ["condition", "position", "from_layer", "sink_rate", "low", "high", "n"]
         return Result(
@@ -143,7 +144,7 @@ def view_heads(
     prompt: PromptSet,
     heads: Sequence[tuple[int, int]],
     title: str = "",
-    interventions: Sequence[HooksByRow] = (),
+    interventions: Sequence[BatchIntervention] = (),
 ) -> AttentionView:
     """The attention of some heads on the beginning of one prompt (the first row), to click through.
 

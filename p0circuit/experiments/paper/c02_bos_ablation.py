@@ -13,7 +13,7 @@ from typing import Any
 
 from p0circuit import sink
 from p0circuit.experiments.base import Experiment, NotApplicable, mean_over_samples
-from p0circuit.experiments.claim import Claim, Clause
+from p0circuit.experiments.claim import Claim, Criterion
 from p0circuit.experiments.conditions import with_and_without_bos
 from p0circuit.experiments.sink_under_study import find_sink_heads, scores_of
 from p0circuit.models import describe
@@ -47,9 +47,9 @@ class BosAblation(Experiment):
         statement="Whatever token stands at position zero becomes the sink: without BOS it re-forms.",
         measure="The score that sink heads, chosen with BOS on other samples, give to P0 without BOS, over that "
         "with BOS.",
-        clauses=(
-            Clause("score_without_over_with_bos", ">=", 0.7, if_measured=True),
-            Clause("score_without_over_with_bos", ">=", 0.6, "low", if_measured=True),
+        criteria=(
+            Criterion("score_without_over_with_bos", ">=", 0.7, if_measured=True),
+            Criterion("score_without_over_with_bos", ">=", 0.6, "low", if_measured=True),
         ),
         control="The same heads' score of position 8 without BOS.",
     )
@@ -79,7 +79,7 @@ class BosAblation(Experiment):
         values: dict[str, dict[str, Any]] = {}
         layers = []
         info = describe(model)
-        start = min(self.config.from_layer, info.layers - 1)
+        start = min(self.config.from_layer, info.n_layers - 1)
         for name, condition in sets.items():
             recording = self.record(model, condition, [SINK_SCORE, TOKEN_LOSSES], name)
             scores, losses = recording[SINK_SCORE], recording[TOKEN_LOSSES]

@@ -40,13 +40,13 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from p0circuit.experiments.base import Experiment, NotApplicable, is_large, second_half
-from p0circuit.experiments.claim import Claim, Clause
+from p0circuit.experiments.claim import Claim, Criterion
 from p0circuit.experiments.sink_under_study import find_sink_heads
 from p0circuit.interventions.closed_form import NotOfTheClosedForm, QueryScores, query_side
 from p0circuit.interventions.vocabulary import CHUNK, vocabulary_sweep
 from p0circuit.log import track
 from p0circuit.models import ModelError, ModelInfo, describe
-from p0circuit.models.info import drawable
+from p0circuit.models.info import sampleable_vocabulary
 from p0circuit.prompts import WITH_BOS, PromptSet, bos_id, condition_of, random_tokens
 from p0circuit.recording.quantities import residual_at, score_at
 from p0circuit.results import Result, metric_name
@@ -94,9 +94,9 @@ class AnyToken(Experiment):
         measure="The sink score of sink heads that every token of the vocabulary draws as P0 from the queries of "
         "fixed continuations; the share of tokens with at least half of the median score. On prompts that begin with "
         "BOS also the median score over that of BOS.",
-        clauses=(
-            Clause("share_of_tokens_with_half_the_median_score", ">=", 0.9),
-            Clause("median_score_over_that_of_bos", ">=", 0.5, if_measured=True),
+        criteria=(
+            Criterion("share_of_tokens_with_half_the_median_score", ">=", 0.9),
+            Criterion("median_score_over_that_of_bos", ">=", 0.5, if_measured=True),
         ),
         control="The same tokens at position 8 of full runs, held against the same median.",
     )
@@ -105,7 +105,7 @@ class AnyToken(Experiment):
         super().__init__(config)
 
     def passes(self, model: Any, prompts: PromptSet) -> float:
-        config, rows, vocabulary = self.config, second_half(prompts), drawable(model)[0]
+        config, rows, vocabulary = self.config, second_half(prompts), sampleable_vocabulary(model)[0]
         swept = vocabulary if config.sample is None else min(config.sample, vocabulary)
         full = min(config.full_tokens, swept) * min(config.full_continuations, rows)
         probed = min(config.probe_tokens, swept)
@@ -130,7 +130,7 @@ class AnyToken(Experiment):
         info, config = describe(model), self.config
         found = find_sink_heads(model, prompts)
         generator = torch.Generator().manual_seed(prompts.seed)
-        vocabulary = torch.arange(drawable(model)[0])
+        vocabulary = torch.arange(sampleable_vocabulary(model)[0])
         sampled = config.sample is not None and config.sample < len(vocabulary)
         tokens = vocabulary
         if sampled:
@@ -154,7 +154,7 @@ class AnyToken(Experiment):
                 "text": _texts(model, tokens),
                 "sink_score": by_token,
                 "over_median": by_token / median,
-                "norm_after_block_1": norms[:, min(2, info.layers)].double().numpy(),
+                "norm_after_block_1": norms[:, min(2, info.n_layers)].double().numpy(),
             }
         )
         ranked = table.sort_values("sink_score", kind="stable")
@@ -184,7 +184,7 @@ class AnyToken(Experiment):
         probe, why_not = self._probe(model, tokens[shuffled[: config.probe_tokens]], prompts.seed)
         notes += [why_not] if why_not else []
         for place in ("P0", f"position {config.control}"):
-            last = probe[probe["place"] == place].iloc[min(2, info.layers)]
+            last = probe[probe["place"] == place].iloc[min(2, info.n_layers)]
             metrics[f"token_share_of_the_stream_after_block_1_at_{metric_name(place)}"] = Interval(
                 last["token_share"], last["token_share_low"], last["token_share_high"], int(last["n"])
             )
@@ -241,17 +241,17 @@ class AnyToken(Experiment):
         import pandas as pd
 
         info, control = describe(model), self.config.control
-        size, special = drawable(model)
+        size, special = sampleable_vocabulary(model)
         rows = random_tokens(size, len(tokens), control + 1, seed, special=special)
         rows.ids[:, control] = tokens
         quantity = residual_at(control)
         beside = self.record(model, rows, [quantity], "probe")[quantity]
-        streams = vocabulary_sweep(model, tokens, residual_layers=range(info.layers + 1)).residual
+        streams = vocabulary_sweep(model, tokens, residual_layers=range(info.n_layers + 1)).residual
         # The tokens come in random order already.
         train = torch.arange(len(tokens)) < len(tokens) // 2
         probed = int(train.sum()) > info.d_model
         lines = []
-        for layer in range(info.layers + 1):
+        for layer in range(info.n_layers + 1):
             for place, stream in (("P0", streams[layer]), (f"position {control}", beside[:, layer])):
                 units = normalize(stream.double(), dim=-1)
                 line = {"layer": layer, "place": place, **_columns("token_share", token_share(units))}
@@ -289,7 +289,7 @@ def scores_by_token(
     scores = torch.zeros(len(tokens), prompts.n, dtype=torch.float64)
     norms: list[Tensor] = []
     # What is scored at once is [token, prompt, head, query]: some tens of megabytes.
-    at_once = max(1, 2**23 // (prompts.n * describe(model).heads * prompts.length))
+    at_once = max(1, 2**23 // (prompts.n * describe(model).n_heads * prompts.length))
     for start in track(range(0, len(tokens), chunk), "sweeping the vocabulary"):
         sweep = vocabulary_sweep(model, tokens[start : start + chunk], key_layers=list(by_layer), chunk=chunk)
         norms.append(sweep.norms)

@@ -42,7 +42,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from p0circuit.experiments.base import Experiment, NotApplicable, second_half
-from p0circuit.experiments.claim import Claim, Clause
+from p0circuit.experiments.claim import Claim, Criterion
 from p0circuit.experiments.sink_under_study import find_sink_heads
 from p0circuit.models import ModelError, describe
 from p0circuit.models.forward import hook_point
@@ -124,12 +124,12 @@ class Recognition(Experiment):
         "much as a cone of value vectors says.",
         measure="In blocks 0 and 1 each: the squared norm of P0's attention output over the mean of positions from 8 "
         "on; the share of its variance over positions that the cone model predicts from cosine and attention weights.",
-        clauses=tuple(
-            clause
+        criteria=tuple(
+            criterion
             for block in BLOCKS
-            for clause in (
-                Clause(f"squared_norm_over_others_block_{block}", ">", 1, "low"),
-                Clause(f"variance_explained_by_the_cone_block_{block}", ">=", 0.8),
+            for criterion in (
+                Criterion(f"squared_norm_over_others_block_{block}", ">", 1, "low"),
+                Criterion(f"variance_explained_by_the_cone_block_{block}", ">=", 0.8),
             )
         ),
         control="A random position from 8 on in P0's place.",
@@ -140,7 +140,7 @@ class Recognition(Experiment):
 
     def passes(self, model: Any, prompts: PromptSet) -> float:
         blocks = sum(block + 1 for block in BLOCKS)
-        return blocks / describe(model).layers * second_half(prompts) / prompts.n
+        return blocks / describe(model).n_layers * second_half(prompts) / prompts.n
 
     def measure(self, model: Any, prompts: PromptSet) -> Result:
         """Raises NotApplicable where there is no sink, no block 1, padding, or attention that cannot be read."""
@@ -150,8 +150,8 @@ class Recognition(Experiment):
         from p0circuit.figures.style import Series
 
         info, start = describe(model), self.config.others
-        if info.layers <= max(BLOCKS):
-            raise NotApplicable(f"{info.title} has {info.layers} block: there are no blocks 0 and 1")
+        if info.n_layers <= max(BLOCKS):
+            raise NotApplicable(f"{info.title} has {info.n_layers} block: there are no blocks 0 and 1")
         if not bool(prompts.attention_mask.all()):
             raise NotApplicable("these prompts are padded, and a profile over positions needs rows of one length")
         found = find_sink_heads(model, prompts)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from p0circuit.experiments.base import Experiment, NotApplicable, is_large, second_half
-from p0circuit.experiments.claim import Claim, Clause
+from p0circuit.experiments.claim import Claim, Criterion
 from p0circuit.experiments.sink_under_study import ByHead, Heads, excess_by_head, over_heads
 from p0circuit.experiments.surgery import (
     LAST_BLOCK,
@@ -35,7 +35,7 @@ from p0circuit.experiments.surgery import (
     require_attention,
 )
 from p0circuit.interventions.ablation import match_statistics
-from p0circuit.interventions.attention_edits import isolate, mix
+from p0circuit.interventions.attention_edits import attend_to_self_only, copy_attention_row
 from p0circuit.interventions.intervention import Intervention
 from p0circuit.models import ModelInfo, describe
 from p0circuit.prompts import PromptSet
@@ -66,23 +66,23 @@ class StructureConfig:
 
 def _attending_as_another(model: Any, prompts: PromptSet, nodes: list[str], t: int) -> Intervention:
     donor = random_offsets(prompts.n, prompts.seed + t, 1, prompts.length, but=[t])
-    return mix(model, prompts, nodes, donor=donor, offset=t)
+    return copy_attention_row(model, prompts, nodes, donor=donor, offset=t)
 
 
 def _mixing_elsewhere(model: Any, prompts: PromptSet, nodes: list[str], t: int) -> Intervention:
     place = random_offsets(prompts.n, prompts.seed + t, 1, prompts.length, but=[t, CONTROL])
-    return mix(model, prompts, nodes, donor=t, offset=place)
+    return copy_attention_row(model, prompts, nodes, donor=t, offset=place)
 
 
 _NONE, _ALONE, _MIXED = "no surgery", "attends to itself", "attends as t"
 _AT_T: dict[str, Surgery] = {
-    _ALONE: isolate,
+    _ALONE: attend_to_self_only,
     "statistics of P0": lambda model, prompts, nodes, t: match_statistics(model, prompts, nodes, 0, t),
     "norm of P0": lambda model, prompts, nodes, t: match_statistics(model, prompts, nodes, 0, t, only_norm=True),
     "control: attends as another": _attending_as_another,
 }
 _AT_P0: dict[str, Surgery] = {
-    _MIXED: lambda model, prompts, nodes, t: mix(model, prompts, nodes, donor=t),
+    _MIXED: lambda model, prompts, nodes, t: copy_attention_row(model, prompts, nodes, donor=t),
     "statistics of t": lambda model, prompts, nodes, t: match_statistics(model, prompts, nodes, t, 0),
     "norm of t": lambda model, prompts, nodes, t: match_statistics(model, prompts, nodes, t, 0, only_norm=True),
     "control: at a random position": _mixing_elsewhere,
@@ -102,9 +102,9 @@ class Structure(Experiment):
         "blocks 0 and 1 becomes one, and P0 is none if its attention output there is mixed.",
         measure="With position t attending to itself alone in blocks 0-1, t's excess score over P0's in the same run; "
         "with P0 given t's mix of values there, the share of its excess score that is lost. Sums over several t.",
-        clauses=(
-            Clause("t_over_p0_when_alone", ">=", 0.5),
-            Clause("taken_from_p0_by_mixing", ">=", 0.5),
+        criteria=(
+            Criterion("t_over_p0_when_alone", ">=", 0.5),
+            Criterion("taken_from_p0_by_mixing", ">=", 0.5),
         ),
         control="t attends as a random position does; a random position is mixed instead of P0; t without surgery.",
     )
@@ -116,7 +116,7 @@ class Structure(Experiment):
         rows, config = second_half(prompts), self.config
         few = min(rows, config.samples_beside)
         positions = sum(t < prompts.length - 1 for t in config.positions)
-        blocks = min(config.scan_blocks, describe(model).layers - 1)
+        blocks = min(config.scan_blocks, describe(model).n_layers - 1)
         verdict, beside = 2 * positions * rows, (len(_AT_T) + len(_AT_P0) - 2) * positions * few
         return (verdict + beside + (4 * blocks - 2) * few) / prompts.n
 
@@ -194,7 +194,7 @@ class Structure(Experiment):
                     # Block 0 alone is all blocks up to it.
                     rows += [row | {"blocks": kind} for row in rows[-2:]]
                     continue
-                alone = ratio_interval(*_at_t(model, prompts, heads, isolate, nodes, t))
+                alone = ratio_interval(*_at_t(model, prompts, heads, attend_to_self_only, nodes, t))
                 mixed = ratio_interval(*_at_p0(model, prompts, heads, _AT_P0[_MIXED], nodes, t, clean))
                 for measured, interval in (("t over P0", alone), ("taken from P0", _one_minus(mixed))):
                     row = {"measured": measured, "blocks": kind, "block": last, "heads": len(heads)}

@@ -36,18 +36,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from p0circuit.experiments.base import Experiment, NotApplicable, is_large, second_half
-from p0circuit.experiments.claim import Claim, Clause
+from p0circuit.experiments.claim import Claim, Criterion
 from p0circuit.experiments.sink_under_study import SinkHeads, excess_scores, find_sink_heads
 from p0circuit.interventions.ablation import ablate
-from p0circuit.interventions.attribution import Attribution, attribute, replacements_at_p0
+from p0circuit.interventions.attribution import Attribution, attribute, patch_values_at_p0
 from p0circuit.interventions.experts import experts_at_p0
 from p0circuit.interventions.intervention import p0_direction
 from p0circuit.interventions.metrics import Metric, Reading, Rows
 from p0circuit.interventions.nodes import Node, components
-from p0circuit.interventions.pairs import contrast, replacements, values_at
+from p0circuit.interventions.pairs import patch_values, shifted_pair, values_at
 from p0circuit.models import ModelError, ModelInfo, describe
 from p0circuit.models.forward import hook_point
-from p0circuit.models.info import drawable
 from p0circuit.models.passes import WITH_GRADIENT
 from p0circuit.prompts import PromptSet
 from p0circuit.results import Result
@@ -91,10 +90,10 @@ class Amplification(Experiment):
         measure="The share of MLPs 0 and 1 in the projection of P0's stream on the P0 direction, where sink heads read "
         "it; the share of the excess score that goes when the 1 % of their neurons that write most of it get, at P0, "
         "the values they have where the token is not first.",
-        clauses=(
-            Clause("share_of_mlps_0_and_1", ">=", 0.5),
-            Clause("excess_carried_by_the_top_neurons", ">=", 0.5, if_measured=True),
-            Clause("excess_carried_by_random_neurons", "<", 0.05, if_measured=True),
+        criteria=(
+            Criterion("share_of_mlps_0_and_1", ">=", 0.5),
+            Criterion("excess_carried_by_the_top_neurons", ">=", 0.5, if_measured=True),
+            Criterion("excess_carried_by_random_neurons", "<", 0.05, if_measured=True),
         ),
         control="As many random neurons of the same blocks; the same neurons at position 8.",
     )
@@ -115,7 +114,7 @@ class Amplification(Experiment):
         measured = (runs + 2) * rows + groups * config.draw_samples + singles * few
         # The ranking of neurons: gradients in rows of two tokens, below the first sink heads.
         ranked = 2 * min(config.choosing, prompts.n - rows) * (1 + len(BLOCKS) * config.steps) * WITH_GRADIENT
-        return measured / prompts.n + ranked / (prompts.n * prompts.length) * min(1, (max(BLOCKS) + 2) / info.layers)
+        return measured / prompts.n + ranked / (prompts.n * prompts.length) * min(1, (max(BLOCKS) + 2) / info.n_layers)
 
     def quick(self, info: ModelInfo) -> Amplification:
         if not is_large(info):
@@ -127,8 +126,8 @@ class Amplification(Experiment):
         from p0circuit.figures.intervals import bars
 
         info = describe(model)
-        if info.layers <= max(BLOCKS):
-            raise NotApplicable(f"{info.title} has {info.layers} block: there are no blocks 0 and 1")
+        if info.n_layers <= max(BLOCKS):
+            raise NotApplicable(f"{info.title} has {info.n_layers} block: there are no blocks 0 and 1")
         found = find_sink_heads(model, prompts)
         first = prompts.split()[0]
         layer = max(max(BLOCKS) + 1, min(layer for layer, _ in found.heads))
@@ -141,7 +140,7 @@ class Amplification(Experiment):
             **{f"share_of_mlp_{block}": shares[f"mlp.{block}"] for block in BLOCKS},
             "projection": bootstrap(total),
         }
-        where = f"before block {layer}" if layer < info.layers else "at the end"
+        where = f"before block {layer}" if layer < info.n_layers else "at the end"
         notes = [found.note, f"the P0 direction is that of the stream {where}"]
         tables = {"writers": _interval_table("writer", "share", shares)}
         early = ("embed", "attn.0", "attn.1")
@@ -192,12 +191,11 @@ class Amplification(Experiment):
 
     def _shifted(self, model: Any, prompts: PromptSet, nodes: Sequence[Node]) -> dict[Node, Tensor]:
         """The values of nodes at the same tokens, where these are not first."""
-        return replacements(model, self._pair(model, prompts), nodes)
+        return patch_values(model, self._pair(model, prompts), nodes)
 
     def _pair(self, model: Any, prompts: PromptSet) -> Any:
-        size, special = drawable(model)
         # What a token computes does not depend on what follows it.
-        return contrast(_two_tokens(prompts), self.config.shift, size, prompts.seed, tuple(special))
+        return shifted_pair(model, _two_tokens(prompts), self.config.shift, prompts.seed)
 
     def _neurons(
         self,
@@ -248,7 +246,7 @@ class Amplification(Experiment):
         return table, _interval_table("neurons", "excess_carried", by_number), shares, note
 
     def _all_shifted(self, model: Any, prompts: PromptSet) -> dict[Node, Tensor]:
-        return replacements_at_p0(model, self._pair(model, prompts), ("neuron",), layers=BLOCKS)
+        return patch_values_at_p0(model, self._pair(model, prompts), ("neuron",), layers=BLOCKS)
 
     def _rank(
         self, model: Any, prompts: PromptSet, direction: Tensor, layer: int

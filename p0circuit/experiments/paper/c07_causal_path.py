@@ -52,14 +52,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from p0circuit.experiments.base import Experiment, NotApplicable
-from p0circuit.experiments.claim import Claim, Clause
+from p0circuit.experiments.claim import Claim, Criterion
 from p0circuit.experiments.edges import input_shares
 from p0circuit.experiments.sink_under_study import SinkHeads, find_sink_heads, scores_of
 from p0circuit.interventions.ablation import ablate
 from p0circuit.interventions.activation_patching import (
     Component,
     Direction,
-    contrast_patches,
+    pair_patches,
     patch_components,
     patch_grid,
 )
@@ -68,12 +68,11 @@ from p0circuit.interventions.closed_form import NotOfTheClosedForm, key_edges, k
 from p0circuit.interventions.edge_search import EdgeSearch, expected_passes, search_edges
 from p0circuit.interventions.metrics import Metric, Reading, Rows, batches, measure, sink_score_of
 from p0circuit.interventions.nodes import InterventionError, Node, components
-from p0circuit.interventions.pairs import Contrast, contrast, values_at
+from p0circuit.interventions.pairs import PromptPair, shifted_pair, values_at
 from p0circuit.interventions.path_patching import PathEffects, path_patch
 from p0circuit.interventions.receiver_inputs import InputPatch, measure_inputs
 from p0circuit.models import ModelInfo, describe, device_of, forward
 from p0circuit.models.forward import Hook
-from p0circuit.models.info import drawable
 from p0circuit.prompts import PromptSet, from_ids
 from p0circuit.results import Result
 from p0circuit.stats import Interval, bootstrap, ratio_interval
@@ -93,7 +92,7 @@ _WIDTH = ("value", "low", "high")
 
 
 @dataclass(frozen=True)
-class ThePathConfig:
+class CausalPathConfig:
     """`shifts`: tokens of the prefixes; `samples`: the most rows to patch.
 
     `runs` bounds the work of single patches and of edges: as many rows are used as keep patches times rows below it.
@@ -109,7 +108,7 @@ class ThePathConfig:
     row_runs: int = 72
 
 
-class ThePath(Experiment):
+class CausalPath(Experiment):
     """Activation patching in both directions, and path patching into Q, K and V of the sink heads."""
 
     id = "path"
@@ -123,35 +122,31 @@ class ThePath(Experiment):
         measure="What all components of blocks 0-1 at P0, patched together between the clean and the shifted run, "
         "change in the sink heads' score, over what P0's whole stream changes, both ways; and the share of K in the "
         "summed effects of all edges from components at P0 into sink heads.",
-        clauses=(
-            Clause("share_of_blocks_0_1_in_noising", ">=", 0.8),
-            Clause("share_of_blocks_0_1_in_denoising", ">=", 0.8),
-            Clause("share_of_k_among_edges_into_sink_heads", ">=", 0.8),
+        criteria=(
+            Criterion("share_of_blocks_0_1_in_noising", ">=", 0.8),
+            Criterion("share_of_blocks_0_1_in_denoising", ">=", 0.8),
+            Criterion("share_of_k_among_edges_into_sink_heads", ">=", 0.8),
         ),
         control="The same joint patches at a random position, and edges from there.",
     )
 
-    def __init__(self, config: ThePathConfig = ThePathConfig()) -> None:
+    def __init__(self, config: CausalPathConfig = CausalPathConfig()) -> None:
         super().__init__(config)
 
     def measure(self, model: Any, prompts: PromptSet) -> Result:
         """Raises NotApplicable without blocks 0-1 or a sink, and where P0's whole stream has no effect on it."""
         info = describe(model)
-        if info.layers < 2:
-            raise NotApplicable(f"{info.title} has {info.layers} block, and the claim is about blocks 0 and 1")
-        shifts = [m for m in self.config.shifts if info.context is None or prompts.length + m <= info.context]
+        if info.n_layers < 2:
+            raise NotApplicable(f"{info.title} has {info.n_layers} block, and the claim is about blocks 0 and 1")
+        shifts = [m for m in self.config.shifts if info.n_ctx is None or prompts.length + m <= info.n_ctx]
         if not shifts:
             raise NotApplicable(
-                f"{info.title} has {info.context} positions: no room for a prefix of {min(self.config.shifts)} tokens "
+                f"{info.title} has {info.n_ctx} positions: no room for a prefix of {min(self.config.shifts)} tokens "
                 f"before prompts of {prompts.length}; shorten them"
             )
         found = find_sink_heads(model, prompts)
         chosen = found.prompts.subset(slice(0, self.config.samples))
-        vocabulary, special = drawable(model)
-        pairs = [
-            contrast(chosen, shift, vocabulary, prompts.seed + number, tuple(special))
-            for number, shift in enumerate(shifts)
-        ]
+        pairs = [shifted_pair(model, chosen, shift, prompts.seed + number) for number, shift in enumerate(shifts)]
         # From 1 on: the position after P0 is the first that is not P0.
         generator = torch.Generator().manual_seed(prompts.seed)
         lengths = chosen.length - chosen.p0
@@ -211,7 +206,7 @@ class ThePath(Experiment):
             *edges.notes,
         ]
         if len(shifts) < len(self.config.shifts):
-            notes.append(f"longer prefixes do not fit {info.context} positions")
+            notes.append(f"longer prefixes do not fit {info.n_ctx} positions")
         figures = {
             "components": _component_maps(singles, info),
             "shares": _share_lines(metrics, info),
@@ -221,7 +216,7 @@ class ThePath(Experiment):
     def _singles(
         self,
         model: Any,
-        pairs: Sequence[Contrast],
+        pairs: Sequence[PromptPair],
         found: SinkHeads,
         changes: Sequence[dict[tuple[str, str], np.ndarray]],
     ) -> pd.DataFrame:
@@ -251,7 +246,7 @@ class ThePath(Experiment):
     def _edges(
         self,
         model: Any,
-        pairs: Sequence[Contrast],
+        pairs: Sequence[PromptPair],
         found: SinkHeads,
         changes: Sequence[dict[tuple[str, str], np.ndarray]],
         beside: Int[Tensor, " batch"],
@@ -295,13 +290,13 @@ class ThePath(Experiment):
 
     def _bounded(self, info: ModelInfo) -> bool:
         """Whether there are too many edges between components and single heads to patch each of them."""
-        return (2 * info.layers + 1) * (3 * info.layers * info.heads + len(_BLOCKS)) // 2 > self.config.most_edges
+        return (2 * info.n_layers + 1) * (3 * info.n_layers * info.n_heads + len(_BLOCKS)) // 2 > self.config.most_edges
 
     def passes(self, model: Any, prompts: PromptSet) -> float:
         """The passes over all `n` prompts that a run takes beside the recordings that choose the sink heads."""
         info, n, length = describe(model), prompts.n, prompts.length
-        config, chosen, layers = self.config, min(self.config.samples, n - n // 2), info.layers
-        shifts = [m for m in config.shifts if info.context is None or length + m <= info.context] or [0]
+        config, chosen, layers = self.config, min(self.config.samples, n - n // 2), info.n_layers
+        shifts = [m for m in config.shifts if info.n_ctx is None or length + m <= info.n_ctx] or [0]
         longer = 1 + sum(shifts) / len(shifts) / length
         few = len(_BLOCKS) / layers
         if self._bounded(info):
@@ -315,7 +310,7 @@ class ThePath(Experiment):
             # The whole stream into five inputs, read at two places.
             return (joint + singles + edges + config.row_runs + 8 * rows) / n
         joint = chosen * (1 + len(shifts) * (longer + few + few * longer + 3 + 4 * longer))
-        count, sink_heads = len(_COLUMNS) * layers, max(1, layers * info.heads // 8)
+        count, sink_heads = len(_COLUMNS) * layers, max(1, layers * info.n_heads // 8)
         least = min(chosen, max(len(shifts), config.runs // (2 * count)))
         singles = least * (2 * (longer + 1) * 2 + (4 * layers + 1) / 2 * (1 + longer))
         senders, inputs = 2 * layers - 1, 3 * sink_heads
@@ -327,7 +322,7 @@ class ThePath(Experiment):
     def _few_singles(
         self,
         model: Any,
-        pairs: Sequence[Contrast],
+        pairs: Sequence[PromptPair],
         found: SinkHeads,
         changes: Sequence[dict[tuple[str, str], np.ndarray]],
     ) -> tuple[pd.DataFrame, list[str]]:
@@ -350,18 +345,18 @@ class ThePath(Experiment):
         ranked = sorted(range(len(nodes)), key=lambda place: (nodes[place].kind.startswith("resid"), -shares[place]))
         few = _dealt(pairs, max(len(pairs), _FEWEST_ROWS))
         patched_rows = len(torch.cat(few))
-        chosen = _within(nodes, ranked, 2 / 3 * self.config.row_runs, patched_rows, info.layers)
+        chosen = _within(nodes, ranked, 2 / 3 * self.config.row_runs, patched_rows, info.n_layers)
         strongest = len(chosen)
         left = [place for place in range(len(nodes)) if place not in chosen]
         generator = torch.Generator().manual_seed(pairs[0].clean.seed)
         mixed = [left[place] for place in torch.randperm(len(left), generator=generator).tolist()]
-        chosen += _within(nodes, mixed, self.config.row_runs / 3, patched_rows, info.layers)
+        chosen += _within(nodes, mixed, self.config.row_runs / 3, patched_rows, info.n_layers)
         exact = {}
         for direction in _DIRECTIONS:
             grids = []
             for pair, some in zip(pairs, few, strict=False):
                 part = _part(pair, some)
-                patches = contrast_patches(model, part, [nodes[place] for place in chosen], direction)
+                patches = pair_patches(model, part, [nodes[place] for place in chosen], direction)
                 grids.append(patch_grid(model, part, patches, metric, direction))
             patched = torch.cat([grid.patched - grid.base for grid in grids], dim=1).double().numpy()
             exact[direction] = dict(zip(chosen, patched, strict=True))
@@ -402,7 +397,7 @@ class ThePath(Experiment):
     def _searched_edges(
         self,
         model: Any,
-        pairs: Sequence[Contrast],
+        pairs: Sequence[PromptPair],
         found: SinkHeads,
         changes: Sequence[dict[tuple[str, str], np.ndarray]],
         beside: Int[Tensor, " batch"],
@@ -503,7 +498,7 @@ def _within(nodes: Sequence[Node], order: Sequence[int], row_runs: float, rows: 
 
 def _shifted_values(
     model: Any,
-    pairs: Sequence[Contrast],
+    pairs: Sequence[PromptPair],
     beside: Int[Tensor, " batch"],
     most: int,
     nodes: Sequence[Node],
@@ -629,12 +624,12 @@ def _stream_table(stream: dict[tuple[str, str], np.ndarray]) -> pd.DataFrame:
 def _patched_nodes(model: Any) -> list[Node]:
     """What the joint patches put in: the components of blocks 0-1, then the stream before every block."""
     blocks = [node for node in components(model, _BLOCKS) if node.kind != "embed"]
-    return [*blocks, *(Node("resid_pre", layer) for layer in range(describe(model).layers))]
+    return [*blocks, *(Node("resid_pre", layer) for layer in range(describe(model).n_layers))]
 
 
 def joint_changes(
     model: Any,
-    pair: Contrast,
+    pair: PromptPair,
     heads: Sequence[tuple[int, int]],
     beside: Int[Tensor, " batch"],
     own: Mapping[Node, Tensor] | None = None,
@@ -679,7 +674,7 @@ def joint_changes(
 
 
 def _dealt_changes(
-    model: Any, pairs: Sequence[Contrast], heads: Sequence[tuple[int, int]], beside: Int[Tensor, " batch"]
+    model: Any, pairs: Sequence[PromptPair], heads: Sequence[tuple[int, int]], beside: Int[Tensor, " batch"]
 ) -> list[dict[tuple[str, str], Float[np.ndarray, " sample"]]]:
     """Steps 1, 2 and 4, bounded: as `joint_changes` for each shift, not a number in rows dealt out to another one."""
     clean, last = pairs[0].clean, max(layer for layer, _ in heads)
@@ -736,14 +731,14 @@ def _values_and_scores(
     return {node: torch.cat(parts) for node, parts in values.items()}, torch.cat(scores).double().cpu().numpy()
 
 
-def _dealt(pairs: Sequence[Contrast], most: int) -> list[Int[Tensor, " rows"]]:
+def _dealt(pairs: Sequence[PromptPair], most: int) -> list[Int[Tensor, " rows"]]:
     """Rows for each pair, in turn, at most so many in all."""
     rows = torch.arange(min(most, pairs[0].clean.n))
     return [rows[number :: len(pairs)] for number in range(len(pairs)) if number < len(rows)]
 
 
-def _part(pair: Contrast, rows: Int[Tensor, " rows"]) -> Contrast:
-    return Contrast(pair.clean.subset(rows), pair.shifted.subset(rows), pair.shift)
+def _part(pair: PromptPair, rows: Int[Tensor, " rows"]) -> PromptPair:
+    return PromptPair(pair.clean.subset(rows), pair.shifted.subset(rows), pair.shift)
 
 
 def at_p0(metric: Metric) -> Metric:
@@ -762,7 +757,7 @@ def _sizes(effects: PathEffects, heads: Sequence[str]) -> Float[np.ndarray, " sa
     return effects.effect[torch.tensor(into)].abs().sum(0).double().cpu().numpy()
 
 
-def _joint_table(pairs: Sequence[Contrast], changes: Sequence[dict[tuple[str, str], np.ndarray]]) -> pd.DataFrame:
+def _joint_table(pairs: Sequence[PromptPair], changes: Sequence[dict[tuple[str, str], np.ndarray]]) -> pd.DataFrame:
     import pandas as pd
 
     rows = []

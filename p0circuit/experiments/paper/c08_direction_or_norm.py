@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from p0circuit.experiments.base import ORDINARY, Experiment, NotApplicable, is_large, second_half
-from p0circuit.experiments.claim import Claim, Clause
+from p0circuit.experiments.claim import Claim, Criterion
 from p0circuit.experiments.sink_under_study import excess_by_head
 from p0circuit.experiments.surgery import (
     LAST_BLOCK,
@@ -75,9 +75,9 @@ class DirectionOrNorm(Experiment):
         measure="Share of the excess score that is left when P0's residual after block 1 keeps its direction and gets "
         "the median norm of the others, and when it keeps its norm and gets the direction of an ordinary position of "
         "another sample.",
-        clauses=(
-            Clause("left_with_norm_cut", ">=", 0.8),
-            Clause("left_with_direction_replaced", "<=", 0.2),
+        criteria=(
+            Criterion("left_with_norm_cut", ">=", 0.8),
+            Criterion("left_with_direction_replaced", "<=", 0.2),
         ),
         control="The same surgery at a random position.",
     )
@@ -87,7 +87,7 @@ class DirectionOrNorm(Experiment):
 
     def passes(self, model: Any, prompts: PromptSet) -> float:
         rows, config = second_half(prompts), self.config
-        few, blocks = min(rows, config.scan_samples), min(config.scan_blocks, describe(model).layers - 1)
+        few, blocks = min(rows, config.scan_samples), min(config.scan_blocks, describe(model).n_layers - 1)
         return (4 * rows + (2 * blocks + len(config.doses)) * few) / prompts.n
 
     def quick(self, info: ModelInfo) -> DirectionOrNorm:
@@ -105,10 +105,10 @@ class DirectionOrNorm(Experiment):
         import pandas as pd
 
         prompts = sink.prompts
-        lenders = [offset for offset in self.config.ordinary if offset < prompts.length]
-        if not lenders:
+        donor_positions = [offset for offset in self.config.ordinary if offset < prompts.length]
+        if not donor_positions:
             raise NotApplicable(f"rows of {prompts.length} tokens have no position {self.config.ordinary[0]}")
-        streams = ordinary_streams(model, prompts, lenders)
+        streams = ordinary_streams(model, prompts, donor_positions)
         clean = excess_by_head(model, prompts)[0]
         elsewhere = random_offsets(prompts.n, prompts.seed, 1, prompts.length, but=[CONTROL])
         rows, left = [], {}
@@ -128,8 +128,8 @@ class DirectionOrNorm(Experiment):
         some = slice(0, self.config.scan_samples)
         scan = self._scan(model, sink, prompts.subset(some), clean[some], streams[some])
         doses = self._doses(model, sink, prompts.subset(some), clean[some])
-        lent = ", ".join(map(str, lenders))
-        notes = [*sink.notes, f"directions are lent by positions {lent} of the next sample, in turn"]
+        donor = ", ".join(map(str, donor_positions))
+        notes = [*sink.notes, f"directions are donor by positions {donor} of the next sample, in turn"]
         tables = {"surgery": pd.DataFrame(rows), "blocks": scan, "doses": doses}
         name = describe(model).title
         figures = {"blocks": _draw_scan(scan, name), "doses": _draw_doses(doses, name)}

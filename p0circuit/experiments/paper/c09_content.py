@@ -24,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from p0circuit.experiments.base import ORDINARY, Experiment, NotApplicable, is_large, second_half
-from p0circuit.experiments.claim import Claim, Clause
+from p0circuit.experiments.claim import Claim, Criterion
 from p0circuit.experiments.sink_under_study import excess_by_head
 from p0circuit.experiments.surgery import (
     LAST_BLOCK,
@@ -82,7 +82,7 @@ class Content(Experiment):
         "all else in its stream do not matter.",
         measure="Share of the excess score that is left when everything in P0's residual after block 1 that is "
         "orthogonal to the P0 direction is replaced by that of another sample with another token at P0.",
-        clauses=(Clause("left_with_content_replaced", ">=", BOUND),),
+        criteria=(Criterion("left_with_content_replaced", ">=", BOUND),),
         control="The component along the direction replaced by that of an ordinary position, the content kept.",
     )
 
@@ -91,7 +91,7 @@ class Content(Experiment):
 
     def passes(self, model: Any, prompts: PromptSet) -> float:
         rows, config = second_half(prompts), self.config
-        few, blocks = min(rows, config.scan_samples), min(config.scan_blocks, describe(model).layers - 1)
+        few, blocks = min(rows, config.scan_samples), min(config.scan_blocks, describe(model).n_layers - 1)
         # Four kinds of surgery, after block 1 and after each block of the scan.
         return 4 * (rows + blocks * few) / prompts.n
 
@@ -110,19 +110,19 @@ class Content(Experiment):
         import pandas as pd
 
         prompts = sink.prompts
-        lenders = [offset for offset in self.config.ordinary if offset < prompts.length]
-        if not lenders:
+        donor_positions = [offset for offset in self.config.ordinary if offset < prompts.length]
+        if not donor_positions:
             raise NotApplicable(f"rows of {prompts.length} tokens have no position {self.config.ordinary[0]}")
         own = record(model, prompts, residual_at())[residual_at()]
         first = prompts.ids[torch.arange(prompts.n), prompts.p0]
-        ordinary = ordinary_streams(model, prompts, lenders)
-        lent = {_TOKEN: own[row_of_another_token(first)], _ORDINARY: ordinary, _ALONG: ordinary}
-        lent[_REMOVED] = torch.zeros_like(own)
+        ordinary = ordinary_streams(model, prompts, donor_positions)
+        donor = {_TOKEN: own[row_of_another_token(first)], _ORDINARY: ordinary, _ALONG: ordinary}
+        donor[_REMOVED] = torch.zeros_like(own)
         clean = excess_by_head(model, prompts)[0]
         direction = p0_direction(model, sink.others, LAST_BLOCK + 1).cpu()
         left = {
             name: left_of(_changed(model, prompts, name, LAST_BLOCK, direction, streams), clean, sink.heads)
-            for name, streams in lent.items()
+            for name, streams in donor.items()
         }
         content, along = _parts(own[:, LAST_BLOCK + 1], direction)
         given = _parts(ordinary[:, LAST_BLOCK + 1], direction)[1]
@@ -136,14 +136,14 @@ class Content(Experiment):
         }
         tables = {
             "surgery": pd.DataFrame([{"surgery": name} | interval.to_json() for name, interval in left.items()]),
-            "blocks": self._scan(model, sink, clean, own, lent),
+            "blocks": self._scan(model, sink, clean, own, donor),
         }
-        names = ", ".join(map(str, lenders))
+        names = ", ".join(map(str, donor_positions))
         notes = [*sink.notes, f"ordinary positions are {names} of the next sample, in turn", *_caveats(metrics)]
         figures = {"blocks": _draw(tables["blocks"], describe(model).title)}
         return Result(self.id, self.title, metrics, tables, figures, notes=notes)
 
-    def _scan(self, model: Any, sink: Sink, clean: Tensor, own: Tensor, lent: dict[str, Tensor]) -> pd.DataFrame:
+    def _scan(self, model: Any, sink: Sink, clean: Tensor, own: Tensor, donor: dict[str, Tensor]) -> pd.DataFrame:
         """All surgeries after each block, measured on the sink heads above it."""
         import pandas as pd
 
@@ -154,7 +154,7 @@ class Content(Experiment):
             heads, direction = heads_above(sink.heads, block), p0_direction(model, sink.others, block + 1).cpu()
             content, along = _parts(own[some, block + 1], direction)
             share = float((content**2 / (content**2 + along**2)).mean())
-            for name, streams in lent.items():
+            for name, streams in donor.items():
                 left = left_of(_changed(model, prompts, name, block, direction, streams[some]), clean[some], heads)
                 row = {"surgery": name, "after_block": block, "heads": len(heads), **left.to_json()}
                 rows.append(row | {"orthogonal_share": share})
@@ -165,11 +165,11 @@ def _changed(
     model: Any, prompts: PromptSet, surgery: str, block: int, direction: Tensor, streams: Tensor
 ) -> Float[Tensor, "sample layer head"]:
     """The excess scores of P0 with surgery on its stream after a block; `streams` are those that lend."""
-    nodes, lent = [f"resid_post.{block}"], streams[:, block + 1]
+    nodes, donor = [f"resid_post.{block}"], streams[:, block + 1]
     if surgery in (_ALONG, _REMOVED):
-        change = set_component(model, prompts, nodes, direction, component(lent.to(direction), direction))
+        change = set_component(model, prompts, nodes, direction, component(donor.to(direction), direction))
     else:
-        change = replace_orthogonal(model, prompts, nodes, direction, to=lent)
+        change = replace_orthogonal(model, prompts, nodes, direction, to=donor)
     return excess_by_head(model, prompts, [change])[0]
 
 

@@ -34,7 +34,7 @@ from torch.nn.functional import normalize
 
 from p0circuit import sink
 from p0circuit.experiments.base import Experiment, NotApplicable, second_half
-from p0circuit.experiments.claim import Claim, Clause
+from p0circuit.experiments.claim import Claim, Criterion
 from p0circuit.experiments.sink_under_study import find_sink_heads
 from p0circuit.interventions.closed_form import (
     MASKED,
@@ -87,9 +87,9 @@ class KeySide(Experiment):
         statement="Sink heads find P0 by its key: any query would, whatever it says.",
         measure="The gap between the score before the softmax at P0 and the mean score of the other keys, and the part "
         "of it that the mean query over samples and positions makes: of the mean gap, and of its mean square.",
-        clauses=(
-            Clause("query_independent_share", ">=", 0.5),
-            Clause("query_independent_share_of_the_mean_gap", ">=", 0.5),
+        criteria=(
+            Criterion("query_independent_share", ">=", 0.5),
+            Criterion("query_independent_share_of_the_mean_gap", ">=", 0.5),
         ),
         control="The gap of position 8 over that of P0.",
     )
@@ -134,7 +134,7 @@ class KeySide(Experiment):
         at_p0, beside = (_of_heads(recording, parts, by_layer, offset) for offset in (0, config.control))
         pooled, control = ({name: value.mean(1) for name, value in one.items()} for one in (at_p0, beside))
         # Heads are in the order of `by_layer`; those of a group share a key and a value.
-        group = info.heads // info.kv_heads
+        group = info.n_heads // info.n_kv_heads
         names = [(layer, head) for layer, heads in by_layer.items() for head in heads]
         drained = np.stack([recording[VALUE_NORM_RATIO][:, i, j // group].double().numpy() for i, j in names], axis=1)
         steady = np.stack(

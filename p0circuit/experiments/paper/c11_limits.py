@@ -7,9 +7,9 @@ window would hide P0, all but 5 and 6 use the beginning of the rows that the nar
    text itself, the last r is one token from end to end. P0 counts as imitated from the smallest r at which the last
    copy (or the one at position 8, if that comes first) gets at least half of P0's score. *Control*: in the place of the
    copies tokens drawn at random, all different and none of them the first token.
-2. *The clause.* The excess score with one token from end to end (P0's minus position 8's, which is the same token) over
-   that on the text. Where nothing but tokens enters the stream, equal tokens compute the same at all positions, so at
-   most a quarter may be left (rotary, ALiBi and no positions at all are one class); learned positions tell P0 apart
+2. *The criterion.* The excess score with one token from end to end (P0's minus position 8's, which is the same token)
+   over that on the text. Where nothing but tokens enters the stream, equal tokens compute the same at all positions, so
+   at most a quarter may be left (rotary, ALiBi and no positions at all are one class); learned positions tell P0 apart
    whatever stands there, and at least half must stay. *Control*: rows of different tokens behind the same first one.
 3. *Prefix.* The text behind m random tokens: the score of the token that was first, and of the one that is now.
 4. *Other text.* English, code, random tokens, of the same length.
@@ -35,12 +35,12 @@ from torch import Tensor
 
 from p0circuit import sink
 from p0circuit.experiments.base import Experiment, NotApplicable, is_large, second_half
-from p0circuit.experiments.claim import Claim, Clause
+from p0circuit.experiments.claim import Claim, Criterion
 from p0circuit.experiments.conditions import text_like
 from p0circuit.experiments.sink_under_study import SinkHeads, find_sink_heads
-from p0circuit.interventions.pairs import contrast
+from p0circuit.interventions.pairs import shifted_pair
 from p0circuit.models import ModelInfo, describe
-from p0circuit.models.info import drawable
+from p0circuit.models.info import sampleable_vocabulary
 from p0circuit.prompts import SHIPPED_TEXTS, PromptSet, natural_text, random_tokens
 from p0circuit.recording.batch_size import ATTENTION_COPIES
 from p0circuit.recording.quantities import Batch, Quantity, score_at
@@ -86,10 +86,10 @@ class Limits(Experiment):
         "learned positions; a window that hides P0 has no sink at it.",
         measure="The excess score of sink heads on one token from end to end over that on text; the attention to P0 "
         "of queries whose window has moved past it.",
-        clauses=(
-            Clause(_ROTARY, "<=", 0.25, if_measured=True),
-            Clause(_LEARNED, ">=", 0.5, if_measured=True),
-            Clause(_HIDDEN, "<=", 0, if_measured=True),
+        criteria=(
+            Criterion(_ROTARY, "<=", 0.25, if_measured=True),
+            Criterion(_LEARNED, ">=", 0.5, if_measured=True),
+            Criterion(_HIDDEN, "<=", 0, if_measured=True),
         ),
         control="Rows of the same length whose tokens are all different.",
     )
@@ -161,7 +161,7 @@ class Limits(Experiment):
         )
 
     def _repetitions(self, model: Any, found: SinkHeads, notes: list[str]) -> tuple[pd.DataFrame, dict[str, Interval]]:
-        """Steps 1 and 2: the table, and the metrics of the clause that is about this model's positions."""
+        """Steps 1 and 2: the table, and the metrics of the criterion that is about this model's positions."""
         import pandas as pd
 
         prompts, learned = found.prompts, describe(model).positions == "learned"
@@ -173,7 +173,9 @@ class Limits(Experiment):
                 # The last copy; behind position 8 few queries are left to attend to one.
                 copy = min(count - 1, CONTROL)
                 places = sorted({0, copy, CONTROL})
-                scores = self._scores(model, opened(prompts, fill, count), found, places, f"{kind} {count}")
+                scores = self._scores(
+                    model, with_repeated_prefix(prompts, fill, count), found, places, f"{kind} {count}"
+                )
                 excess[kind, count] = scores[0] - scores[CONTROL]
                 quantities = {"score of P0": scores[0], "excess": excess[kind, count]}
                 if copy:
@@ -204,13 +206,12 @@ class Limits(Experiment):
         """Step 3."""
         import pandas as pd
 
-        vocabulary, special = drawable(model)
         info = describe(model)
         rows = []
         for shift in (0, *self.config.prefixes):
             if not _fits(info, prompts.length + shift):
                 continue
-            shifted = contrast(prompts, shift, vocabulary, prompts.seed, tuple(special)).shifted if shift else prompts
+            shifted = shifted_pair(model, prompts, shift, prompts.seed).shifted if shift else prompts
             scores = self._scores(model, shifted, found, [0, shift], f"prefix {shift}")
             for name, place in (("the text's first token", shift), ("the new first token", 0)):
                 rows.append((shift, name, *bootstrap(scores[place]).to_json().values()))
@@ -222,7 +223,7 @@ class Limits(Experiment):
         """Step 4: the excess score on each kind of text."""
         import pandas as pd
 
-        size, special = drawable(model)
+        size, special = sampleable_vocabulary(model)
         sets = {"the same text": chosen}
         for source in SHIPPED_TEXTS if model.tokenizer is not None else ():
             try:
@@ -248,8 +249,8 @@ class Limits(Experiment):
             if length <= CONTROL + 1:
                 left_out[length] = f"there is no position {CONTROL} with a query behind it"
             elif not _fits(info, length):
-                left_out[length] = f"the context is {info.context} tokens"
-            elif 4 * ATTENTION_COPIES * info.heads * length**2 > _ROW_BYTES:
+                left_out[length] = f"the context is {info.n_ctx} tokens"
+            elif 4 * ATTENTION_COPIES * info.n_heads * length**2 > _ROW_BYTES:
                 left_out[length] = "the attention of one row would not fit in memory"
             if length in left_out:
                 continue
@@ -308,7 +309,7 @@ def _counts(repetitions: Sequence[int], length: int) -> list[int]:
 
 def _fits(info: ModelInfo, length: int) -> bool:
     """Whether the model has positions for so many tokens."""
-    return info.context is None or length <= info.context
+    return info.n_ctx is None or length <= info.n_ctx
 
 
 def _rows_of(length: int, most: int, tokens: int) -> int:
@@ -353,7 +354,7 @@ def _beginning(prompts: PromptSet, length: int) -> PromptSet:
     return PromptSet(prompts.ids[:, :length], prompts.attention_mask[:, :length], description, prompts.seed)
 
 
-def opened(prompts: PromptSet, fill: Tensor, count: int) -> PromptSet:
+def with_repeated_prefix(prompts: PromptSet, fill: Tensor, count: int) -> PromptSet:
     """The rows with `fill` in the place of their second to `count`-th token."""
     after = torch.arange(prompts.length) - prompts.p0[:, None]
     ids = torch.where((after > 0) & (after < count), fill, prompts.ids)
@@ -362,7 +363,7 @@ def opened(prompts: PromptSet, fill: Tensor, count: int) -> PromptSet:
 
 def different_tokens(model: Any, prompts: PromptSet) -> Tensor:
     """Random tokens for each row, all different and none of them its first one, as far as the vocabulary goes."""
-    size, special = drawable(model)
+    size, special = sampleable_vocabulary(model)
     generator = torch.Generator().manual_seed(prompts.seed)
     order = torch.rand(prompts.n, size, generator=generator)
     first = prompts.ids[torch.arange(prompts.n), prompts.p0]

@@ -26,10 +26,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from p0circuit.experiments.base import Experiment, NotApplicable, is_large, second_half
-from p0circuit.experiments.claim import Claim, Clause
+from p0circuit.experiments.claim import Claim, Criterion
 from p0circuit.experiments.sink_under_study import SinkHeads, find_sink_heads
 from p0circuit.experiments.surgery import lines, random_offsets, require_attention, row_of_another_token
-from p0circuit.interventions.attention_edits import mask_key, redirect, zero_value
+from p0circuit.interventions.attention_edits import mask_key, redirect_attention, zero_value
 from p0circuit.interventions.intervention import Intervention
 from p0circuit.models import ModelInfo, describe
 from p0circuit.prompts import PromptSet
@@ -71,9 +71,9 @@ class Function(Experiment):
         "position.",
         measure="Loss of the predictions in the second half of each row with P0 hidden from later queries of the sink "
         "heads, minus that of the clean run, and minus that with a random position of the first half hidden.",
-        clauses=(
-            Clause("loss_added_by_hiding_p0", ">", 0, "low"),
-            Clause("loss_added_by_hiding_p0_beyond_random", ">", 0, "low"),
+        criteria=(
+            Criterion("loss_added_by_hiding_p0", ">", 0, "low"),
+            Criterion("loss_added_by_hiding_p0_beyond_random", ">", 0, "low"),
         ),
         control="A random position hidden from the same heads.",
     )
@@ -164,7 +164,7 @@ class Function(Experiment):
             _MASKED_BESIDE: np.mean(hidden, axis=0) - clean,
             _ZEROED: loss(zero_value(model, prompts, names)) - clean,
             _ZEROED_BESIDE: loss(zero_value(model, prompts, names, places[0])) - clean,
-            _MOVED: loss(redirect(model, prompts, names, places[0])) - clean,
+            _MOVED: loss(redirect_attention(model, prompts, names, places[0])) - clean,
         }
 
     def _spread(self, model: Any, found: SinkHeads) -> dict[str, Float[np.ndarray, "sample layers_and_one later"]]:

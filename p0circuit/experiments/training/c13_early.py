@@ -14,9 +14,9 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from p0circuit.experiments.claim import Claim, Clause
+from p0circuit.experiments.claim import Claim, Criterion
 from p0circuit.experiments.training.runs_experiment import RunsExperiment, formed, lines_of
-from p0circuit.figures.training import courses
+from p0circuit.figures.training import training_curves
 from p0circuit.results import Result
 from p0circuit.stats import Interval, over_seeds
 from p0circuit.training.formation import formation_index
@@ -35,7 +35,7 @@ class Early(RunsExperiment):
         statement="The P0 sink circuit appears early in training.",
         measure="The share of the run's tokens at the first checkpoint from which the excess score of the final sink "
         "heads stays above half its final value, by seed: the latest of them, and the mean over seeds.",
-        clauses=(Clause("latest_formation_share", "<=", 0.2),),
+        criteria=(Criterion("latest_formation_share", "<=", 0.2),),
         control="runs on plain text, in which nothing encourages a sink",
     )
 
@@ -57,7 +57,7 @@ class Early(RunsExperiment):
             },
             {"formation": table},
             {
-                "courses": courses(
+                "training_curves": training_curves(
                     {
                         "Sink heads": ("excess", "excess score"),
                         "Best induction head": ("induction_score", "attention to the repeat"),

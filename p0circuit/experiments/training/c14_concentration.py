@@ -19,9 +19,9 @@ import pandas as pd
 from jaxtyping import Float
 
 from p0circuit.experiments.base import NotApplicable
-from p0circuit.experiments.claim import Claim, Clause
+from p0circuit.experiments.claim import Claim, Criterion
 from p0circuit.experiments.training.runs_experiment import RunsExperiment, formed, lines_of
-from p0circuit.figures.training import Course, courses
+from p0circuit.figures.training import TrainingCurve, training_curves
 from p0circuit.results import Result
 from p0circuit.stats import Interval, over_seeds
 from p0circuit.training.formation import STAGE_COLUMNS, stages
@@ -43,10 +43,10 @@ class Concentration(RunsExperiment):
         measure="The share of the sink rate from layer 2 on that is lost when P0's residual after block 1 is that of "
         "the shifted run: its rank correlation with tokens from formation on (mean over seeds, permutation test), and "
         "its value at the end.",
-        clauses=(
-            Clause("causal_spearman", ">", 0),
-            Clause("causal_spearman_p", "<", 0.05),
-            Clause("causal_final", ">=", 0.8),
+        criteria=(
+            Criterion("causal_spearman", ">", 0),
+            Criterion("causal_spearman_p", "<", 0.05),
+            Criterion("causal_final", ">=", 0.8),
         ),
         control="the checkpoints in random order (the permutation test); runs on plain text",
     )
@@ -76,7 +76,7 @@ class Concentration(RunsExperiment):
             },
             {"concentration": pd.DataFrame([line for run in runs for line in _lines(run)]), "stages": _stages(runs)},
             {
-                "courses": courses(
+                "training_curves": training_curves(
                     {
                         "Causal (from formation on)": ("formed_causal", "share of Sink[2:] lost"),
                         "Observed": ("concentration_observed", "share of P0's log-norm gain"),
@@ -96,7 +96,7 @@ def concentration_after_formation(run: Run) -> Float[np.ndarray, " checkpoint"]:
     return values[~np.isnan(values)]
 
 
-def _from_formation(line: Course) -> pd.DataFrame:
+def _from_formation(line: TrainingCurve) -> pd.DataFrame:
     """With the causal share where there is a sink to lose: before, it is a ratio of two handfuls of heads."""
     there = np.arange(len(line.table)) >= (len(line.table) if line.formation is None else line.formation)
     return line.table.assign(formed_causal=line.table["concentration_causal"].where(there))

@@ -23,7 +23,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from p0circuit.experiments.base import NotApplicable
-from p0circuit.experiments.claim import Claim, Clause
+from p0circuit.experiments.claim import Claim, Criterion
 from p0circuit.experiments.training.runs_experiment import RunsExperiment, formed
 from p0circuit.figures.training import predictions
 from p0circuit.results import Result
@@ -48,7 +48,7 @@ class Convergence(RunsExperiment):
         statement="The state of the circuit tells how far a training run is from convergence.",
         measure="The mean absolute error, in nats, of the remaining loss predicted for a held-out seed from step and "
         "circuit, minus that from the step alone; mean over held-out runs, with Student's interval over seeds.",
-        clauses=(Clause("error_difference", "<", 0, end="high"),),
+        criteria=(Criterion("error_difference", "<", 0, at="high"),),
         control="the circuit of another checkpoint, drawn at random, in place of the run's own",
     )
 

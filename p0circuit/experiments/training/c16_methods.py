@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from p0circuit.experiments.base import NotApplicable
-from p0circuit.experiments.claim import Claim, Clause
+from p0circuit.experiments.claim import Claim, Criterion
 from p0circuit.experiments.training.runs_experiment import SHOWN, RunsExperiment, lines_of
 from p0circuit.figures.training import methods_beside
 from p0circuit.results import Result
@@ -36,12 +36,12 @@ class Methods(RunsExperiment):
         statement="TNLM and Force-sink make the sink form earlier and end higher than the same training without them.",
         measure="Differences to the baseline by pairs of the same seed, with Student's interval over seeds: share of "
         "tokens until formation (1 where none forms), and final excess score of the sink heads.",
-        clauses=tuple(
-            clause
+        criteria=tuple(
+            criterion
             for name in ("tnlm", "force_sink")
-            for clause in (
-                Clause(f"{name}_formation_share_difference", "<", 0, end="high"),
-                Clause(f"{name}_excess_difference", ">", 0, end="low"),
+            for criterion in (
+                Criterion(f"{name}_formation_share_difference", "<", 0, at="high"),
+                Criterion(f"{name}_excess_difference", ">", 0, at="low"),
             )
         ),
         control="the other seeds: the interval is over them",

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from p0circuit.experiments.base import NotApplicable
 from p0circuit.experiments.claim import Claim
-from p0circuit.figures.training import Course
+from p0circuit.figures.training import TrainingCurve
 from p0circuit.results import Result
 from p0circuit.training.runs import Run, of_variant
 
@@ -70,7 +70,7 @@ def formed(runs: Sequence[Run], variant: str, least: int = 2) -> list[Run]:
     return found
 
 
-def lines_of(runs: Sequence[Run]) -> list[Course]:
+def lines_of(runs: Sequence[Run]) -> list[TrainingCurve]:
     """The runs that figures show, as their lines."""
     chosen = [run for variant in SHOWN for run in of_variant(runs, variant)]
-    return [Course(run.name, run.variant, run.table, run.formation) for run in chosen]
+    return [TrainingCurve(run.name, run.variant, run.table, run.formation) for run in chosen]

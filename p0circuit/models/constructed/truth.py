@@ -41,7 +41,7 @@ class WiredTruth:
 
     Nodes are `embed`, `attn.{layer}.{head}`, `mlp.{layer}` and `neuron.{layer}.{index}`; an edge goes from a node to a
     receiver: `attn.{layer}.{head}.k` (or `q`, `v`) or `mlp.{layer}`. `edges` bring the news of being first to the sink:
-    those the clean/shifted contrast must find. `supply_edges` bring what the circuit needs at any position, something
+    those the clean/shifted pair must find. `supply_edges` bring what the circuit needs at any position, something
     to echo: another token's will do, and only zero ablation shows them. Each of the `recognition_heads` is necessary,
     sufficient are only both together.
     """
