@@ -62,7 +62,7 @@ print(f"sink heads: {sink.heads}; looking at head {head} of layer {layer}")
 # ## 1. Two runs that differ in one thing
 #
 # A patch takes an activation from one run and puts it into another. What it can tell you depends on what the two runs
-# differ in. We want to attend_to_self_only *being first*, so:
+# differ in. We want to isolate *being first*, so:
 #
 # - **clean**: a prompt. Token $x$ is at P0.
 # - **shifted**: the same prompt behind $m = 8$ random tokens. The same token $x$, with the same continuation, is at

@@ -40,6 +40,7 @@ from p0circuit.experiments.deployment.c17_streaming import (
 from p0circuit.experiments.deployment.c19_dormant_heads import ENOUGH, SINK, TOLERANCE, by_sink_score, steps, zeroed
 from p0circuit.experiments.deployment.int8_effects import P0_IN, P0_KEPT, PER_TOKEN, SCHEMES, Int8Effects, int8_effects
 from p0circuit.experiments.sink_under_study import Heads, excess_by_head, over_heads
+from p0circuit.hooked_model import HookedModel
 from p0circuit.interventions.nodes import InterventionError
 from p0circuit.io import write_atomically, write_json
 from p0circuit.models import ModelError, describe
@@ -101,7 +102,7 @@ class Statement:
         return vars(self) | {"measured": {name: interval.to_json() for name, interval in self.measured.items()}}
 
 
-def passes(model: Any, prompts: PromptSet) -> float:
+def passes(model: HookedModel, prompts: PromptSet) -> float:
     """How many passes over the prompts `advise` takes at most: rows times blocks that run, over all rows and blocks."""
     info, half = describe(model), prompts.n / 2
     # The sink, and in two conditions also the loss; then full attention and windows with several tokens kept.
@@ -154,7 +155,7 @@ class Advice:
         }
 
 
-def advise(model: Any, prompts: PromptSet) -> Advice:
+def advise(model: HookedModel, prompts: PromptSet) -> Advice:
     """Measure what the first-token bias does to a model on these prompts; BOS before them is taken away first.
 
     Without a tokenizer the prompts are taken for random tokens, whose losses tell nothing.
@@ -248,7 +249,7 @@ class _Look:
         return f"{len(self.heads)} heads ({_listed(self.heads[:MOST_NAMES])} and others)"
 
 
-def _look(model: Any, prompts: PromptSet) -> list[_Look]:
+def _look(model: HookedModel, prompts: PromptSet) -> list[_Look]:
     """The text as it is and, where it can be put there, behind BOS; nothing where there is too little of it."""
     if prompts.n < FEWEST or prompts.length <= CONTROL + 1:
         return []
@@ -313,7 +314,7 @@ def _sink(looked: list[_Look], used: _Look | None, prompts: PromptSet, added: In
 
 
 def _bos(
-    model: Any, looked: list[_Look], used: _Look | None, sink: str, added: Interval | None
+    model: HookedModel, looked: list[_Look], used: _Look | None, sink: str, added: Interval | None
 ) -> tuple[Statement, bool | None]:
     topic = ON_BOS
     if used is None:
@@ -361,7 +362,7 @@ def _what_bos_does(added: Interval) -> str:
     return f"BOS adds {added} nats per token to the loss of the text"
 
 
-def _added_by_bos(model: Any, without: PromptSet, behind: PromptSet) -> Interval:
+def _added_by_bos(model: HookedModel, without: PromptSet, behind: PromptSet) -> Interval:
     """What BOS adds to the loss of the same predictions."""
     before, after = (record(model, rows, TOKEN_LOSSES)[TOKEN_LOSSES].double().numpy() for rows in (without, behind))
     # Behind BOS every token stands one place later, and the last has none.
@@ -399,7 +400,7 @@ _NO_SINK_TOLD = "Whether there is a sink could not be told."
 
 
 def _streaming(
-    model: Any, prompts: PromptSet, sink: str, reads: bool
+    model: HookedModel, prompts: PromptSet, sink: str, reads: bool
 ) -> tuple[Statement, Interval | None, Statement, int | None]:
     """What dropping the first tokens costs, and how many to keep."""
     window = prompts.length // WINDOWS_PER_ROW
@@ -494,7 +495,7 @@ def tokens_to_keep(added: Mapping[int, Interval]) -> int | None:
     return FIRST if all(verdict == YES for verdict in over.values()) else None
 
 
-def _int8(model: Any, prompts: PromptSet, sink: str, reads: bool) -> Statement:
+def _int8(model: HookedModel, prompts: PromptSet, sink: str, reads: bool) -> Statement:
     unmeasured = _NO_SINK if sink == NO else "Measure before you rely on it."
     rows = _other_half(prompts, INT8_ROWS)
     try:
@@ -549,7 +550,9 @@ def int8_risk(effects: Int8Effects, sink: str, reads: bool) -> Statement:
     return Statement(INT8, text, risk, advice + (" Give more text to be sure." if risk == UNKNOWN else ""), measured)
 
 
-def _dormant(model: Any, prompts: PromptSet, sink: str, reads: bool) -> tuple[Statement, tuple[str, ...] | None]:
+def _dormant(
+    model: HookedModel, prompts: PromptSet, sink: str, reads: bool
+) -> tuple[Statement, tuple[str, ...] | None]:
     topic = DORMANT
     if sink == NO:
         text = "There is no sink for a head to rest on."

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from p0circuit import notebooks
+from p0circuit.hooked_model import HookedModel
 from p0circuit.log import say
 
 if TYPE_CHECKING:
@@ -828,7 +829,7 @@ def _dtype(name: str | None) -> Any:
 
 
 def _prompts(
-    model: Any, text: str | None, samples: int, length: int, seed: int, first: First, announce: bool = True
+    model: HookedModel, text: str | None, samples: int, length: int, seed: int, first: First, announce: bool = True
 ) -> PromptSet:
     """Crops of the text, or random tokens for a model that has no tokenizer to read text with."""
     from p0circuit.experiments.conditions import prompts_for
@@ -840,7 +841,7 @@ def _prompts(
     return prompts_for(model, text, samples, length, seed, first.value)
 
 
-def _three_seeds(model: Any, text: str | None, samples: int, length: int, seed: int) -> PromptSet:
+def _three_seeds(model: HookedModel, text: str | None, samples: int, length: int, seed: int) -> PromptSet:
     """The prompts of a reproduction: as many as asked for, drawn in equal parts by three seeds."""
     from p0circuit.experiments.conditions import pooled_prompts_for
 
@@ -848,7 +849,7 @@ def _three_seeds(model: Any, text: str | None, samples: int, length: int, seed: 
     return pooled_prompts_for(model, text, samples, length, seed)
 
 
-def _say_what_it_reads(model: Any, text: str | None) -> None:
+def _say_what_it_reads(model: HookedModel, text: str | None) -> None:
     """Say which text was chosen by the model, or that there is none it can read."""
     from p0circuit.experiments.conditions import default_text
 
@@ -858,7 +859,7 @@ def _say_what_it_reads(model: Any, text: str | None) -> None:
         say(f"{_name(model)} reads {default_text(model)!r}, as no --text is given")
 
 
-def _name(model: Any) -> str:
+def _name(model: HookedModel) -> str:
     """What to call a loaded model, or one as it is stored, in a message."""
     from p0circuit.models import StoredModel, describe
     from p0circuit.results import titled
@@ -866,7 +867,7 @@ def _name(model: Any) -> str:
     return titled(model.name, model.quantisation) if isinstance(model, StoredModel) else describe(model).title
 
 
-def _run_one(experiment: Experiment, model: Any, prompts: PromptSet, out: Path) -> dict[str, Any]:
+def _run_one(experiment: Experiment, model: HookedModel, prompts: PromptSet, out: Path) -> dict[str, Any]:
     """Run one experiment on a model, save its result and a manifest, and print what was found."""
     from p0circuit.models import describe
     from p0circuit.recording.fingerprint import weights_fingerprint

@@ -33,6 +33,7 @@ from p0circuit.experiments.claim import Judgement
 from p0circuit.experiments.clean_recording import CLEAN_PASSES, record_clean
 from p0circuit.experiments.sink_condition import find_condition
 from p0circuit.experiments.training.runs_experiment import RunsExperiment
+from p0circuit.hooked_model import HookedModel
 from p0circuit.io import code_fingerprint, write_json
 from p0circuit.log import say
 from p0circuit.models import ModelError, describe, device_of, forward, list_checkpoints, load_model
@@ -60,7 +61,7 @@ LONG_MINUTES = 20.0
 
 
 def reproduce(
-    model: Any,
+    model: HookedModel,
     prompts: PromptSet,
     directory: Path,
     experiments: Sequence[Experiment],
@@ -212,7 +213,7 @@ def failed(entries: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def run_or_read(
-    experiment: Experiment, model: Any, prompts: PromptSet, directory: Path, figures: bool = True
+    experiment: Experiment, model: HookedModel, prompts: PromptSet, directory: Path, figures: bool = True
 ) -> Result:
     """The experiment's result, from `directory` where the same run has left it, else measured and saved there.
 
@@ -271,7 +272,7 @@ DECOY = "decoy"
 Control = Callable[[], AbstractContextManager[tuple[Any, PromptSet]]]
 
 
-def _controls(model: Any, prompts: PromptSet, beginner: Any) -> dict[str, Control]:
+def _controls(model: HookedModel, prompts: PromptSet, beginner: Any) -> dict[str, Control]:
     fewer = prompts.subset(slice(0, min(CONTROL_SAMPLES, max(FEWEST_CONTROL_SAMPLES, prompts.n // 4))))
 
     @contextlib.contextmanager
@@ -296,7 +297,7 @@ def _controls(model: Any, prompts: PromptSet, beginner: Any) -> dict[str, Contro
     return {"untrained": on_untrained, "shuffled neurons": on_shuffled, DECOY: on_decoy}
 
 
-def result_key(experiment: Experiment, model: Any, prompts: PromptSet) -> str:
+def result_key(experiment: Experiment, model: HookedModel, prompts: PromptSet) -> str:
     """A hash of all that decides the result: weights, hooks under way, prompts, settings and code."""
     parts = {
         "weights": weights_fingerprint(model),
@@ -314,7 +315,7 @@ def result_key(experiment: Experiment, model: Any, prompts: PromptSet) -> str:
 
 
 @torch.no_grad()
-def _estimate(model: Any, prompts: PromptSet, passes: float) -> str:
+def _estimate(model: HookedModel, prompts: PromptSet, passes: float) -> str:
     """What so many passes will take in time and memory, from a timed pass over a few rows.
 
     Most experiments stop before the unembedding, and so does this pass.

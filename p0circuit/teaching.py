@@ -30,6 +30,7 @@ from p0circuit.experiments.base import Experiment, NotApplicable
 from p0circuit.experiments.conditions import prompts_for
 from p0circuit.experiments.surgery import Sink, find_sink
 from p0circuit.figures.attention_view import AttentionView
+from p0circuit.hooked_model import HookedModel
 from p0circuit.interventions.nodes import Node
 from p0circuit.io import write_atomically, write_json
 from p0circuit.log import in_notebook
@@ -65,12 +66,12 @@ def open_model(name: str | Path, checkpoint: int | str | None = None) -> Any:
     return model
 
 
-def read_prompts(model: Any, samples: int, seed: int = 0, length: int = 64) -> PromptSet:
+def read_prompts(model: HookedModel, samples: int, seed: int = 0, length: int = 64) -> PromptSet:
     """Crops of the shipped code, without BOS; random tokens for a model that has no tokenizer to read text with."""
     return prompts_for(model, TEXT, samples, length, seed)
 
 
-def sink_of(model: Any, prompts: PromptSet) -> Sink:
+def sink_of(model: HookedModel, prompts: PromptSet) -> Sink:
     """`find_sink`, for a notebook that takes a sink apart: where there is none it ends, and names models that have one.
 
     Raises:
@@ -148,7 +149,7 @@ def verdict(result: Result) -> None:
     _print_claim(result.claim, result.notes)
 
 
-def attempt(experiment: Experiment, model: Any, prompts: PromptSet) -> Result | None:
+def attempt(experiment: Experiment, model: HookedModel, prompts: PromptSet) -> Result | None:
     """Run an experiment that tests a claim, and print the verdict; None where it does not apply: the reason is printed.
 
     Raises:
@@ -692,7 +693,12 @@ def check_closed_form(answer: Any) -> None:
 
 @_exercise("4.2 an edge by hand")
 def check_edge(
-    answer: Any, model: Any, prompts: PromptSet, values: Mapping[Node, Tensor], sender: str, head: tuple[int, int]
+    answer: Any,
+    model: HookedModel,
+    prompts: PromptSet,
+    values: Mapping[Node, Tensor],
+    sender: str,
+    head: tuple[int, int],
 ) -> None:
     """`answer`: the mean change of a head's sink score when the edge from a sender at P0 into its key is patched."""
     from p0circuit.interventions.ablation import ablate

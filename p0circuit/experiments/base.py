@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor
 
 from p0circuit.experiments.claim import Claim
+from p0circuit.hooked_model import HookedModel
 from p0circuit.log import say
 from p0circuit.models import ModelInfo, describe
 from p0circuit.models.passes import count_passes
@@ -70,7 +71,7 @@ class Experiment(ABC):
         self._recorded: set[str] = set()
 
     @abstractmethod
-    def passes(self, model: Any, prompts: PromptSet) -> float:
+    def passes(self, model: HookedModel, prompts: PromptSet) -> float:
         """How many passes over these prompts `measure` takes beyond the clean recording.
 
         A declaration, made before anything runs from the shapes of model and prompts and from the configuration: what
@@ -82,14 +83,14 @@ class Experiment(ABC):
         return self
 
     @abstractmethod
-    def measure(self, model: Any, prompts: PromptSet) -> Result:
+    def measure(self, model: HookedModel, prompts: PromptSet) -> Result:
         """The measurement itself; `run` adds the provenance.
 
         Raises:
             NotApplicable: there is nothing to measure on this model or these prompts.
         """
 
-    def run(self, model: Any, prompts: PromptSet) -> Result:
+    def run(self, model: HookedModel, prompts: PromptSet) -> Result:
         """Measure, judge the claim, say what came from the cache, and write down where the numbers came from.
 
         `prompts` are natural text without BOS; an experiment derives its other conditions from them.
@@ -125,7 +126,7 @@ class Experiment(ABC):
         }
         return result
 
-    def record(self, model: Any, prompts: PromptSet, what: Sequence[Quantity], condition: str) -> Recording:
+    def record(self, model: HookedModel, prompts: PromptSet, what: Sequence[Quantity], condition: str) -> Recording:
         """`activations.record`, remembering for the provenance what was read from the cache."""
         recording = record(model, prompts, what)
         for quantity in what:

@@ -7,10 +7,9 @@ finds it there, whatever part of the prompts it looks at.
 
 from __future__ import annotations
 
-from typing import Any
-
 from p0circuit.experiments.base import ORDINARY
 from p0circuit.experiments.conditions import with_and_without_bos
+from p0circuit.hooked_model import HookedModel
 from p0circuit.prompts import PromptSet
 from p0circuit.recording.quantities import (
     ATTENTION_OUT_NORMS,
@@ -28,7 +27,7 @@ CLEAN_PASSES = 2
 """What it takes: a pass with BOS before the text and one without; one pass where there is no BOS."""
 
 
-def record_clean(model: Any, prompts: PromptSet) -> None:
+def record_clean(model: HookedModel, prompts: PromptSet) -> None:
     """Record the prompts as they are, then in the other condition (after BOS, or without it) what is read of that."""
     positions = [offset for offset in (0, *ORDINARY, CONTROL) if offset < int(prompts.attention_mask.sum(1).min())]
     scores = [score_at(offset) for offset in positions]

@@ -10,9 +10,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from p0circuit.experiments.base import NotApplicable
+from p0circuit.hooked_model import HookedModel
 from p0circuit.models import StoredModel, describe
 from p0circuit.models.catalog import named_model
 from p0circuit.models.info import sampleable_vocabulary
@@ -33,7 +33,7 @@ from p0circuit.prompts import (
 from p0circuit.text import BOS_ID, BOS_TOKEN
 
 
-def text_as_it_is(model: Any, prompts: PromptSet) -> PromptSet:
+def text_as_it_is(model: HookedModel, prompts: PromptSet) -> PromptSet:
     """The text without any BOS before it; the prompts themselves where they have none.
 
     Raises:
@@ -51,7 +51,7 @@ def text_as_it_is(model: Any, prompts: PromptSet) -> PromptSet:
     return prompts
 
 
-def with_and_without_bos(model: Any, prompts: PromptSet) -> dict[str, PromptSet]:
+def with_and_without_bos(model: HookedModel, prompts: PromptSet) -> dict[str, PromptSet]:
     """The same text as it is and, where there is a BOS token and no padding, after one BOS.
 
     Raises:
@@ -65,7 +65,7 @@ def with_and_without_bos(model: Any, prompts: PromptSet) -> dict[str, PromptSet]
     return pair
 
 
-def conditions(model: Any, prompts: PromptSet) -> dict[str, PromptSet]:
+def conditions(model: HookedModel, prompts: PromptSet) -> dict[str, PromptSet]:
     """The same text as it is, behind BOS and behind a random token; random tokens; one repeated token.
 
     A model without a BOS token has no condition "with BOS". All have the number of rows and the length of `prompts`.
@@ -85,7 +85,7 @@ def conditions(model: Any, prompts: PromptSet) -> dict[str, PromptSet]:
     return made
 
 
-def default_text(model: Any) -> str:
+def default_text(model: HookedModel) -> str:
     """The text that a model is given where none is asked for.
 
     1. A named model of the catalog: the text that its entry names.
@@ -100,7 +100,7 @@ def default_text(model: Any) -> str:
 
 
 def prompts_for(
-    model: Any, text: str | None, n: int, length: int, seed: int = 0, first_token: str | int = "text"
+    model: HookedModel, text: str | None, n: int, length: int, seed: int = 0, first_token: str | int = "text"
 ) -> PromptSet:
     """Crops of a text (as `natural_text` names it), or random tokens for a model without a tokenizer.
 
@@ -116,13 +116,13 @@ def prompts_for(
     return replace(prompts, description=prompts.description | {"text_chosen_by": chosen_by})
 
 
-def pooled_prompts_for(model: Any, text: str | None, n: int, length: int, seed: int = 0) -> PromptSet:
+def pooled_prompts_for(model: HookedModel, text: str | None, n: int, length: int, seed: int = 0) -> PromptSet:
     """What a reproduction reads: as `readable`, drawn in equal parts by three seeds, the first of them `seed`."""
     shares = [share for share in (n - 2 * (n // 3), n // 3, n // 3) if share]
     return pooled([prompts_for(model, text, share, length, seed + i) for i, share in enumerate(shares)])
 
 
-def text_like(model: Any, prompts: PromptSet, length: int, count: int) -> PromptSet:
+def text_like(model: HookedModel, prompts: PromptSet, length: int, count: int) -> PromptSet:
     """New text of another length from the source of the prompts, behind the same first token; else random tokens.
 
     Raises:

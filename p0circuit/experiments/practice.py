@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from p0circuit.experiments.base import NotApplicable
 from p0circuit.experiments.conditions import with_and_without_bos
 from p0circuit.experiments.sink_under_study import SinkHeads, find_sink_heads
+from p0circuit.hooked_model import HookedModel
 from p0circuit.prompts import WITH_BOS, WITHOUT_BOS, PromptSet, condition_of
 
 
-def find_used_sink(model: Any, prompts: PromptSet) -> tuple[SinkHeads, str]:
+def find_used_sink(model: HookedModel, prompts: PromptSet) -> tuple[SinkHeads, str]:
     """The sink heads on the text as it is; where there is no sink, on the text behind BOS. With the condition's name.
 
     A sink that depends on BOS is of use to whoever gives the model its BOS. Prompts that begin with BOS are taken as
@@ -33,6 +32,6 @@ def find_used_sink(model: Any, prompts: PromptSet) -> tuple[SinkHeads, str]:
             raise NotApplicable(f"{reason}; behind BOS: {other}") from None
 
 
-def under(model: Any, prompts: PromptSet, condition: str) -> PromptSet:
+def under(model: HookedModel, prompts: PromptSet, condition: str) -> PromptSet:
     """The text in the condition that `find_used_sink` names, whichever of the two the prompts are in."""
     return with_and_without_bos(model, prompts)[condition]

@@ -19,6 +19,7 @@ from typing import Any
 from p0circuit.experiments.base import NotApplicable
 from p0circuit.experiments.conditions import with_and_without_bos
 from p0circuit.experiments.sink_under_study import find_sink_heads
+from p0circuit.hooked_model import HookedModel
 from p0circuit.models import describe
 from p0circuit.prompts import WITH_BOS, WITHOUT_BOS, PromptSet, bos_id, condition_of, natural_text
 from p0circuit.stats import Interval
@@ -57,7 +58,7 @@ class SinkCondition:
         }
 
 
-def find_condition(model: Any, prompts: PromptSet, rows: PromptSet | None = None) -> SinkCondition:
+def find_condition(model: HookedModel, prompts: PromptSet, rows: PromptSet | None = None) -> SinkCondition:
     """Choose the condition that the claims about a model are tested in, and put the prompts into it.
 
     `rows`: text to choose on; drawn from the text of the prompts if not given.
@@ -88,7 +89,7 @@ def find_condition(model: Any, prompts: PromptSet, rows: PromptSet | None = None
     return SinkCondition(chosen, sets[chosen], excess, summary)
 
 
-def rows_to_choose_on(model: Any, prompts: PromptSet) -> tuple[PromptSet, str]:
+def rows_to_choose_on(model: HookedModel, prompts: PromptSet) -> tuple[PromptSet, str]:
     """Rows of the same text that the prompts have no part of, and what they are in words; else the first prompts."""
     about = prompts.description
     if about.get("builder") == "natural_text" and about.get("first_token", "text") == "text":

@@ -11,6 +11,7 @@ from p0circuit import sink
 from p0circuit.experiments.base import NotApplicable, mean_over_samples
 from p0circuit.experiments.conditions import with_and_without_bos
 from p0circuit.experiments.sink_under_study import find_sink_heads
+from p0circuit.hooked_model import HookedModel
 from p0circuit.models import describe
 from p0circuit.prompts import WITH_BOS, WITHOUT_BOS, PromptSet, condition_of
 from p0circuit.recording.quantities import NORM_RATIO, SINK_SCORE, residual_at
@@ -20,7 +21,7 @@ PROBED = 32
 """Prompts on which it is seen what a model would do after BOS."""
 
 
-def sink_summary(model: Any, prompts: PromptSet, bos: bool) -> dict[str, Any]:
+def sink_summary(model: HookedModel, prompts: PromptSet, bos: bool) -> dict[str, Any]:
     """Means over samples, ready for JSON.
 
     Keys: model, quantisation (None for plain weights), backend, n, length, bos, condition (what the rows begin with),
@@ -56,7 +57,7 @@ def sink_rates(scores: Float[Tensor, "sample layer head"], length: int) -> dict[
     return {"sink_rate": float(sink.sink_rate(scores).mean()), "sink_rate_from_layer_2": later}
 
 
-def after_bos(model: Any, prompts: PromptSet) -> dict[str, Any] | None:
+def after_bos(model: HookedModel, prompts: PromptSet) -> dict[str, Any] | None:
     """The sink rates that a model without a sink on these prompts has after BOS, on the first `PROBED` of them.
 
     Keys: n, sink_rate, sink_rate_from_layer_2. None where the prompts begin with BOS or cannot, where there is a sink
@@ -71,7 +72,7 @@ def after_bos(model: Any, prompts: PromptSet) -> dict[str, Any] | None:
     return {"n": rows.n, **sink_rates(record(model, rows, SINK_SCORE)[SINK_SCORE], rows.length)}
 
 
-def _has_sink(model: Any, prompts: PromptSet) -> bool:
+def _has_sink(model: HookedModel, prompts: PromptSet) -> bool:
     try:
         find_sink_heads(model, prompts)
     except NotApplicable:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
 from p0circuit.experiments.base import NotApplicable
+from p0circuit.hooked_model import HookedModel
 from p0circuit.prompts import PromptSet
 from p0circuit.recording.quantities import score_at
 from p0circuit.recording.record import BatchIntervention, record
@@ -65,7 +65,7 @@ def listed(heads: Heads, most: int = 12) -> str:
     return f"{len(heads)} heads in layers {', '.join(spans)}"
 
 
-def find_sink_heads(model: Any, prompts: PromptSet) -> SinkHeads:
+def find_sink_heads(model: HookedModel, prompts: PromptSet) -> SinkHeads:
     """Choose the sink heads on one half of the prompts and measure their excess score on the other.
 
     Raises:
@@ -89,7 +89,7 @@ def find_sink_heads(model: Any, prompts: PromptSet) -> SinkHeads:
 
 
 def scores_of(
-    model: Any,
+    model: HookedModel,
     prompts: PromptSet,
     heads: Heads,
     offset: int = 0,
@@ -101,7 +101,7 @@ def scores_of(
 
 
 def excess_scores(
-    model: Any,
+    model: HookedModel,
     prompts: PromptSet,
     heads: Heads,
     offset: int = 0,
@@ -112,7 +112,10 @@ def excess_scores(
 
 
 def excess_by_head(
-    model: Any, prompts: PromptSet, interventions: Sequence[BatchIntervention] = (), offsets: Sequence[int] = (0,)
+    model: HookedModel,
+    prompts: PromptSet,
+    interventions: Sequence[BatchIntervention] = (),
+    offsets: Sequence[int] = (0,),
 ) -> dict[int, ByHead]:
     """The excess score of every head at some positions, all from the same run: their score minus that of position 8."""
     wanted = {offset: score_at(offset) for offset in {*offsets, CONTROL}}

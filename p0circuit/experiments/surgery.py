@@ -17,6 +17,7 @@ from torch import Tensor
 
 from p0circuit.experiments.base import NotApplicable
 from p0circuit.experiments.sink_under_study import ByHead, Heads, excess_by_head, find_sink_heads, listed, over_heads
+from p0circuit.hooked_model import HookedModel
 from p0circuit.models import describe
 from p0circuit.models.forward import hook_points
 from p0circuit.prompts import PromptSet
@@ -58,7 +59,7 @@ class Sink:
         return [*range(near), *(round(block) for block in far.tolist())]
 
 
-def find_sink(model: Any, prompts: PromptSet, last: int = LAST_BLOCK) -> Sink:
+def find_sink(model: HookedModel, prompts: PromptSet, last: int = LAST_BLOCK) -> Sink:
     """The sink heads above block `last`, chosen on one half of the prompts, to be measured on the other.
 
     Raises:
@@ -86,7 +87,7 @@ def find_sink(model: Any, prompts: PromptSet, last: int = LAST_BLOCK) -> Sink:
     return Sink(heads, found.prompts, prompts.split()[0], tuple(notes))
 
 
-def require_attention(model: Any) -> None:
+def require_attention(model: HookedModel) -> None:
     """Make sure that attention can be edited.
 
     Raises:
@@ -118,7 +119,7 @@ def lines(table: Any, by: str) -> Sequence[Series]:
 
 
 def ordinary_streams(
-    model: Any, prompts: PromptSet, offsets: Sequence[int]
+    model: HookedModel, prompts: PromptSet, offsets: Sequence[int]
 ) -> Float[Tensor, "sample layers_and_one d_model"]:
     """For every row the stream at an ordinary position of the next row, before each block and at the end.
 

@@ -20,11 +20,11 @@ Positions are counted from P0: `offset` 0 is P0 itself, 8 the eighth token after
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 
+from p0circuit.hooked_model import HookedModel
 from p0circuit.interventions.edits import (
     median_norm_of_others,
     row_indices,
@@ -53,7 +53,7 @@ from p0circuit.prompts import PromptSet
 
 
 def ablate(
-    model: Any, prompts: PromptSet, nodes: Sequence[str | Node], to: Given = "zero", offset: Offset = 0
+    model: HookedModel, prompts: PromptSet, nodes: Sequence[str | Node], to: Given = "zero", offset: Offset = 0
 ) -> Intervention:
     """Replace what nodes say at one position: by zero, their mean, another row's value or a given one.
 
@@ -69,7 +69,7 @@ def ablate(
 
 
 def replace_direction(
-    model: Any, prompts: PromptSet, nodes: Sequence[str | Node], direction: Given, offset: Offset = 0
+    model: HookedModel, prompts: PromptSet, nodes: Sequence[str | Node], direction: Given, offset: Offset = 0
 ) -> Intervention:
     """Norm-preserving: give what nodes say at one position another direction and leave it its norm."""
     place, checked = positions_of(prompts, offset), vector_nodes(nodes, model)
@@ -78,7 +78,7 @@ def replace_direction(
 
 
 def replace_norm(
-    model: Any,
+    model: HookedModel,
     prompts: PromptSet,
     nodes: Sequence[str | Node],
     norm: float | Float[Tensor, "*batch"] | None = None,
@@ -101,7 +101,7 @@ def replace_norm(
 
 
 def match_statistics(
-    model: Any,
+    model: HookedModel,
     prompts: PromptSet,
     nodes: Sequence[str | Node],
     donor: Offset,
@@ -123,7 +123,7 @@ def match_statistics(
 
 
 def set_component(
-    model: Any,
+    model: HookedModel,
     prompts: PromptSet,
     nodes: Sequence[str | Node],
     direction: Given,
@@ -140,7 +140,7 @@ def set_component(
 
 
 def add_component(
-    model: Any,
+    model: HookedModel,
     prompts: PromptSet,
     nodes: Sequence[str | Node],
     direction: Given,
@@ -154,7 +154,7 @@ def add_component(
 
 
 def replace_orthogonal(
-    model: Any,
+    model: HookedModel,
     prompts: PromptSet,
     nodes: Sequence[str | Node],
     direction: Given,

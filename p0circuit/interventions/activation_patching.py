@@ -35,6 +35,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from p0circuit.hooked_model import HookedModel
 from p0circuit.interventions.batched_runs import by_slot, measure_slots, repeated
 from p0circuit.interventions.metrics import Complete, Metric, Rows, batches, measure, read_logits, reading_hooks
 from p0circuit.interventions.nodes import InterventionError, Node, nodes_of
@@ -177,7 +178,7 @@ class PatchGrid:
 
 @torch.no_grad()
 def patch_grid(
-    model: Any,
+    model: HookedModel,
     pair: PromptPair,
     patches: Sequence[Patch],
     metric: Metric,
@@ -220,7 +221,7 @@ def patch_grid(
 
 
 def pair_patches(
-    model: Any,
+    model: HookedModel,
     pair: PromptPair,
     nodes: Sequence[str | Node],
     direction: Direction = "noising",
@@ -242,7 +243,7 @@ def pair_patches(
 
 
 def patch_components(
-    model: Any,
+    model: HookedModel,
     pair: PromptPair,
     metric: Metric,
     components: Sequence[Component] = get_args(Component),
@@ -267,7 +268,7 @@ def patch_components(
 
 
 def patch_heads(
-    model: Any,
+    model: HookedModel,
     pair: PromptPair,
     metric: Metric,
     layers: Sequence[int] | None = None,
@@ -282,7 +283,7 @@ def patch_heads(
 
 
 def patch_neurons(
-    model: Any,
+    model: HookedModel,
     pair: PromptPair,
     metric: Metric,
     layers: Sequence[int] | None = None,
@@ -310,7 +311,7 @@ def _runs(pair: PromptPair, direction: Direction) -> tuple[PromptSet, Tensor, Pr
     return (*clean, *shifted) if direction == "noising" else (*shifted, *clean)
 
 
-def _layers(model: Any, layers: Sequence[int] | None) -> Sequence[int]:
+def _layers(model: HookedModel, layers: Sequence[int] | None) -> Sequence[int]:
     count = describe(model).n_layers
     for layer in layers or ():
         if not 0 <= layer < count:
@@ -318,7 +319,7 @@ def _layers(model: Any, layers: Sequence[int] | None) -> Sequence[int]:
     return range(count) if layers is None else layers
 
 
-def _exists(model: Any, node: Node) -> bool:
+def _exists(model: HookedModel, node: Node) -> bool:
     """Whether the model has this component at all: not every block has a stream between attention and MLP."""
     try:
         hook_point(model, node.hook)
@@ -328,7 +329,7 @@ def _exists(model: Any, node: Node) -> bool:
 
 
 def _check(
-    model: Any, base: PromptSet, patches: Sequence[Patch], metric: Metric, patches_per_batch: int | None
+    model: HookedModel, base: PromptSet, patches: Sequence[Patch], metric: Metric, patches_per_batch: int | None
 ) -> None:
     info = describe(model)
     metric.check(model)
@@ -347,7 +348,7 @@ def _check(
 
 
 def _measure_patches(
-    model: Any, rows: Rows, patches: Patches, metric: Metric, at_once: int
+    model: HookedModel, rows: Rows, patches: Patches, metric: Metric, at_once: int
 ) -> tuple[Float[Tensor, " batch"], Float[Tensor, "patch batch"]]:
     """Steps 1 to 4 for one batch of rows: the metric of the base run, and with each patch."""
     found, moved, values = {}, {}, {}
@@ -378,7 +379,7 @@ def _measure_patches(
 
 
 def _branch(
-    model: Any,
+    model: HookedModel,
     stream: Float[Tensor, "batch pos d_model"],
     layer: int,
     rows: Rows,
@@ -392,7 +393,7 @@ def _branch(
     return dict(zip(patches, values.split(len(rows.ids)), strict=True))
 
 
-def _acts_on_one_token(model: Any, node: Node, metric: Metric) -> bool:
+def _acts_on_one_token(model: HookedModel, node: Node, metric: Metric) -> bool:
     """Whether a patch is behind the attention of its block, and nothing that the metric reads in this block is."""
     prefix = f"blocks.{node.layer}."
     read = {reading.hook.removeprefix(prefix) for reading in metric.readings if reading.hook.startswith(prefix)}
@@ -401,7 +402,7 @@ def _acts_on_one_token(model: Any, node: Node, metric: Metric) -> bool:
 
 
 def _carried(
-    model: Any,
+    model: HookedModel,
     stream: Float[Tensor, "batch pos d_model"],
     rows: Rows,
     patches: Patches,
@@ -483,7 +484,7 @@ def _portions(patches: Patches, size: int) -> Iterator[dict[int, Patch]]:
         yield portion
 
 
-def _patches_that_fit(model: Any, rows: Rows) -> int:
+def _patches_that_fit(model: HookedModel, rows: Rows) -> int:
     """How many patches side by side take no more memory than one forward over the same rows, logits included."""
     info = describe(model)
     length = rows.ids.shape[1]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
+from p0circuit.hooked_model import HookedModel
 from p0circuit.interventions.edits import (
     attending_as,
     attending_to_itself,
@@ -28,7 +28,7 @@ from p0circuit.interventions.nodes import Node
 from p0circuit.prompts import PromptSet
 
 
-def remove_heads(model: Any, prompts: PromptSet, heads: Sequence[str | Node]) -> Intervention:
+def remove_heads(model: HookedModel, prompts: PromptSet, heads: Sequence[str | Node]) -> Intervention:
     """Take what heads add to the residual stream away at every position, as the paper does to a head of layer 0.
 
     Exactly a subtraction, except where a norm after attention rescales what the other heads leave (OLMo 2, Gemma 2).
@@ -48,13 +48,15 @@ def remove_heads(model: Any, prompts: PromptSet, heads: Sequence[str | Node]) ->
 # Interventions on attention: `heads` are nodes, `attn.LAYER` for all heads of a block or `attn.LAYER.HEAD` for one.
 
 
-def attend_to_self_only(model: Any, prompts: PromptSet, heads: Sequence[str | Node], offset: Offset) -> Intervention:
+def attend_to_self_only(
+    model: HookedModel, prompts: PromptSet, heads: Sequence[str | Node], offset: Offset
+) -> Intervention:
     """Mask surgery: let one position attend to itself alone, as if it were first."""
     return edit_attention(model, prompts, heads, "hook_pattern", attending_to_itself, positions_of(prompts, offset))
 
 
 def copy_attention_row(
-    model: Any, prompts: PromptSet, heads: Sequence[str | Node], donor: Offset, offset: Offset = 0
+    model: HookedModel, prompts: PromptSet, heads: Sequence[str | Node], donor: Offset, offset: Offset = 0
 ) -> Intervention:
     """Mask surgery: give P0 (or another position) the attention output that the donor has, the donor's mix of values.
 
@@ -65,20 +67,20 @@ def copy_attention_row(
     return edit_attention(model, prompts, heads, "hook_pattern", attending_as, place, source)
 
 
-def mask_key(model: Any, prompts: PromptSet, heads: Sequence[str | Node], offset: Offset = 0) -> Intervention:
+def mask_key(model: HookedModel, prompts: PromptSet, heads: Sequence[str | Node], offset: Offset = 0) -> Intervention:
     """Hide one position from the later queries of heads; the softmax gives its share to the other keys."""
     return edit_attention(model, prompts, heads, "hook_attn_scores", without_key, positions_of(prompts, offset))
 
 
 def redirect_attention(
-    model: Any, prompts: PromptSet, heads: Sequence[str | Node], target: Offset, offset: Offset = 0
+    model: HookedModel, prompts: PromptSet, heads: Sequence[str | Node], target: Offset, offset: Offset = 0
 ) -> Intervention:
     """Move the sink: what queries at or after the target attend to P0 (or another position) goes to the target."""
     place, goal = positions_of(prompts, offset), positions_of(prompts, target)
     return edit_attention(model, prompts, heads, "hook_pattern", redirected, place, goal)
 
 
-def zero_value(model: Any, prompts: PromptSet, heads: Sequence[str | Node], offset: Offset = 0) -> Intervention:
+def zero_value(model: HookedModel, prompts: PromptSet, heads: Sequence[str | Node], offset: Offset = 0) -> Intervention:
     """Let heads read a zero value at one position and leave its key, and so their attention, as it is.
 
     Exact per query head under grouped-query attention too, where the heads of a group share one value: what changes
@@ -107,7 +109,7 @@ def zero_value(model: Any, prompts: PromptSet, heads: Sequence[str | Node], offs
     return Intervention(model, prompts, tuple(changes))
 
 
-def zero_logit(model: Any, prompts: PromptSet, heads: Sequence[str | Node]) -> Intervention:
+def zero_logit(model: HookedModel, prompts: PromptSet, heads: Sequence[str | Node]) -> Intervention:
     """Give heads one more logit, 0, whose value is nothing, at every query: a softmax that may attend nowhere.
 
     The scores are those of a model that was trained without it, and a softmax does not tell their level: how much goes

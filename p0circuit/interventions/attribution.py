@@ -42,6 +42,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from p0circuit.hooked_model import HookedModel
 from p0circuit.interventions.activation_patching import Patch, patch_grid
 from p0circuit.interventions.batched_runs import check_value
 from p0circuit.interventions.metrics import Complete, Metric, Rows, read_logits, reading_hooks
@@ -185,7 +186,7 @@ class ScreenedAttribution:
 
 
 def patch_values_at_p0(
-    model: Any,
+    model: HookedModel,
     pair: PromptPair,
     kinds: Sequence[Kind] = ("head", "neuron"),
     reference: Reference = "shifted",
@@ -221,7 +222,7 @@ def patch_values_at_p0(
 
 
 def attribute(
-    model: Any,
+    model: HookedModel,
     prompts: PromptSet,
     values: Mapping[Node, Float[Tensor, "batch ..."]],
     metric: Metric,
@@ -267,7 +268,7 @@ def attribute(
 
 
 def screen(
-    model: Any,
+    model: HookedModel,
     prompts: PromptSet,
     values: Mapping[Node, Float[Tensor, "batch ..."]],
     metric: Metric,
@@ -325,7 +326,7 @@ def _index(nodes: Sequence[Node], rows: Rows) -> tuple[Tensor, ...]:
 
 
 def _first_order(
-    model: Any,
+    model: HookedModel,
     rows: Rows,
     sets: Sequence[Sequence[Node]],
     targets: Sequence[Float[Tensor, "batch _ ..."]],
@@ -370,7 +371,7 @@ def _first_order(
 
 
 def _integrated(
-    model: Any,
+    model: HookedModel,
     rows: Rows,
     nodes: Sequence[Node],
     target: Float[Tensor, "batch _ ..."],

@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from p0circuit.hooked_model import HookedModel
 from p0circuit.interventions.metrics import Complete, Metric, Rows, read_logits, reading_hooks
 from p0circuit.interventions.nodes import InterventionError, Node
 from p0circuit.models import describe, resume
@@ -30,7 +31,7 @@ Through = Literal["direct", "mlps", "all"]
 
 
 def sender_hooks(
-    model: Any,
+    model: HookedModel,
     senders: Sequence[Node],
     values: Mapping[Node, Tensor],
     position: Int[Tensor, " batch"],
@@ -76,7 +77,7 @@ def sender_hooks(
 
 
 def measure_slots(
-    model: Any,
+    model: HookedModel,
     rows: Rows,
     metric: Metric,
     below: tuple[Tensor | None, Mapping[int, Tensor]],

@@ -25,6 +25,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from p0circuit.hooked_model import HookedModel
 from p0circuit.interventions.batched_runs import Through, by_slot, repeated, sender_hooks
 from p0circuit.interventions.nodes import InterventionError, Node, nodes_of
 from p0circuit.models import describe, device_of, forward
@@ -72,7 +73,7 @@ class KeyEdges:
 
 @torch.no_grad()
 def p0_keys(
-    model: Any,
+    model: HookedModel,
     tokens: Int[Tensor, " batch"],
     senders: Sequence[Node],
     values: Mapping[Node, Tensor],
@@ -100,12 +101,12 @@ def p0_keys(
     return torch.cat(parts)
 
 
-def query_hook(model: Any, layer: int) -> str:
+def query_hook(model: HookedModel, layer: int) -> str:
     """The hook at which queries are what enters the scores: after rotation, where positions are rotary."""
     return f"blocks.{layer}.attn.hook_{'rot_' if describe(model).positions == 'rotary' else ''}q"
 
 
-def key_hook(model: Any, layer: int) -> str:
+def key_hook(model: HookedModel, layer: int) -> str:
     """The hook at which keys are what enters the scores: after rotation, where positions are rotary."""
     return f"blocks.{layer}.attn.hook_{'rot_' if describe(model).positions == 'rotary' else ''}k"
 
@@ -118,7 +119,7 @@ class ScoreForm:
     cap: float | None
 
     @classmethod
-    def of(cls, model: Any, layer: int) -> ScoreForm:
+    def of(cls, model: HookedModel, layer: int) -> ScoreForm:
         """Read off the model; `query_side` verifies it on the clean run."""
         attention = model.blocks[layer].attn
         if describe(model).backend == "hooked":
@@ -210,7 +211,7 @@ class QueryScores:
 
 @torch.no_grad()
 def query_side(
-    model: Any,
+    model: HookedModel,
     prompts: PromptSet,
     read: Callable[[int, QueryScores], None] | None = None,
     hooks: Sequence[Hook] = (),
@@ -284,7 +285,7 @@ def _form_error(alibi: bool, score: Tensor, rest: Tensor, others: Tensor, visibl
 
 @torch.no_grad()
 def key_edges(
-    model: Any,
+    model: HookedModel,
     prompts: PromptSet,
     senders: Sequence[str | Node],
     values: Mapping[Node, Tensor],

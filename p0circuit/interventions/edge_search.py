@@ -40,6 +40,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from p0circuit.hooked_model import HookedModel
 from p0circuit.interventions.attribution import rows_with_gradients
 from p0circuit.interventions.batched_runs import by_slot, check_value, repeated
 from p0circuit.interventions.closed_form import (
@@ -194,7 +195,7 @@ class EdgeSearch:
 
 @torch.no_grad()
 def search_edges(
-    model: Any,
+    model: HookedModel,
     prompts: PromptSet,
     senders: Sequence[str | Node],
     receivers: Sequence[str],
@@ -384,7 +385,7 @@ def _check_targets(targets: Targets) -> None:
 class _Exact:
     """Step 6: edges patched each in a run of its own, on all rows, while the budget of passes lasts."""
 
-    model: Any
+    model: HookedModel
     prompts: PromptSet
     metric: Metric
     nodes: Sequence[Node]
@@ -488,7 +489,7 @@ class _Layer:
 class _Screen:
     """Steps 1 to 5 on the screening rows."""
 
-    model: Any
+    model: HookedModel
     info: ModelInfo
     nodes: Sequence[Node]
     inputs: InputsAtP0
@@ -509,7 +510,7 @@ class _Screen:
     @classmethod
     def of(
         cls,
-        model: Any,
+        model: HookedModel,
         prompts: PromptSet,
         nodes: Sequence[Node],
         values: Mapping[Node, Tensor],
@@ -684,7 +685,10 @@ class _Screen:
 
 
 def _attention_outputs(
-    model: Any, tokens: Int[Tensor, " batch"], sending: Mapping[int, Sequence[Node]], values: Mapping[Node, Tensor]
+    model: HookedModel,
+    tokens: Int[Tensor, " batch"],
+    sending: Mapping[int, Sequence[Node]],
+    values: Mapping[Node, Tensor],
 ) -> dict[int, Float[Tensor, "batch d_model"]]:
     """What the attention of each block writes at P0 when all of its sending heads have their new values at once."""
     outputs: dict[int, Tensor] = {}
@@ -711,7 +715,7 @@ def _attention_outputs(
 
 
 def _values_together(
-    model: Any, tokens: Int[Tensor, " batch"], nodes: Sequence[Node], values: Mapping[Node, Tensor], end: int
+    model: HookedModel, tokens: Int[Tensor, " batch"], nodes: Sequence[Node], values: Mapping[Node, Tensor], end: int
 ) -> dict[int, Float[Tensor, "batch kv_head d_head"]]:
     """P0's value in every block when all senders have their new values at once."""
     read: dict[int, Tensor] = {}
@@ -737,7 +741,7 @@ def _values_together(
 
 
 def _clean_side(
-    model: Any,
+    model: HookedModel,
     prompts: PromptSet,
     rows: Rows,
     heads: Sequence[tuple[int, int]],
@@ -795,7 +799,7 @@ def _clean_side(
 
 
 def _slopes(
-    model: Any,
+    model: HookedModel,
     rows: Rows,
     heads: Sequence[tuple[int, int]],
     end: int,

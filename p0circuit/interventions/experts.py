@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from p0circuit.hooked_model import HookedModel
 from p0circuit.interventions.intervention import Change, Intervention, Offset, positions_of
 from p0circuit.interventions.nodes import InterventionError
 from p0circuit.models import describe, forward
@@ -56,12 +57,12 @@ class Experts:
         return bool((self.written.sum(1) - self.output).abs().max() <= tolerance * self.output.abs().max())
 
 
-def mixture_layers(model: Any) -> list[int]:
+def mixture_layers(model: HookedModel) -> list[int]:
     """The blocks whose MLP is a mixture of experts that `route` knows how to ask."""
     return [layer for layer, block in enumerate(model.blocks) if _is_mixture(model, block)]
 
 
-def _is_mixture(model: Any, block: Any) -> bool:
+def _is_mixture(model: HookedModel, block: Any) -> bool:
     mlp = getattr(block, "mlp", None)
     if describe(model).backend == "hooked":
         return hasattr(mlp, "experts_per_token")
@@ -70,7 +71,7 @@ def _is_mixture(model: Any, block: Any) -> bool:
 
 
 def route(
-    model: Any, layer: int, read: Float[Tensor, "row d_model"]
+    model: HookedModel, layer: int, read: Float[Tensor, "row d_model"]
 ) -> tuple[Int[Tensor, "row used"], Float[Tensor, "row used"]]:
     """The experts that a block's router chooses for what its MLP reads, and their weights."""
     mlp = model.blocks[layer].mlp
@@ -87,7 +88,7 @@ def route(
 
 
 def written_by(
-    model: Any,
+    model: HookedModel,
     layer: int,
     read: Float[Tensor, "row d_model"],
     chosen: Int[Tensor, "row used"],
@@ -106,7 +107,7 @@ def written_by(
 
 
 @torch.no_grad()
-def experts_at_p0(model: Any, prompts: PromptSet, layer: int) -> Experts | None:
+def experts_at_p0(model: HookedModel, prompts: PromptSet, layer: int) -> Experts | None:
     """Run P0's own stream through the router and every expert of a block; None where its MLP is no plain mixture.
 
     A mixture with a shared expert, or a norm after it, does not add up to its routed experts and gives None.
@@ -122,7 +123,7 @@ def experts_at_p0(model: Any, prompts: PromptSet, layer: int) -> Experts | None:
 
 @torch.no_grad()
 def experts_at(
-    model: Any,
+    model: HookedModel,
     prompts: PromptSet,
     see: Callable[[int, int, Experts], None],
     offsets: Sequence[int] = (0,),
@@ -146,7 +147,7 @@ def experts_at(
     forward(model, prompts.ids, prompts.attention_mask, hooks=hooks, stop_at_layer=max(layers) + 1)
 
 
-def _each(model: Any, layer: int, read: Tensor) -> tuple[Tensor, Tensor]:
+def _each(model: HookedModel, layer: int, read: Tensor) -> tuple[Tensor, Tensor]:
     """The weight of every expert for each row, and what it writes; 0 where a row is not routed to it."""
     chosen, weights = route(model, layer, read)
     rows = torch.arange(len(read))
@@ -160,7 +161,7 @@ def _each(model: Any, layer: int, read: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def routing(model: Any, prompts: PromptSet) -> Bool[Tensor, "sample pos layer expert"]:
+def routing(model: HookedModel, prompts: PromptSet) -> Bool[Tensor, "sample pos layer expert"]:
     """Which experts each position is routed to; `layer` counts the mixtures (`mixture_layers`)."""
     layers, count = mixture_layers(model), describe(model).experts
     found = torch.zeros(prompts.n, prompts.length, len(layers), count, dtype=torch.bool)
@@ -180,7 +181,7 @@ def routing(model: Any, prompts: PromptSet) -> Bool[Tensor, "sample pos layer ex
 
 
 def remove_experts(
-    model: Any, prompts: PromptSet, experts: Sequence[tuple[int, int]], offset: Offset | None = None
+    model: HookedModel, prompts: PromptSet, experts: Sequence[tuple[int, int]], offset: Offset | None = None
 ) -> Intervention:
     """Take what experts, given as (layer, number), write away: at the position `offset` after P0, or at all of them.
 
@@ -224,7 +225,7 @@ def remove_experts(
     return Intervention(model, prompts, tuple(changes))
 
 
-def _reading(model: Any, layer: int) -> tuple[str, Callable[[Tensor], Tensor]]:
+def _reading(model: HookedModel, layer: int) -> tuple[str, Callable[[Tensor], Tensor]]:
     """The hook from which the MLP's input can be had, and how."""
     if describe(model).backend == "bridge":
         return f"blocks.{layer}.mlp.hook_in", lambda activation: activation
@@ -232,7 +233,7 @@ def _reading(model: Any, layer: int) -> tuple[str, Callable[[Tensor], Tensor]]:
     return f"blocks.{layer}.ln2.hook_normalized", lambda activation: activation.to(norm.w) * norm.w
 
 
-def _around(model: Any, layer: int, see: Callable[[Tensor, Tensor], Tensor | None]) -> list[Hook]:
+def _around(model: HookedModel, layer: int, see: Callable[[Tensor, Tensor], Tensor | None]) -> list[Hook]:
     """Hooks that show the MLP's output together with its input."""
     name, reads = _reading(model, layer)
     seen: list[Tensor] = []

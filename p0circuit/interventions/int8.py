@@ -28,6 +28,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
+from p0circuit.hooked_model import HookedModel
 from p0circuit.models.forward import forward, hook_points, hooked
 from p0circuit.models.info import describe
 
@@ -107,7 +108,7 @@ def quantised(
 # Inputs
 
 
-def input_sites(model: Any) -> list[Site]:
+def input_sites(model: HookedModel) -> list[Site]:
     """The inputs of this model that can be reached, in the order in which a pass computes them."""
     found: dict[Site, None] = {}
 
@@ -120,7 +121,7 @@ def input_sites(model: Any) -> list[Site]:
 
 
 @contextlib.contextmanager
-def on_inputs(model: Any, change: Change) -> Iterator[None]:
+def on_inputs(model: HookedModel, change: Change) -> Iterator[None]:
     """Read or change the inputs of matrix products in the passes inside the `with`.
 
     Queries, keys and values may read separate copies of one input; `change` then gets each of them.
@@ -190,7 +191,7 @@ class Rounded(NamedTuple):
     int8: Tensor
 
 
-def rounded_weights(model: Any) -> list[Rounded]:
+def rounded_weights(model: HookedModel) -> list[Rounded]:
     """Every matrix of the blocks and its int8 image, back in floating point; as much memory again as they take."""
     found, experts = [], describe(model).experts
     # Past a bridge's own list, which leaves out the experts of a mixture.

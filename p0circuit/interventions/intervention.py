@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from p0circuit.hooked_model import HookedModel
 from p0circuit.interventions.edits import at_least_float32, row_indices
 from p0circuit.interventions.nodes import InterventionError, Node, nodes_of
 from p0circuit.interventions.pairs import PromptPair, patch_values, values_at
@@ -41,7 +42,7 @@ class Intervention:
     them off, exceptions included. `record(..., interventions=[...])` takes the prompts in batches of any size.
     """
 
-    model: Any = field(repr=False)
+    model: HookedModel = field(repr=False)
     prompts: PromptSet
     changes: tuple[tuple[str, Change], ...] = field(repr=False)
     _entered: list[AbstractContextManager[None]] = field(default_factory=list, init=False, repr=False)
@@ -78,7 +79,7 @@ class Intervention:
 
 
 @torch.no_grad()
-def p0_direction(model: Any, prompts: PromptSet, layer: int) -> Float[Tensor, " d_model"]:
+def p0_direction(model: HookedModel, prompts: PromptSet, layer: int) -> Float[Tensor, " d_model"]:
     """The mean direction, of norm 1, of the residual stream at P0 before block `layer`.
 
     P0 sees itself alone, so rows of one token give its stream exactly. `layer` equal to the number of layers is the
@@ -106,7 +107,7 @@ def positions_of(prompts: PromptSet, offset: Offset) -> Int[Tensor, " batch"]:
 
 
 def edit_nodes(
-    model: Any,
+    model: HookedModel,
     prompts: PromptSet,
     nodes: Sequence[Node],
     place: Int[Tensor, " batch"],
@@ -139,7 +140,7 @@ def edit_nodes(
 
 
 def edit_attention(
-    model: Any,
+    model: HookedModel,
     prompts: PromptSet,
     names: Sequence[str | Node],
     point: Literal["hook_pattern", "hook_attn_scores"],
@@ -160,7 +161,7 @@ def edit_attention(
     return Intervention(model, prompts, tuple(changes))
 
 
-def heads_by_layer(names: Sequence[str | Node], model: Any) -> dict[int, list[int]]:
+def heads_by_layer(names: Sequence[str | Node], model: HookedModel) -> dict[int, list[int]]:
     found: dict[int, set[int]] = {}
     for node in nodes_of(names, model):
         if node.kind not in ("attn", "head"):
@@ -170,7 +171,7 @@ def heads_by_layer(names: Sequence[str | Node], model: Any) -> dict[int, list[in
     return {layer: sorted(heads) for layer, heads in found.items()}
 
 
-def vector_nodes(names: Sequence[str | Node], model: Any) -> list[Node]:
+def vector_nodes(names: Sequence[str | Node], model: HookedModel) -> list[Node]:
     nodes = nodes_of(names, model)
     for node in nodes:
         if node.kind == "neuron":
@@ -179,7 +180,7 @@ def vector_nodes(names: Sequence[str | Node], model: Any) -> list[Node]:
 
 
 def resolve_values(
-    model: Any, prompts: PromptSet, nodes: Sequence[Node], given: Given, place: Int[Tensor, " batch"]
+    model: HookedModel, prompts: PromptSet, nodes: Sequence[Node], given: Given, place: Int[Tensor, " batch"]
 ) -> dict[Node, Float[Tensor, "batch ..."]]:
     """What was given as one tensor per node, with a row for every prompt."""
     if given == "mean":

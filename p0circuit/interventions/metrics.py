@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from p0circuit import sink
+from p0circuit.hooked_model import HookedModel
 from p0circuit.interventions.nodes import InterventionError
 from p0circuit.models import describe, device_of, forward, resume
 from p0circuit.models.forward import Hook, hook_point
@@ -95,11 +96,11 @@ class Metric:
         hooks = [reading.hook for reading in self.readings]
         return None if LOGITS in hooks else max(int(hook.split(".")[1]) for hook in hooks)
 
-    def end(self, model: Any) -> int:
+    def end(self, model: HookedModel) -> int:
         """The layer before which a pass may stop: nothing but logits is left to read."""
         return describe(model).n_layers if self.last_layer is None else self.last_layer + 1
 
-    def check(self, model: Any) -> Metric:
+    def check(self, model: HookedModel) -> Metric:
         """The metric itself, if this model has all that it reads.
 
         Raises:
@@ -152,7 +153,7 @@ def reading_hooks(metric: Metric, rows: Rows, found: dict[int, Tensor]) -> list[
 
 
 def read_logits(
-    model: Any,
+    model: HookedModel,
     metric: Metric,
     stream: Float[Tensor, "batch pos d_model"],
     rows: Rows,
@@ -172,7 +173,7 @@ def read_logits(
 
 @torch.no_grad()
 def measure(
-    model: Any, prompts: PromptSet, metric: Metric, place: Int[Tensor, " batch"] | None = None
+    model: HookedModel, prompts: PromptSet, metric: Metric, place: Int[Tensor, " batch"] | None = None
 ) -> Float[Tensor, " batch"]:
     """The metric of each row at its place (P0 if not given), from one forward pass up to what it reads.
 
@@ -184,7 +185,7 @@ def measure(
     return torch.cat([measure_rows(model, rows, metric).cpu() for rows in there])
 
 
-def measure_rows(model: Any, rows: Rows, metric: Metric) -> Float[Tensor, " batch"]:
+def measure_rows(model: HookedModel, rows: Rows, metric: Metric) -> Float[Tensor, " batch"]:
     """The metric of each row of one batch."""
     stream, found = run_up_to(model, rows, metric, metric.end(model))
     if stream is not None:
@@ -192,7 +193,7 @@ def measure_rows(model: Any, rows: Rows, metric: Metric) -> Float[Tensor, " batc
     return metric.value(found)
 
 
-def run_up_to(model: Any, rows: Rows, metric: Metric, layer: int) -> tuple[Tensor | None, dict[int, Tensor]]:
+def run_up_to(model: HookedModel, rows: Rows, metric: Metric, layer: int) -> tuple[Tensor | None, dict[int, Tensor]]:
     """The stream before a layer, and what the metric reads below it; no stream where that is all it reads."""
     found: dict[int, Tensor] = {}
     with contextlib.suppress(Complete):
@@ -201,7 +202,7 @@ def run_up_to(model: Any, rows: Rows, metric: Metric, layer: int) -> tuple[Tenso
     return None, found
 
 
-def batches(model: Any, prompts: PromptSet, place: Int[Tensor, " batch"]) -> list[Rows]:
+def batches(model: HookedModel, prompts: PromptSet, place: Int[Tensor, " batch"]) -> list[Rows]:
     """Prompts and their places as the batches they are run in."""
     device = device_of(model)
     rows = Rows(*(part.to(device) for part in (prompts.ids, prompts.attention_mask, place)))

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from p0circuit.hooked_model import HookedModel
 from p0circuit.models import ModelInfo, describe
 
 Kind = Literal["embed", "resid_pre", "resid_mid", "resid_post", "attn", "head", "mlp", "neuron"]
@@ -127,7 +128,7 @@ class Node:
         return self
 
 
-def components(model: Any, layers: Sequence[int] | None = None, heads: bool = False) -> list[Node]:
+def components(model: HookedModel, layers: Sequence[int] | None = None, heads: bool = False) -> list[Node]:
     """The complete set of writers to the residual stream: embedding, attention outs (or their heads) and MLP outs.
 
     Over all layers, their outputs at a position add up to the final residual stream there.
@@ -143,7 +144,7 @@ def components(model: Any, layers: Sequence[int] | None = None, heads: bool = Fa
     return [node.check(info) for node in found]
 
 
-def nodes_of(names: Sequence[str | Node], model: Any) -> list[Node]:
+def nodes_of(names: Sequence[str | Node], model: HookedModel) -> list[Node]:
     """Names and nodes as nodes, each checked against the model."""
     info = describe(model)
     return [(Node.parse(name) if isinstance(name, str) else name).check(info) for name in names]

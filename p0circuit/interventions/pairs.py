@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from p0circuit.hooked_model import HookedModel
 from p0circuit.interventions.nodes import InterventionError, Node, nodes_of
 from p0circuit.models import forward
 from p0circuit.models.info import sampleable_vocabulary
@@ -40,7 +41,7 @@ class PromptPair:
         return self.shifted.p0 + self.shift
 
 
-def shifted_pair(model: Any, prompts: PromptSet, shift: int = 8, seed: int = 0) -> PromptPair:
+def shifted_pair(model: HookedModel, prompts: PromptSet, shift: int = 8, seed: int = 0) -> PromptPair:
     """Pair prompts with themselves after `shift` random tokens, so that the same token is first and not first.
 
     Args:
@@ -82,7 +83,7 @@ def shift_prompts(
 
 @torch.no_grad()
 def values_at(
-    model: Any, prompts: PromptSet, nodes: Sequence[str | Node], position: Int[Tensor, " batch"] | None = None
+    model: HookedModel, prompts: PromptSet, nodes: Sequence[str | Node], position: Int[Tensor, " batch"] | None = None
 ) -> dict[Node, Float[Tensor, "batch *value"]]:
     """What each node computes at one position of each row (at P0 if none is given), in batches that fit in memory."""
     checked = nodes_of(nodes, model)
@@ -98,7 +99,7 @@ def values_at(
 
 
 def patch_values(
-    model: Any,
+    model: HookedModel,
     pair: PromptPair,
     nodes: Sequence[str | Node],
     reference: Reference = "shifted",
@@ -127,7 +128,7 @@ def patch_values(
 
 
 @torch.no_grad()
-def _means_after_p0(model: Any, prompts: PromptSet, nodes: Sequence[Node]) -> dict[Node, Tensor]:
+def _means_after_p0(model: HookedModel, prompts: PromptSet, nodes: Sequence[Node]) -> dict[Node, Tensor]:
     after = prompts.attention_mask & (torch.arange(prompts.length) != prompts.p0[:, None])
 
     def mean(activation: Tensor, node: Node, rows: slice) -> Tensor:
@@ -139,7 +140,7 @@ def _means_after_p0(model: Any, prompts: PromptSet, nodes: Sequence[Node]) -> di
 
 
 def _read(
-    model: Any, prompts: PromptSet, nodes: Sequence[Node], reduce: Callable[[Tensor, Node, slice], Tensor]
+    model: HookedModel, prompts: PromptSet, nodes: Sequence[Node], reduce: Callable[[Tensor, Node, slice], Tensor]
 ) -> dict[Node, Float[Tensor, "batch *value"]]:
     """What `reduce` makes of each node's activation, given the node and which rows of the prompts it holds."""
     found: dict[Node, list[Tensor]] = {node: [] for node in nodes}

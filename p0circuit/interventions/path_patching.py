@@ -30,6 +30,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from p0circuit.hooked_model import HookedModel
 from p0circuit.interventions.batched_runs import Through, by_slot, check_value, measure_slots, repeated, sender_hooks
 from p0circuit.interventions.closed_form import (
     KeyEdges,
@@ -115,7 +116,7 @@ class Receiver:
 
 
 def receivers_of(
-    model: Any, layers: Sequence[int] | None = None, kinds: Sequence[Kind] = ("q", "k", "v", "mlp")
+    model: HookedModel, layers: Sequence[int] | None = None, kinds: Sequence[Kind] = ("q", "k", "v", "mlp")
 ) -> list[str]:
     """The names of all receivers of some kinds in some layers (all if not given), one for each query head."""
     info = describe(model)
@@ -164,7 +165,7 @@ class PathEffects:
 
 @torch.no_grad()
 def path_patch(
-    model: Any,
+    model: HookedModel,
     prompts: PromptSet,
     senders: Sequence[str | Node],
     receivers: Sequence[str],
@@ -242,7 +243,7 @@ class OwnScores:
 
 @torch.no_grad()
 def own_scores(
-    model: Any,
+    model: HookedModel,
     prompts: PromptSet,
     senders: Sequence[str | Node],
     receivers: Sequence[str],
@@ -304,14 +305,14 @@ def own_scores(
     return OwnScores(tuple(edges), torch.stack(before), torch.stack(patched))
 
 
-def _rows(model: Any, prompts: PromptSet, place: Int[Tensor, " batch"]) -> Rows:
+def _rows(model: HookedModel, prompts: PromptSet, place: Int[Tensor, " batch"]) -> Rows:
     """Prompts and a position in each row, where the model is."""
     device = device_of(model)
     return Rows(*(part.to(device) for part in (prompts.ids, prompts.attention_mask, place)))
 
 
 def _hear(
-    model: Any,
+    model: HookedModel,
     rows: Rows,
     senders: Sequence[Node],
     values: Mapping[Node, Tensor],
@@ -417,7 +418,7 @@ def _tell(news: Sequence[tuple[Receiver, Tensor]], layer: int, rows: Rows) -> li
 
 @torch.no_grad()
 def edges_into_keys(
-    model: Any,
+    model: HookedModel,
     prompts: PromptSet,
     senders: Sequence[str | Node],
     values: Mapping[Node, Tensor],
@@ -442,7 +443,7 @@ def edges_into_keys(
 
 
 def _key_edges_by_hooks(
-    model: Any, prompts: PromptSet, senders: Sequence[Node], values: Mapping[Node, Tensor], through: Through
+    model: HookedModel, prompts: PromptSet, senders: Sequence[Node], values: Mapping[Node, Tensor], through: Through
 ) -> KeyEdges:
     """`key_edges` step by step: every layer hears every sender, and answers with its own sink scores."""
     info = describe(model)
@@ -462,7 +463,7 @@ def _key_edges_by_hooks(
 
 
 def _own_scores(
-    model: Any, rows: Rows, stream: Tensor, layer: int, news: Sequence[tuple[Receiver, Tensor]]
+    model: HookedModel, rows: Rows, stream: Tensor, layer: int, news: Sequence[tuple[Receiver, Tensor]]
 ) -> Float[Tensor, "slot_rows head"]:
     """A layer's sink scores when it starts from `stream`, with each receiver's news in a slot of its own."""
     slots = max(1, len(news))

@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from p0circuit.hooked_model import HookedModel
 from p0circuit.interventions.batched_runs import by_slot, measure_slots, repeated, sender_hooks
 from p0circuit.interventions.closed_form import ROWS_AT_ONCE, ScoreForm, key_hook, query_hook
 from p0circuit.interventions.metrics import Complete, Metric, Rows, reading_hooks
@@ -49,7 +50,11 @@ class InputsAtP0:
 
 @torch.no_grad()
 def read_at_p0(
-    model: Any, tokens: Int[Tensor, " batch"], senders: Sequence[Node], values: Mapping[Node, Tensor], layers: int
+    model: HookedModel,
+    tokens: Int[Tensor, " batch"],
+    senders: Sequence[Node],
+    values: Mapping[Node, Tensor],
+    layers: int,
 ) -> InputsAtP0:
     """Keys, values and MLP outputs at P0 in the blocks below `layers`, with each sender's new value in turn."""
     per_pass = max(1, ROWS_AT_ONCE // len(tokens) - 1)
@@ -109,7 +114,7 @@ Below = tuple[Tensor | None, dict[int, Tensor]]
 
 @torch.no_grad()
 def measure_inputs(
-    model: Any,
+    model: HookedModel,
     rows: Rows,
     metric: Metric,
     variants: Sequence[Variant],
@@ -135,7 +140,7 @@ def measure_inputs(
     return torch.stack([measured[number] for number in range(len(variants))])
 
 
-def clean_streams(model: Any, rows: Rows, metric: Metric, layers: Iterable[int]) -> Iterator[tuple[int, Below]]:
+def clean_streams(model: HookedModel, rows: Rows, metric: Metric, layers: Iterable[int]) -> Iterator[tuple[int, Below]]:
     """Walk up the clean run once: at each of these layers, the stream before it and what the metric has read below."""
     readings: dict[int, Tensor] = {}
     stream: Tensor | None = None
@@ -154,7 +159,7 @@ def clean_streams(model: Any, rows: Rows, metric: Metric, layers: Iterable[int])
         yield layer, (stream, dict(readings))
 
 
-def input_hooks(model: Any, rows: Rows, variants: Sequence[Variant]) -> list[Hook]:
+def input_hooks(model: HookedModel, rows: Rows, variants: Sequence[Variant]) -> list[Hook]:
     """The hooks that put each variant's patches into its own copy of the rows, copy after copy in one batch."""
     info, batch, place = describe(model), len(rows.ids), rows.place
     index = torch.arange(batch, device=place.device)

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
+from p0circuit.hooked_model import HookedModel
 from p0circuit.models import describe, resume
 from p0circuit.models.passes import add_blocks
 
@@ -63,7 +64,7 @@ class P0Block:
 
 
 @torch.no_grad()
-def p0_blocks(model: Any, probe: Float[Tensor, "row d_model"]) -> list[P0Block] | None:
+def p0_blocks(model: HookedModel, probe: Float[Tensor, "row d_model"]) -> list[P0Block] | None:
     """The model's blocks in this form, or None where they are not of it.
 
     `probe` are rows of the stream before block 0; on a few of them the result is compared with the model's own.

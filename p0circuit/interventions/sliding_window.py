@@ -28,6 +28,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from p0circuit.hooked_model import HookedModel
 from p0circuit.interventions.closed_form import ScoreForm, key_hook, query_hook
 from p0circuit.interventions.intervention import Change, Intervention
 from p0circuit.interventions.nodes import InterventionError
@@ -104,7 +105,7 @@ def cache_of(length: int, window: int, kept: Sequence[int]) -> KeyCache:
     return KeyCache(visible, fallen_out.sum(1) + queries.clamp(max=window - 1), places, fallen_out)
 
 
-def streamed(model: Any, prompts: PromptSet, kept: Sequence[int], window: int) -> Intervention:
+def streamed(model: HookedModel, prompts: PromptSet, kept: Sequence[int], window: int) -> Intervention:
     """Decode the prompts with caches of the last `window` tokens and of the `kept` positions, as StreamingLLM does.
 
     Raises:
@@ -146,7 +147,7 @@ def streamed(model: Any, prompts: PromptSet, kept: Sequence[int], window: int) -
     return Intervention(model, prompts, tuple(changes))
 
 
-def why_not_streamed(model: Any, prompts: PromptSet) -> str | None:
+def why_not_streamed(model: HookedModel, prompts: PromptSet) -> str | None:
     """Why `streamed` cannot be exact on this model and these prompts; None where it can."""
     info, points = describe(model), hook_points(model)
     if not bool(prompts.attention_mask.all()):
@@ -168,7 +169,7 @@ def why_not_streamed(model: Any, prompts: PromptSet) -> str | None:
 _ROTATIONS: weakref.WeakKeyDictionary[Any, dict[int, list[Rotation]]] = weakref.WeakKeyDictionary()
 
 
-def rotations(model: Any, length: int) -> list[Rotation]:
+def rotations(model: HookedModel, length: int) -> list[Rotation]:
     """Step 4: how every layer of a model with rotary positions turns its queries and keys, up to `length` positions.
 
     Measured once per model and length: no weight decides it.
@@ -183,7 +184,7 @@ def rotations(model: Any, length: int) -> list[Rotation]:
 
 
 @torch.no_grad()
-def _measured_rotations(model: Any, length: int) -> list[Rotation]:
+def _measured_rotations(model: HookedModel, length: int) -> list[Rotation]:
     info = describe(model)
     drawn = torch.randn(PROBES, info.d_head, generator=torch.Generator().manual_seed(0))
     seen: list[Tensor] = []

@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from p0circuit.hooked_model import HookedModel
 from p0circuit.interventions.closed_form import key_hook, query_side
 from p0circuit.interventions.nodes import InterventionError
 from p0circuit.interventions.single_token import p0_blocks
@@ -51,7 +52,7 @@ class VocabularySweep:
 
 @torch.no_grad()
 def vocabulary_sweep(
-    model: Any,
+    model: HookedModel,
     tokens: Int[Tensor, " token"] | None = None,
     residual_layers: Sequence[int] = (),
     key_layers: Sequence[int] = (),
@@ -103,7 +104,7 @@ def vocabulary_sweep(
 
 
 def _sweep_streams(
-    model: Any, tokens: Int[Tensor, " token"], residual_layers: Sequence[int], chunk: int
+    model: HookedModel, tokens: Int[Tensor, " token"], residual_layers: Sequence[int], chunk: int
 ) -> VocabularySweep | None:
     """The sweep without keys, in bare tensor operations; None for models whose blocks are of another form."""
     info = describe(model)
@@ -127,7 +128,7 @@ def _sweep_streams(
 
 @torch.no_grad()
 def sink_scores_by_token(
-    model: Any, prompts: PromptSet, tokens: Int[Tensor, " token"] | None = None, chunk: int = CHUNK
+    model: HookedModel, prompts: PromptSet, tokens: Int[Tensor, " token"] | None = None, chunk: int = CHUNK
 ) -> Float[Tensor, "token layer head"]:
     """The sink score that each token's key draws from the queries of the prompts, mean over prompts.
 

@@ -15,12 +15,13 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from p0circuit.hooked_model import HookedModel
 from p0circuit.models.info import ModelError
 
 FIELD = "p0circuit"
@@ -156,16 +157,17 @@ def changed(
 
 
 def edit_hooked_model(
-    model: Any, changes: ArchitectureEdits, gates: Sequence[Float[Tensor, "inner d_model"]] = ()
-) -> Any:
+    model: HookedModel, changes: ArchitectureEdits, gates: Sequence[Float[Tensor, "inner d_model"]] = ()
+) -> HookedModel:
     """Change the forward pass of a hooked model for good, hook points included; returns the model."""
     from p0circuit.models.forward import hook_point
 
     if not changes:
         return model
     model.cfg.p0circuit = changes
+    module = cast(nn.Module, model)
     if gates:
-        model.register_buffer(GATES, torch.stack(list(gates)).to(model.cfg.device, model.cfg.dtype))
+        module.register_buffer(GATES, torch.stack(list(gates)).to(model.cfg.device, model.cfg.dtype))
     place = P0Place()
     model.__dict__["p0_place"] = place
     sites = _Sites(
@@ -173,11 +175,11 @@ def edit_hooked_model(
         [hook_point(model, f"blocks.{layer}.attn.hook_z") for layer in range(len(model.blocks))],
     )
     # Past a bridge's own attribute look-up, which knows no buffers.
-    _change(sites, changes, place, lambda layer: model._buffers[GATES][layer])
+    _change(sites, changes, place, lambda layer: cast(Tensor, module._buffers[GATES])[layer])
     return model
 
 
-def p0_placed(model: Any, mask: Tensor | None) -> contextlib.AbstractContextManager[None]:
+def p0_placed(model: HookedModel, mask: Tensor | None) -> contextlib.AbstractContextManager[None]:
     """Tell a changed model where P0 stands in the passes inside the `with`; nothing for any other model."""
     place = model.__dict__.get("p0_place")
     return contextlib.nullcontext() if place is None else place.at(mask)

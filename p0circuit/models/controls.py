@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from p0circuit.hooked_model import HookedModel
 from p0circuit.models.device_map import placement_of
 from p0circuit.models.forward import hook_points, hooked
 from p0circuit.models.info import ModelError, describe
@@ -20,7 +21,7 @@ INITIAL_DEVIATION = 0.02
 
 
 @contextlib.contextmanager
-def untrained(model: Any, seed: int = 0) -> Iterator[Any]:
+def untrained(model: HookedModel, seed: int = 0) -> Iterator[Any]:
     """The model with the weights of a beginner inside a `with`: matrices normal, biases 0, gains 1.
 
     Raises:
@@ -30,7 +31,9 @@ def untrained(model: Any, seed: int = 0) -> Iterator[Any]:
         raise ModelError(f"{describe(model).name} was loaded with a device map: its weights stay as they are")
     generator = torch.Generator().manual_seed(seed)
     # Past the model's own lists: a bridge's leaves out the experts of a mixture.
-    parameters = {name: parameter.data for name, parameter in torch.nn.Module.named_parameters(model)}
+    parameters = {
+        name: parameter.data for name, parameter in torch.nn.Module.named_parameters(cast(torch.nn.Module, model))
+    }
     kept = {name: parameter.clone() for name, parameter in parameters.items()}
     try:
         for name, parameter in parameters.items():
@@ -49,7 +52,7 @@ def untrained(model: Any, seed: int = 0) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def shuffled_neurons(model: Any, seed: int = 0) -> Iterator[Any]:
+def shuffled_neurons(model: HookedModel, seed: int = 0) -> Iterator[Any]:
     """The model with every MLP neuron writing what another one of its layer should write, inside a `with`.
 
     All weights are still there, and each layer's outputs have their usual size; what reads and what writes no longer

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from p0circuit.hooked_model import HookedModel
 from p0circuit.models.architecture_edits import p0_placed
 from p0circuit.models.bridge import HookPoints, bridge_points
 from p0circuit.models.info import BLOCK_HOOKS, ModelError, backend_of, describe
@@ -35,7 +36,7 @@ _SWITCHED = {
 
 
 def forward(
-    model: Any,
+    model: HookedModel,
     ids: Int[Tensor, "batch pos"],
     attention_mask: Bool[Tensor, "batch pos"] | Int[Tensor, "batch pos"] | None = None,
     *,
@@ -68,7 +69,7 @@ def forward(
 
 
 def resume(
-    model: Any,
+    model: HookedModel,
     residual: Float[Tensor, "batch pos d_model"],
     start_at_layer: int,
     attention_mask: Bool[Tensor, "batch pos"] | Int[Tensor, "batch pos"] | None = None,
@@ -110,7 +111,7 @@ def resume(
 
 
 @contextlib.contextmanager
-def hooked(model: Any, hooks: Sequence[Hook]) -> Iterator[None]:
+def hooked(model: HookedModel, hooks: Sequence[Hook]) -> Iterator[None]:
     """Keep hooks on the model inside a `with`; on leaving, exactly these are removed, whatever happened.
 
     Raises:
@@ -129,7 +130,7 @@ def hooked(model: Any, hooks: Sequence[Hook]) -> Iterator[None]:
             point.fwd_hooks.remove(handle)
 
 
-def hook_point(model: Any, name: str) -> Any:
+def hook_point(model: HookedModel, name: str) -> Any:
     """The hook point with one of the common names (or any name the backend itself knows).
 
     Raises:
@@ -144,7 +145,7 @@ def hook_point(model: Any, name: str) -> Any:
     return points[name]
 
 
-def hook_points(model: Any) -> HookPoints:
+def hook_points(model: HookedModel) -> HookPoints:
     """A model's hook points, found once per model."""
     if model not in _POINTS:
         hooked = backend_of(model) == "hooked"
@@ -152,7 +153,7 @@ def hook_points(model: Any) -> HookPoints:
     return _POINTS[model]
 
 
-def _watched(model: Any, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+def _watched(model: HookedModel, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """The function behind a plain name, and for a hook point that can only be read one that refuses to edit."""
     read_only = name in hook_points(model).read_only
 
@@ -174,7 +175,9 @@ class _Stop(Exception):
         self.residual = residual
 
 
-def _run_bridge(model: Any, ids: Tensor, mask: Tensor | None, hooks: Sequence[Hook], stop: int | None) -> Tensor:
+def _run_bridge(
+    model: HookedModel, ids: Tensor, mask: Tensor | None, hooks: Sequence[Hook], stop: int | None
+) -> Tensor:
     if stop is None:
         with hooked(model, hooks):
             return model(ids, attention_mask=mask, use_cache=False)
@@ -192,7 +195,7 @@ def _run_bridge(model: Any, ids: Tensor, mask: Tensor | None, hooks: Sequence[Ho
 
 
 @contextlib.contextmanager
-def _left_out(model: Any, start: int, residual: Tensor) -> Iterator[None]:
+def _left_out(model: HookedModel, start: int, residual: Tensor) -> Iterator[None]:
     """Make the blocks below `start` of a bridged model hand on `residual` instead of computing."""
     output = (residual,) if hook_points(model).blocks_return_tuples else residual
     blocks = list(model.blocks)[:start]
@@ -217,7 +220,7 @@ def layer_of(name: str, layers: int) -> int:
     return -1 if "embed" in name and "unembed" not in name else layers
 
 
-def _between(model: Any, hooks: Sequence[Hook], start: int, stop: int | None) -> list[Hook]:
+def _between(model: HookedModel, hooks: Sequence[Hook], start: int, stop: int | None) -> list[Hook]:
     """The hooks, all of them checked, on what runs from block `start` on and below block `stop`."""
     for name, _ in hooks:
         hook_point(model, name)
@@ -225,7 +228,7 @@ def _between(model: Any, hooks: Sequence[Hook], start: int, stop: int | None) ->
     return [hook for hook in hooks if start <= layer_of(hook[0], len(model.blocks)) < end]
 
 
-def _why_missing(model: Any, name: str) -> str:
+def _why_missing(model: HookedModel, name: str) -> str:
     info = describe(model)
     hook = re.sub(r"^blocks\.\d+\.", "", name)
     if hook != name and layer_of(name, info.n_layers) >= info.n_layers:
@@ -242,7 +245,7 @@ def _why_missing(model: Any, name: str) -> str:
     return f"; did you mean {', '.join(near)}?" if near else ""
 
 
-def _check_ready(model: Any) -> None:
+def _check_ready(model: HookedModel) -> None:
     # A bridge and the transformers model inside it can be in different modes.
     if model.training or getattr(model, "original_model", model).training:
         raise ModelError("the model is in training mode, where dropout makes every pass different; call model.eval()")
@@ -265,7 +268,7 @@ def _check_length(length: int, info: Any) -> None:
         )
 
 
-def _check_mask(mask: Tensor | None, shape: Sequence[int], model: Any) -> Tensor | None:
+def _check_mask(mask: Tensor | None, shape: Sequence[int], model: HookedModel) -> Tensor | None:
     if mask is not None:
         if tuple(mask.shape) != tuple(shape):
             raise ModelError(f"the attention mask has shape {list(mask.shape)}, the input [batch, pos] = {list(shape)}")
@@ -292,7 +295,7 @@ SMALL_MODEL = 5_000_000
 """Parameters up to which one thread is quicker than several."""
 
 
-def one_thread_if_small(model: Any) -> None:
+def one_thread_if_small(model: HookedModel) -> None:
     """Let a small model run on one thread; OMP_NUM_THREADS, if set, has the last word.
 
     Its matrices are done before a second thread has woken up: one is twice as fast as two.

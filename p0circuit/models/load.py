@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from p0circuit.hooked_model import HookedModel
 from p0circuit.models.info import ModelError, note_quantisation
 from p0circuit.models.memory import bytes_while_loading, free_memory
 from p0circuit.models.source import (
@@ -71,7 +72,7 @@ def load_model(
     layers: int | None = None,
     device_map: DeviceMap | None = None,
     offload_folder: str | Path | None = None,
-) -> Any:
+) -> HookedModel:
     """Load a model by name, directory, GGUF file or hub id, as a raw hooked model in eval mode.
 
     A name is looked up in this order: a shipped model; one of the catalog (`smollm2-135m`, `gemma3-270m`), fetched on
@@ -234,7 +235,7 @@ def _plan(
 
 def _load_placed(
     source: Source, config: Any, device_map: DeviceMap, device: Any, dtype: Any, folder: str | Path | None
-) -> Any:
+) -> HookedModel:
     """The bridge of a model whose weights are spread by a device map."""
     from p0circuit.models.architecture_edits import changed, edit_hooked_model
     from p0circuit.models.device_map import new_folder, offload_parent, to_placed_bridge
@@ -250,7 +251,7 @@ def _load_placed(
         return _checked(edit_hooked_model(to_placed_bridge(hf, tokenizer, planned, place), changes, gates), logits)
 
 
-def _wired(name: str, backend: Backend, checkpoint: int | str | None, device: Any, dtype: Any) -> Any:
+def _wired(name: str, backend: Backend, checkpoint: int | str | None, device: Any, dtype: Any) -> HookedModel:
     """One of the models whose weights are constructed."""
     import torch
 
@@ -423,7 +424,7 @@ def _causal_logits(source: Source, hf: Any, device: Any) -> Any:
 _OTHER = "try the other backend or another version of TransformerLens"
 
 
-def _checked(model: Any, expected: Any) -> Any:
+def _checked(model: HookedModel, expected: Any) -> HookedModel:
     """The model, if it gives the logits that `transformers` gave."""
     import torch
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from p0circuit.hooked_model import HookedModel
 from p0circuit.models import describe, device_of
 from p0circuit.models.device_map import placement_of
 
@@ -18,7 +17,7 @@ CPU_BATCH_BYTES = 16 * 2**20
 CPU_BATCH_TOKENS = 1024
 
 
-def batch_size_for(model: Any, length: int, with_logits: bool, row_by_row: bool = False) -> int:
+def batch_size_for(model: HookedModel, length: int, with_logits: bool, row_by_row: bool = False) -> int:
     """How many rows go through the model at once: what fits into half a gigabyte, and less on a CPU; at least one.
 
     Logits are counted with their copies, unless whoever reads them does so `row_by_row`. With a device map it is half

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from p0circuit.hooked_model import HookedModel
 from p0circuit.models import describe
 from p0circuit.models.device_map import placement_of, weights_of
 from p0circuit.models.forward import hook_points
@@ -23,7 +24,7 @@ _SMALL_BYTES = 2**18
 _NAMES_AND_PLACES = {"model_name", "tokenizer_name", "device", "n_devices"}
 
 
-def weights_fingerprint(model: Any) -> str:
+def weights_fingerprint(model: HookedModel) -> str:
     """A hash of every weight and buffer and of the configuration: of all that decides what the model computes.
 
     It is computed once per model, and again only when a weight or setting has changed (`_weights_glance`). The weights
@@ -40,13 +41,13 @@ def weights_fingerprint(model: Any) -> str:
     return placement.fingerprints[0]
 
 
-def _settings(model: Any) -> bytes:
+def _settings(model: HookedModel) -> bytes:
     """All that decides what a model computes beside its weights."""
     settings = {name: value for name, value in vars(model.cfg).items() if name not in _NAMES_AND_PLACES}
     return repr((replace(describe(model), name=""), sorted(settings.items()))).encode()
 
 
-def _weights_glance(model: Any) -> str:
+def _weights_glance(model: HookedModel) -> str:
     """A hash of small weights and of sums over short stretches of large ones: ten times as fast as a full hash.
 
     Weights may be changed in ways that torch's version counters do not see (through `.data`), so all of them are read.
@@ -66,7 +67,7 @@ def _weights_glance(model: Any) -> str:
     return digest.hexdigest()
 
 
-def _weights_fingerprint(model: Any) -> str:
+def _weights_fingerprint(model: HookedModel) -> str:
     digest = hashlib.sha256(_settings(model))
     # One tensor at a time: a weight that waits on disk is read to be hashed.
     sums = {name: checksum(tensor) for name, tensor in weights_of(model)}
@@ -75,7 +76,7 @@ def _weights_fingerprint(model: Any) -> str:
     return digest.hexdigest()
 
 
-def has_hooks(model: Any) -> bool:
+def has_hooks(model: HookedModel) -> bool:
     """Whether anything is hooked to the model at present, so that what it computes is not what its weights say."""
     # A bridge's own list lacks the points that were mended (bridge.py), and ours those that nobody reads.
     points = [*model.hook_dict.values(), *hook_points(model).by_name.values()]

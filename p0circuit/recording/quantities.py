@@ -17,6 +17,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from p0circuit import sink
+from p0circuit.hooked_model import HookedModel
 from p0circuit.models import describe
 from p0circuit.models.forward import layer_of
 from p0circuit.recording.cache import checksum
@@ -175,7 +176,7 @@ def embedding_at(offset: int = 0) -> Quantity:
     )
 
 
-def key_query_cosine_at(model: Any, offset: int = 0) -> Quantity:
+def key_query_cosine_at(model: HookedModel, offset: int = 0) -> Quantity:
     """[sample, layer, head]: cosine between the key of one position and later queries, as they enter the scores."""
     rotated = "rot_" if describe(model).positions == "rotary" else ""
     hooks = (f"attn.hook_{rotated}q", f"attn.hook_{rotated}k")

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from p0circuit import __version__
+from p0circuit.hooked_model import HookedModel
 from p0circuit.io import code_fingerprint
 from p0circuit.log import track
 from p0circuit.models import describe, device_of, forward
@@ -68,7 +69,7 @@ def _reduced(quantity: Quantity, activations: Sequence[Tensor], batch: Batch) ->
 
 
 def _record_batch(
-    model: Any, layers: int, quantities: Sequence[Quantity], batch: Batch, edits: Sequence[Hook]
+    model: HookedModel, layers: int, quantities: Sequence[Quantity], batch: Batch, edits: Sequence[Hook]
 ) -> dict[str, Tensor]:
     """One forward pass, what is recorded being read after all edits."""
     inside = [quantity for quantity in quantities if quantity.scope != "logits"]
@@ -108,7 +109,7 @@ class Recording:
 
 @torch.no_grad()
 def record(
-    model: Any,
+    model: HookedModel,
     prompts: PromptSet,
     what: Quantity | Sequence[Quantity],
     batch_size: int | None = None,
@@ -179,7 +180,7 @@ def record(
     return Recording(values, cached)
 
 
-def kept(model: Any, prompts: PromptSet, what: str, compute: Callable[[], Tensor]) -> Tensor:
+def kept(model: HookedModel, prompts: PromptSet, what: str, compute: Callable[[], Tensor]) -> Tensor:
     """What `compute` makes of the model and the prompts, from the cache where it lies.
 
     `what` has to name all settings that decide it; other code never reads what this code left. The cache is left alone
@@ -195,7 +196,7 @@ def kept(model: Any, prompts: PromptSet, what: str, compute: Callable[[], Tensor
     return value.to(device_of(model))
 
 
-def _model_key(model: Any) -> dict[str, str]:
+def _model_key(model: HookedModel) -> dict[str, str]:
     """What all quantities recorded from a model have in common."""
     return {
         "weights": weights_fingerprint(model),

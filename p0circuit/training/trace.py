@@ -29,6 +29,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from p0circuit import sink
+from p0circuit.hooked_model import HookedModel
 from p0circuit.interventions.ablation import ablate
 from p0circuit.interventions.nodes import InterventionError
 from p0circuit.interventions.pairs import patch_values, shifted_pair
@@ -159,7 +160,7 @@ class Trace:
 
 
 @torch.no_grad()
-def measure_checkpoint(model: Any, prompts: PromptSet) -> dict[str, Any]:
+def measure_checkpoint(model: HookedModel, prompts: PromptSet) -> dict[str, Any]:
     """One row of a trace.
 
     Keys: loss (nats per token, the prediction made at P0 left out: the TNLM loss does not train it), sink_rate,
@@ -201,7 +202,9 @@ def beyond_p0(losses: Float[Tensor, "sample pos"], prompts: PromptSet) -> Float[
     return losses.masked_fill(places == prompts.p0.to(losses.device)[:, None], math.nan)
 
 
-def causal_concentration(model: Any, prompts: PromptSet, clean: Float[Tensor, "sample layer head"]) -> float | None:
+def causal_concentration(
+    model: HookedModel, prompts: PromptSet, clean: Float[Tensor, "sample layer head"]
+) -> float | None:
     """The share of `Sink[2:]` that is lost when P0's residual after block 1 is that of the shifted run.
 
     None where fewer than one head in a thousand is a sink.
@@ -219,7 +222,7 @@ def causal_concentration(model: Any, prompts: PromptSet, clean: Float[Tensor, "s
     return lost_share(rate(clean), behind_others)
 
 
-def induction_score(model: Any, prompts: PromptSet, rows: int = 32) -> float:
+def induction_score(model: HookedModel, prompts: PromptSet, rows: int = 32) -> float:
     """The best head's mean attention, in the second half of random tokens said twice, to what followed them before.
 
     Olsson et al. 2022 (arXiv 2209.11895).

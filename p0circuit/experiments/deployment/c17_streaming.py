@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float
@@ -33,6 +33,7 @@ from p0circuit.experiments.claim import Claim, Criterion
 from p0circuit.experiments.conditions import text_like, with_and_without_bos
 from p0circuit.experiments.practice import find_used_sink
 from p0circuit.experiments.surgery import lines
+from p0circuit.hooked_model import HookedModel
 from p0circuit.interventions.nodes import InterventionError
 from p0circuit.interventions.sliding_window import streamed, why_not_streamed
 from p0circuit.models import ModelInfo, describe
@@ -127,7 +128,7 @@ class Streaming(Experiment):
     def __init__(self, config: StreamingConfig = StreamingConfig()) -> None:
         super().__init__(config)
 
-    def passes(self, model: Any, prompts: PromptSet) -> float:
+    def passes(self, model: HookedModel, prompts: PromptSet) -> float:
         config, n, length, info = self.config, prompts.n, prompts.length, describe(model)
         given = min(n, config.samples) * length * (len(SINKS) + 1 + len(DROPPED))
         other = min(n, config.other_samples) * length * (1 + len(DROPPED)) if bos_id(model) is not None else 0
@@ -140,7 +141,7 @@ class Streaming(Experiment):
             return self
         return Streaming(replace(self.config, samples=8, other_samples=4, long_windows=4, long_tokens=512))
 
-    def measure(self, model: Any, prompts: PromptSet) -> Result:
+    def measure(self, model: HookedModel, prompts: PromptSet) -> Result:
         """Raises NotApplicable where decoding cannot be followed exactly, or the rows are too short for the window."""
         import pandas as pd
 
@@ -200,7 +201,7 @@ class Streaming(Experiment):
         figures = {"positions": _draw_positions(panels, info.title), "costs": _draw_costs(costs, added, info.title)}
         return Result(self.id, self.title, metrics, tables, figures, notes=notes)
 
-    def _long(self, model: Any, prompts: PromptSet, notes: list[str]) -> Losses | None:
+    def _long(self, model: HookedModel, prompts: PromptSet, notes: list[str]) -> Losses | None:
         """Step 6; None where the model's context or the text ends too early."""
         info, window = describe(model), prompts.length
         length = min(window * self.config.long_windows, info.n_ctx or 10**9)
@@ -222,7 +223,7 @@ class Streaming(Experiment):
         return losses
 
 
-def decoded(model: Any, prompts: PromptSet, window: int, kept: Sequence[Kept]) -> Losses:
+def decoded(model: HookedModel, prompts: PromptSet, window: int, kept: Sequence[Kept]) -> Losses:
     """The losses of the prompts decoded with each of these sets kept; None among them for full attention.
 
     Raises:
@@ -261,7 +262,7 @@ def _beyond(costs: Float[np.ndarray, "draw 2"]) -> Float[np.ndarray, " draw"]:
     return costs[:, 0] - TIMES * abs(costs[:, 1])
 
 
-def _conditions(model: Any, prompts: PromptSet, most: int) -> tuple[PromptSet, dict[str, PromptSet], str]:
+def _conditions(model: HookedModel, prompts: PromptSet, most: int) -> tuple[PromptSet, dict[str, PromptSet], str]:
     """The prompts where their sink is (as they are, where there is none), some of them in the other condition, a note.
 
     The conditions are the text as it is and, where there is a BOS token, behind it.

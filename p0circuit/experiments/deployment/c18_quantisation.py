@@ -28,13 +28,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from p0circuit.experiments.base import Experiment, is_large, second_half
 from p0circuit.experiments.claim import Claim, Criterion
 from p0circuit.experiments.practice import find_used_sink, under
+from p0circuit.hooked_model import HookedModel
 from p0circuit.interventions.int8 import (
     INPUTS,
 )
@@ -102,7 +103,7 @@ class Quantisation(Experiment):
     def __init__(self, config: QuantisationConfig = QuantisationConfig()) -> None:
         super().__init__(config)
 
-    def passes(self, model: Any, prompts: PromptSet) -> float:
+    def passes(self, model: HookedModel, prompts: PromptSet) -> float:
         config, rows = self.config, second_half(prompts)
         measured, calibrated_on = (min(config.samples, half) for half in (rows, prompts.n - rows))
         # The exact pass, and one for each scheme in use, two of them calibrated.
@@ -113,7 +114,7 @@ class Quantisation(Experiment):
     def quick(self, info: ModelInfo) -> Quantisation:
         return Quantisation(QuantisationConfig(samples=8, draws=2, draw_samples=4)) if is_large(info) else self
 
-    def measure(self, model: Any, prompts: PromptSet) -> Result:
+    def measure(self, model: HookedModel, prompts: PromptSet) -> Result:
         found, condition = find_used_sink(model, prompts)
         # The rows that the sink heads were chosen on, and the others.
         halves = under(model, prompts, condition).split()

@@ -32,6 +32,7 @@ from p0circuit.experiments.base import Experiment, is_large, second_half
 from p0circuit.experiments.claim import Claim, Criterion
 from p0circuit.experiments.conditions import with_and_without_bos
 from p0circuit.experiments.practice import find_used_sink, under
+from p0circuit.hooked_model import HookedModel
 from p0circuit.interventions.attention_edits import remove_heads
 from p0circuit.models import ModelInfo, describe, forward
 from p0circuit.models.info import sampleable_vocabulary
@@ -117,7 +118,7 @@ class DormantHeads(Experiment):
     def __init__(self, config: DormantHeadsConfig = DormantHeadsConfig()) -> None:
         super().__init__(config)
 
-    def passes(self, model: Any, prompts: PromptSet) -> float:
+    def passes(self, model: HookedModel, prompts: PromptSet) -> float:
         config, info = self.config, describe(model)
         rows = min(config.samples, second_half(prompts))
         counts = len(steps(info.n_layers * info.n_heads, config.coarse))
@@ -133,7 +134,7 @@ class DormantHeads(Experiment):
             return self
         return DormantHeads(replace(self.config, samples=6, orders=3, domains=False, coarse=True))
 
-    def measure(self, model: Any, prompts: PromptSet) -> Result:
+    def measure(self, model: HookedModel, prompts: PromptSet) -> Result:
         """Raises NotApplicable where there is no sink, on the text as it is or behind BOS."""
         import pandas as pd
 
@@ -196,17 +197,17 @@ class DormantHeads(Experiment):
         return Result(self.id, self.title, metrics, tables, figures, notes=notes)
 
 
-def by_sink_score(model: Any, prompts: PromptSet) -> Order:
+def by_sink_score(model: HookedModel, prompts: PromptSet) -> Order:
     """All heads, the highest mean sink score first."""
     return _sorted(-record(model, prompts, SINK_SCORE)[SINK_SCORE].double().mean(0))
 
 
-def by_output_norm(model: Any, prompts: PromptSet) -> Order:
+def by_output_norm(model: HookedModel, prompts: PromptSet) -> Order:
     """All heads, the lowest mean norm of what they add to the stream first."""
     return _sorted(output_norms(model, prompts))
 
 
-def random_orders(model: Any, count: int, seed: int) -> dict[str, Order]:
+def random_orders(model: HookedModel, count: int, seed: int) -> dict[str, Order]:
     """All heads in so many random orders."""
     info, rng = describe(model), np.random.default_rng(seed)
     heads = [(layer, head) for layer in range(info.n_layers) for head in range(info.n_heads)]
@@ -214,7 +215,7 @@ def random_orders(model: Any, count: int, seed: int) -> dict[str, Order]:
 
 
 @torch.no_grad()
-def output_norms(model: Any, prompts: PromptSet) -> Float[Tensor, "layer head"]:
+def output_norms(model: HookedModel, prompts: PromptSet) -> Float[Tensor, "layer head"]:
     """The norm of what each head adds to the stream, mean over positions after P0 and over samples.
 
     Before the norm that some models (OLMo 2, Gemma 2) put behind their attention, and without biases.
@@ -242,7 +243,11 @@ def output_norms(model: Any, prompts: PromptSet) -> Float[Tensor, "layer head"]:
 
 
 def zeroed(
-    model: Any, prompts: PromptSet, orders: Mapping[str, Order], until: float | None = None, coarse: bool = False
+    model: HookedModel,
+    prompts: PromptSet,
+    orders: Mapping[str, Order],
+    until: float | None = None,
+    coarse: bool = False,
 ) -> dict[str, Zeroing]:
     """Zero the heads of each order one after the other; the losses at ever wider steps.
 
@@ -294,7 +299,7 @@ def _within(
     return np.where(beyond.any(-1), np.asarray(counts)[beyond.argmax(-1) - 1], counts[-1]).astype(float)
 
 
-def _orders(model: Any, prompts: PromptSet, count: int) -> dict[str, Order]:
+def _orders(model: HookedModel, prompts: PromptSet, count: int) -> dict[str, Order]:
     """Step 1, with so many random orders."""
     orders = {SINK: by_sink_score(model, prompts), NORM: by_output_norm(model, prompts)}
     return orders | random_orders(model, count, prompts.seed)
@@ -337,7 +342,9 @@ def _growth_at_a_quarter(runs: Mapping[str, Zeroing]) -> dict[str, Interval]:
     }
 
 
-def _other_texts(model: Any, prompts: PromptSet, condition: str, count: int, notes: list[str]) -> dict[str, PromptSet]:
+def _other_texts(
+    model: HookedModel, prompts: PromptSet, condition: str, count: int, notes: list[str]
+) -> dict[str, PromptSet]:
     """Further kinds of text as long as the prompts; none for a model that reads no text.
 
     The prompts in the other condition, behind BOS or not; English, code and random tokens in the same as they.

@@ -36,6 +36,7 @@ from torch.nn.functional import cross_entropy
 from p0circuit.experiments.base import Experiment, NotApplicable, is_large, second_half
 from p0circuit.experiments.claim import Claim, Criterion
 from p0circuit.experiments.practice import find_used_sink, under
+from p0circuit.hooked_model import HookedModel
 from p0circuit.interventions.ablation import ablate
 from p0circuit.interventions.attribution import rows_with_gradients
 from p0circuit.models import ModelInfo, describe, forward
@@ -108,7 +109,7 @@ class FirstToken(Experiment):
     def __init__(self, config: FirstTokenConfig = FirstTokenConfig()) -> None:
         super().__init__(config)
 
-    def passes(self, model: Any, prompts: PromptSet) -> float:
+    def passes(self, model: HookedModel, prompts: PromptSet) -> float:
         config = self.config
         rows = min(config.samples, second_half(prompts))
         register = bool(config.steps) and placement_of(model) is None
@@ -123,7 +124,7 @@ class FirstToken(Experiment):
             return self
         return FirstToken(replace(self.config, tokens=3, samples=8, steps=0, places=3))
 
-    def measure(self, model: Any, prompts: PromptSet) -> Result:
+    def measure(self, model: HookedModel, prompts: PromptSet) -> Result:
         """Raises NotApplicable without a sink, and where rows are padded or too short."""
         found, condition = find_used_sink(model, prompts)
         if not bool(prompts.attention_mask.all()):
@@ -192,7 +193,9 @@ class FirstToken(Experiment):
 # Prefixes
 
 
-def prefixes_of(model: Any, others: PromptSet, config: FirstTokenConfig = FirstTokenConfig()) -> dict[str, Prefix]:
+def prefixes_of(
+    model: HookedModel, others: PromptSet, config: FirstTokenConfig = FirstTokenConfig()
+) -> dict[str, Prefix]:
     """Nothing, the neutral token, BOS if there is one, and a register trained on `others`.
 
     No register without steps of training, nor where the model has a device map: weights that are taken away after a
@@ -208,7 +211,7 @@ def prefixes_of(model: Any, others: PromptSet, config: FirstTokenConfig = FirstT
     return found
 
 
-def neutral_token(model: Any, others: PromptSet) -> int:
+def neutral_token(model: HookedModel, others: PromptSet) -> int:
     """The newline where it is one token; else the most frequent token of some samples that is not a special one."""
     if model.tokenizer is not None:
         newline = model.tokenizer("\n", add_special_tokens=False)["input_ids"]
@@ -221,7 +224,7 @@ def neutral_token(model: Any, others: PromptSet) -> int:
 
 
 def trained_register(
-    model: Any, prompts: PromptSet, start: int, config: FirstTokenConfig = FirstTokenConfig()
+    model: HookedModel, prompts: PromptSet, start: int, config: FirstTokenConfig = FirstTokenConfig()
 ) -> Float[Tensor, " d_model"]:
     """A vector to stand before a text in the place of an embedding, trained for the loss behind any first token.
 
@@ -252,7 +255,7 @@ def trained_register(
 
 
 def first_token_losses(
-    model: Any, prompts: PromptSet, prefixes: Mapping[str, Prefix], tokens: int = FirstTokenConfig.tokens
+    model: HookedModel, prompts: PromptSet, prefixes: Mapping[str, Prefix], tokens: int = FirstTokenConfig.tokens
 ) -> dict[str, Losses]:
     """The losses of each row with other first tokens, behind every prefix; and those of the two controls."""
     text, neutral = _text(prompts), prefixes[NEUTRAL]
@@ -266,7 +269,7 @@ def first_token_losses(
 
 
 def drawn_tokens(
-    model: Any, prompts: PromptSet, tokens: int, generator: torch.Generator
+    model: HookedModel, prompts: PromptSet, tokens: int, generator: torch.Generator
 ) -> Int[Tensor, "sample token"]:
     """Tokens for each row, drawn from all of the vocabulary but special ones."""
     size, special = sampleable_vocabulary(model)
@@ -289,7 +292,7 @@ def spreads_at_same_distance(losses: Mapping[str, Losses]) -> dict[str, Float[np
 
 
 def recall_by_place(
-    model: Any, prompts: PromptSet, prefixes: Mapping[str, Prefix], count: int = FirstTokenConfig.places
+    model: HookedModel, prompts: PromptSet, prefixes: Mapping[str, Prefix], count: int = FirstTokenConfig.places
 ) -> dict[str, dict[int, Float[np.ndarray, " sample"]]]:
     """How much of the loss of some tokens it takes off that they stood in the text before: by prefix and place.
 
@@ -343,7 +346,7 @@ def _rows(ids: Int[Tensor, "row pos"], inserted: int | None, place: int = 0) -> 
     return from_ids(torch.cat([ids[:, :place], new, ids[:, place:]], dim=1))
 
 
-def _losses(model: Any, ids: Int[Tensor, "sample token pos"], prefix: Prefix = None, place: int = 0) -> Losses:
+def _losses(model: HookedModel, ids: Int[Tensor, "sample token pos"], prefix: Prefix = None, place: int = 0) -> Losses:
     """The loss of every token but the first, with a prefix (or its token at another place)."""
     # A vector takes the place of some token's embedding.
     rows = _rows(ids.flatten(0, 1), 0 if isinstance(prefix, Tensor) else prefix, place)

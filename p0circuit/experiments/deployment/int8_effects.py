@@ -16,6 +16,7 @@ from torch.nn.functional import one_hot
 
 from p0circuit.experiments.base import NotApplicable
 from p0circuit.experiments.surgery import random_offsets
+from p0circuit.hooked_model import HookedModel
 from p0circuit.interventions.int8 import (
     Rounded,
     Site,
@@ -148,7 +149,7 @@ PEAK = "peak of P0 over that of others"
 
 
 @torch.no_grad()
-def int8_effects(model: Any, prompts: PromptSet, schemes: Mapping[str, Scheme] = SCHEMES) -> Int8Effects:
+def int8_effects(model: HookedModel, prompts: PromptSet, schemes: Mapping[str, Scheme] = SCHEMES) -> Int8Effects:
     """Round what each scheme rounds, and compare with the exact pass.
 
     A model with a device map need not have room for other weights beside its own: schemes that round them are left out.
@@ -167,7 +168,7 @@ def int8_effects(model: Any, prompts: PromptSet, schemes: Mapping[str, Scheme] =
 
 
 @torch.no_grad()
-def calibrated(model: Any, prompts: PromptSet) -> Calibration:
+def calibrated(model: HookedModel, prompts: PromptSet) -> Calibration:
     """What a calibrated grid has to hold in these rows."""
     sites, parts = _sites(model), []
     for rows in _batches(model, prompts):
@@ -186,7 +187,7 @@ def calibrated(model: Any, prompts: PromptSet) -> Calibration:
 
 @torch.no_grad()
 def over_draws(
-    model: Any, prompts: PromptSet, calibration: Calibration, draws: int = 8
+    model: HookedModel, prompts: PromptSet, calibration: Calibration, draws: int = 8
 ) -> dict[int, dict[str, Float[np.ndarray, " draw"]]]:
     """The errors of grids calibrated on 4, 16, 64 … rows drawn from all that there are, mean over the prompts.
 
@@ -243,7 +244,7 @@ class _Rows:
         return quantised(x, largest, self.place(scheme.apart), scheme.treatment, scheme.grid == "token")
 
 
-def _batches(model: Any, prompts: PromptSet) -> list[_Rows]:
+def _batches(model: HookedModel, prompts: PromptSet) -> list[_Rows]:
     """The prompts in batches, with a control drawn for each row.
 
     Raises:
@@ -259,7 +260,7 @@ def _batches(model: Any, prompts: PromptSet) -> list[_Rows]:
     return [_Rows(*parts) for parts in zip(*(part.split(size) for part in whole), strict=True)]
 
 
-def _sites(model: Any) -> tuple[Site, ...]:
+def _sites(model: HookedModel) -> tuple[Site, ...]:
     """The inputs of matrix products, then the stream before each block."""
     return (*input_sites(model), *(Site(block, STREAM) for block in range(describe(model).n_layers)))
 
@@ -269,7 +270,7 @@ def _of_products(errors: Float[np.ndarray, "sample site"], sites: Sequence[Site]
     return errors[:, [site.kind != STREAM for site in sites]].mean(1)
 
 
-def _exact(model: Any, rows: _Rows, sites: Sequence[Site], look: Callable[[Site, Tensor], None]) -> Tensor:
+def _exact(model: HookedModel, rows: _Rows, sites: Sequence[Site], look: Callable[[Site, Tensor], None]) -> Tensor:
     """The logits of a pass in which every input of a matrix product is looked at, and the stream before each block."""
 
     def at_hook(x: Tensor, hook: Any, site: Site) -> None:
@@ -285,7 +286,7 @@ def _exact(model: Any, rows: _Rows, sites: Sequence[Site], look: Callable[[Site,
 
 
 def _errors_on(
-    model: Any, rows: _Rows, sites: Sequence[Site], schemes: Mapping[Any, Scheme]
+    model: HookedModel, rows: _Rows, sites: Sequence[Site], schemes: Mapping[Any, Scheme]
 ) -> tuple[Tensor, dict[tuple[str, Any], Tensor]]:
     """The exact logits of a batch, and by scheme the errors of its inputs, each rounded in that same pass."""
     seen: dict[Site, dict[tuple[str, Any], Tensor]] = {}
@@ -301,7 +302,7 @@ def _errors_on(
 
 
 def _effects_on(
-    model: Any, rows: _Rows, sites: Sequence[Site], schemes: Mapping[str, Scheme], weights: list[Rounded]
+    model: HookedModel, rows: _Rows, sites: Sequence[Site], schemes: Mapping[str, Scheme], weights: list[Rounded]
 ) -> dict[tuple[str, str], Tensor]:
     """Everything measured on a batch, by kind and scheme, the first axis being the row."""
     on_inputs_alone = {name: scheme for name, scheme in schemes.items() if scheme.grid and not scheme.weights}

@@ -24,7 +24,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -47,6 +47,7 @@ from p0circuit.experiments.deployment.c20_first_token import (
 from p0circuit.experiments.practice import find_used_sink, under
 from p0circuit.experiments.sink_under_study import Heads, over_heads
 from p0circuit.experiments.surgery import require_attention
+from p0circuit.hooked_model import HookedModel
 from p0circuit.interventions.ablation import ablate
 from p0circuit.interventions.attention_edits import mask_key, zero_logit, zero_value
 from p0circuit.interventions.int8 import Site, largest_in_row, on_inputs, rounded
@@ -91,7 +92,7 @@ class Mitigation:
     prefix: Prefix = None
     change: Change | None = None
 
-    def applied(self, model: Any, text: Int[Tensor, "row pos"]) -> tuple[PromptSet, list[Intervention]]:
+    def applied(self, model: HookedModel, text: Int[Tensor, "row pos"]) -> tuple[PromptSet, list[Intervention]]:
         """Rows of text as they are given to the model, and what is done to it while it reads them."""
         if self.prefix is None:
             rows = from_ids(text)
@@ -123,7 +124,7 @@ class Mitigations(Experiment):
     def __init__(self, config: MitigationsConfig = MitigationsConfig()) -> None:
         super().__init__(config)
 
-    def passes(self, model: Any, prompts: PromptSet) -> float:
+    def passes(self, model: HookedModel, prompts: PromptSet) -> float:
         config, half = self.config, second_half(prompts)
         rows, int8, spread_over = (
             min(most, config.samples, half) for most in (half, config.int8_samples, config.spread_samples)
@@ -138,7 +139,7 @@ class Mitigations(Experiment):
             return self
         return Mitigations(MitigationsConfig(samples=8, int8_samples=8, spread_samples=4, tokens=3, register_steps=0))
 
-    def measure(self, model: Any, prompts: PromptSet) -> Result:
+    def measure(self, model: HookedModel, prompts: PromptSet) -> Result:
         """Raises NotApplicable without a sink, where attention cannot be edited, and where rows are padded or short."""
         found, condition = find_used_sink(model, prompts)
         if not bool(prompts.attention_mask.all()):
@@ -170,7 +171,7 @@ class Mitigations(Experiment):
 
 
 def mitigations_for(
-    model: Any, prompts: PromptSet, sink_heads: list[str], condition: str, register: Prefix, notes: list[str]
+    model: HookedModel, prompts: PromptSet, sink_heads: list[str], condition: str, register: Prefix, notes: list[str]
 ) -> tuple[str, dict[str, Mitigation]]:
     """Every remedy that this model can take, by name, and the name of the one that the others are compared with.
 
@@ -208,7 +209,11 @@ def mitigations_for(
 
 
 def measured_with(
-    model: Any, prompts: PromptSet, remedy: Mitigation, heads: Heads, config: MitigationsConfig = MitigationsConfig()
+    model: HookedModel,
+    prompts: PromptSet,
+    remedy: Mitigation,
+    heads: Heads,
+    config: MitigationsConfig = MitigationsConfig(),
 ) -> dict[str, Float[np.ndarray, " sample"]]:
     """Every quantity of `QUANTITIES` for the samples it was measured on."""
     text = prompts.ids[:, :-1]
@@ -224,7 +229,9 @@ def measured_with(
     }
 
 
-def text_losses(model: Any, text: Int[Tensor, "row pos"], remedy: Mitigation) -> Float[np.ndarray, "row prediction"]:
+def text_losses(
+    model: HookedModel, text: Int[Tensor, "row pos"], remedy: Mitigation
+) -> Float[np.ndarray, "row prediction"]:
     """The losses of the predictions made from 8 tokens into the text on."""
     rows, changes = remedy.applied(model, text)
     return _of_text(record(model, rows, TOKEN_LOSSES, interventions=changes)[TOKEN_LOSSES].double().numpy(), text)
@@ -238,7 +245,7 @@ def _of_text(
 
 
 @torch.no_grad()
-def int8_errors(model: Any, text: Int[Tensor, "row pos"], remedy: Mitigation) -> Float[np.ndarray, " row"]:
+def int8_errors(model: HookedModel, text: Int[Tensor, "row pos"], remedy: Mitigation) -> Float[np.ndarray, " row"]:
     """The error of the inputs of matrix products, one grid per row, P0 in: mean over them, at positions after P0."""
     # An intervention under `with` wants all its rows in one batch.
     size = batch_size_for(model, text.shape[1] + 1, with_logits=True)
@@ -263,7 +270,7 @@ def int8_errors(model: Any, text: Int[Tensor, "row pos"], remedy: Mitigation) ->
     return np.concatenate(errors)
 
 
-def _spread(model: Any, prompts: PromptSet, remedy: Mitigation, tokens: int) -> Float[np.ndarray, " sample"]:
+def _spread(model: HookedModel, prompts: PromptSet, remedy: Mitigation, tokens: int) -> Float[np.ndarray, " sample"]:
     """The standard deviation of the loss over tokens in the first place of the text, as C20 has it."""
     drawn = drawn_tokens(model, prompts, tokens, torch.Generator().manual_seed(prompts.seed + 1))
     text = prompts.ids[:, None, :-1].repeat(1, tokens, 1)

@@ -15,11 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from p0circuit.experiments.base import Experiment, NotApplicable
 from p0circuit.experiments.edges import input_shares
 from p0circuit.experiments.sink_under_study import listed, scores_of
+from p0circuit.hooked_model import HookedModel
 from p0circuit.interventions.circuit import circuit_graph, owner
 from p0circuit.interventions.closed_form import KeyEdges, NotOfTheClosedForm
 from p0circuit.interventions.edge_search import expected_passes, search_edges
@@ -68,7 +69,7 @@ class Circuit(Experiment):
     def __init__(self, config: CircuitConfig = CircuitConfig()) -> None:
         super().__init__(config)
 
-    def measure(self, model: Any, prompts: PromptSet) -> Result:
+    def measure(self, model: HookedModel, prompts: PromptSet) -> Result:
         info, config = describe(model), self.config
         first, second = prompts.split()
         scores = self.record(model, first, [SINK_SCORE], "first half")[SINK_SCORE]
@@ -82,7 +83,7 @@ class Circuit(Experiment):
         edges = _edges_up_to(info, layers[-1])
         return self._search(study, edges) if edges > config.most_edges else self._patch_all(study)
 
-    def passes(self, model: Any, prompts: PromptSet) -> float:
+    def passes(self, model: HookedModel, prompts: PromptSet) -> float:
         """The passes over all `n` prompts that a run takes beside the sink scores of the first half."""
         info, n, length = describe(model), prompts.n, prompts.length
         config, rows = self.config, min(self.config.samples, n - n // 2)
@@ -203,7 +204,7 @@ class Circuit(Experiment):
 class _Study:
     """What is studied: the model, the pair of runs, and the sink heads, up to whose last layer edges count."""
 
-    model: Any
+    model: HookedModel
     pair: PromptPair
     heads: Sequence[tuple[int, int]]
     names: list[str]

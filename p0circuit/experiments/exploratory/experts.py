@@ -33,6 +33,7 @@ from p0circuit import sink
 from p0circuit.experiments.base import Experiment, NotApplicable, second_half
 from p0circuit.experiments.practice import find_used_sink, under
 from p0circuit.experiments.sink_under_study import SinkHeads, over_heads
+from p0circuit.hooked_model import HookedModel
 from p0circuit.interventions.experts import experts_at, mixture_layers, remove_experts, routing
 from p0circuit.models import ModelInfo, describe
 from p0circuit.prompts import PromptSet
@@ -88,7 +89,7 @@ class Experts(Experiment):
     def __init__(self, config: ExpertsConfig = ExpertsConfig()) -> None:
         super().__init__(config)
 
-    def passes(self, model: Any, prompts: PromptSet) -> float:
+    def passes(self, model: HookedModel, prompts: PromptSet) -> float:
         config, info, rows = self.config, describe(model), second_half(prompts)
         if not info.experts:
             return 0.0
@@ -99,7 +100,7 @@ class Experts(Experiment):
         runs = 2 * min(config.alone, at_p0) + len(_numbers(most)) * (2 + config.draws)
         return (rows + (1 + runs) * few) / prompts.n
 
-    def measure(self, model: Any, prompts: PromptSet) -> Result:
+    def measure(self, model: HookedModel, prompts: PromptSet) -> Result:
         """Raises NotApplicable on a dense model, where there is no sink, and where experts do not add up."""
         info, layers = describe(model), mixture_layers(model)
         if not layers:
@@ -186,7 +187,7 @@ def _numbers(most: int) -> list[int]:
     return sorted({2**power for power in range(20) if 2**power <= most} | {most})
 
 
-def _norms(model: Any, prompts: PromptSet, layers: Sequence[int]) -> Float[np.ndarray, "two layer expert"]:
+def _norms(model: HookedModel, prompts: PromptSet, layers: Sequence[int]) -> Float[np.ndarray, "two layer expert"]:
     """The mean norm of what each expert writes at P0, and at position 8; 0 where a row is not routed to it."""
     found = np.zeros((2, len(layers), describe(model).experts))
 
@@ -234,7 +235,7 @@ def _random_order(
 
 
 def _left(
-    model: Any, prompts: PromptSet, found: SinkHeads, reader: int, experts: Sequence[Expert], offset: int | None
+    model: HookedModel, prompts: PromptSet, found: SinkHeads, reader: int, experts: Sequence[Expert], offset: int | None
 ) -> Left:
     """Step 6 on a run without some experts."""
     changes = [remove_experts(model, prompts, experts, offset)] if experts else []

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from p0circuit import sink
 from p0circuit.experiments.base import Experiment
+from p0circuit.hooked_model import HookedModel
 from p0circuit.models import describe
 from p0circuit.prompts import PromptSet
 from p0circuit.recording.quantities import (
@@ -57,10 +58,10 @@ class NormDirection(Experiment):
     def __init__(self, config: NormDirectionConfig = NormDirectionConfig()) -> None:
         super().__init__(config)
 
-    def passes(self, model: Any, prompts: PromptSet) -> float:
+    def passes(self, model: HookedModel, prompts: PromptSet) -> float:
         return 0.0  # all of it is in the clean recording
 
-    def measure(self, model: Any, prompts: PromptSet) -> Result:
+    def measure(self, model: HookedModel, prompts: PromptSet) -> Result:
         import pandas as pd
 
         others = sorted({min(offset, prompts.length - 1) for offset in self.config.others})

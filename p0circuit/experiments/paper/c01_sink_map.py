@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from p0circuit import sink
 from p0circuit.experiments.base import Experiment, mean_over_samples
 from p0circuit.experiments.claim import Claim, Criterion
 from p0circuit.experiments.conditions import conditions
+from p0circuit.hooked_model import HookedModel
 from p0circuit.models import describe
 from p0circuit.prompts import RANDOM_TOKENS, WITH_BOS, WITHOUT_BOS, PromptSet, condition_of
 from p0circuit.recording.quantities import PATTERNS, SINK_SCORE, score_at
@@ -63,11 +64,11 @@ class SinkMap(Experiment):
     def __init__(self, config: SinkMapConfig = SinkMapConfig()) -> None:
         super().__init__(config)
 
-    def passes(self, model: Any, prompts: PromptSet) -> float:
+    def passes(self, model: HookedModel, prompts: PromptSet) -> float:
         # A random first token, random tokens, one repeated token; and one prompt for the attention view.
         return 3 + 1 / prompts.n
 
-    def measure(self, model: Any, prompts: PromptSet) -> Result:
+    def measure(self, model: HookedModel, prompts: PromptSet) -> Result:
         import pandas as pd
 
         from p0circuit.figures.maps import heat_maps
@@ -132,7 +133,7 @@ class SinkMap(Experiment):
         )
 
 
-def _view(model: Any, prompts: PromptSet, scores: np.ndarray) -> AttentionView:
+def _view(model: HookedModel, prompts: PromptSet, scores: np.ndarray) -> AttentionView:
     """The attention of the heads with the highest scores on the first prompt."""
     chosen = sorted(divmod(int(place), scores.shape[1]) for place in scores.ravel().argsort()[::-1][:VIEWED_HEADS])
     title = f"{describe(model).title}: the heads with the highest sink scores, on one prompt"
@@ -140,7 +141,7 @@ def _view(model: Any, prompts: PromptSet, scores: np.ndarray) -> AttentionView:
 
 
 def view_heads(
-    model: Any,
+    model: HookedModel,
     prompt: PromptSet,
     heads: Sequence[tuple[int, int]],
     title: str = "",

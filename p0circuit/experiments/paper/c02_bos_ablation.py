@@ -16,6 +16,7 @@ from p0circuit.experiments.base import Experiment, NotApplicable, mean_over_samp
 from p0circuit.experiments.claim import Claim, Criterion
 from p0circuit.experiments.conditions import with_and_without_bos
 from p0circuit.experiments.sink_under_study import find_sink_heads, scores_of
+from p0circuit.hooked_model import HookedModel
 from p0circuit.models import describe
 from p0circuit.prompts import WITH_BOS, WITHOUT_BOS, PromptSet, bos_id
 from p0circuit.recording.quantities import SINK_SCORE, TOKEN_LOSSES
@@ -57,10 +58,10 @@ class BosAblation(Experiment):
     def __init__(self, config: BosAblationConfig = BosAblationConfig()) -> None:
         super().__init__(config)
 
-    def passes(self, model: Any, prompts: PromptSet) -> float:
+    def passes(self, model: HookedModel, prompts: PromptSet) -> float:
         return 0.0  # all of it is in the clean recording
 
-    def measure(self, model: Any, prompts: PromptSet) -> Result:
+    def measure(self, model: HookedModel, prompts: PromptSet) -> Result:
         """Raises NotApplicable where there is no BOS token, or no token that is predicted in both conditions."""
         import pandas as pd
 

@@ -42,6 +42,7 @@ from torch.nn.functional import normalize
 from p0circuit.experiments.base import Experiment, NotApplicable, is_large, second_half
 from p0circuit.experiments.claim import Claim, Criterion
 from p0circuit.experiments.sink_under_study import find_sink_heads
+from p0circuit.hooked_model import HookedModel
 from p0circuit.interventions.closed_form import NotOfTheClosedForm, QueryScores, query_side
 from p0circuit.interventions.vocabulary import CHUNK, vocabulary_sweep
 from p0circuit.log import track
@@ -104,7 +105,7 @@ class AnyToken(Experiment):
     def __init__(self, config: AnyTokenConfig = AnyTokenConfig()) -> None:
         super().__init__(config)
 
-    def passes(self, model: Any, prompts: PromptSet) -> float:
+    def passes(self, model: HookedModel, prompts: PromptSet) -> float:
         config, rows, vocabulary = self.config, second_half(prompts), sampleable_vocabulary(model)[0]
         swept = vocabulary if config.sample is None else min(config.sample, vocabulary)
         full = min(config.full_tokens, swept) * min(config.full_continuations, rows)
@@ -121,7 +122,7 @@ class AnyToken(Experiment):
         )
         return AnyToken(smaller)
 
-    def measure(self, model: Any, prompts: PromptSet) -> Result:
+    def measure(self, model: HookedModel, prompts: PromptSet) -> Result:
         """Raises NotApplicable where there is no sink, or attention to P0 does not follow from its key."""
         import pandas as pd
 
@@ -208,7 +209,7 @@ class AnyToken(Experiment):
         return Result(self.id, self.title, metrics, tables, figures, notes=notes)
 
     def _swept(
-        self, model: Any, prompts: PromptSet, tokens: Int[Tensor, " token"], heads: Sequence[tuple[int, int]]
+        self, model: HookedModel, prompts: PromptSet, tokens: Int[Tensor, " token"], heads: Sequence[tuple[int, int]]
     ) -> tuple[np.ndarray, Tensor, np.ndarray | None]:
         """`scores_by_token`, and the scores of BOS by sample where the prompts begin with it."""
         if condition_of(model, prompts) != WITH_BOS:
@@ -219,7 +220,7 @@ class AnyToken(Experiment):
 
     def _full_runs(
         self,
-        model: Any,
+        model: HookedModel,
         prompts: PromptSet,
         tokens: Int[Tensor, " token"],
         heads: Sequence[tuple[int, int]],
@@ -236,7 +237,7 @@ class AnyToken(Experiment):
         layers, numbers = map(list, zip(*heads, strict=True))
         return scores[:, layers, numbers].mean(1).view(len(tokens), -1).mean(1).numpy()
 
-    def _probe(self, model: Any, tokens: Int[Tensor, " token"], seed: int) -> tuple[pd.DataFrame, str]:
+    def _probe(self, model: HookedModel, tokens: Int[Tensor, " token"], seed: int) -> tuple[pd.DataFrame, str]:
         """The probe's table, a line for each layer and place; and why there is no probe, where there is none."""
         import pandas as pd
 
@@ -266,7 +267,11 @@ class AnyToken(Experiment):
 
 @torch.no_grad()
 def scores_by_token(
-    model: Any, prompts: PromptSet, tokens: Int[Tensor, " token"], heads: Sequence[tuple[int, int]], chunk: int = CHUNK
+    model: HookedModel,
+    prompts: PromptSet,
+    tokens: Int[Tensor, " token"],
+    heads: Sequence[tuple[int, int]],
+    chunk: int = CHUNK,
 ) -> tuple[Float[np.ndarray, "token sample"], Float[Tensor, "token layer_and_end"]]:
     """The mean sink score of some heads, each token's key in the place of P0's, from each prompt's queries.
 
@@ -347,7 +352,7 @@ def _columns(name: str, interval: Interval) -> dict[str, float]:
     return {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
 
 
-def _texts(model: Any, tokens: Int[Tensor, " token"]) -> list[str]:
+def _texts(model: HookedModel, tokens: Int[Tensor, " token"]) -> list[str]:
     """The tokens as text, quoted; empty where there is no tokenizer."""
     tokenizer = getattr(model, "tokenizer", None)
     return [""] * len(tokens) if tokenizer is None else [repr(tokenizer.decode([token])) for token in tokens.tolist()]

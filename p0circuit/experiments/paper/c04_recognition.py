@@ -33,7 +33,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -44,6 +44,7 @@ from torch.nn.functional import normalize
 from p0circuit.experiments.base import Experiment, NotApplicable, second_half
 from p0circuit.experiments.claim import Claim, Criterion
 from p0circuit.experiments.sink_under_study import find_sink_heads
+from p0circuit.hooked_model import HookedModel
 from p0circuit.models import ModelError, describe
 from p0circuit.models.forward import hook_point
 from p0circuit.prompts import PromptSet
@@ -138,11 +139,11 @@ class Recognition(Experiment):
     def __init__(self, config: RecognitionConfig = RecognitionConfig()) -> None:
         super().__init__(config)
 
-    def passes(self, model: Any, prompts: PromptSet) -> float:
+    def passes(self, model: HookedModel, prompts: PromptSet) -> float:
         blocks = sum(block + 1 for block in BLOCKS)
         return blocks / describe(model).n_layers * second_half(prompts) / prompts.n
 
-    def measure(self, model: Any, prompts: PromptSet) -> Result:
+    def measure(self, model: HookedModel, prompts: PromptSet) -> Result:
         """Raises NotApplicable where there is no sink, no block 1, padding, or attention that cannot be read."""
         import pandas as pd
 
@@ -205,7 +206,7 @@ class Recognition(Experiment):
         return Result(self.id, self.title, metrics, tables, {"profiles": figure}, notes=notes)
 
     def _record(
-        self, model: Any, prompts: PromptSet, block: int
+        self, model: HookedModel, prompts: PromptSet, block: int
     ) -> tuple[Float[np.ndarray, "sample pos 2"], Cone, Float[Tensor, "sample kept head d_head"]]:
         """Squared norm and variance of the output, what the cone model needs, and some of the values."""
         outputs = Quantity(f"attention_out_{block}", (f"blocks.{block}.hook_attn_out",), norm_and_variance, "model")

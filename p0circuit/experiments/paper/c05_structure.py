@@ -34,6 +34,7 @@ from p0circuit.experiments.surgery import (
     random_offsets,
     require_attention,
 )
+from p0circuit.hooked_model import HookedModel
 from p0circuit.interventions.ablation import match_statistics
 from p0circuit.interventions.attention_edits import attend_to_self_only, copy_attention_row
 from p0circuit.interventions.intervention import Intervention
@@ -64,12 +65,12 @@ class StructureConfig:
     scan_blocks: int = 8
 
 
-def _attending_as_another(model: Any, prompts: PromptSet, nodes: list[str], t: int) -> Intervention:
+def _attending_as_another(model: HookedModel, prompts: PromptSet, nodes: list[str], t: int) -> Intervention:
     donor = random_offsets(prompts.n, prompts.seed + t, 1, prompts.length, but=[t])
     return copy_attention_row(model, prompts, nodes, donor=donor, offset=t)
 
 
-def _mixing_elsewhere(model: Any, prompts: PromptSet, nodes: list[str], t: int) -> Intervention:
+def _mixing_elsewhere(model: HookedModel, prompts: PromptSet, nodes: list[str], t: int) -> Intervention:
     place = random_offsets(prompts.n, prompts.seed + t, 1, prompts.length, but=[t, CONTROL])
     return copy_attention_row(model, prompts, nodes, donor=t, offset=place)
 
@@ -112,7 +113,7 @@ class Structure(Experiment):
     def __init__(self, config: StructureConfig = StructureConfig()) -> None:
         super().__init__(config)
 
-    def passes(self, model: Any, prompts: PromptSet) -> float:
+    def passes(self, model: HookedModel, prompts: PromptSet) -> float:
         rows, config = second_half(prompts), self.config
         few = min(rows, config.samples_beside)
         positions = sum(t < prompts.length - 1 for t in config.positions)
@@ -123,10 +124,10 @@ class Structure(Experiment):
     def quick(self, info: ModelInfo) -> Structure:
         return Structure(replace(self.config, samples_beside=5, scan_blocks=3)) if is_large(info) else self
 
-    def measure(self, model: Any, prompts: PromptSet) -> Result:
+    def measure(self, model: HookedModel, prompts: PromptSet) -> Result:
         return self.measure_on(model, find_sink(model, prompts))
 
-    def measure_on(self, model: Any, sink: Sink) -> Result:
+    def measure_on(self, model: HookedModel, sink: Sink) -> Result:
         """The measurement on a sink that has been found.
 
         Raises:
@@ -179,7 +180,7 @@ class Structure(Experiment):
         figures = {"surgery": _draw_surgery(became, lost, name), "scan": _draw_scan(scan, t, name)}
         return Result(self.id, self.title, metrics, {"surgery": table, "scan": scan}, figures, notes=notes)
 
-    def _scan(self, model: Any, sink: Sink, t: int) -> pd.DataFrame:
+    def _scan(self, model: HookedModel, sink: Sink, t: int) -> pd.DataFrame:
         """Both surgeries in each block alone and in all up to it, measured on the sink heads above."""
         import pandas as pd
 
@@ -230,7 +231,7 @@ class _Ratios:
 
 
 def _at_t(
-    model: Any, prompts: PromptSet, heads: Heads, surgery: Surgery, nodes: list[str], t: int
+    model: HookedModel, prompts: PromptSet, heads: Heads, surgery: Surgery, nodes: list[str], t: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Excess scores of t and of P0 in the same run, with surgery at t."""
     excess = excess_by_head(model, prompts, [surgery(model, prompts, nodes, t)], (t, 0))
@@ -238,7 +239,7 @@ def _at_t(
 
 
 def _at_p0(
-    model: Any, prompts: PromptSet, heads: Heads, surgery: Surgery, nodes: list[str], t: int, clean: ByHead
+    model: HookedModel, prompts: PromptSet, heads: Heads, surgery: Surgery, nodes: list[str], t: int, clean: ByHead
 ) -> tuple[np.ndarray, np.ndarray]:
     """Excess scores of P0 with surgery at it, and without."""
     excess = excess_by_head(model, prompts, [surgery(model, prompts, nodes, t)])[0]

@@ -38,6 +38,7 @@ from torch import Tensor
 from p0circuit.experiments.base import Experiment, NotApplicable, is_large, second_half
 from p0circuit.experiments.claim import Claim, Criterion
 from p0circuit.experiments.sink_under_study import SinkHeads, excess_scores, find_sink_heads
+from p0circuit.hooked_model import HookedModel
 from p0circuit.interventions.ablation import ablate
 from p0circuit.interventions.attribution import Attribution, attribute, patch_values_at_p0
 from p0circuit.interventions.experts import experts_at_p0
@@ -101,7 +102,7 @@ class Amplification(Experiment):
     def __init__(self, config: AmplificationConfig = AmplificationConfig()) -> None:
         super().__init__(config)
 
-    def passes(self, model: Any, prompts: PromptSet) -> float:
+    def passes(self, model: HookedModel, prompts: PromptSet) -> float:
         info, config, rows = describe(model), self.config, second_half(prompts)
         few = min(rows, config.shown_samples)
         runs = len(BLOCKS) + 1  # rows with each whole MLP replaced, and with both
@@ -121,7 +122,7 @@ class Amplification(Experiment):
             return self
         return Amplification(replace(self.config, draws=8, shown=3, shown_samples=8))
 
-    def measure(self, model: Any, prompts: PromptSet) -> Result:
+    def measure(self, model: HookedModel, prompts: PromptSet) -> Result:
         """Raises NotApplicable where there is no sink, or no block 1."""
         from p0circuit.figures.intervals import bars
 
@@ -182,24 +183,24 @@ class Amplification(Experiment):
         figure.set_size_inches(7.0, 2.9)
         return Result(self.id, self.title, metrics, tables, {"writers": figure}, notes=notes)
 
-    def _whole_mlps(self, model: Any, found: SinkHeads, clean: np.ndarray) -> dict[str, Interval]:
+    def _whole_mlps(self, model: HookedModel, found: SinkHeads, clean: np.ndarray) -> dict[str, Interval]:
         """The share of the excess that goes with each whole MLP, and with both."""
         nodes = [Node("mlp", block) for block in BLOCKS]
         values = self._shifted(model, found.prompts, nodes)
         groups = {"mlp.0": nodes[:1], "mlp.1": nodes[1:], "both MLPs": nodes}
         return {name: _carried(model, found, some, values, clean) for name, some in groups.items()}
 
-    def _shifted(self, model: Any, prompts: PromptSet, nodes: Sequence[Node]) -> dict[Node, Tensor]:
+    def _shifted(self, model: HookedModel, prompts: PromptSet, nodes: Sequence[Node]) -> dict[Node, Tensor]:
         """The values of nodes at the same tokens, where these are not first."""
         return patch_values(model, self._pair(model, prompts), nodes)
 
-    def _pair(self, model: Any, prompts: PromptSet) -> Any:
+    def _pair(self, model: HookedModel, prompts: PromptSet) -> Any:
         # What a token computes does not depend on what follows it.
         return shifted_pair(model, _two_tokens(prompts), self.config.shift, prompts.seed)
 
     def _neurons(
         self,
-        model: Any,
+        model: HookedModel,
         first: PromptSet,
         found: SinkHeads,
         direction: Tensor,
@@ -245,11 +246,11 @@ class Amplification(Experiment):
         note = f"the top {count} of {len(nodes)} neurons carry {shares['the top neurons']} of the excess score: {named}"
         return table, _interval_table("neurons", "excess_carried", by_number), shares, note
 
-    def _all_shifted(self, model: Any, prompts: PromptSet) -> dict[Node, Tensor]:
+    def _all_shifted(self, model: HookedModel, prompts: PromptSet) -> dict[Node, Tensor]:
         return patch_values_at_p0(model, self._pair(model, prompts), ("neuron",), layers=BLOCKS)
 
     def _rank(
-        self, model: Any, prompts: PromptSet, direction: Tensor, layer: int
+        self, model: HookedModel, prompts: PromptSet, direction: Tensor, layer: int
     ) -> tuple[Attribution, dict[Node, float], dict[Node, float]]:
         """Every neuron's effect on the projection, and its mean value at P0 and where its token is not first."""
 
@@ -265,7 +266,7 @@ class Amplification(Experiment):
 
     def _random(
         self,
-        model: Any,
+        model: HookedModel,
         found: SinkHeads,
         nodes: Sequence[Node],
         count: int,
@@ -286,7 +287,7 @@ class Amplification(Experiment):
         return bootstrap(np.array(shares))
 
     def _experts(
-        self, model: Any, found: SinkHeads, direction: Tensor, clean: np.ndarray
+        self, model: HookedModel, found: SinkHeads, direction: Tensor, clean: np.ndarray
     ) -> tuple[pd.DataFrame, dict[str, Interval]]:
         """Step 5: a line for every expert that P0 is routed to; and what goes without the three that write most."""
         import pandas as pd
@@ -348,7 +349,7 @@ def _part(found: SinkHeads, rows: slice | Sequence[int]) -> SinkHeads:
 
 
 def _projections(
-    model: Any, prompts: PromptSet, direction: Float[Tensor, " d_model"], layer: int
+    model: HookedModel, prompts: PromptSet, direction: Float[Tensor, " d_model"], layer: int
 ) -> tuple[dict[str, Float[np.ndarray, " sample"]], Float[np.ndarray, " sample"]]:
     """What every component below `layer` writes along the direction at P0, and the projection of the stream there."""
     end = Node("resid_post", layer - 1)
@@ -359,20 +360,20 @@ def _projections(
 
 
 def _carried(
-    model: Any, found: SinkHeads, nodes: Sequence[Node], values: Mapping[Node, Tensor], clean: np.ndarray
+    model: HookedModel, found: SinkHeads, nodes: Sequence[Node], values: Mapping[Node, Tensor], clean: np.ndarray
 ) -> Interval:
     """The share of the excess score that goes when nodes have other values at P0."""
     return ratio_interval(clean - _excess_without(model, found, nodes, values), clean)
 
 
 def _excess_without(
-    model: Any, found: SinkHeads, nodes: Sequence[Node], values: Mapping[Node, Tensor]
+    model: HookedModel, found: SinkHeads, nodes: Sequence[Node], values: Mapping[Node, Tensor]
 ) -> Float[np.ndarray, " sample"]:
     ablation = ablate(model, found.prompts, nodes, {node: values[node] for node in nodes})
     return excess_scores(model, found.prompts, found.heads, interventions=[ablation])
 
 
-def _no_neurons(model: Any) -> str:
+def _no_neurons(model: HookedModel) -> str:
     """Why neurons cannot be ablated in this model; empty if they can."""
     try:
         for block in BLOCKS:

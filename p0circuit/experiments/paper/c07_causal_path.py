@@ -55,6 +55,7 @@ from p0circuit.experiments.base import Experiment, NotApplicable
 from p0circuit.experiments.claim import Claim, Criterion
 from p0circuit.experiments.edges import input_shares
 from p0circuit.experiments.sink_under_study import SinkHeads, find_sink_heads, scores_of
+from p0circuit.hooked_model import HookedModel
 from p0circuit.interventions.ablation import ablate
 from p0circuit.interventions.activation_patching import (
     Component,
@@ -133,7 +134,7 @@ class CausalPath(Experiment):
     def __init__(self, config: CausalPathConfig = CausalPathConfig()) -> None:
         super().__init__(config)
 
-    def measure(self, model: Any, prompts: PromptSet) -> Result:
+    def measure(self, model: HookedModel, prompts: PromptSet) -> Result:
         """Raises NotApplicable without blocks 0-1 or a sink, and where P0's whole stream has no effect on it."""
         info = describe(model)
         if info.n_layers < 2:
@@ -215,7 +216,7 @@ class CausalPath(Experiment):
 
     def _singles(
         self,
-        model: Any,
+        model: HookedModel,
         pairs: Sequence[PromptPair],
         found: SinkHeads,
         changes: Sequence[dict[tuple[str, str], np.ndarray]],
@@ -245,7 +246,7 @@ class CausalPath(Experiment):
 
     def _edges(
         self,
-        model: Any,
+        model: HookedModel,
         pairs: Sequence[PromptPair],
         found: SinkHeads,
         changes: Sequence[dict[tuple[str, str], np.ndarray]],
@@ -292,7 +293,7 @@ class CausalPath(Experiment):
         """Whether there are too many edges between components and single heads to patch each of them."""
         return (2 * info.n_layers + 1) * (3 * info.n_layers * info.n_heads + len(_BLOCKS)) // 2 > self.config.most_edges
 
-    def passes(self, model: Any, prompts: PromptSet) -> float:
+    def passes(self, model: HookedModel, prompts: PromptSet) -> float:
         """The passes over all `n` prompts that a run takes beside the recordings that choose the sink heads."""
         info, n, length = describe(model), prompts.n, prompts.length
         config, chosen, layers = self.config, min(self.config.samples, n - n // 2), info.n_layers
@@ -321,7 +322,7 @@ class CausalPath(Experiment):
 
     def _few_singles(
         self,
-        model: Any,
+        model: HookedModel,
         pairs: Sequence[PromptPair],
         found: SinkHeads,
         changes: Sequence[dict[tuple[str, str], np.ndarray]],
@@ -396,7 +397,7 @@ class CausalPath(Experiment):
 
     def _searched_edges(
         self,
-        model: Any,
+        model: HookedModel,
         pairs: Sequence[PromptPair],
         found: SinkHeads,
         changes: Sequence[dict[tuple[str, str], np.ndarray]],
@@ -497,7 +498,7 @@ def _within(nodes: Sequence[Node], order: Sequence[int], row_runs: float, rows: 
 
 
 def _shifted_values(
-    model: Any,
+    model: HookedModel,
     pairs: Sequence[PromptPair],
     beside: Int[Tensor, " batch"],
     most: int,
@@ -528,7 +529,7 @@ def _shifted_values(
 
 
 def _whole_stream(
-    model: Any,
+    model: HookedModel,
     clean: PromptSet,
     heads: Sequence[tuple[int, int]],
     streams: dict[int, Node],
@@ -570,7 +571,7 @@ def _whole_stream(
 
 @torch.no_grad()
 def _inputs_with_stream(
-    model: Any, rows: Rows, streams: dict[int, Node], values: dict[Node, Tensor]
+    model: HookedModel, rows: Rows, streams: dict[int, Node], values: dict[Node, Tensor]
 ) -> dict[tuple[str, int], Tensor]:
     """Queries, keys and changes of values at the rows' place, the whole stream there replaced before each block."""
     twice = Rows(*(repeated(part, 2) for part in rows))
@@ -621,14 +622,14 @@ def _stream_table(stream: dict[tuple[str, str], np.ndarray]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["sender", "receiver", "effect", "low", "high", "n"])
 
 
-def _patched_nodes(model: Any) -> list[Node]:
+def _patched_nodes(model: HookedModel) -> list[Node]:
     """What the joint patches put in: the components of blocks 0-1, then the stream before every block."""
     blocks = [node for node in components(model, _BLOCKS) if node.kind != "embed"]
     return [*blocks, *(Node("resid_pre", layer) for layer in range(describe(model).n_layers))]
 
 
 def joint_changes(
-    model: Any,
+    model: HookedModel,
     pair: PromptPair,
     heads: Sequence[tuple[int, int]],
     beside: Int[Tensor, " batch"],
@@ -674,7 +675,7 @@ def joint_changes(
 
 
 def _dealt_changes(
-    model: Any, pairs: Sequence[PromptPair], heads: Sequence[tuple[int, int]], beside: Int[Tensor, " batch"]
+    model: HookedModel, pairs: Sequence[PromptPair], heads: Sequence[tuple[int, int]], beside: Int[Tensor, " batch"]
 ) -> list[dict[tuple[str, str], Float[np.ndarray, " sample"]]]:
     """Steps 1, 2 and 4, bounded: as `joint_changes` for each shift, not a number in rows dealt out to another one."""
     clean, last = pairs[0].clean, max(layer for layer, _ in heads)
@@ -707,7 +708,7 @@ def _dealt_changes(
 
 @torch.no_grad()
 def _values_and_scores(
-    model: Any, prompts: PromptSet, nodes: Sequence[Node], position: Int[Tensor, " batch"], metric: Metric
+    model: HookedModel, prompts: PromptSet, nodes: Sequence[Node], position: Int[Tensor, " batch"], metric: Metric
 ) -> tuple[dict[Node, Tensor], Float[np.ndarray, " batch"]]:
     """What each node computes at a position of each row, and the metric there, from one run."""
     values: dict[Node, list[Tensor]] = {node: [] for node in nodes}

@@ -14,7 +14,7 @@ Source: Peng et al., arXiv 2603.06591; Sun et al. 2024 (arXiv 2402.17762) on mas
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -31,6 +31,7 @@ from p0circuit.experiments.surgery import (
     ordinary_streams,
     random_offsets,
 )
+from p0circuit.hooked_model import HookedModel
 from p0circuit.interventions.ablation import replace_direction, replace_norm
 from p0circuit.interventions.intervention import Offset
 from p0circuit.models import ModelInfo, describe
@@ -85,7 +86,7 @@ class DirectionOrNorm(Experiment):
     def __init__(self, config: DirectionOrNormConfig = DirectionOrNormConfig()) -> None:
         super().__init__(config)
 
-    def passes(self, model: Any, prompts: PromptSet) -> float:
+    def passes(self, model: HookedModel, prompts: PromptSet) -> float:
         rows, config = second_half(prompts), self.config
         few, blocks = min(rows, config.scan_samples), min(config.scan_blocks, describe(model).n_layers - 1)
         return (4 * rows + (2 * blocks + len(config.doses)) * few) / prompts.n
@@ -93,10 +94,10 @@ class DirectionOrNorm(Experiment):
     def quick(self, info: ModelInfo) -> DirectionOrNorm:
         return DirectionOrNorm(replace(self.config, scan_samples=8, scan_blocks=4)) if is_large(info) else self
 
-    def measure(self, model: Any, prompts: PromptSet) -> Result:
+    def measure(self, model: HookedModel, prompts: PromptSet) -> Result:
         return self.measure_on(model, find_sink(model, prompts))
 
-    def measure_on(self, model: Any, sink: Sink) -> Result:
+    def measure_on(self, model: HookedModel, sink: Sink) -> Result:
         """The measurement on a sink that has been found.
 
         Raises:
@@ -129,13 +130,13 @@ class DirectionOrNorm(Experiment):
         scan = self._scan(model, sink, prompts.subset(some), clean[some], streams[some])
         doses = self._doses(model, sink, prompts.subset(some), clean[some])
         donor = ", ".join(map(str, donor_positions))
-        notes = [*sink.notes, f"directions are donor by positions {donor} of the next sample, in turn"]
+        notes = [*sink.notes, f"directions come from positions {donor} of the next sample, in turn"]
         tables = {"surgery": pd.DataFrame(rows), "blocks": scan, "doses": doses}
         name = describe(model).title
         figures = {"blocks": _draw_scan(scan, name), "doses": _draw_doses(doses, name)}
         return Result(self.id, self.title, metrics, tables, figures, notes=notes)
 
-    def _scan(self, model: Any, sink: Sink, prompts: PromptSet, clean: Tensor, streams: Tensor) -> pd.DataFrame:
+    def _scan(self, model: HookedModel, sink: Sink, prompts: PromptSet, clean: Tensor, streams: Tensor) -> pd.DataFrame:
         """Both surgeries after each block, measured on the sink heads above it."""
         import pandas as pd
 
@@ -149,7 +150,7 @@ class DirectionOrNorm(Experiment):
                 rows.append(row | {"norm_over_median_of_others": float(norms[:, block + 1].double().mean())})
         return pd.DataFrame(rows)
 
-    def _doses(self, model: Any, sink: Sink, prompts: PromptSet, clean: Tensor) -> pd.DataFrame:
+    def _doses(self, model: HookedModel, sink: Sink, prompts: PromptSet, clean: Tensor) -> pd.DataFrame:
         """P0's norm after block 1 times each dose."""
         import pandas as pd
 
@@ -164,7 +165,9 @@ class DirectionOrNorm(Experiment):
         return pd.DataFrame(rows)
 
 
-def _changed(model: Any, prompts: PromptSet, surgery: str, block: int, streams: Tensor, offset: Offset) -> Tensor:
+def _changed(
+    model: HookedModel, prompts: PromptSet, surgery: str, block: int, streams: Tensor, offset: Offset
+) -> Tensor:
     """The excess scores of P0 with surgery on the stream after a block at one position."""
     nodes = [f"resid_post.{block}"]
     if surgery == _CUT:

@@ -17,7 +17,7 @@ Source: Peng et al., arXiv 2603.06591.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
@@ -36,6 +36,7 @@ from p0circuit.experiments.surgery import (
     ordinary_streams,
     row_of_another_token,
 )
+from p0circuit.hooked_model import HookedModel
 from p0circuit.interventions.ablation import replace_orthogonal, set_component
 from p0circuit.interventions.edits import component
 from p0circuit.interventions.intervention import p0_direction
@@ -89,7 +90,7 @@ class Content(Experiment):
     def __init__(self, config: ContentConfig = ContentConfig()) -> None:
         super().__init__(config)
 
-    def passes(self, model: Any, prompts: PromptSet) -> float:
+    def passes(self, model: HookedModel, prompts: PromptSet) -> float:
         rows, config = second_half(prompts), self.config
         few, blocks = min(rows, config.scan_samples), min(config.scan_blocks, describe(model).n_layers - 1)
         # Four kinds of surgery, after block 1 and after each block of the scan.
@@ -98,10 +99,10 @@ class Content(Experiment):
     def quick(self, info: ModelInfo) -> Content:
         return Content(replace(self.config, scan_samples=8, scan_blocks=2)) if is_large(info) else self
 
-    def measure(self, model: Any, prompts: PromptSet) -> Result:
+    def measure(self, model: HookedModel, prompts: PromptSet) -> Result:
         return self.measure_on(model, find_sink(model, prompts))
 
-    def measure_on(self, model: Any, sink: Sink) -> Result:
+    def measure_on(self, model: HookedModel, sink: Sink) -> Result:
         """The measurement on a sink that has been found.
 
         Raises:
@@ -143,7 +144,9 @@ class Content(Experiment):
         figures = {"blocks": _draw(tables["blocks"], describe(model).title)}
         return Result(self.id, self.title, metrics, tables, figures, notes=notes)
 
-    def _scan(self, model: Any, sink: Sink, clean: Tensor, own: Tensor, donor: dict[str, Tensor]) -> pd.DataFrame:
+    def _scan(
+        self, model: HookedModel, sink: Sink, clean: Tensor, own: Tensor, donor: dict[str, Tensor]
+    ) -> pd.DataFrame:
         """All surgeries after each block, measured on the sink heads above it."""
         import pandas as pd
 
@@ -162,7 +165,7 @@ class Content(Experiment):
 
 
 def _changed(
-    model: Any, prompts: PromptSet, surgery: str, block: int, direction: Tensor, streams: Tensor
+    model: HookedModel, prompts: PromptSet, surgery: str, block: int, direction: Tensor, streams: Tensor
 ) -> Float[Tensor, "sample layer head"]:
     """The excess scores of P0 with surgery on its stream after a block; `streams` are those that lend."""
     nodes, donor = [f"resid_post.{block}"], streams[:, block + 1]

@@ -24,7 +24,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -36,6 +35,7 @@ from p0circuit import sink
 from p0circuit.experiments.base import Experiment, NotApplicable, second_half
 from p0circuit.experiments.claim import Claim, Criterion
 from p0circuit.experiments.sink_under_study import find_sink_heads
+from p0circuit.hooked_model import HookedModel
 from p0circuit.interventions.closed_form import (
     MASKED,
     NotOfTheClosedForm,
@@ -97,11 +97,11 @@ class KeySide(Experiment):
     def __init__(self, config: KeySideConfig = KeySideConfig()) -> None:
         super().__init__(config)
 
-    def passes(self, model: Any, prompts: PromptSet) -> float:
+    def passes(self, model: HookedModel, prompts: PromptSet) -> float:
         # The mean query on one half of the prompts, all else on the other.
         return 1 + min(self.config.tested, second_half(prompts)) / prompts.n
 
-    def measure(self, model: Any, prompts: PromptSet) -> Result:
+    def measure(self, model: HookedModel, prompts: PromptSet) -> Result:
         """Raises NotApplicable where there is no sink, or scores are no product of query and key."""
         import pandas as pd
 
@@ -282,7 +282,7 @@ def score_parts(
     )
 
 
-def _parts_at(model: Any, layer: int, heads: Sequence[int], mean: Tensor, offset: int) -> Quantity:
+def _parts_at(model: HookedModel, layer: int, heads: Sequence[int], mean: Tensor, offset: int) -> Quantity:
     form = ScoreForm.of(model, layer)
     reduce = functools.partial(
         score_parts,

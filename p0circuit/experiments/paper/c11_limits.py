@@ -26,7 +26,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -38,6 +38,7 @@ from p0circuit.experiments.base import Experiment, NotApplicable, is_large, seco
 from p0circuit.experiments.claim import Claim, Criterion
 from p0circuit.experiments.conditions import text_like
 from p0circuit.experiments.sink_under_study import SinkHeads, find_sink_heads
+from p0circuit.hooked_model import HookedModel
 from p0circuit.interventions.pairs import shifted_pair
 from p0circuit.models import ModelInfo, describe
 from p0circuit.models.info import sampleable_vocabulary
@@ -97,7 +98,7 @@ class Limits(Experiment):
     def __init__(self, config: LimitsConfig = LimitsConfig()) -> None:
         super().__init__(config)
 
-    def passes(self, model: Any, prompts: PromptSet) -> float:
+    def passes(self, model: HookedModel, prompts: PromptSet) -> float:
         config, rows, length, info = self.config, second_half(prompts), prompts.length, describe(model)
         few = min(rows, config.samples)
         repeated = 2 * (len(_counts(config.repetitions, length)) - 1) * rows * length
@@ -113,7 +114,7 @@ class Limits(Experiment):
         lengths = (16, 32, 64, 128, 256, 512)
         return Limits(LimitsConfig((1, 2, 8), (1, 8, 32), lengths, samples=8, tokens=2048))
 
-    def measure(self, model: Any, prompts: PromptSet) -> Result:
+    def measure(self, model: HookedModel, prompts: PromptSet) -> Result:
         """Raises NotApplicable without a sink, and where no query sees both P0 and position 8."""
         import pandas as pd
 
@@ -160,7 +161,9 @@ class Limits(Experiment):
             self.id, self.title, metrics, tables, {"limits": _sweeps(repeated, prefixes, lengths, info)}, notes=notes
         )
 
-    def _repetitions(self, model: Any, found: SinkHeads, notes: list[str]) -> tuple[pd.DataFrame, dict[str, Interval]]:
+    def _repetitions(
+        self, model: HookedModel, found: SinkHeads, notes: list[str]
+    ) -> tuple[pd.DataFrame, dict[str, Interval]]:
         """Steps 1 and 2: the table, and the metrics of the criterion that is about this model's positions."""
         import pandas as pd
 
@@ -202,7 +205,7 @@ class Limits(Experiment):
         ]
         return pd.DataFrame(rows, columns=["tokens", "count", "quantity", *_ENDS]), metrics
 
-    def _prefixes(self, model: Any, prompts: PromptSet, found: SinkHeads) -> pd.DataFrame:
+    def _prefixes(self, model: HookedModel, prompts: PromptSet, found: SinkHeads) -> pd.DataFrame:
         """Step 3."""
         import pandas as pd
 
@@ -218,7 +221,7 @@ class Limits(Experiment):
         return pd.DataFrame(rows, columns=["prefix", "score_of", *_ENDS])
 
     def _texts(
-        self, model: Any, chosen: PromptSet, found: SinkHeads, prompts: PromptSet, notes: list[str]
+        self, model: HookedModel, chosen: PromptSet, found: SinkHeads, prompts: PromptSet, notes: list[str]
     ) -> pd.DataFrame:
         """Step 4: the excess score on each kind of text."""
         import pandas as pd
@@ -238,7 +241,7 @@ class Limits(Experiment):
         return pd.DataFrame(rows, columns=["text", *_ENDS])
 
     def _lengths(
-        self, model: Any, found: SinkHeads, prompts: PromptSet, notes: list[str]
+        self, model: HookedModel, found: SinkHeads, prompts: PromptSet, notes: list[str]
     ) -> tuple[pd.DataFrame, dict[int, dict[str, np.ndarray]]]:
         """Steps 5 and 6: the scores by length, and at lengths whose windows hide P0 what comes of it, by row."""
         import pandas as pd
@@ -271,7 +274,7 @@ class Limits(Experiment):
         return pd.DataFrame(rows, columns=["length", "score_of", *_ENDS]), windows
 
     def _hidden(
-        self, model: Any, text: PromptSet, found: SinkHeads, info: ModelInfo, length: int
+        self, model: HookedModel, text: PromptSet, found: SinkHeads, info: ModelInfo, length: int
     ) -> dict[str, Float[np.ndarray, " sample"]]:
         """Step 6 at one length, for each row."""
         sizes = sorted({window for window in info.window if window and window < length})
@@ -294,7 +297,7 @@ class Limits(Experiment):
         return measured
 
     def _scores(
-        self, model: Any, prompts: PromptSet, found: SinkHeads, places: Sequence[int], condition: str
+        self, model: HookedModel, prompts: PromptSet, found: SinkHeads, places: Sequence[int], condition: str
     ) -> dict[int, Float[np.ndarray, " sample"]]:
         """The mean score of some positions, counted from P0, over the sink heads."""
         recording = self.record(model, prompts, [score_at(place) for place in sorted(set(places))], condition)
@@ -361,7 +364,7 @@ def with_repeated_prefix(prompts: PromptSet, fill: Tensor, count: int) -> Prompt
     return PromptSet(ids, prompts.attention_mask, {**prompts.description, "opened": count}, prompts.seed)
 
 
-def different_tokens(model: Any, prompts: PromptSet) -> Tensor:
+def different_tokens(model: HookedModel, prompts: PromptSet) -> Tensor:
     """Random tokens for each row, all different and none of them its first one, as far as the vocabulary goes."""
     size, special = sampleable_vocabulary(model)
     generator = torch.Generator().manual_seed(prompts.seed)
@@ -374,7 +377,7 @@ def different_tokens(model: Any, prompts: PromptSet) -> Tensor:
     return drawn.repeat(1, -(-prompts.length // drawn.shape[1]))[:, : prompts.length]
 
 
-def _of_length(model: Any, found: SinkHeads, prompts: PromptSet, length: int, count: int) -> PromptSet:
+def _of_length(model: HookedModel, found: SinkHeads, prompts: PromptSet, length: int, count: int) -> PromptSet:
     """Text like that of the prompts: their beginning, or where they are shorter new text from the same source.
 
     Raises:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from p0circuit.experiments.base import Experiment, NotApplicable, is_large, seco
 from p0circuit.experiments.claim import Claim, Criterion
 from p0circuit.experiments.sink_under_study import SinkHeads, find_sink_heads
 from p0circuit.experiments.surgery import lines, random_offsets, require_attention, row_of_another_token
+from p0circuit.hooked_model import HookedModel
 from p0circuit.interventions.attention_edits import mask_key, redirect_attention, zero_value
 from p0circuit.interventions.intervention import Intervention
 from p0circuit.models import ModelInfo, describe
@@ -81,7 +82,7 @@ class Function(Experiment):
     def __init__(self, config: FunctionConfig = FunctionConfig()) -> None:
         super().__init__(config)
 
-    def passes(self, model: Any, prompts: PromptSet) -> float:
+    def passes(self, model: HookedModel, prompts: PromptSet) -> float:
         rows, config = second_half(prompts), self.config
         # P0 or a random position hidden, either value zeroed, attention moved; then pairs of rows in three runs.
         return ((config.draws + 4) * rows + 3 * 2 * min(rows, config.spread_samples)) / prompts.n
@@ -89,10 +90,10 @@ class Function(Experiment):
     def quick(self, info: ModelInfo) -> Function:
         return Function(replace(self.config, spread_samples=8)) if is_large(info) else self
 
-    def measure(self, model: Any, prompts: PromptSet) -> Result:
+    def measure(self, model: HookedModel, prompts: PromptSet) -> Result:
         return self.measure_on(model, find_sink_heads(model, prompts))
 
-    def measure_on(self, model: Any, found: SinkHeads) -> Result:
+    def measure_on(self, model: HookedModel, found: SinkHeads) -> Result:
         """The measurement on sink heads that have been found.
 
         Raises:
@@ -147,7 +148,7 @@ class Function(Experiment):
         }
         return Result(self.id, self.title, metrics, tables, figures, notes=notes)
 
-    def _losses_added(self, model: Any, found: SinkHeads) -> dict[str, np.ndarray]:
+    def _losses_added(self, model: HookedModel, found: SinkHeads) -> dict[str, np.ndarray]:
         """The loss of each sample with surgery minus that without, over the same predictions."""
         prompts, names = found.prompts, found.names
         half = prompts.length // 2
@@ -167,7 +168,9 @@ class Function(Experiment):
             _MOVED: loss(redirect_attention(model, prompts, names, places[0])) - clean,
         }
 
-    def _spread(self, model: Any, found: SinkHeads) -> dict[str, Float[np.ndarray, "sample layers_and_one later"]]:
+    def _spread(
+        self, model: HookedModel, found: SinkHeads
+    ) -> dict[str, Float[np.ndarray, "sample layers_and_one later"]]:
         """The relative change of the stream after the middle, where the token in the middle is another one."""
         prompts = found.prompts.subset(slice(0, self.config.spread_samples))
         middle = prompts.length // 2
