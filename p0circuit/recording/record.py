@@ -27,6 +27,7 @@ from p0circuit.models.forward import Hook
 from p0circuit.prompts import PromptSet
 from p0circuit.recording.batch_size import batch_size_for
 from p0circuit.recording.cache import Cache, key_of
+from p0circuit.recording.cache_reads import note
 from p0circuit.recording.fingerprint import has_hooks, weights_fingerprint
 from p0circuit.recording.memory import row_memory
 from p0circuit.recording.quantities import TOKEN_LOSSES, Batch, Quantity, hook_names, last_layer
@@ -115,6 +116,7 @@ def record(
     batch_size: int | None = None,
     cache: Cache | Literal["default"] | None = "default",
     interventions: Sequence[BatchIntervention] = (),
+    condition: str | None = None,
 ) -> Recording:
     """Run the prompts through the model once and keep the quantities asked for.
 
@@ -151,7 +153,11 @@ def record(
                 values[name] = value
                 if memory is not None and quantity.by_row:
                     memory.write(row_keys[name], rows, value)
-    cached = frozenset(values)
+    cached_names = frozenset(values)
+    if store is not None:
+        for quantity in quantities:
+            name = f"{condition or prompts.fingerprint()[:12]}/{quantity.name}"
+            note(name, from_cache=quantity.name in cached_names)
     missing = [quantity for quantity in quantities if quantity.name not in values]
     if missing:
         reading = [quantity for quantity in missing if quantity.scope == "logits"]
@@ -177,10 +183,10 @@ def record(
                 store.write(keys[quantity.name], value, about)
             if quantity.name in row_keys and memory is not None:
                 memory.write(row_keys[quantity.name], rows, value)
-    return Recording(values, cached)
+    return Recording(values, cached_names)
 
 
-def kept(model: HookedModel, prompts: PromptSet, what: str, compute: Callable[[], Tensor]) -> Tensor:
+def cached(model: HookedModel, prompts: PromptSet, what: str, compute: Callable[[], Tensor]) -> Tensor:
     """What `compute` makes of the model and the prompts, from the cache where it lies.
 
     `what` has to name all settings that decide it; other code never reads what this code left. The cache is left alone
@@ -190,7 +196,9 @@ def kept(model: HookedModel, prompts: PromptSet, what: str, compute: Callable[[]
         return compute()
     parts = {"prompts": prompts.fingerprint(), "quantity": what, "code": code_fingerprint()}
     store, key = Cache(), key_of(_model_key(model) | parts)
-    if (value := store.read(key)) is None:
+    value = store.read(key)
+    note(f"{prompts.fingerprint()[:12]}/{what}", from_cache=value is not None)
+    if value is None:
         value = compute()
         store.write(key, value, {"quantity": what, "model": describe(model).name, "samples": prompts.n})
     return value.to(device_of(model))

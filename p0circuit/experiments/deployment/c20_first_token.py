@@ -45,7 +45,7 @@ from p0circuit.models.info import sampleable_vocabulary
 from p0circuit.models.passes import WITH_GRADIENT
 from p0circuit.prompts import WITHOUT_BOS, PromptSet, bos_id, from_ids
 from p0circuit.recording.quantities import TOKEN_LOSSES
-from p0circuit.recording.record import kept, record
+from p0circuit.recording.record import cached, record
 from p0circuit.results import Result, metric_name
 from p0circuit.stats import Interval, bootstrap, ratio_interval
 
@@ -207,7 +207,7 @@ def prefixes_of(
         found[BOS] = bos
     if config.steps and placement_of(model) is None:
         what = f"register from token {neutral} in {config.steps} steps of {config.batch} rows"
-        found[REGISTER] = kept(model, others, what, lambda: trained_register(model, others, neutral, config))
+        found[REGISTER] = cached(model, others, what, lambda: trained_register(model, others, neutral, config))
     return found
 
 
