@@ -349,7 +349,7 @@ def tiny_model(heads, kv_heads, rotary, window, seed):
 
 def test_rows_in_several_batches_come_out_the_same(model, monkeypatch):
     whole = patch_components(model, PADDED, SINK, offsets=[0, 1])
-    monkeypatch.setattr(activations, "BATCH_BYTES", 1)
+    monkeypatch.setattr(batch_size, "BATCH_BYTES", 1)
     calls = len(batches(model, PADDED.clean, PADDED.clean.p0))
     by_row = patch_components(model, PADDED, SINK, offsets=[0, 1])
     assert calls == 3 and torch.allclose(by_row.patched, whole.patched, atol=1e-6)
