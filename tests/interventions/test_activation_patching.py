@@ -42,6 +42,7 @@ from p0circuit.models.constructed.truth import wired_truth
 from p0circuit.models.forward import hook_points
 from p0circuit.models.hooked import available
 from p0circuit.prompts import random_tokens
+from p0circuit.recording import batch_size
 from p0circuit.stats import ratio_interval
 from tests.families import CASES, FAMILIES, VOCAB
 
