@@ -18,6 +18,7 @@ class HookedModel(Protocol):
         cfg: TransformerLens's configuration.
         tokenizer: that of `transformers`; None for a model without one.
         blocks: the transformer blocks, in order.
+        embed, unembed: the embedding and the unembedding.
         hook_dict: hook points by name.
         training: whether the model is in training mode.
     """
@@ -25,6 +26,8 @@ class HookedModel(Protocol):
     cfg: Any
     tokenizer: Any
     blocks: Any
+    embed: Any
+    unembed: Any
     hook_dict: dict[str, Any]
     training: bool
 
@@ -32,8 +35,20 @@ class HookedModel(Protocol):
         """All weights."""
         ...
 
+    def named_parameters(self, prefix: str = "", recurse: bool = True) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """All weights with their names."""
+        ...
+
+    def train(self, mode: bool = True) -> Any:
+        """Enter or leave training mode."""
+        ...
+
     def eval(self) -> Any:
         """Leave training mode."""
+        ...
+
+    def run_with_cache(self, *args: Any, **kwargs: Any) -> Any:
+        """A forward pass and all its activations."""
         ...
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -42,6 +42,7 @@ from p0circuit.models.constructed.truth import wired_truth
 from p0circuit.models.forward import hook_points
 from p0circuit.models.hooked import available
 from p0circuit.prompts import random_tokens
+from p0circuit.recording import batch_size
 from p0circuit.stats import ratio_interval
 from tests.families import CASES, FAMILIES, VOCAB
 
@@ -349,7 +350,7 @@ def tiny_model(heads, kv_heads, rotary, window, seed):
 
 def test_rows_in_several_batches_come_out_the_same(model, monkeypatch):
     whole = patch_components(model, PADDED, SINK, offsets=[0, 1])
-    monkeypatch.setattr(activations, "BATCH_BYTES", 1)
+    monkeypatch.setattr(batch_size, "BATCH_BYTES", 1)
     calls = len(batches(model, PADDED.clean, PADDED.clean.p0))
     by_row = patch_components(model, PADDED, SINK, offsets=[0, 1])
     assert calls == 3 and torch.allclose(by_row.patched, whole.patched, atol=1e-6)

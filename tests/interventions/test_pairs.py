@@ -26,7 +26,7 @@ def test_rows_one_at_a_time_give_what_all_at_once_give(monkeypatch: pytest.Monke
         yield from values_at(model, prompts, NODES, last).items()
 
     at_once = list(everything())
-    monkeypatch.setattr(activations, "BATCH_BYTES", 1)
+    monkeypatch.setattr(batch_size, "BATCH_BYTES", 1)
     assert batch_size.batch_size_for(model, 12, with_logits=False) == 1
     one_by_one = list(everything())
     assert len(one_by_one) == 3 * len(NODES)

@@ -323,7 +323,7 @@ def test_weights_are_hashed_once_and_again_when_any_of_them_changed(
 ) -> None:
     hashed: list[int] = []
     full = fingerprint._weights_fingerprint
-    monkeypatch.setattr(activations, "_weights_fingerprint", lambda model: hashed.append(1) or full(model))
+    monkeypatch.setattr(fingerprint, "_weights_fingerprint", lambda model: hashed.append(1) or full(model))
     model = load_model("p0-nano")
     before = weights_fingerprint(model)
     assert weights_fingerprint(model) == before and len(hashed) == 1
@@ -369,7 +369,8 @@ def test_settings_count_and_names_do_not(backend: str, tmp_path: Path) -> None:
 MEASURE = """
 import sys
 import torch
-from p0circuit.recording.record import SINK_SCORE, record
+from p0circuit.recording.quantities import SINK_SCORE
+from p0circuit.recording.record import record
 from p0circuit.models import load_model
 from p0circuit.prompts import random_tokens
 from p0circuit.results import peak_memory_mb
