@@ -146,7 +146,7 @@ def test_sink_prints_json_and_nothing_else(tiny_model_dir: Path, tmp_path: Path)
     found = json.loads(out)
     assert list(found) == KEYS
     model = load_model(tiny_model_dir)
-    prompts = natural_text(model.tokenizer, "english", n=4, length=12)
+    prompts = natural_text(model, "english", n=4, length=12)
     expected = sink_summary(model, prompts, bos=False) | {"first_token": "text", "text": "english", "after_bos": None}
     for key in KEYS:
         if isinstance(expected[key], list):
@@ -164,7 +164,7 @@ def test_sink_puts_first_what_is_asked_for(p0: Run, tiny_model_dir: Path, first:
     found = json.loads(ended.out)
     assert (found["bos"], found["first_token"]) == (first == "bos", first)
     model = load_model(tiny_model_dir)
-    prompts = natural_text(model.tokenizer, "english", n=4, length=12, seed=3, first_token=first)
+    prompts = natural_text(model, "english", n=4, length=12, seed=3, first_token=first)
     np.testing.assert_allclose(found["sink_score"], sink_summary(model, prompts, bos=False)["sink_score"])
 
 
@@ -188,7 +188,7 @@ def test_sink_says_what_would_be_after_bos_where_the_sink_depends_on_it(p0: Run)
     options = ("--samples", 40, "--length", 40, "--seed", 1)
     found = json.loads(p0("sink", "bos-0", "--json", *options).out)
     model = load_model("bos-0")
-    text = natural_text(model.tokenizer, "stdlib", n=40, length=40, seed=1)
+    text = natural_text(model, "stdlib", n=40, length=40, seed=1)
     rows = text.prepend(model.tokenizer.bos_token_id).subset(slice(0, 32))
     expected = sink_summary(model, rows, bos=True)
     assert found["sink_rate"] < 0.05 and (found["condition"], expected["condition"]) == ("without BOS", "with BOS")

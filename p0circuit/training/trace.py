@@ -99,7 +99,7 @@ class Trace:
     @property
     def heads(self) -> list[tuple[int, int]]:
         """The sink heads of the last checkpoint, chosen on the first half of the prompts."""
-        return sink_heads(torch.tensor(self.rows[-1]["scores_first_half"])[None])[0]
+        return sink_heads(torch.tensor(self.rows[-1]["scores_first_half"])[None])
 
     @property
     def excess(self) -> Float[np.ndarray, " checkpoint"]:
@@ -217,7 +217,7 @@ def causal_concentration(
         pair = shifted_pair(model, prompts, SHIFT, prompts.seed)
         node = f"resid_post.{EARLY_BLOCKS - 1}"
         change = ablate(model, prompts, [node], patch_values(model, pair, [node]))
-        return rate(record(model, prompts, SINK_SCORE, cache=None, interventions=[change])[SINK_SCORE])
+        return rate(record(model, prompts, SINK_SCORE, cache=None, interventions=[change]))
 
     return lost_share(rate(clean), behind_others)
 
@@ -232,7 +232,7 @@ def induction_score(model: HookedModel, prompts: PromptSet, rows: int = 32) -> f
     once = random_tokens(vocabulary, n=rows, length=half, seed=prompts.seed, special=special).ids
     twice = torch.cat([once, once], dim=1)
     repeated = from_ids(twice, torch.ones_like(twice, dtype=torch.bool), vocabulary)
-    return float(record(model, repeated, INDUCTION, cache=None)[INDUCTION].mean(0).max())
+    return float(record(model, repeated, INDUCTION, cache=None).mean(0).max())
 
 
 def _induction(pattern: Float[Tensor, "batch head query key"], batch: Batch) -> Float[Tensor, "batch head"]:

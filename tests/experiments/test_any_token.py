@@ -75,7 +75,7 @@ def test_scores_by_token(family_model: Callable[[str, str], Any], case: tuple[st
     found, norms = scores_by_token(model, prompts, tokens, heads, chunk=2)
     torch.testing.assert_close(norms, vocabulary_sweep(model, tokens).norms)
     # Each prompt's own first token leaves the prompt as it is.
-    own = record(model, prompts, SINK_SCORE, cache=None)[SINK_SCORE][:, layers, numbers].double().mean(1)
+    own = record(model, prompts, SINK_SCORE, cache=None)[:, layers, numbers].double().mean(1)
     np.testing.assert_allclose(found[:3].diagonal(), own, atol=1e-5)
     by_head = sink_scores_by_token(model, prompts, tokens)[:, layers, numbers].double().mean(1)
     np.testing.assert_allclose(found.mean(1), by_head, atol=1e-5)

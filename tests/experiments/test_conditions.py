@@ -97,7 +97,7 @@ def test_the_pair_is_the_same_whatever_it_is_made_from(nano: Any) -> None:
 
 def test_new_text_has_as_many_bos_as_the_prompts(nano: Any) -> None:
     text = text_of(nano, n=6)
-    begun = natural_text(nano.tokenizer, "stdlib", n=6, length=40, first_token="bos")
+    begun = natural_text(nano, "stdlib", n=6, length=40, first_token="bos")
     for prompts, count in ((text, 0), (begun, 1), (text.prepend(BOS), 1), (text.prepend(BOS).prepend(BOS), 2)):
         assert text_like(nano, prompts, 24, 3).leading(BOS).tolist() == [count] * 3
 

@@ -168,7 +168,7 @@ def test_the_shipped_mixture_as_the_command_for_a_large_one_loads_it(tmp_path: P
     found = []
     for given in ({}, {"device_map": "disk", "offload_folder": tmp_path}):
         model = load_model("moe-0", device="cpu", dtype=torch.bfloat16, **given)
-        found.append(Experts(config).run(model, natural_text(model.tokenizer, "code", n=16, length=64)))
+        found.append(Experts(config).run(model, natural_text(model, "code", n=16, length=64)))
     here, waiting = (result.metrics for result in found)
     assert here == waiting and here["norm_ratio"].value > 5
     assert here["excess_left_without_4_top_experts_at_p0"].value < here["excess_left_without_4_random_experts"].low

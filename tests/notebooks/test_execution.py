@@ -192,7 +192,7 @@ def emergence(left: Path) -> Figures:
         "observed_final": concentration["observed_final"].value,
         "causal_final": concentration["causal_final"].value,
         "excess_left_without_4_experts": experts["excess_left_without_4_top_experts_at_p0"].value,
-        "causal_of_bos_0_here": causal_concentration(lm, behind, record(lm, behind, SINK_SCORE)[SINK_SCORE]) or 0,
+        "causal_of_bos_0_here": causal_concentration(lm, behind, record(lm, behind, SINK_SCORE)) or 0,
         "excess_of_bos_in_the_middle": float(
             sum(one[:, 16:, 16].mean() - one[:, 8:, 8].mean() for one in patterns) / len(heads)
         ),
