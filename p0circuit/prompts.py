@@ -293,9 +293,7 @@ def natural_text(
         prompts.ids.shape  # [8, 32]
     """
     if model.tokenizer is None:
-        raise P0Error(
-            "text needs a tokenizer and this model has none; give token ids instead: prompts.from_ids(ids)"
-        )
+        raise P0Error("text needs a tokenizer and this model has none; give token ids instead: prompts.from_ids(ids)")
     return tokenized_text(model.tokenizer, source, n, length, seed, first_token)
 
 
