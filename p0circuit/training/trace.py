@@ -39,7 +39,7 @@ from p0circuit.log import say
 from p0circuit.models import ModelError, StoredModel, describe, list_checkpoints, load_model, stored_model
 from p0circuit.models.checkpoints import STEP, Label, parse_label
 from p0circuit.models.info import sampleable_vocabulary
-from p0circuit.models.source import holds_no_checkpoints, local_folder
+from p0circuit.models.source import is_gguf_model, local_folder
 from p0circuit.prompts import PromptSet, from_ids, random_tokens
 from p0circuit.recording.quantities import (
     NORM_RATIO,
@@ -331,7 +331,7 @@ def checkpoints_of(source: str | Path) -> list[int | str]:
         ModelError: there are none.
     """
     steps = set(list_checkpoints(source))
-    folder = None if holds_no_checkpoints(source) else local_folder(source)
+    folder = None if is_gguf_model(source) else local_folder(source)
     # A directory named after a step without a config is a checkpoint that was not written to its end.
     for place in [*folder.glob("trace/*"), *folder.glob("*")] if folder else []:
         if place.is_dir() and STEP.fullmatch(place.name) and (told := parse_label(place.name)):

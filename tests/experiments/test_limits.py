@@ -19,7 +19,7 @@ from p0circuit.experiments.paper.c11_limits import (
 from p0circuit.interventions.pairs import shift_prompts
 from p0circuit.models import load_model
 from p0circuit.models.constructed.build import decoy_model, wired_model
-from p0circuit.models.hooked import available
+from p0circuit.models.hooked import has_hooked_transformer
 from p0circuit.prompts import from_ids, natural_text, random_tokens
 from p0circuit.recording.record import record
 from p0circuit.results import Result
@@ -137,7 +137,7 @@ def test_a_window_that_hides_p0_has_no_sink_at_it(layers: tuple[int, ...]) -> No
 
 def windowed(window: int, layers: tuple[int, ...]) -> Any:
     """The wired model, some of whose blocks see no more than `window` keys."""
-    if not available():
+    if not has_hooked_transformer():
         pytest.skip("this TransformerLens has no HookedTransformer")
     model = wired_model(backend="hooked")
     model.cfg.use_local_attn, model.cfg.window_size = True, window

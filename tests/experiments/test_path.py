@@ -29,7 +29,7 @@ from p0circuit.models.bridge import to_bridge
 from p0circuit.models.constructed.build import decoy_model, wired_huggingface, wired_model
 from p0circuit.models.constructed.truth import wired_truth
 from p0circuit.models.constructed.weights import purity, residual_subspaces
-from p0circuit.models.hooked import available, to_hooked
+from p0circuit.models.hooked import has_hooked_transformer, to_hooked
 from p0circuit.models.passes import count_passes
 from p0circuit.prompts import from_ids, natural_text, random_tokens
 from p0circuit.results import Result
@@ -83,7 +83,7 @@ def test_the_wired_path_is_reproduced_and_the_control_shows_nothing(wired: Resul
 
 def test_the_total_effects_are_those_of_the_construction(wired: Result) -> None:
     truth, table = wired_truth(), wired.tables["joint"]
-    lost = np.mean(truth.score_kept(LENGTH)) - truth.score_gone(LENGTH)
+    lost = np.mean(truth.sink_scores(LENGTH)) - truth.uniform_score(LENGTH)
     chosen = distinct(12, LENGTH).split()[1]
     for number, shift in enumerate(SHIFTS):
         whole = table[(table["shift"] == shift) & (table["patched"] == WHOLE)].set_index("direction")["change"]
@@ -137,7 +137,7 @@ def embedded_sink() -> Any:
         module.transformer.wpe.weight[0] += 60 * residual_subspaces().p0.float()
         for block in module.transformer.h:
             block.mlp.c_proj.weight.zero_()
-    return to_hooked(module, "embedded") if available() else to_bridge(module, "embedded")
+    return to_hooked(module, "embedded") if has_hooked_transformer() else to_bridge(module, "embedded")
 
 
 @pytest.mark.parametrize("name, backend", [("llama-grouped", "hooked"), ("neox", "bridge"), ("qwen3-moe", "bridge")])

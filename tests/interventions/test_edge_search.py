@@ -184,7 +184,7 @@ def test_a_set_of_receivers_is_patched_together():
     effect = dict(zip(search.exact.edges, search.exact.effect.mean(1).tolist(), strict=True))
     assert effect["mlp.1", "sink.k"] == pytest.approx(sum(effect["mlp.1", key] for key in keys), abs=1e-6)
     truth = wired_truth()
-    lost = sum(truth.score_kept(prompts.length)) / len(heads) - truth.score_gone(prompts.length)
+    lost = sum(truth.sink_scores(prompts.length)) / len(heads) - truth.uniform_score(prompts.length)
     assert effect["mlp.1", "sink.k"] == pytest.approx(-lost, abs=5e-3)
 
 

@@ -160,8 +160,8 @@ def build_a_sink(left: Path) -> Figures:
     return {
         "built_left_with_norm_cut": norm_cut.metrics["left_with_norm_cut"].value,
         "built_16_with_norm_of_p0": structure.metrics["t_over_p0_with_norm_of_p0"].value,
-        "score_of_strength_9": wired_truth().score_kept(64)[0],
-        "score_without_the_detector": wired_truth().score_gone(64),
+        "score_of_strength_9": wired_truth().sink_scores(64)[0],
+        "score_without_the_detector": wired_truth().uniform_score(64),
         "trained_left_with_direction_replaced": result("DirectionOrNorm").metrics["left_with_direction_replaced"].value,
         "trained_16_alone": result("Structure").metrics["t_over_p0_when_alone"].value,
     }

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from p0circuit.models import forward, load_model
 from p0circuit.models.forward import hook_point
-from p0circuit.models.hooked import available
+from p0circuit.models.hooked import has_hooked_transformer
 from p0circuit.prompts import PromptSet, from_ids, random_tokens
 from p0circuit.recording import fingerprint, quantities
 from p0circuit.recording.cache import Cache
@@ -40,7 +40,7 @@ def model(request: pytest.FixtureRequest, family_model: Callable[[str, str], Any
 @pytest.fixture
 def llama(family_model: Callable[[str, str], Any]) -> Any:
     """A model to change: of its own, since those of `family_model` are shared."""
-    return family_model("llama-grouped", "hooked" if available() else "bridge")
+    return family_model("llama-grouped", "hooked" if has_hooked_transformer() else "bridge")
 
 
 @pytest.fixture
@@ -300,7 +300,7 @@ def test_a_reduction_without_source_is_refused_unless_nothing_is_cached(llama: A
 def test_every_weight_that_matters_is_in_the_fingerprint(
     family: str, backend: str, family_folder: Callable[[str], Path]
 ) -> None:
-    if backend == "hooked" and not available():
+    if backend == "hooked" and not has_hooked_transformer():
         pytest.skip("HookedTransformer left TransformerLens with version 4")
     model = load_model(family_folder(family), backend=backend)
     ids = torch.arange(12)[None]
@@ -327,7 +327,7 @@ def test_weights_are_hashed_once_and_again_when_any_of_them_changed(
     model = load_model("p0-nano")
     before = weights_fingerprint(model)
     assert weights_fingerprint(model) == before and len(hashed) == 1
-    weight = model.embed.W_E if available() else next(w for w in model.parameters() if w.numel() > 2**17)
+    weight = model.embed.W_E if has_hooked_transformer() else next(w for w in model.parameters() if w.numel() > 2**17)
     bias = next(w for w in model.parameters() if w.ndim < 2)
     assert weight.nbytes > fingerprint._SMALL_BYTES
 
@@ -354,7 +354,7 @@ def test_weights_are_hashed_once_and_again_when_any_of_them_changed(
 
 @pytest.mark.parametrize("backend", ["hooked", "bridge"])
 def test_settings_count_and_names_do_not(backend: str, tmp_path: Path) -> None:
-    if backend == "hooked" and not available():
+    if backend == "hooked" and not has_hooked_transformer():
         pytest.skip("HookedTransformer left TransformerLens with version 4")
     rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 300.0}}
     changes = [{}, {"rms_norm_eps": 0.1}, rope, {"hidden_act": "relu"}]
@@ -388,7 +388,7 @@ for rows, length in ((4, 512), (1, 2048)):
 def test_a_sink_map_holds_the_attention_of_one_layer_only(tmp_path: Path) -> None:
     shape = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "max_position_embeddings": 2048}
     folders = [write("llama", tmp_path / str(layers), num_hidden_layers=layers, **shape) for layers in (2, 12)]
-    backends = ["bridge", *["hooked"] * available()]
+    backends = ["bridge", *["hooked"] * has_hooked_transformer()]
     # Large blocks go back to the system as soon as they are freed, so that the peak is that of live memory.
     env = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_TRIM_THRESHOLD_": "0"}
     command = [sys.executable, "-c", MEASURE, " ".join(backends), *map(str, folders)]
