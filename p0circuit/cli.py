@@ -21,7 +21,7 @@ import typer
 from p0circuit import notebooks
 from p0circuit.errors import P0Error
 from p0circuit.hooked_model import HookedModel
-from p0circuit.log import say
+from p0circuit.log import say, show_messages
 
 if TYPE_CHECKING:
     from p0circuit.advice import Advice
@@ -952,6 +952,7 @@ def _print_json(value: Any, wanted: bool) -> None:
 
 def main() -> None:
     """The `p0circuit` command."""
+    show_messages()
     try:
         app()
     except P0Error as error:
