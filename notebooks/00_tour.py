@@ -48,7 +48,9 @@ import sys
 
 if importlib.util.find_spec("p0circuit") is None:
     here = pathlib.Path(globals().get("__file__", "notebook")).resolve()
-    checkout = [folder for folder in here.parents if (folder / "p0circuit/cli.py").is_file()]
+    checkout = [
+        folder for folder in here.parents if (folder / "p0circuit/__init__.py").is_file()
+    ]
     if not checkout:
         raise ModuleNotFoundError(
             "p0circuit is not installed here, and it is on no package index. Clone its repository "
@@ -65,7 +67,7 @@ if importlib.util.find_spec("p0circuit") is None:
 # the crop begins with.
 
 # %%
-from p0circuit.teaching import Page, open_model, read_prompts
+from p0circuit.course.page import Page, open_model, read_prompts
 
 page = Page(out)
 lm = open_model(model)
@@ -110,11 +112,11 @@ page.show(norm_direction.figures["layers"], "norm and direction of the stream at
 # ([`Structure`](../p0circuit/experiments/structure.py) tests claim C5.)
 
 # %% tags=["cover"]
+from p0circuit.course.page import sink_of
 from p0circuit.experiments.sink_under_study import excess_scores
 from p0circuit.figures.intervals import bars
 from p0circuit.interventions.attention_edits import attend_to_self_only, copy_attention_row
 from p0circuit.stats import bootstrap
-from p0circuit.teaching import sink_of
 
 # The sink heads are chosen on one half of the prompts; `sink.prompts` is the other half.
 sink = sink_of(lm, prompts)

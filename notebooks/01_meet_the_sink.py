@@ -31,7 +31,9 @@ import sys
 
 if importlib.util.find_spec("p0circuit") is None:
     here = pathlib.Path(globals().get("__file__", "notebook")).resolve()
-    checkout = [folder for folder in here.parents if (folder / "p0circuit/cli.py").is_file()]
+    checkout = [
+        folder for folder in here.parents if (folder / "p0circuit/__init__.py").is_file()
+    ]
     if not checkout:
         raise ModuleNotFoundError(
             "p0circuit is not installed here, and it is on no package index. Clone its repository "
@@ -43,7 +45,7 @@ if importlib.util.find_spec("p0circuit") is None:
 # %%
 import torch
 
-from p0circuit.teaching import Page, metrics, open_model, read_prompts, verdict
+from p0circuit.course.page import Page, metrics_table, open_model, print_verdict, read_prompts
 
 page = Page(out)
 lm = open_model(model)
@@ -86,7 +88,7 @@ page.show(view_heads(lm, prompts.subset([0]), shown, title))
 
 
 # %%
-from p0circuit.teaching import check_sink_score
+from p0circuit.course.checks import check_sink_score
 
 
 def my_sink_score(pattern):
@@ -141,7 +143,7 @@ for layer, row in enumerate(scores.mean(0)):
 # a number (three digits are enough).
 
 # %%
-from p0circuit.teaching import check_uniform_score
+from p0circuit.course.checks import check_uniform_score
 
 my_uniform_score = None
 
@@ -199,7 +201,7 @@ print(f"  excess score:     {to_p0 - to_8:.3f}")
 
 
 # %%
-from p0circuit.teaching import check_sink_rate
+from p0circuit.course.checks import check_sink_rate
 
 
 def my_sink_rate(scores, eps):
@@ -239,7 +241,7 @@ from p0circuit.experiments import SinkMap
 
 sink_map = SinkMap().run(lm, prompts)
 page.show(sink_map.figures["map"], "sink scores of every head on five kinds of prompt")
-verdict(sink_map)
+print_verdict(sink_map)
 
 # %% [markdown]
 # The last panel is the circuit's weak spot: if *all* tokens are the same, no position differs from P0 in anything (with
@@ -263,8 +265,8 @@ try:
         "score_of_position_8_without_bos",
         "loss_difference",
     ]
-    page.show(metrics(bos, chosen))
-    verdict(bos)
+    page.show(metrics_table(bos, chosen))
+    print_verdict(bos)
 except NotApplicable as reason:  # a model without a BOS token
     bos = None
     print(reason)

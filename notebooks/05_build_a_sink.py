@@ -33,7 +33,9 @@ import sys
 
 if importlib.util.find_spec("p0circuit") is None:
     here = pathlib.Path(globals().get("__file__", "notebook")).resolve()
-    checkout = [folder for folder in here.parents if (folder / "p0circuit/cli.py").is_file()]
+    checkout = [
+        folder for folder in here.parents if (folder / "p0circuit/__init__.py").is_file()
+    ]
     if not checkout:
         raise ModuleNotFoundError(
             "p0circuit is not installed here, and it is on no package index. Clone its repository "
@@ -49,6 +51,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from p0circuit.course.page import Page, open_model, read_prompts, sink_of
 from p0circuit.figures.lines import trajectories
 from p0circuit.figures.style import Series
 from p0circuit.models.constructed.build import model_from_weights
@@ -61,7 +64,6 @@ from p0circuit.models.constructed.weights import (
     wired_weights,
 )
 from p0circuit.prompts import random_tokens
-from p0circuit.teaching import Page, open_model, read_prompts, sink_of
 
 page = Page(out)
 trained = open_model(model)  # for the comparison at the end
@@ -182,7 +184,7 @@ print(f"largest difference: {float((recognised['echo'] - predicted).abs().max())
 
 
 # %%
-from p0circuit.teaching import check_detector
+from p0circuit.course.checks import check_detector
 
 
 def my_detector(threshold, at_p0):
@@ -210,7 +212,7 @@ check_detector(my_detector)
 # the exercise.
 
 # %%
-from p0circuit.teaching import ramp
+from p0circuit.course.checks import ramp
 
 MARK = 3.0
 
@@ -270,7 +272,7 @@ page.show(figure, "norm of the stream at position zero and position 8, step by s
 
 
 # %%
-from p0circuit.teaching import check_strength
+from p0circuit.course.checks import check_strength
 
 
 def my_score(strength, length):

@@ -34,7 +34,9 @@ import sys
 
 if importlib.util.find_spec("p0circuit") is None:
     here = pathlib.Path(globals().get("__file__", "notebook")).resolve()
-    checkout = [folder for folder in here.parents if (folder / "p0circuit/cli.py").is_file()]
+    checkout = [
+        folder for folder in here.parents if (folder / "p0circuit/__init__.py").is_file()
+    ]
     if not checkout:
         raise ModuleNotFoundError(
             "p0circuit is not installed here, and it is on no package index. Clone its repository "
@@ -47,8 +49,8 @@ if importlib.util.find_spec("p0circuit") is None:
 import pandas as pd
 import torch
 
+from p0circuit.course.page import Page, open_model, print_verdict, read_prompts
 from p0circuit.figures.training import development
-from p0circuit.teaching import Page, open_model, read_prompts, verdict
 from p0circuit.training.runs import as_trained, of_variant, shipped_runs
 
 page = Page(out)
@@ -133,7 +135,7 @@ page.show(
 )
 columns = ["run", "formation_share", "not_before_share", "induction_share", "final_excess"]
 page.show(early.tables["formation"][columns])
-verdict(early)
+print_verdict(early)
 
 # %% [markdown]
 # **Claim C13**, [`Early`](../p0circuit/experiments/early.py), asks for 20 % of the tokens in every seed. The BOS runs
@@ -261,13 +263,13 @@ page.show(experts.tables["alone"][columns])
 # Three seeds are few, and the interval says so.
 
 # %%
+from p0circuit.course.page import metrics_table
 from p0circuit.experiments import Methods
-from p0circuit.teaching import metrics
 
 methods = Methods().run(traces)
 page.show(methods.figures["methods"], "training methods: sink, loss, and sink against outlier")
-page.show(metrics(methods))
-verdict(methods)
+page.show(metrics_table(methods))
+print_verdict(methods)
 
 # %% [markdown]
 # **Claim C16**, [`Methods`](../p0circuit/experiments/methods.py), wants both methods to be earlier and higher. Force-sink
@@ -321,8 +323,8 @@ verdict(methods)
 page.show(
     concentration.figures["training_curves"], "causal and observed concentration along training"
 )
-page.show(metrics(concentration))
-verdict(concentration)
+page.show(metrics_table(concentration))
+print_verdict(concentration)
 
 # %% [markdown]
 # **Claim C14**, [`Concentration`](../p0circuit/experiments/concentration.py), is where the two part. By the norms the
@@ -401,8 +403,8 @@ convergence = Convergence().run(traces)
 page.show(
     convergence.figures["predictions"], "what the circuit adds to the step as a predictor"
 )
-page.show(metrics(convergence))
-verdict(convergence)
+page.show(metrics_table(convergence))
+print_verdict(convergence)
 
 # %% [markdown]
 # **Claim C15**, [`Convergence`](../p0circuit/experiments/convergence.py), misses: with the circuit the error is the same

@@ -35,7 +35,9 @@ import sys
 
 if importlib.util.find_spec("p0circuit") is None:
     here = pathlib.Path(globals().get("__file__", "notebook")).resolve()
-    checkout = [folder for folder in here.parents if (folder / "p0circuit/cli.py").is_file()]
+    checkout = [
+        folder for folder in here.parents if (folder / "p0circuit/__init__.py").is_file()
+    ]
     if not checkout:
         raise ModuleNotFoundError(
             "p0circuit is not installed here, and it is on no package index. Clone its repository "
@@ -48,7 +50,7 @@ if importlib.util.find_spec("p0circuit") is None:
 import pandas as pd
 import torch
 
-from p0circuit.teaching import Page, open_model, read_prompts, statements, verdict
+from p0circuit.course.page import Page, open_model, print_advice, print_verdict, read_prompts
 
 page = Page(out)
 lm = open_model(model)
@@ -77,7 +79,7 @@ from p0circuit.experiments import Streaming, StreamingConfig
 streaming = Streaming(StreamingConfig(other_samples=16, long_tokens=4096)).run(lm, prompts)
 page.show(streaming.figures["costs"], "what it costs to drop each of the first tokens")
 page.show(streaming.figures["positions"], "loss by position, with and without first tokens")
-verdict(streaming)
+print_verdict(streaming)
 
 # %% [markdown]
 # **Claim C17**, [`Streaming`](../p0circuit/experiments/streaming.py): dropping P0 costs about ten times what dropping its
@@ -134,7 +136,7 @@ from p0circuit.experiments import Quantisation, QuantisationConfig
 quantisation = Quantisation(QuantisationConfig(samples=64)).run(lm, prompts)
 page.show(quantisation.figures["inputs"], "error of int8 inputs by block, P0 in and kept")
 page.show(quantisation.figures["loss"], "what int8 adds to the loss")
-verdict(quantisation)
+print_verdict(quantisation)
 
 # %% [markdown]
 # **Claim C18**, [`Quantisation`](../p0circuit/experiments/quantisation.py), is a close call: with P0 kept in high precision
@@ -161,7 +163,7 @@ from p0circuit.experiments import DormantHeads, DormantHeadsConfig
 config = DormantHeadsConfig(samples=32, domain_samples=16, domain_orders=2)
 dormant = DormantHeads(config).run(lm, prompts)
 page.show(dormant.figures["curves"], "loss with heads zeroed in three orders")
-verdict(dormant)
+print_verdict(dormant)
 
 # %% [markdown]
 # **Claim C19**, [`DormantHeads`](../p0circuit/experiments/dormant_heads.py), fails clearly. The strongest sink head is the
@@ -185,7 +187,7 @@ from p0circuit.experiments import FirstToken, FirstTokenConfig
 first_token = FirstToken(FirstTokenConfig(samples=32)).run(lm, prompts)
 page.show(first_token.figures["spread"], "spread of the loss over first tokens, by prefix")
 page.show(first_token.figures["recall"], "recall of tokens by where they stood")
-verdict(first_token)
+print_verdict(first_token)
 
 # %% [markdown]
 # **Claim C20**, [`FirstToken`](../p0circuit/experiments/first_token.py), comes out the wrong way round: behind a prefix
@@ -253,7 +255,7 @@ page.show(
 from p0circuit import advise
 
 advice = advise(lm, prompts)
-statements(advice)
+print_advice(advice)
 
 # %% [markdown]
 # And a model whose sink hangs on BOS, as notebook [06](06_emergence.ipynb) found out: all of its training rows began
