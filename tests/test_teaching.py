@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from p0circuit.advice import Advice, Statement
-from p0circuit.course import checks, page
+from p0circuit.course import checks
+from p0circuit.course import page as course_page
 from p0circuit.course.page import Page, read_prompts
 from p0circuit.experiments.base import NotApplicable
 from p0circuit.figures.maps import heat_maps
@@ -313,7 +314,7 @@ def test_statements_are_printed_with_their_answer_and_advice(capsys: pytest.Capt
     told = [("Is it?", "It is, " + "very " * 30, "cannot tell", "Wait."), ("Measured on", "Text.", "text", "")]
     lost = Interval(0.25, 0.2, 0.3, 8)
     made = Advice("mine", True, None, 3, 1, lost, "high", (), tuple(Statement(*one) for one in told))
-    page.print_advice(made)
+    course_page.print_advice(made)
     shown = capsys.readouterr().out.splitlines()
     assert shown[0] == "mine: what the first token does, and what to do about it"
     assert shown[2] == "Is it? CANNOT TELL" and shown[3].startswith("  It is, very") and "  -> Wait." in shown
@@ -324,19 +325,19 @@ def test_statements_are_printed_with_their_answer_and_advice(capsys: pytest.Capt
 def test_a_verdict_comes_with_what_is_to_know_of_it(capsys: pytest.CaptureFixture[str]) -> None:
     found = result("kept", 0.6, claim("C2", "What is kept"))
     found.notes = ["a note that needs more room than there is " * 4, "another"]
-    page.print_verdict(found)
+    course_page.print_verdict(found)
     shown = capsys.readouterr().out.splitlines()
     assert shown[0] == "C2 What is kept: REPRODUCED" and max(map(len, shown)) <= 92
     assert sum(line.startswith("  note: a note") for line in shown) == 1 and shown[-1] == "  note: another"
     with pytest.raises(ValueError, match="kept tests no claim"):
-        page.print_verdict(result("kept", 0.6, None))
+        course_page.print_verdict(result("kept", 0.6, None))
 
 
 def test_evidence_names_figures_by_what_stands_above_them(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     write_run(tmp_path)
     (run,) = find_runs(tmp_path)
     for experiment in ("kept", "circuit", "broken", "nowhere"):
-        page.show_evidence(Page(), run, experiment)
+        course_page.show_evidence(Page(), run, experiment)
     shown = capsys.readouterr().out
     assert "C2 What is kept: REPRODUCED" in shown and "C12 What broke: BROKE OFF" in shown
     assert shown.count("  note: A note on <b>nothing</b>.") == 2
@@ -345,17 +346,17 @@ def test_evidence_names_figures_by_what_stands_above_them(capsys: pytest.Capture
     assert "nowhere: no figures: this run has not come to it" in shown
     # Without its drawing a figure is named by its experiment.
     (tmp_path / "figures" / "kept-map.svg").unlink()
-    page.show_evidence(Page(), run, "kept")
+    course_page.show_evidence(Page(), run, "kept")
     assert "[figure: kept, map: About kept]" in capsys.readouterr().out
 
 
 def test_models_without_a_sink_are_told_which_have_one() -> None:
-    for name in page.WITH_A_SINK:
+    for name in course_page.WITH_A_SINK:
         model = load_model(name)
-        assert page.sink_of(model, read_prompts(model, 32)).heads
+        assert course_page.sink_of(model, read_prompts(model, 32)).heads
     model = load_model("bos-0")
     with pytest.raises(NotApplicable, match=r"no sink to explain: .*p0-nano, force-sink-0 and wired have one"):
-        page.sink_of(model, read_prompts(model, 32))
+        course_page.sink_of(model, read_prompts(model, 32))
 
 
 def test_a_page_refuses_what_it_cannot_show() -> None:

@@ -84,21 +84,21 @@ def say_estimate(
     """Say what a model will take, from the first checkpoint that is whole: with a device map, or if it is `large`."""
     if source.device_map is None and large == math.inf:
         return
-    from p0circuit.models import ModelError, plan_model
-    from p0circuit.resources import forecast, measure_rates
+    from p0circuit.models import ModelError, model_placement
+    from p0circuit.resources import measure_rates, resource_estimate
 
     device_map, dtype = parse_device_map_option(source.device_map), torch_dtype(source.dtype)
     reasons = []
     for checkpoint in checkpoints:
         try:
-            plan = plan_model(
+            placement = model_placement(
                 source.name, device_map, checkpoint, source.device, dtype, source.layers, source.offload_folder
             )
         except ModelError as reason:
             reasons.append(reason)
             continue
-        if device_map is not None or sum(plan.weights.values()) > large:
-            say(forecast(plan, measure_rates(plan), samples, length, passes, len(checkpoints)))
+        if device_map is not None or sum(placement.weight_bytes.values()) > large:
+            say(resource_estimate(placement, measure_rates(placement), samples, length, passes, len(checkpoints)))
         return
     if device_map is not None:
         raise reasons[0]
@@ -119,12 +119,12 @@ def _count_parameters(source: ModelSource, checkpoint: str | None) -> int:
     from safetensors import SafetensorError
 
     from p0circuit.models.catalog import named_model
-    from p0circuit.models.source import WIRED, count_parameters, resolve
+    from p0circuit.models.source import CONSTRUCTED_MODELS, count_parameters, resolve
 
     if (entry := named_model(source.name)) is not None:
         return entry.parameters
     with contextlib.suppress(SafetensorError):
-        if source.name not in WIRED:
+        if source.name not in CONSTRUCTED_MODELS:
             return count_parameters(resolve(source.name, checkpoint).folder)
     # Constructed, or damaged, which loading says in its own words.
     return sum(weight.numel() for weight in load(source, checkpoint).parameters())

@@ -60,7 +60,7 @@ def reproduce(
     from p0circuit.experiments import EXPERIMENTS
     from p0circuit.models import describe
     from p0circuit.models.catalog import named_model
-    from p0circuit.models.source import gguf_name, holds_no_checkpoints
+    from p0circuit.models.source import gguf_model_name, is_gguf_model
     from p0circuit.report.contents import find_runs, write_overview
     from p0circuit.report.html import write_report
     from p0circuit.reproduction import (
@@ -77,7 +77,7 @@ def reproduce(
     check_quick(quick, samples)
     given, left_out = _fetch_all(models or _default_models(every), required=bool(models))
     names = [
-        gguf_name(name) if holds_no_checkpoints(name) else Path(name).absolute().name if Path(name).is_dir() else name
+        gguf_model_name(name) if is_gguf_model(name) else Path(name).absolute().name if Path(name).is_dir() else name
         for name in given
     ]
     if twice := [name for name in names if names.count(name) > 1]:

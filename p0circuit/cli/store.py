@@ -58,16 +58,16 @@ def cache(
     as_json: JsonOption = False,
 ) -> None:
     """Show what the cache holds, recordings and models converted from GGUF, or clear it (fetched files stay)."""
-    from p0circuit.models.gguf import clear_converted, list_converted
+    from p0circuit.models.gguf import clear_converted_models, list_converted_models
     from p0circuit.recording.cache import Cache
 
     store = Cache()
     if clear:
-        freed = store.clear() + clear_converted()
+        freed = store.clear() + clear_converted_models()
         say(f"freed {freed / 2**20:.1f} MiB in {store.directory}")
     entries = [entry | store.about(entry["key"]) for entry in store.entries()]
     total = sum(entry["bytes"] for entry in entries)
-    models = list_converted()
+    models = list_converted_models()
     if as_json:
         held = {"directory": str(store.directory), "limit": store.limit, "bytes": total, "entries": entries}
         print_json(held | {"converted": models}, True)

@@ -19,7 +19,7 @@ from p0circuit.hooked_model import HookedModel
 from p0circuit.prompts import PromptSet
 from p0circuit.recording.quantities import score_at
 from p0circuit.recording.record import BatchIntervention, record
-from p0circuit.sink import CONTROL, SINK_THRESHOLD, TIMES_UNIFORM, least_excess, sink_heads
+from p0circuit.sink import CONTROL, SINK_THRESHOLD, TIMES_UNIFORM, any_sink_head, least_excess, sink_heads
 from p0circuit.stats import Interval, bootstrap
 
 Heads = Sequence[tuple[int, int]]
@@ -77,7 +77,8 @@ def find_sink_heads(model: HookedModel, prompts: PromptSet) -> SinkHeads:
             f"on the other, and compared with position {CONTROL}"
         )
     first, second = prompts.split()
-    heads, above = sink_heads(record(model, first, score_at(0))[score_at(0)])
+    scores = record(model, first, score_at(0))
+    heads = sink_heads(scores)
     excess = bootstrap(excess_scores(model, second, heads))
     needed = least_excess(prompts.length)
     if not excess.low > needed:
@@ -85,7 +86,7 @@ def find_sink_heads(model: HookedModel, prompts: PromptSet) -> SinkHeads:
             f"there is no sink to explain: the excess score of the {len(heads)} highest heads is {excess}, and its "
             f"lower end not above {TIMES_UNIFORM} times that of uniform attention ({needed:.3f})"
         )
-    return SinkHeads(tuple(heads), above, second, excess)
+    return SinkHeads(tuple(heads), any_sink_head(scores), second, excess)
 
 
 def scores_of(
@@ -97,7 +98,7 @@ def scores_of(
 ) -> Float[np.ndarray, " sample"]:
     """The mean score that these heads give to the position `offset` places after P0."""
     quantity = score_at(offset)
-    return over_heads(record(model, prompts, quantity, interventions=interventions)[quantity].double(), heads)
+    return over_heads(record(model, prompts, quantity, interventions=interventions).double(), heads)
 
 
 def excess_scores(

@@ -90,7 +90,7 @@ def is_gguf(path: Path) -> bool:
         return path.suffix.lower() == ".gguf" or file.read(len(_MAGIC)) == _MAGIC
 
 
-def gguf_in(folder: Path) -> Path | None:
+def gguf_file_in(folder: Path) -> Path | None:
     """The GGUF file of a directory that holds one and no other weights; None where there is none.
 
     Raises:
@@ -434,7 +434,7 @@ def _own_progress_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def list_converted() -> list[dict[str, Any]]:
+def list_converted_models() -> list[dict[str, Any]]:
     """Every converted model: its key, the file it was made of, its quantisation, bytes, and when it was last used."""
     entries = []
     for folder in sorted(path for path in _conversions().glob("[!.]*") if path.is_dir()):
@@ -453,9 +453,9 @@ def list_converted() -> list[dict[str, Any]]:
     return entries
 
 
-def clear_converted() -> int:
+def clear_converted_models() -> int:
     """Remove every converted model; returns how many bytes that freed."""
-    entries = list_converted()
+    entries = list_converted_models()
     for entry in entries:
         shutil.rmtree(_conversions() / entry["key"], ignore_errors=True)
     return sum(entry["bytes"] for entry in entries)
@@ -465,7 +465,7 @@ def _evict(newest: Path) -> None:
     """Remove the least recently used conversions until they are within the cache's limit; the newest always stays."""
     from p0circuit.io import cache_limit
 
-    entries = sorted(list_converted(), key=lambda entry: entry["used"])
+    entries = sorted(list_converted_models(), key=lambda entry: entry["used"])
     total, limit = sum(entry["bytes"] for entry in entries), cache_limit()
     for entry in entries:
         if total > limit and entry["key"] != newest.name and time.time() - entry["used"] > _IN_USE_SECONDS:

@@ -13,7 +13,7 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, overload, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -109,6 +109,30 @@ class Recording:
         return self.values[quantity.name]
 
 
+@overload
+def record(
+    model: HookedModel,
+    prompts: PromptSet,
+    what: Quantity,
+    batch_size: int | None = None,
+    cache: Cache | Literal["default"] | None = "default",
+    interventions: Sequence[BatchIntervention] = (),
+    condition: str | None = None,
+) -> Tensor: ...
+
+
+@overload
+def record(
+    model: HookedModel,
+    prompts: PromptSet,
+    what: Sequence[Quantity],
+    batch_size: int | None = None,
+    cache: Cache | Literal["default"] | None = "default",
+    interventions: Sequence[BatchIntervention] = (),
+    condition: str | None = None,
+) -> Recording: ...
+
+
 @torch.no_grad()
 def record(
     model: HookedModel,
@@ -118,8 +142,8 @@ def record(
     cache: Cache | Literal["default"] | None = "default",
     interventions: Sequence[BatchIntervention] = (),
     condition: str | None = None,
-) -> Recording:
-    """Run the prompts through the model once and keep the quantities asked for.
+) -> Tensor | Recording:
+    """Run the prompts through the model once and record one quantity (as a tensor) or several (as a `Recording`).
 
     A model with hooks on it (an intervention is under way) is recorded as it behaves, and the cache is left alone;
     likewise with `interventions`, whose hooks go before those that record. `cache=None` computes without reading or
@@ -184,7 +208,8 @@ def record(
                 store.write(keys[quantity.name], value, about)
             if quantity.name in row_keys and memory is not None:
                 memory.write(row_keys[quantity.name], rows, value)
-    return Recording(values, cached_names)
+    recording = Recording(values, cached_names)
+    return recording[what] if isinstance(what, Quantity) else recording
 
 
 def cached(model: HookedModel, prompts: PromptSet, what: str, compute: Callable[[], Tensor]) -> Tensor:

@@ -29,7 +29,7 @@ def test_the_wired_heads_are_found_and_measured_on_other_prompts(wired):
     found = find_sink_heads(model, prompts)
     assert set(found.heads) == set(wired_truth().sink_heads) and found.above
     assert found.prompts.fingerprint() == prompts.split()[1].fingerprint()
-    expected = record(model, found.prompts, SINK_SCORE)[SINK_SCORE].double()
+    expected = record(model, found.prompts, SINK_SCORE).double()
     layers, heads = zip(*found.heads, strict=True)
     scores = scores_of(model, found.prompts, found.heads)
     np.testing.assert_allclose(scores, expected[:, layers, heads].mean(1).numpy(), atol=1e-6)

@@ -114,7 +114,7 @@ def test_the_best_head_is_that_of_the_mean(tiny: Any, text: PromptSet, result: R
 def test_an_untrained_model_has_no_sink(tiny: Any) -> None:
     from p0circuit.prompts import natural_text
 
-    result = SinkMap().run(tiny, natural_text(tiny.tokenizer, "english", n=8, length=64))
+    result = SinkMap().run(tiny, natural_text(tiny, "english", n=8, length=64))
     assert result.tables["rates"]["sink_rate"].tolist() == [0] * 20
     assert result.metrics["sink_rate"].high == 0
 

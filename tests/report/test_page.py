@@ -215,7 +215,7 @@ def test_the_command_without_a_result() -> None:
 
 def test_a_real_experiment(tmp_path: Path) -> None:
     model = load_model("p0-nano")
-    found = SinkMap().run(model, natural_text(model.tokenizer, "stdlib", n=4))
+    found = SinkMap().run(model, natural_text(model, "stdlib", n=4))
     found.save(tmp_path)
     assert found.claim is not None
     (tmp_path / "claims.json").write_text(json.dumps([found.claim | {"experiment": "sink-map", "model": "p0-nano"}]))

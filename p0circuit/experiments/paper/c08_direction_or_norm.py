@@ -118,7 +118,7 @@ class DirectionOrNorm(Experiment):
                 changed = _changed(model, prompts, surgery, LAST_BLOCK, streams, offset)
                 left[place, surgery] = left_of(changed, clean, sink.heads)
                 rows.append({"place": place, "surgery": surgery, **left[place, surgery].to_json()})
-        norms = record(model, prompts, NORM_RATIO)[NORM_RATIO][:, LAST_BLOCK + 1].numpy()
+        norms = record(model, prompts, NORM_RATIO)[:, LAST_BLOCK + 1].numpy()
         metrics = {
             "left_with_norm_cut": left[_AT_P0, _CUT],
             "left_with_direction_replaced": left[_AT_P0, _TURNED],
@@ -140,7 +140,7 @@ class DirectionOrNorm(Experiment):
         """Both surgeries after each block, measured on the sink heads above it."""
         import pandas as pd
 
-        norms = record(model, prompts, NORM_RATIO)[NORM_RATIO]
+        norms = record(model, prompts, NORM_RATIO)
         rows = []
         for block in sink.scanned(self.config.scan_blocks):
             heads = heads_above(sink.heads, block)
@@ -154,7 +154,7 @@ class DirectionOrNorm(Experiment):
         """P0's norm after block 1 times each dose."""
         import pandas as pd
 
-        own = record(model, prompts, residual_at())[residual_at()][:, LAST_BLOCK + 1].float().norm(dim=-1)
+        own = record(model, prompts, residual_at())[:, LAST_BLOCK + 1].float().norm(dim=-1)
         rows = []
         for dose in self.config.doses:
             numerator, _, denominator = dose.partition("/")
