@@ -233,7 +233,7 @@ rate, rate_of_8 = (float(sink_rate(one, from_layer=2).mean()) for one in (scores
 print(f"Sink[2:] of position zero: {rate:.3f}, of position 8: {rate_of_8:.3f}")
 
 # %% [markdown]
-# **Claim C1**, tested by [`SinkMap`](../p0circuit/experiments/sink_map.py): the sink exists without BOS, beyond doubt
+# **Claim C1**, tested by [`SinkMap`](../p0circuit/experiments/paper/c01_sink_map.py): the sink exists without BOS, beyond doubt
 # and far beyond that of another position. The experiment runs five kinds of prompt; the first is ours.
 
 # %% tags=["cover"]
@@ -246,7 +246,7 @@ print_verdict(sink_map)
 # %% [markdown]
 # The last panel is the circuit's weak spot: if *all* tokens are the same, no position differs from P0 in anything (with
 # rotary positions; learned ones keep the difference, see [07](07_bring_your_own_model.ipynb)), and there is no sink (claim
-# C11, [`Limits`](../p0circuit/experiments/limits.py)). Notebook [02](02_recognition.ipynb) says why.
+# C11, [`Limits`](../p0circuit/experiments/paper/c11_limits.py)). Notebook [02](02_recognition.ipynb) says why.
 #
 # ## 5. Is it BOS?
 #
@@ -272,11 +272,11 @@ except NotApplicable as reason:  # a model without a BOS token
     print(reason)
 
 # %% [markdown]
-# **Claim C2**, [`BosAblation`](../p0circuit/experiments/bos_ablation.py): without BOS the sink heads keep more than
+# **Claim C2**, [`BosAblation`](../p0circuit/experiments/paper/c02_bos_ablation.py): without BOS the sink heads keep more than
 # four fifths of their score. (This model has seen both in training. The paper has a boundary case: the sink of
 # Mistral-7B falls from 87 % to 2 % without BOS, which its authors put down to pre-training with a sliding window.)
 #
-# And if *any* token will do (**claim C3**, [`AnyToken`](../p0circuit/experiments/any_token.py) tries all 1,024 of them),
+# And if *any* token will do (**claim C3**, [`AnyToken`](../p0circuit/experiments/paper/c03_any_token.py) tries all 1,024 of them),
 # we can choose one. Put the same token first in all prompts, and leave the rest as it is:
 
 # %%
@@ -300,7 +300,7 @@ page.show(pd.DataFrame(rows, columns=columns))
 # If half of a head's attention goes to one token, does that token's content flood everything? No: its *value* vector is
 # short. What a sink head reads at P0 is next to nothing, so attending there is a way of doing nothing (Guo et al.,
 # [arXiv 2410.13835](https://arxiv.org/abs/2410.13835), call it value-state drain). That nothing is missed without it takes
-# an intervention: [`Mitigations`](../p0circuit/experiments/remedies.py) sets P0's value to zero in the sink heads, and the
+# an intervention: [`Mitigations`](../p0circuit/experiments/deployment/mitigations.py) sets P0's value to zero in the sink heads, and the
 # loss hardly moves (notebook [08](08_practice.ipynb)).
 
 # %%

@@ -195,7 +195,7 @@ for block, (heads_alone, behind) in of_p0.items():
 # low, because tokens that are attended to together are more alike than others. Block 1 is not as the model says. There P0
 # is *not* longer than the others, and the prediction is worse than no prediction at all ($R^2 < 0$).
 #
-# **Claim C4**, [`Recognition`](../p0circuit/experiments/recognition.py), asks for both blocks, because the paper speaks
+# **Claim C4**, [`Recognition`](../p0circuit/experiments/paper/c04_recognition.py), asks for both blocks, because the paper speaks
 # of both, and the threshold was fixed before anyone had looked. So the verdict on this model is *not reproduced*:
 
 # %%
@@ -326,7 +326,7 @@ title = f"Sink heads while position {t} attends to itself alone in blocks 0 and 
 page.show(view_heads(lm, one, sink.heads, title, [operated]))
 
 # %% [markdown]
-# **Claim C5**, [`Structure`](../p0circuit/experiments/structure.py), does this for several positions and the other way
+# **Claim C5**, [`Structure`](../p0circuit/experiments/paper/c05_structure.py), does this for several positions and the other way
 # round (P0 is given the mix that position $t$ reads, and stops being a sink), with controls.
 
 # %%
@@ -348,7 +348,7 @@ print_verdict(structure)
 #
 # The signal has a weak spot. If all tokens are the same, all values are the same, and mixing them changes nothing:
 # every position puts out what P0 does. That is why one repeated token has no sink (claim C11,
-# [`Limits`](../p0circuit/experiments/limits.py)):
+# [`Limits`](../p0circuit/experiments/paper/c11_limits.py)):
 
 # %%
 token = int(half.ids[0, 0])

@@ -142,7 +142,7 @@ page.show(pd.DataFrame(share.items(), columns=["writer", "share of the projectio
 print(f"together: {sum(share.values()):.4f}")
 
 # %% [markdown]
-# **Claim C6**, [`Amplification`](../p0circuit/experiments/amplification.py), has the paper's words as its threshold: the
+# **Claim C6**, [`Amplification`](../p0circuit/experiments/paper/c06_amplification.py), has the paper's words as its threshold: the
 # MLPs of blocks 0 and 1 write at least half of it. Here they write a sixth, and most is written by MLP 2. The small model
 # takes one block more than the paper's large ones, and so the verdict will be *not reproduced*. Before we come to it,
 # look one level deeper: at neurons.
@@ -292,7 +292,7 @@ for name, value in left.items():
 # Why after block 1? Cut just before the sink heads, the norm could change nothing in any pre-norm model. After block 1 the
 # test says something, because block 2 still adds to the stream: to a short vector as much as to a long one.
 #
-# **Claim C8**, [`DirectionOrNorm`](../p0circuit/experiments/direction_or_norm.py), lets three ordinary positions take
+# **Claim C8**, [`DirectionOrNorm`](../p0circuit/experiments/paper/c08_direction_or_norm.py), lets three ordinary positions take
 # turns, adds the control (the same surgery somewhere else), and repeats it after every block.
 
 # %%
@@ -307,7 +307,7 @@ print_verdict(direction_or_norm)
 
 # %% [markdown]
 # And what about everything *else* in P0's stream, such as which token stands there? **Claim C9**,
-# [`Content`](../p0circuit/experiments/content.py), keeps the one component along the P0 direction and swaps all the rest
+# [`Content`](../p0circuit/experiments/paper/c09_content.py), keeps the one component along the P0 direction and swaps all the rest
 # with that of another prompt.
 
 # %%

@@ -200,7 +200,7 @@ page.show(
 # %% [markdown]
 # ### All of blocks 0 and 1 together
 #
-# **Claim C7**, [`CausalPath`](../p0circuit/experiments/path.py), says: attention and MLPs of blocks 0 and 1, at P0, are
+# **Claim C7**, [`CausalPath`](../p0circuit/experiments/paper/c07_causal_path.py), says: attention and MLPs of blocks 0 and 1, at P0, are
 # necessary and sufficient together. What could they lose at most? As much as if the *whole* stream at P0, before every
 # block, were that of the shifted run. So patch both, and divide.
 
@@ -465,7 +465,7 @@ page.show(figure, "effects of all edges into the keys of P0")
 # ## 5. The circuit
 #
 # Do that for every input of every component (Q, K, V and MLPs), keep the edges that change the sink by 5 % or more, and of
-# those what leads to the sink heads: a circuit. [`Circuit`](../p0circuit/experiments/circuit.py) draws it, and `CausalPath`
+# those what leads to the sink heads: a circuit. [`Circuit`](../p0circuit/experiments/exploratory/circuit.py) draws it, and `CausalPath`
 # gives the verdict on C7, here on few prompts. (The picture is made of eight prompts, that of the tour of four, and they
 # differ: effects are means over prompts, and an edge near the limit is above it with some and below it with others. All
 # edges of the tour are here, too.)
@@ -484,7 +484,7 @@ print_verdict(path)
 
 # %% [markdown]
 # Why does a key draw *every* query? Because it need not match any: the sink heads' queries have a large part in common,
-# and P0's key lies along it. **Claim C10**, [`KeySide`](../p0circuit/experiments/key_side.py), replaces all queries of a
+# and P0's key lies along it. **Claim C10**, [`KeySide`](../p0circuit/experiments/paper/c10_key_side.py), replaces all queries of a
 # head by their mean, and nearly all of P0's lead in the scores remains.
 
 # %%

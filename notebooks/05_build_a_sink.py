@@ -17,7 +17,7 @@
 # the package's methods are tested on it. At the end you break it, and compare it with a model that was trained.
 #
 # *About 15 minutes; two exercises. Before: [04](04_patching_the_circuit.ipynb). After: [06](06_emergence.ipynb). The full
-# construction, with its numbers derived: [`wired.py`](../p0circuit/models/wired.py).*
+# construction, with its numbers derived: [`wired.py`](../p0circuit/models/constructed/weights.py).*
 
 # %% tags=["parameters"]
 model = "p0-nano"  # a shipped model, a local Hugging Face directory, or a hub id
@@ -414,8 +414,8 @@ for n, one in zip(repeats, shared, strict=True):
 # ## 8. What is different in a model that was trained?
 #
 # Run the same two experiments on our model and on a trained one:
-# [`DirectionOrNorm`](../p0circuit/experiments/direction_or_norm.py) asks what later blocks see;
-# [`Structure`](../p0circuit/experiments/structure.py) asks whether position 16 becomes a sink if it attends to itself
+# [`DirectionOrNorm`](../p0circuit/experiments/paper/c08_direction_or_norm.py) asks what later blocks see;
+# [`Structure`](../p0circuit/experiments/paper/c05_structure.py) asks whether position 16 becomes a sink if it attends to itself
 # alone, or if its attention output is merely given the *norm* of P0's.
 
 # %%

@@ -82,7 +82,7 @@ page.show(streaming.figures["positions"], "loss by position, with and without fi
 print_verdict(streaming)
 
 # %% [markdown]
-# **Claim C17**, [`Streaming`](../p0circuit/experiments/streaming.py): dropping P0 costs about ten times what dropping its
+# **Claim C17**, [`Streaming`](../p0circuit/experiments/deployment/c17_streaming.py): dropping P0 costs about ten times what dropping its
 # neighbours costs. Keeping that one token makes up for most of what the first four do. Keeping position 8 instead, an early
 # token like any other, gains little.
 #
@@ -139,7 +139,7 @@ page.show(quantisation.figures["loss"], "what int8 adds to the loss")
 print_verdict(quantisation)
 
 # %% [markdown]
-# **Claim C18**, [`Quantisation`](../p0circuit/experiments/quantisation.py), is a close call: with P0 kept in high precision
+# **Claim C18**, [`Quantisation`](../p0circuit/experiments/deployment/c18_quantisation.py), is a close call: with P0 kept in high precision
 # about half of the error is left, where it was asked that *at most* half is left beyond doubt. (`p0circuit
 # reproduce p0-nano` has 0.54, on other text.) The mean is over all inputs, and three blocks of four have no outlier to speak
 # of. In use the gain is larger: five sixths of the loss that int8 adds are gone. The cheapest cure is another one, though:
@@ -166,7 +166,7 @@ page.show(dormant.figures["curves"], "loss with heads zeroed in three orders")
 print_verdict(dormant)
 
 # %% [markdown]
-# **Claim C19**, [`DormantHeads`](../p0circuit/experiments/dormant_heads.py), fails clearly. The strongest sink head is the
+# **Claim C19**, [`DormantHeads`](../p0circuit/experiments/deployment/c19_dormant_heads.py), fails clearly. The strongest sink head is the
 # *wrong* one to cut: without it the loss grows by several per cent. About half of its attention goes elsewhere, and that is
 # what it lives on; a mean over prompts of about half is not rest but a head that works half of the time. And a model of 16
 # heads has none to spare: no order gets as far as a second head. Do not prune by sink score before you have measured.
@@ -190,7 +190,7 @@ page.show(first_token.figures["recall"], "recall of tokens by where they stood")
 print_verdict(first_token)
 
 # %% [markdown]
-# **Claim C20**, [`FirstToken`](../p0circuit/experiments/first_token.py), comes out the wrong way round: behind a prefix
+# **Claim C20**, [`FirstToken`](../p0circuit/experiments/deployment/c20_first_token.py), comes out the wrong way round: behind a prefix
 # the spread *grows*. What the claim overlooks is the other half of the job: P0 forgets what it was. Without a prefix the
 # first token becomes "first", and which token it was hardly reaches anybody. Behind a prefix it is a token like any other
 # and has its content back, with its effect on what follows.
@@ -234,7 +234,7 @@ page.show(
 )
 
 # %% [markdown]
-# Read it by rows ([`Mitigations`](../p0circuit/experiments/remedies.py)):
+# Read it by rows ([`Mitigations`](../p0circuit/experiments/deployment/mitigations.py)):
 #
 # - **P0's value zeroed** changes nearly nothing, **P0's key hidden** costs loss. What P0 *says* does not matter, that
 #   attention can *go* there does.

@@ -12,7 +12,7 @@ import typer
 
 from p0circuit.cli import measure, notebooks, reproduce, scale, store, training
 from p0circuit.errors import P0Error
-from p0circuit.log import say
+from p0circuit.log import report_progress, show_messages
 
 app = typer.Typer(
     help="The P0 sink circuit: how position zero comes to draw a language model's attention.",
@@ -39,16 +39,17 @@ app.add_typer(notebooks.app, name="notebooks")
 
 def main() -> None:
     """The `p0circuit` command."""
+    show_messages()
     try:
         app()
     except P0Error as error:
         if os.environ.get("P0CIRCUIT_DEBUG"):
             raise
-        say(f"error: {error}")
+        report_progress(f"error: {error}")
         sys.exit(2)
     except (OSError, FloatingPointError) as error:
         # A full disk, or weights that give no numbers: the input was right, the job is not done.
         if os.environ.get("P0CIRCUIT_DEBUG"):
             raise
-        say(f"error: {error}")
+        report_progress(f"error: {error}")
         sys.exit(1)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from p0circuit.cli.options import Backend, First
 from p0circuit.errors import P0Error
 from p0circuit.hooked_model import HookedModel
-from p0circuit.log import say
+from p0circuit.log import report_progress
 
 if TYPE_CHECKING:
     from p0circuit.prompts import PromptSet
@@ -98,7 +98,9 @@ def say_estimate(
             reasons.append(reason)
             continue
         if device_map is not None or sum(placement.weight_bytes.values()) > large:
-            say(resource_estimate(placement, measure_rates(placement), samples, length, passes, len(checkpoints)))
+            report_progress(
+                resource_estimate(placement, measure_rates(placement), samples, length, passes, len(checkpoints))
+            )
         return
     if device_map is not None:
         raise reasons[0]
@@ -110,7 +112,7 @@ def quick_prompt_count(source: ModelSource, checkpoint: str | None) -> int:
 
     parameters = _count_parameters(source, checkpoint)
     samples = quick_samples(parameters)
-    say(f"{source.name} has {parameters / 1e6:.3g} million parameters: this takes {samples} prompts")
+    report_progress(f"{source.name} has {parameters / 1e6:.3g} million parameters: this takes {samples} prompts")
     return samples
 
 
@@ -156,9 +158,9 @@ def _say_text(model: HookedModel, text: str | None) -> None:
     from p0circuit.experiments.conditions import default_text
 
     if model.tokenizer is None:
-        say(f"{_title(model)} has no tokenizer: its prompts are random tokens")
+        report_progress(f"{_title(model)} has no tokenizer: its prompts are random tokens")
     elif text is None:
-        say(f"{_title(model)} reads {default_text(model)!r}, as no --text is given")
+        report_progress(f"{_title(model)} reads {default_text(model)!r}, as no --text is given")
 
 
 def _title(model: HookedModel) -> str:

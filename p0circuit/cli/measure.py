@@ -41,7 +41,7 @@ from p0circuit.cli.options import (
 )
 from p0circuit.cli.show import print_json, show_advice
 from p0circuit.hooked_model import HookedModel
-from p0circuit.log import say
+from p0circuit.log import report_progress
 
 if TYPE_CHECKING:
     from p0circuit.experiments import Experiment
@@ -92,7 +92,7 @@ def run(
     loaded = load(source, checkpoint)
     chosen = chosen.quick(describe(loaded)) if quick else chosen
     condition = find_condition(loaded, draw_pooled_prompts(loaded, text, count, length, seed))
-    say(condition.summary)
+    report_progress(condition.summary)
     print_json(_run_one(chosen, loaded, condition.prompts, out), as_json)
 
 
@@ -126,7 +126,7 @@ def sink(
     summary |= {"first_token": first.value, "text": prompts.description.get("source", "random tokens")}
     summary["after_bos"] = after_bos(loaded, prompts)
     if summary["sink_rate"] is None:
-        say(
+        report_progress(
             f"no sink rate: at {length} tokens attention spread evenly scores {summary['uniform_score']:.2f}, above "
             f"the threshold of {SINK_THRESHOLD:g}; give --length {shortest_for()} or more"
         )
@@ -186,18 +186,18 @@ def advise(
     count = samples or quick_prompt_count(source, checkpoint)
     loaded = load(source, checkpoint)
     prompts = draw_prompts(loaded, text, count, length, seed, First.text)
-    say(f"at most {passes(loaded, prompts):.0f} passes over {prompts.n} prompts")
+    report_progress(f"at most {passes(loaded, prompts):.0f} passes over {prompts.n} prompts")
     with count_passes() as counted:
         found = advise_on(loaded, prompts)
     used = counted.passes(prompts.n, prompts.length, describe(loaded).n_layers)
-    say(f"it took {used:.1f} passes")
+    report_progress(f"it took {used:.1f} passes")
     directory = out / found.model.replace("/", "--")
     written = write_advice(found, directory)
     if as_json:
         print_json(found.to_json(), True)
     else:
         show_advice(found)
-    say(f"{' and '.join(path.name for path in written)} are in {directory}")
+    report_progress(f"{' and '.join(path.name for path in written)} are in {directory}")
 
 
 def _run_one(experiment: Experiment, model: HookedModel, prompts: PromptSet, out: Path) -> dict[str, Any]:
@@ -238,12 +238,12 @@ def save_and_show(
     for key, value in result.metrics.items():
         table.add_row(key, str(value))
     for note in result.notes:
-        say(f"{result.experiment}: {note}")
+        report_progress(f"{result.experiment}: {note}")
     started = time.time() - result.provenance["seconds"]
     about = {"model": name, "quantisation": quantisation, "experiments": [result.experiment]}
     write_manifest(directory, sys.argv[1:], started, **about, **details)
     Console(stderr=True).print(table)
     if result.claim is not None:
-        say(f"{result.claim['id']} {result.claim['verdict']}: {result.claim['why']}")
-    say(f"tables, figures and manifest are in {directory}")
+        report_progress(f"{result.claim['id']} {result.claim['verdict']}: {result.claim['why']}")
+    report_progress(f"tables, figures and manifest are in {directory}")
     return {result.experiment: {key: value.to_json() for key, value in result.metrics.items()}}

@@ -25,7 +25,7 @@ from p0circuit.cli.options import (
 )
 from p0circuit.cli.show import print_json, show_claims
 from p0circuit.errors import P0Error
-from p0circuit.log import say
+from p0circuit.log import report_progress
 
 
 def reproduce(
@@ -105,17 +105,17 @@ def reproduce(
         write_report(directory)
         show_claims(title, claims)
         for published in find_runs(directory)[0].beside:
-            say(f"published: {published}")
-        say(f"claims, tables, figures, manifest and report.html are in {directory}")
+            report_progress(f"published: {published}")
+        report_progress(f"claims, tables, figures, manifest and report.html are in {directory}")
         broken += [f"{label} {claim}" for claim in failed(claims)]
         summary[label] = {"directory": str(directory), "claims": claims}
     if len(given) > 1 or left_out:
         write_overview(out, [Path(entry["directory"]) for entry in summary.values()], left_out)
         write_report(out)
-        say(f"an overview is in {out / 'report.html'}")
+        report_progress(f"an overview is in {out / 'report.html'}")
     print_json(summary, as_json)
     if broken:
-        say(f"error: broke off: {', '.join(broken)}; claims.json has the reasons")
+        report_progress(f"error: broke off: {', '.join(broken)}; claims.json has the reasons")
         raise typer.Exit(1)
 
 
@@ -149,5 +149,5 @@ def _fetch_all(names: list[str], required: bool) -> tuple[list[str], dict[str, s
             if required:
                 raise
             left_out[name] = str(reason)
-            say(f"going on without {name}: {reason}")
+            report_progress(f"going on without {name}: {reason}")
     return here, left_out

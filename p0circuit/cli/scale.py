@@ -21,7 +21,7 @@ from p0circuit.cli.options import (
     TextOption,
 )
 from p0circuit.cli.show import print_json
-from p0circuit.log import say
+from p0circuit.log import report_progress
 
 
 def sweep(
@@ -83,7 +83,9 @@ def sweep(
     Console(stderr=True).print(table)
     print_json(found.to_json(), as_json)
     if found.failed:
-        say(f"error: {len(found.failed)} of {len(found.tasks)} tasks failed; run again, the others are kept")
+        report_progress(
+            f"error: {len(found.failed)} of {len(found.tasks)} tasks failed; run again, the others are kept"
+        )
         raise typer.Exit(1)
 
 
@@ -113,7 +115,7 @@ def bench(
         names,
         lambda name: load(ModelSource(name)),
         run.Size(tokens=tokens, memory=memory),
-        say,
+        report_progress,
         lambda results: None if into is None else run.write_into(into, results),
     )
     if as_json:

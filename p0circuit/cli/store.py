@@ -9,7 +9,7 @@ import typer
 from p0circuit.cli.options import JsonOption
 from p0circuit.cli.show import print_json
 from p0circuit.errors import P0Error
-from p0circuit.log import say
+from p0circuit.log import report_progress
 
 
 def fetch(
@@ -22,7 +22,7 @@ def fetch(
     if unknown := [name for name in names if name not in CATALOG]:
         raise P0Error(f"no named model {unknown[0]!r}; there are: {', '.join(CATALOG)}")
     for name in names:
-        say(f"{name}: {fetch_model(CATALOG[name])}")
+        report_progress(f"{name}: {fetch_model(CATALOG[name])}")
 
 
 def models(as_json: JsonOption = False) -> None:
@@ -64,7 +64,7 @@ def cache(
     store = Cache()
     if clear:
         freed = store.clear() + clear_converted_models()
-        say(f"freed {freed / 2**20:.1f} MiB in {store.directory}")
+        report_progress(f"freed {freed / 2**20:.1f} MiB in {store.directory}")
     entries = [entry | store.about(entry["key"]) for entry in store.entries()]
     total = sum(entry["bytes"] for entry in entries)
     models = list_converted_models()

@@ -27,7 +27,7 @@ from p0circuit.cli.options import (
 )
 from p0circuit.cli.show import print_json
 from p0circuit.errors import P0Error
-from p0circuit.log import say
+from p0circuit.log import report_progress
 from p0circuit.prompts import PromptSet
 
 
@@ -67,7 +67,7 @@ def train(
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
         task = progress.add_task("training", total=config.steps, loss=float("nan"))
         train_model(config, out, report=lambda step, loss: progress.update(task, completed=step, loss=loss))
-    say(f"the model and its trace are in {out}")
+    report_progress(f"the model and its trace are in {out}")
 
 
 def trace(
@@ -141,7 +141,7 @@ def trace(
         (run,) = as_trained([kinds[begins]] if begins in kinds else kinds.values())
         begins, found = run.first, Trace.of(run)
         told = f"this is the trace that comes with it, with {begins} at position zero (kept: {', '.join(kinds)})"
-        say(f"{source} keeps no checkpoints: {told}")
+        report_progress(f"{source} keeps no checkpoints: {told}")
     else:
         say_estimate(given, labels, samples, length, PASSES, LARGE_BYTES)
         found = trace_run(
@@ -163,10 +163,10 @@ def trace(
         notes=notes,
     ).save(out / found.model.replace("/", "--"))
     if table is not None:
-        say(f"its lines are in {keep_run(table, lines)}")
+        report_progress(f"its lines are in {keep_run(table, lines)}")
     formed = f"formed at step {found.formation_step}" if found.formation_step is not None else "has no sink at its end"
     read_text = ", ".join(texts) or "the text of its trace"
-    say(
+    report_progress(
         f"{found.model} {formed}; {len(found.stages)} stages; on {read_text}, at position zero "
         f"{FIRST_IN_WORDS[First(begins)]}; table and figure are in {path.parent}"
     )
