@@ -139,9 +139,9 @@ def reproduce(
         TRAINING,
         failed,
         initial_checkpoint_of,
+        reproduce as reproduce_model,
         reproduce_training,
     )
-    from p0circuit.reproduction import reproduce as reproduce_model
     from p0circuit.training.runs import as_trained, shipped_runs
 
     _check_quick(quick, samples)
@@ -320,8 +320,7 @@ def advise(
     as_json: JsonOption = False,
 ) -> None:
     """Say what the first token does to a model on a text, and what to do about it; leave advice.html in OUT/MODEL."""
-    from p0circuit.advice import advise as advise_on
-    from p0circuit.advice import passes, write_advice
+    from p0circuit.advice import advise as advise_on, passes, write_advice
     from p0circuit.models import describe
     from p0circuit.models.passes import count_passes
 
@@ -348,8 +347,7 @@ def fetch(
     names: Annotated[list[str], typer.Argument(help="Named models, as 'p0circuit models' lists them.")],
 ) -> None:
     """Download named models into the cache folder, checked by hash; what is there already is not downloaded again."""
-    from p0circuit.models import CATALOG
-    from p0circuit.models import fetch as fetch_model
+    from p0circuit.models import CATALOG, fetch as fetch_model
 
     if unknown := [name for name in names if name not in CATALOG]:
         raise P0Error(f"no named model {unknown[0]!r}; there are: {', '.join(CATALOG)}")
@@ -473,8 +471,7 @@ def trace(
     from p0circuit.models import ModelError
     from p0circuit.results import Result
     from p0circuit.training.runs import LENGTH, as_trained, keep_run, shipped_kinds, variant_and_seed
-    from p0circuit.training.trace import PASSES, Trace, checkpoints_of
-    from p0circuit.training.trace import trace as trace_run
+    from p0circuit.training.trace import PASSES, Trace, checkpoints_of, trace as trace_run
 
     if table is not None:
         # Told now and not when all is measured.
@@ -911,8 +908,8 @@ def _keep(
     about = {"model": name, "quantisation": quantisation, "experiments": [result.experiment]}
     write_manifest(directory, sys.argv[1:], started, **about, **details)
     Console(stderr=True).print(table)
-    if result.claim is not None:
-        say(f"{result.claim['id']} {result.claim['verdict']}: {result.claim['why']}")
+    if result.claim is not None and result.judgement is not None:
+        say(f"{result.claim['id']} {result.judgement.verdict}: {result.judgement.reason}")
     say(f"tables, figures and manifest are in {directory}")
     return {result.experiment: {key: value.to_json() for key, value in result.metrics.items()}}
 
