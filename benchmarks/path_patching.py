@@ -93,7 +93,7 @@ def general(model: Any, prompts: PromptSet, pair: PromptPair, edges: int) -> dic
 def search(model: Any, prompts: PromptSet, pair: PromptPair, edges: int) -> dict[str, Any]:
     """The edges that matter among all there are, for the sink score of the sink heads."""
     clean = clean_outputs(model, prompts)
-    heads, _ = sink_heads(record(model, prompts, SINK_SCORE, cache=None)[SINK_SCORE])
+    heads = sink_heads(record(model, prompts, SINK_SCORE, cache=None))
     info, metric = describe(model), sink_score_of(heads)
     senders = components(model, heads=True)
     receivers = [f"mlp.{layer}" for layer in range(info.n_layers)]

@@ -124,7 +124,7 @@ with torch.no_grad():
     _, cache = lm.run_with_cache(prompts.ids, names_filter=names)
 scores = torch.stack([sink_score(cache[name], prompts.p0) for name in names], dim=1)
 
-recorded = record(lm, prompts, SINK_SCORE)[SINK_SCORE]
+recorded = record(lm, prompts, SINK_SCORE)
 print("scores of shape [prompt, layer, head]:", list(scores.shape))
 print(f"largest difference from `record`: {float((scores - recorded).abs().max()):.1e}")
 for layer, row in enumerate(scores.mean(0)):
@@ -168,7 +168,7 @@ check_uniform_score(my_uniform_score, prompts.length)
 # %%
 from p0circuit.recording.quantities import score_at
 
-control = record(lm, prompts, score_at(8))[score_at(8)]
+control = record(lm, prompts, score_at(8))
 best = divmod(int(scores.mean(0).argmax()), heads)
 to_p0, to_8 = (float(one[:, best[0], best[1]].mean()) for one in (scores, control))
 print(f"best head {best[0]}.{best[1]}")
@@ -304,7 +304,7 @@ page.show(pd.DataFrame(rows, columns=columns))
 # %%
 from p0circuit.recording.quantities import VALUE_NORM_RATIO
 
-drain = record(lm, prompts, VALUE_NORM_RATIO)[VALUE_NORM_RATIO].mean(0)
+drain = record(lm, prompts, VALUE_NORM_RATIO).mean(0)
 print("norm of P0's value over the median of the other positions':")
 for layer, row in enumerate(drain):
     print(f"layer {layer}:", " ".join(f"{ratio:.2f}" for ratio in row.tolist()))

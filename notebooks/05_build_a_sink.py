@@ -54,10 +54,10 @@ from p0circuit.figures.style import Series
 from p0circuit.models.constructed.build import model_from_weights
 from p0circuit.models.constructed.truth import wired_truth
 from p0circuit.models.constructed.weights import (
+    blank_weights,
     purity,
     residual_subspaces,
     set_neuron,
-    silent_weights,
     wired_weights,
 )
 from p0circuit.prompts import random_tokens
@@ -92,7 +92,7 @@ places = [str(t) for t in range(length)]
 # | (no name) | 29 | nothing: 18 are for the decoys that `wired` has beyond our model, 11 for nobody, the all-ones vector among them (so that the mean which LayerNorm subtracts is 0) |
 
 # %%
-weights = silent_weights()
+weights = blank_weights()
 space = residual_subspaces(seed=0)
 for name in ("attn.W_Q", "attn.W_K", "attn.W_V", "attn.W_O", "mlp.W_in", "mlp.W_out"):
     print(f"blocks.0.{name:9} {list(weights[f'blocks.0.{name}'].shape)}")
@@ -307,7 +307,7 @@ scores = cache[pattern][..., 0].mean(-1)  # [prompt, head]
 rows = [
     (f"2.{head}", strength, expected, float(scores[:, head].median()))
     for (head, strength), expected in zip(
-        strengths.items(), wired_truth().score_kept(length), strict=True
+        strengths.items(), wired_truth().sink_scores(length), strict=True
     )
 ]
 page.show(pd.DataFrame(rows, columns=["head", "strength", "predicted", "measured (median)"]))
@@ -369,7 +369,7 @@ figure = intervals(
     {"Set to zero at P0": lost},
     title,
     ["sink score"],
-    reference=wired_truth().score_gone(length),
+    reference=wired_truth().uniform_score(length),
 )
 page.show(figure, "sink score with parts of the circuit set to zero at position zero")
 

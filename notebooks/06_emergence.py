@@ -356,7 +356,7 @@ for name in [name for name in ("bos-0", "moe-0", "force-sink-0", "p0-nano") if n
     (ninth,) = values_at(lm, pair.shifted, ["resid_post.1"], pair.position).values()
     moved = plain.split()[1].ids.clone()
     moved[:, place] = bos_id(lm)
-    clean = record(lm, found.prompts, SINK_SCORE)[SINK_SCORE].double()
+    clean = record(lm, found.prompts, SINK_SCORE).double()
     rows[name] = {
         "prompts": condition,
         "cosine, first and ninth": float(torch.cosine_similarity(first, ninth).mean()),

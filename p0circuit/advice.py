@@ -256,7 +256,7 @@ def _look(model: HookedModel, prompts: PromptSet) -> list[_Look]:
     found = []
     for name, rows in with_and_without_bos(model, prompts).items():
         first, second = rows.split()
-        heads, _ = sink_heads(record(model, first, score_at(0))[score_at(0)])
+        heads = sink_heads(record(model, first, score_at(0)))
         scores = excess_by_head(model, second)[0]
         verdict = _passes(bootstrap(mean_over_heads(scores, heads)), least_excess(prompts.length))
         found.append(_Look(name, rows, heads, scores, verdict))
@@ -364,7 +364,7 @@ def _what_bos_does(added: Interval) -> str:
 
 def _added_by_bos(model: HookedModel, without: PromptSet, behind: PromptSet) -> Interval:
     """What BOS adds to the loss of the same predictions."""
-    before, after = (record(model, rows, TOKEN_LOSSES)[TOKEN_LOSSES].double().numpy() for rows in (without, behind))
+    before, after = (record(model, rows, TOKEN_LOSSES).double().numpy() for rows in (without, behind))
     # Behind BOS every token stands one place later, and the last has none.
     return bootstrap((after[:, 1:] - before[:, :-1]).mean(1))
 

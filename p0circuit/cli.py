@@ -21,7 +21,7 @@ import typer
 from p0circuit import notebooks
 from p0circuit.errors import P0Error
 from p0circuit.hooked_model import HookedModel
-from p0circuit.log import say
+from p0circuit.log import say, show_messages
 
 if TYPE_CHECKING:
     from p0circuit.advice import Advice
@@ -130,7 +130,7 @@ def reproduce(
     """Test every claim on each model, with its controls; leave claims, figures and a report in OUT/MODEL."""
     from p0circuit.experiments import EXPERIMENTS
     from p0circuit.models import describe
-    from p0circuit.models.source import gguf_name, holds_no_checkpoints
+    from p0circuit.models.source import gguf_model_name, is_gguf_model
     from p0circuit.report.contents import find_runs, write_overview
     from p0circuit.report.html import write_report
     from p0circuit.reproduction import (
@@ -147,7 +147,7 @@ def reproduce(
     _check_quick(quick, samples)
     given, left_out = _fetched(models or _default_models(every), required=bool(models))
     names = [
-        gguf_name(name) if holds_no_checkpoints(name) else Path(name).absolute().name if Path(name).is_dir() else name
+        gguf_model_name(name) if is_gguf_model(name) else Path(name).absolute().name if Path(name).is_dir() else name
         for name in given
     ]
     if twice := [name for name in names if names.count(name) > 1]:
@@ -597,16 +597,16 @@ def cache(
     as_json: JsonOption = False,
 ) -> None:
     """Show what the cache holds, recordings and models converted from GGUF, or clear it (fetched files stay)."""
-    from p0circuit.models.gguf import clear_converted, list_converted
+    from p0circuit.models.gguf import clear_converted_models, list_converted_models
     from p0circuit.recording.cache import Cache
 
     store = Cache()
     if clear:
-        freed = store.clear() + clear_converted()
+        freed = store.clear() + clear_converted_models()
         say(f"freed {freed / 2**20:.1f} MiB in {store.directory}")
     entries = [entry | store.about(entry["key"]) for entry in store.entries()]
     total = sum(entry["bytes"] for entry in entries)
-    models = list_converted()
+    models = list_converted_models()
     if as_json:
         held = {"directory": str(store.directory), "limit": store.limit, "bytes": total, "entries": entries}
         _print_json(held | {"converted": models}, True)
@@ -728,12 +728,12 @@ def _parameters(source: Source, checkpoint: str | None) -> int:
     """The number of a model's weights, from the headers of its files; those of a constructed one are counted."""
     from safetensors import SafetensorError
 
-    from p0circuit.models.source import WIRED, count_parameters, resolve
+    from p0circuit.models.source import CONSTRUCTED_MODELS, count_parameters, resolve
 
     if (entry := _named_model(source.name)) is not None:
         return entry.parameters
     with contextlib.suppress(SafetensorError):
-        if source.name not in WIRED:
+        if source.name not in CONSTRUCTED_MODELS:
             return count_parameters(resolve(source.name, checkpoint).folder)
     # Constructed, or damaged, which loading says in its own words.
     return sum(weight.numel() for weight in _load(source, checkpoint).parameters())
@@ -796,21 +796,21 @@ def _forecast(
     """Say what a model will take, from the first checkpoint that is whole: with a device map, or if it is `large`."""
     if source.device_map is None and large == math.inf:
         return
-    from p0circuit.models import ModelError, plan_model
-    from p0circuit.resources import forecast, measure_rates
+    from p0circuit.models import ModelError, model_placement
+    from p0circuit.resources import measure_rates, resource_estimate
 
     device_map, dtype = _device_map(source.device_map), _dtype(source.dtype)
     reasons = []
     for checkpoint in checkpoints:
         try:
-            plan = plan_model(
+            placement = model_placement(
                 source.name, device_map, checkpoint, source.device, dtype, source.layers, source.offload_folder
             )
         except ModelError as reason:
             reasons.append(reason)
             continue
-        if device_map is not None or sum(plan.weights.values()) > large:
-            say(forecast(plan, measure_rates(plan), samples, length, passes, len(checkpoints)))
+        if device_map is not None or sum(placement.weight_bytes.values()) > large:
+            say(resource_estimate(placement, measure_rates(placement), samples, length, passes, len(checkpoints)))
         return
     if device_map is not None:
         raise reasons[0]
@@ -949,6 +949,7 @@ def _print_json(value: Any, wanted: bool) -> None:
 
 def main() -> None:
     """The `p0circuit` command."""
+    show_messages()
     try:
         app()
     except P0Error as error:

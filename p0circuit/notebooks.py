@@ -23,7 +23,7 @@ import typer
 from typer.core import TyperCommand
 
 from p0circuit.errors import P0Error
-from p0circuit.log import say
+from p0circuit.log import report_progress
 
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 COVER = "cover"
@@ -303,12 +303,12 @@ def run_notebooks(
     given = dict(_parameter(pair) for pair in parameter or [])
     failed = 0
     for number, one in enumerate(chosen, start=1):
-        say(f"{number}/{len(chosen)} {one}: {title(one)}")
+        report_progress(f"{number}/{len(chosen)} {one}: {title(one)}")
         try:
-            say(f"{one}: executed, in {run(one, out, given)}")
+            report_progress(f"{one}: executed, in {run(one, out, given)}")
         except NotebookFailed as failure:
             failed += 1
-            say(f"error: {failure}")
+            report_progress(f"error: {failure}")
     if failed:
         raise typer.Exit(1)
 
@@ -318,11 +318,11 @@ def build_notebooks(name: NamesArgument = None, every: AllOption = False) -> Non
     """Make the shipped notebooks anew from their Python sources, with outputs (for those who edit them)."""
     _require("papermill", "ipykernel", "jupytext")
     for one in _chosen(name, every):
-        say(f"building {one}")
+        report_progress(f"building {one}")
         try:
-            say(f"{one}: {build(one).stat().st_size / 2**20:.1f} MiB")
+            report_progress(f"{one}: {build(one).stat().st_size / 2**20:.1f} MiB")
         except NotebookFailed as failure:
-            say(f"error: {failure}")
+            report_progress(f"error: {failure}")
             raise typer.Exit(1) from None
 
 
@@ -340,7 +340,7 @@ def export_notebooks(
     for one in _chosen(name, every):
         page = notebook_page(folder() / f"{one}.ipynb")
         path = write_atomically(out / f"{one}.html", lambda file, page=page: file.write_text(page, encoding="utf-8"))
-        say(f"{one}: {path}")
+        report_progress(f"{one}: {path}")
 
 
 def _require(*modules: str) -> None:

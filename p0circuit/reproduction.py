@@ -38,7 +38,7 @@ from p0circuit.hooked_model import HookedModel
 from p0circuit.io import code_fingerprint, write_atomically, write_json
 from p0circuit.log import say
 from p0circuit.models import ModelError, describe, device_of, forward, list_checkpoints, load_model
-from p0circuit.models.controls import shuffled_neurons, untrained
+from p0circuit.models.controls import shuffled_neurons, untrained_weights
 from p0circuit.models.device_map import placement_of
 from p0circuit.models.memory import return_freed_memory
 from p0circuit.models.passes import count_passes
@@ -295,7 +295,7 @@ def _controls(model: HookedModel, prompts: PromptSet, beginner: Any) -> dict[str
         if beginner is not None:
             yield beginner, fewer
         else:
-            with untrained(model):
+            with untrained_weights(model):
                 yield model, fewer
 
     @contextlib.contextmanager

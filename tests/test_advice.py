@@ -79,7 +79,7 @@ KNOWN: dict[str, tuple[bool, bool | None]] = {
 def text_for(model: Any, n: int = 32, length: int = 48, source: str = "code") -> PromptSet:
     if model.tokenizer is None:
         return random_tokens(describe(model).vocab_size, n, length)
-    return natural_text(model.tokenizer, source, n, length)
+    return natural_text(model, source, n, length)
 
 
 def checked(advice: Advice) -> dict[str, Any]:
@@ -137,10 +137,7 @@ def test_every_shipped_model(name: str) -> None:
         used = prompts if "without BOS" in advice.statements[1].text else prompts.prepend(model.tokenizer.bos_token_id)
         other = used.split()[1]
         without = remove_heads(model, other, found["dormant_heads"])
-        losses = [
-            record(model, other, TOKEN_LOSSES, interventions=changes)[TOKEN_LOSSES].mean()
-            for changes in ([], [without])
-        ]
+        losses = [record(model, other, TOKEN_LOSSES, interventions=changes).mean() for changes in ([], [without])]
         assert losses[1] <= 1.01 * losses[0]
 
 
@@ -199,7 +196,7 @@ def test_too_little_text_tells_nothing(tmp_path: Path) -> None:
         assert [statement["verdict"] for statement in found["statements"][1:6]] == [UNKNOWN] * 5
     # One text that is hardly longer than a row: rows overlap, and that is said.
     (tmp_path / "short.txt").write_text("to be read by nobody, and " * 12)
-    short = natural_text(model.tokenizer, tmp_path / "short.txt", FEWEST, 24)
+    short = natural_text(model, tmp_path / "short.txt", FEWEST, 24)
     assert "overlap" in advise(model, short).statements[0].text
 
 
@@ -259,7 +256,7 @@ def test_little_text_is_no_reason_to_keep_nothing() -> None:
     for name in ("p0-nano", "bos-0"):
         model = load_model(name)
         for seed in range(3):
-            prompts = natural_text(model.tokenizer, "stdlib", FEWEST, 36, seed)
+            prompts = natural_text(model, "stdlib", FEWEST, 36, seed)
             found = checked(advise(model, prompts))
             assert found["sink_tokens_to_keep"] != 0
             if found["sink_tokens_to_keep"] is None:

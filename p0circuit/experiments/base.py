@@ -146,7 +146,9 @@ class Experiment(ABC, Generic[Config]):
             result.claim = self.claim.to_json()
             result.judgement = self.claim.judge(result.metrics)
         if reads.cached:
-            say(f"{self.id}: {len(reads.cached)} of {len(reads.cached | reads.computed)} recordings were in the cache")
+            say(
+                f"{self.id}: {len(reads.cached)} of {len(reads.cached | reads.computed)} recordings read from the cache"
+            )
         result.provenance |= {
             "model": asdict(info),
             "prompts": prompts.description | {"fingerprint": prompts.fingerprint(), "seed": prompts.seed},

@@ -98,7 +98,7 @@ def rows_to_choose_on(model: HookedModel, prompts: PromptSet) -> tuple[PromptSet
         # Of a text that is mostly in use, few rows are left.
         for count in (8 * ROWS, ROWS):
             try:
-                drawn = natural_text(model.tokenizer, about["source"], count, prompts.length, seed)
+                drawn = natural_text(model, about["source"], count, prompts.length, seed)
             except P0Error:
                 continue
             unused = unused_rows(drawn, prompts)[:ROWS]

@@ -69,7 +69,7 @@ def after_bos(model: HookedModel, prompts: PromptSet) -> dict[str, Any] | None:
     if WITH_BOS not in sets or _has_sink(model, sets[WITHOUT_BOS]) or not _has_sink(model, sets[WITH_BOS]):
         return None
     rows = sets[WITH_BOS]
-    return {"n": rows.n, **sink_rates(record(model, rows, SINK_SCORE)[SINK_SCORE], rows.length)}
+    return {"n": rows.n, **sink_rates(record(model, rows, SINK_SCORE), rows.length)}
 
 
 def _has_sink(model: HookedModel, prompts: PromptSet) -> bool:

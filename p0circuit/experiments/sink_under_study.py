@@ -21,7 +21,7 @@ from p0circuit.hooked_model import HookedModel
 from p0circuit.prompts import WITH_BOS, WITHOUT_BOS, PromptSet, condition_of
 from p0circuit.recording.quantities import score_at
 from p0circuit.recording.record import BatchIntervention, record
-from p0circuit.sink import CONTROL, SINK_THRESHOLD, TIMES_UNIFORM, least_excess, sink_heads
+from p0circuit.sink import CONTROL, SINK_THRESHOLD, TIMES_UNIFORM, any_sink_head, least_excess, sink_heads
 from p0circuit.stats import Interval, bootstrap, ratio_interval
 
 Heads = Sequence[tuple[int, int]]
@@ -146,7 +146,8 @@ def _chosen(model: HookedModel, prompts: PromptSet) -> StudiedSink:
             f"on the other, and compared with position {CONTROL}"
         )
     chosen_on, measured_on = prompts.split()
-    heads, above = sink_heads(record(model, chosen_on, score_at(0))[score_at(0)])
+    scores = record(model, chosen_on, score_at(0))
+    heads = sink_heads(scores)
     sink = StudiedSink(model, tuple(heads), measured_on, chosen_on)
     needed = least_excess(prompts.length)
     if not sink.excess.low > needed:
@@ -154,7 +155,7 @@ def _chosen(model: HookedModel, prompts: PromptSet) -> StudiedSink:
             f"there is no sink to explain: the excess score of the {len(heads)} highest heads is {sink.excess}, and "
             f"its lower end not above {TIMES_UNIFORM} times that of uniform attention ({needed:.3f})"
         )
-    how = "" if above else f" (the {len(heads)} highest: no head is above {SINK_THRESHOLD})"
+    how = "" if any_sink_head(scores) else f" (the {len(heads)} highest: no head is above {SINK_THRESHOLD})"
     note = f"sink heads: {head_list(heads)}{how}, chosen on other samples; excess score {sink.excess}"
     return replace(sink, notes=(note,))
 
@@ -241,7 +242,7 @@ def sink_scores(
         interventions: made for `prompts`.
     """
     quantity = score_at(offset)
-    return mean_over_heads(record(model, prompts, quantity, interventions=interventions)[quantity].double(), heads)
+    return mean_over_heads(record(model, prompts, quantity, interventions=interventions).double(), heads)
 
 
 def excess_scores(

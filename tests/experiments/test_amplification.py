@@ -43,7 +43,7 @@ def result() -> Result:
 def excess_kept(length: int) -> float:
     """The excess score of the wired sink heads: of P0, minus what position 8 has of the rest."""
     truth = wired_truth()
-    kept = truth.score_kept(length)
+    kept = truth.sink_scores(length)
     beside = [sum(1 / (math.exp(s) + t) for t in range(8, length)) / (length - 8) for s in truth.sink_strengths]
     return float(np.mean(kept) - np.mean(beside))
 

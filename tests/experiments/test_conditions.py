@@ -28,7 +28,7 @@ from p0circuit.experiments.sink_condition import ROWS, SHARED, find_condition, r
 from p0circuit.experiments.sink_summary import after_bos
 from p0circuit.experiments.sink_under_study import studied_sink
 from p0circuit.models import load_model
-from p0circuit.models.controls import untrained
+from p0circuit.models.controls import untrained_weights
 from p0circuit.prompts import (
     SOME_BOS,
     TWO_BOS,
@@ -96,7 +96,7 @@ def test_the_pair_is_the_same_whatever_it_is_made_from(nano: Any) -> None:
 
 def test_new_text_has_as_many_bos_as_the_prompts(nano: Any) -> None:
     text = text_of(nano, n=6)
-    begun = natural_text(nano.tokenizer, "stdlib", n=6, length=40, first_token="bos")
+    begun = natural_text(nano, "stdlib", n=6, length=40, first_token="bos")
     for prompts, count in ((text, 0), (begun, 1), (text.prepend(BOS), 1), (text.prepend(BOS).prepend(BOS), 2)):
         assert text_like(nano, prompts, 24, 3).leading(BOS).tolist() == [count] * 3
 
@@ -122,7 +122,7 @@ def test_the_condition_is_the_first_in_which_there_is_a_sink(nano: Any, on_bos: 
 
 def test_without_a_sink_or_a_bos_text_stays_as_it_is(nano: Any) -> None:
     text = text_of(nano)
-    with untrained(nano):
+    with untrained_weights(nano):
         none = find_condition(nano, text)
     assert none.name == WITHOUT_BOS and none.prompts is text and not none.excess
     assert "no sink" in none.summary and "neither in text as it is nor after BOS" in none.summary
@@ -211,7 +211,7 @@ def test_the_sink_after_bos_is_told_where_there_is_none_without(on_bos: Any, nan
     assert told is not None and told["n"] == 32 and told["sink_rate"] > 0.2
     assert after_bos(on_bos, text_of(on_bos).prepend(BOS)) is None
     assert after_bos(nano, text_of(nano)) is None
-    with untrained(nano):
+    with untrained_weights(nano):
         assert after_bos(nano, text_of(nano)) is None
     assert after_bos(load_model("wired"), random_tokens(64, n=32, length=20)) is None
 

@@ -76,7 +76,7 @@ def test_surgery_against_a_stream_edited_by_hand(family_model: Any) -> None:
     clean = sum(excess(row) for row in range(4))
     blocks = result.tables["blocks"].set_index(["surgery", "after_block"])
     for block in (0, 1):
-        units = [stream[0] / norm(stream[0]) for stream in streams(sink.others.ids, block)]
+        units = [stream[0] / norm(stream[0]) for stream in streams(sink_of(model).chosen_on.ids, block)]
         mean = sum(units[1:], units[0])
         direction = mean / norm(mean)
         own = streams(ids, block)
@@ -114,7 +114,7 @@ def test_other_architectures_are_measured_too(case: tuple[str, str], family_mode
 
 def test_where_there_is_no_sink_nothing_is_claimed() -> None:
     untrained = load_model("p0-nano", checkpoint=0)
-    text = natural_text(untrained.tokenizer, "english", n=8, length=32)
+    text = natural_text(untrained, "english", n=8, length=32)
     for model, prompts in ((untrained, text), (decoy_model(), random_tokens(64, 8, 32))):
         with pytest.raises(NotApplicable, match="no sink to explain"):
             Content().run(model, prompts)

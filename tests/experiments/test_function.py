@@ -171,7 +171,7 @@ def test_the_sink_of_the_wired_model_is_of_no_use() -> None:
 
 def test_where_there_is_no_sink_nothing_is_claimed() -> None:
     untrained = load_model("p0-nano", checkpoint=0)
-    text = natural_text(untrained.tokenizer, "english", n=8, length=32)
+    text = natural_text(untrained, "english", n=8, length=32)
     for model, prompts in ((untrained, text), (decoy_model(), random_tokens(64, 8, 32))):
         with pytest.raises(NotApplicable, match="no sink to explain"):
             Function().run(model, prompts)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from p0circuit.experiments.base import NotApplicable
-from p0circuit.experiments.sink_under_study import excess_scores, sink_scores, studied_sink
+from p0circuit.experiments.sink_under_study import excess_scores, head_list, sink_scores, studied_sink
 from p0circuit.interventions.attention_edits import mask_key
 from p0circuit.models import describe, forward
 from p0circuit.models.constructed.build import decoy_model, wired_model
@@ -29,7 +29,7 @@ def test_the_wired_heads_are_found_and_measured_on_other_prompts(wired):
     found = studied_sink(model, prompts)
     assert set(found.heads) == set(wired_truth().sink_heads) and "highest" not in found.note
     assert found.prompts.fingerprint() == prompts.split()[1].fingerprint()
-    expected = record(model, found.prompts, SINK_SCORE)[SINK_SCORE].double()
+    expected = record(model, found.prompts, SINK_SCORE).double()
     layers, heads = zip(*found.heads, strict=True)
     scores = sink_scores(model, found.prompts, found.heads)
     np.testing.assert_allclose(scores, expected[:, layers, heads].mean(1).numpy(), atol=1e-6)

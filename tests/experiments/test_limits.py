@@ -19,7 +19,7 @@ from p0circuit.experiments.paper.c11_limits import (
 from p0circuit.interventions.pairs import shift_prompts
 from p0circuit.models import load_model
 from p0circuit.models.constructed.build import decoy_model, wired_model
-from p0circuit.models.hooked import available
+from p0circuit.models.hooked import has_hooked_transformer
 from p0circuit.prompts import from_ids, natural_text, random_tokens
 from p0circuit.recording.record import record
 from p0circuit.results import Result
@@ -137,7 +137,7 @@ def test_a_window_that_hides_p0_has_no_sink_at_it(layers: tuple[int, ...]) -> No
 
 def windowed(window: int, layers: tuple[int, ...]) -> Any:
     """The wired model, some of whose blocks see no more than `window` keys."""
-    if not available():
+    if not has_hooked_transformer():
         pytest.skip("this TransformerLens has no HookedTransformer")
     model = wired_model(backend="hooked")
     model.cfg.use_local_attn, model.cfg.window_size = True, window
@@ -153,7 +153,7 @@ def test_blind_queries_against_a_loop(family_model: Any, backend: str) -> None:
     model = family_model("mistral", backend)
     prompts = random_tokens(VOCAB, n=3, length=15)
     for size in (6, 4):
-        found = record(model, prompts, blind_queries(size))[blind_queries(size)]
+        found = record(model, prompts, blind_queries(size))
         for row, ids in enumerate(prompts.ids):
             patterns = model.run_with_cache(ids[None])[1]
             for layer in range(3):
@@ -178,7 +178,7 @@ def test_opened_replaces_the_second_to_the_last_of_so_many_tokens() -> None:
 
 
 def test_different_tokens_are_different_and_not_the_first(tiny: Any) -> None:
-    prompts = natural_text(tiny.tokenizer, "english", n=6, length=40)
+    prompts = natural_text(tiny, "english", n=6, length=40)
     drawn = different_tokens(tiny, prompts)
     for row, first in zip(drawn.tolist(), prompts.ids[:, 0].tolist(), strict=True):
         assert len({first, *row}) == 41
@@ -190,7 +190,7 @@ def test_different_tokens_are_different_and_not_the_first(tiny: Any) -> None:
 
 def test_a_trained_rotary_model_on_texts_it_has_and_has_not_seen() -> None:
     model = load_model("p0-nano")
-    prompts = natural_text(model.tokenizer, "stdlib", n=24, length=32, first_token="random")
+    prompts = natural_text(model, "stdlib", n=24, length=32, first_token="random")
     result = Limits(LimitsConfig(lengths=(16, 96, 2048), tokens=400)).run(model, prompts)
     assert result.judgement is not None and result.judgement.verdict == "reproduced"
     assert result.tables["texts"]["text"].tolist() == ["the same text", "english", "code", "random tokens"]
@@ -202,7 +202,7 @@ def test_a_trained_rotary_model_on_texts_it_has_and_has_not_seen() -> None:
 def test_nothing_to_explain_is_not_applicable(family_model: Any) -> None:
     model = load_model("p0-nano", checkpoint=0)
     with pytest.raises(NotApplicable, match="no sink to explain"):
-        Limits().run(model, natural_text(model.tokenizer, "stdlib", n=16, length=32))
+        Limits().run(model, natural_text(model, "stdlib", n=16, length=32))
     with pytest.raises(NotApplicable, match="no sink to explain"):
         Limits().run(decoy_model(), distinct(12, LENGTH))
     with pytest.raises(NotApplicable, match="6 tokens are in view at once"):

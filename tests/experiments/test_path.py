@@ -29,7 +29,7 @@ from p0circuit.models.bridge import to_bridge
 from p0circuit.models.constructed.build import decoy_model, wired_huggingface, wired_model
 from p0circuit.models.constructed.truth import wired_truth
 from p0circuit.models.constructed.weights import purity, residual_subspaces
-from p0circuit.models.hooked import available, to_hooked
+from p0circuit.models.hooked import has_hooked_transformer, to_hooked
 from p0circuit.models.passes import count_passes
 from p0circuit.prompts import from_ids, natural_text, random_tokens
 from p0circuit.results import Result
@@ -83,7 +83,7 @@ def test_the_wired_path_is_reproduced_and_the_control_shows_nothing(wired: Resul
 
 def test_the_total_effects_are_those_of_the_construction(wired: Result) -> None:
     truth, table = wired_truth(), wired.tables["joint"]
-    lost = np.mean(truth.score_kept(LENGTH)) - truth.score_gone(LENGTH)
+    lost = np.mean(truth.sink_scores(LENGTH)) - truth.uniform_score(LENGTH)
     chosen = distinct(12, LENGTH).split()[1]
     for number, shift in enumerate(SHIFTS):
         whole = table[(table["shift"] == shift) & (table["patched"] == WHOLE)].set_index("direction")["change"]
@@ -137,7 +137,7 @@ def embedded_sink() -> Any:
         module.transformer.wpe.weight[0] += 60 * residual_subspaces().p0.float()
         for block in module.transformer.h:
             block.mlp.c_proj.weight.zero_()
-    return to_hooked(module, "embedded") if available() else to_bridge(module, "embedded")
+    return to_hooked(module, "embedded") if has_hooked_transformer() else to_bridge(module, "embedded")
 
 
 @pytest.mark.parametrize("name, backend", [("llama-grouped", "hooked"), ("neox", "bridge"), ("qwen3-moe", "bridge")])
@@ -238,7 +238,7 @@ def test_rows_are_dealt_out_to_the_shifts_and_bounded_by_the_runs(wired: Result)
 
 def test_the_trained_model_runs_through_blocks_0_and_1() -> None:
     model = load_model("p0-nano")
-    prompts = natural_text(model.tokenizer, "stdlib", n=24, length=32, first_token="random")
+    prompts = natural_text(model, "stdlib", n=24, length=32, first_token="random")
     result = CausalPath(CausalPathConfig(shifts=(8,), runs=600)).run(model, prompts)
     assert result.judgement is not None and result.judgement.verdict == "reproduced"
     assert abs(result.metrics["share_of_random_position_in_noising"].value) < 0.05
@@ -287,7 +287,7 @@ def test_the_map_of_a_bounded_run_has_every_layer_in_its_place() -> None:
 
 def test_a_bounded_run_of_p0_nano_is_near_the_thorough_one() -> None:
     model = load_model("p0-nano")
-    prompts = natural_text(model.tokenizer, "stdlib", n=24, length=32, first_token="random")
+    prompts = natural_text(model, "stdlib", n=24, length=32, first_token="random")
     config = {"shifts": (8,), "rows": 12, "row_runs": 30}
     thorough = CausalPath(CausalPathConfig(shifts=(8,), runs=3072)).run(model, prompts)
     bounded = CausalPath(CausalPathConfig(**config, most_edges=0)).run(model, prompts)
@@ -316,7 +316,7 @@ def test_a_few_prompts_are_enough_to_run_it(n: int, most_edges: int) -> None:
 @pytest.mark.parametrize("most_edges", [0, 2000])
 def test_what_it_takes_is_declared(most_edges: int) -> None:
     model = load_model("p0-nano")
-    prompts = natural_text(model.tokenizer, "stdlib", n=24, length=64)
+    prompts = natural_text(model, "stdlib", n=24, length=64)
     experiment = CausalPath(CausalPathConfig(most_edges=most_edges, row_runs=24))
     studied_sink(model, prompts)
     with count_passes() as counted:
@@ -329,7 +329,7 @@ def test_what_it_takes_is_declared(most_edges: int) -> None:
 def test_nothing_to_explain_is_not_applicable() -> None:
     model = load_model("p0-nano", checkpoint=0)
     with pytest.raises(NotApplicable, match="no sink to explain"):
-        CausalPath().run(model, natural_text(model.tokenizer, "stdlib", n=16, length=32))
+        CausalPath().run(model, natural_text(model, "stdlib", n=16, length=32))
     with pytest.raises(NotApplicable, match="no sink to explain"):
         CausalPath().run(decoy_model(), distinct(12, LENGTH))
 

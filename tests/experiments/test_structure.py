@@ -108,7 +108,7 @@ def test_surgery_against_attention_edited_by_hand(family_model: Any) -> None:
 
         return edit
 
-    runs = [(ids, t) for ids in sink.prompts.ids for t in FEW.positions]
+    runs = [(ids, t) for ids in sink_of(model).prompts.ids for t in FEW.positions]
     at_t = [excess(ids, t, lambda pattern, t=t: alone(pattern, t)) for ids, t in runs]
     beside = [excess(ids, 0, lambda pattern, t=t: alone(pattern, t)) for ids, t in runs]
     left = [excess(ids, 0, mixed(t)) for ids, t in runs]
@@ -131,7 +131,7 @@ def test_other_architectures_are_measured_too(case: tuple[str, str], family_mode
 
 def test_where_there_is_no_sink_nothing_is_claimed() -> None:
     untrained = load_model("p0-nano", checkpoint=0)
-    text = natural_text(untrained.tokenizer, "english", n=8, length=32)
+    text = natural_text(untrained, "english", n=8, length=32)
     for model, prompts in ((untrained, text), (decoy_model(), random_tokens(64, 8, 32))):
         with pytest.raises(NotApplicable, match="no sink to explain"):
             Structure().run(model, prompts)

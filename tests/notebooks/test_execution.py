@@ -160,8 +160,8 @@ def build_a_sink(left: Path) -> Figures:
     return {
         "built_left_with_norm_cut": norm_cut.metrics["left_with_norm_cut"].value,
         "built_16_with_norm_of_p0": structure.metrics["t_over_p0_with_norm_of_p0"].value,
-        "score_of_strength_9": wired_truth().score_kept(64)[0],
-        "score_without_the_detector": wired_truth().score_gone(64),
+        "score_of_strength_9": wired_truth().sink_scores(64)[0],
+        "score_without_the_detector": wired_truth().uniform_score(64),
         "trained_left_with_direction_replaced": result("DirectionOrNorm").metrics["left_with_direction_replaced"].value,
         "trained_16_alone": result("Structure").metrics["t_over_p0_when_alone"].value,
     }
@@ -192,7 +192,7 @@ def emergence(left: Path) -> Figures:
         "observed_final": concentration["observed_final"].value,
         "causal_final": concentration["causal_final"].value,
         "excess_left_without_4_experts": experts["excess_left_without_4_top_experts_at_p0"].value,
-        "causal_of_bos_0_here": causal_concentration(lm, behind, record(lm, behind, SINK_SCORE)[SINK_SCORE]) or 0,
+        "causal_of_bos_0_here": causal_concentration(lm, behind, record(lm, behind, SINK_SCORE)) or 0,
         "excess_of_bos_in_the_middle": float(
             sum(one[:, 16:, 16].mean() - one[:, 8:, 8].mean() for one in patterns) / len(heads)
         ),

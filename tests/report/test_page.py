@@ -215,7 +215,7 @@ def test_the_command_without_a_result() -> None:
 
 def test_a_real_experiment(tmp_path: Path) -> None:
     model = load_model("p0-nano")
-    found = SinkMap().run(model, natural_text(model.tokenizer, "stdlib", n=4))
+    found = SinkMap().run(model, natural_text(model, "stdlib", n=4))
     found.save(tmp_path)
     entry = found.claim_entry()
     assert found.judgement is not None and entry is not None

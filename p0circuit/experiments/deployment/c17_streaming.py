@@ -234,10 +234,10 @@ def decoded(model: HookedModel, prompts: PromptSet, window: int, kept: Sequence[
     for places in kept:
         try:
             changes = [] if places is None else [streamed(model, prompts, places, window)]
-            recording = record(model, prompts, TOKEN_LOSSES, interventions=changes)
+            recorded = record(model, prompts, TOKEN_LOSSES, interventions=changes)
         except InterventionError as reason:
             raise NotApplicable(str(reason)) from reason
-        losses[places] = recording[TOKEN_LOSSES].double().numpy()
+        losses[places] = recorded.double().numpy()
     return losses
 
 

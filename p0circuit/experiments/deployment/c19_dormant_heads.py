@@ -150,13 +150,13 @@ class DormantHeads(Experiment[DormantHeadsConfig]):
         ]
         if model.tokenizer is None:
             notes.append("the prompts are random tokens: their losses say nothing about a use of the heads")
-        counts, scores = {GIVEN: metrics}, {GIVEN: record(model, measured_on, SINK_SCORE)[SINK_SCORE]}
+        counts, scores = {GIVEN: metrics}, {GIVEN: record(model, measured_on, SINK_SCORE)}
         texts = _other_texts(model, prompts, sink.condition, 2 * config.domain_samples, notes) if config.domains else {}
         for name, text in texts.items():
             first, second = text.split()
             own = _orders(model, first, config.domain_orders)
             counts[name] = _metrics(zeroed(model, second, own, until=ENOUGH * TOLERANCE))
-            scores[name] = record(model, second, SINK_SCORE)[SINK_SCORE]
+            scores[name] = record(model, second, SINK_SCORE)
         dormant = _dormant(scores)
         turning = dormant["head"][dormant["dormant_somewhere"] & dormant["active_somewhere"]]
         notes.append(
@@ -196,7 +196,7 @@ class DormantHeads(Experiment[DormantHeadsConfig]):
 
 def by_sink_score(model: HookedModel, prompts: PromptSet) -> Order:
     """All heads, the highest mean sink score first."""
-    return _sorted(-record(model, prompts, SINK_SCORE)[SINK_SCORE].double().mean(0))
+    return _sorted(-record(model, prompts, SINK_SCORE).double().mean(0))
 
 
 def by_output_norm(model: HookedModel, prompts: PromptSet) -> Order:
@@ -257,7 +257,7 @@ def zeroed(
         if heads not in known:
             names = [f"attn.{layer}.{head}" for layer, head in sorted(heads)]
             changes = [remove_heads(model, prompts, names)] if names else []
-            losses = record(model, prompts, TOKEN_LOSSES, interventions=changes)[TOKEN_LOSSES]
+            losses = record(model, prompts, TOKEN_LOSSES, interventions=changes)
             # Predictions made at padding have no loss.
             known[heads] = losses.double().nanmean(1).numpy()
         return known[heads]
@@ -351,7 +351,7 @@ def _other_texts(
     texts: dict[str, PromptSet] = {}
     for source in SHIPPED_TEXTS:
         try:
-            texts[source] = natural_text(model.tokenizer, source, count, prompts.length, prompts.seed)
+            texts[source] = natural_text(model, source, count, prompts.length, prompts.seed)
         except P0Error as reason:
             notes.append(f"{source}: left out, {reason}")
     size, special = sampleable_vocabulary(model)

@@ -350,7 +350,7 @@ def _losses(model: HookedModel, ids: Int[Tensor, "sample token pos"], prefix: Pr
     # A vector takes the place of some token's embedding.
     rows = _rows(ids.flatten(0, 1), 0 if isinstance(prefix, Tensor) else prefix, place)
     registers = [ablate(model, rows, ["embed"], prefix)] if isinstance(prefix, Tensor) else []
-    losses = record(model, rows, TOKEN_LOSSES, interventions=registers)[TOKEN_LOSSES].double()
+    losses = record(model, rows, TOKEN_LOSSES, interventions=registers).double()
     # The prediction of, or from, what was inserted is none of the text's.
     return losses[:, rows.length - ids.shape[2] :].unflatten(0, ids.shape[:2]).numpy()
 

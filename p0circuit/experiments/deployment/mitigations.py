@@ -232,7 +232,7 @@ def text_losses(
 ) -> Float[np.ndarray, "row prediction"]:
     """The losses of the predictions made from 8 tokens into the text on."""
     rows, changes = remedy.applied(model, text)
-    return _of_text(record(model, rows, TOKEN_LOSSES, interventions=changes)[TOKEN_LOSSES].double().numpy(), text)
+    return _of_text(record(model, rows, TOKEN_LOSSES, interventions=changes).double().numpy(), text)
 
 
 def _of_text(

@@ -33,7 +33,7 @@ from p0circuit.prompts import PromptSet
 from p0circuit.recording.quantities import SINK_SCORE
 from p0circuit.recording.record import record
 from p0circuit.results import Result
-from p0circuit.sink import FALLBACK_HEADS, SINK_THRESHOLD, sink_heads
+from p0circuit.sink import FALLBACK_HEADS, SINK_THRESHOLD, any_sink_head, sink_heads
 from p0circuit.stats import Interval, bootstrap
 
 if TYPE_CHECKING:
@@ -72,7 +72,8 @@ class Circuit(Experiment[CircuitConfig]):
         info, config = describe(model), self.config
         first, second = prompts.split()
         scores = record(model, first, [SINK_SCORE], condition="first half")[SINK_SCORE]
-        heads, above = sink_heads(scores, config.eps, config.fallback_heads)
+        heads = sink_heads(scores, config.eps, config.fallback_heads)
+        above = any_sink_head(scores, config.eps)
         names = [f"attn.{layer}.{head}" for layer, head in heads]
         chosen = second.subset(slice(0, config.samples))
         layers = range(max(layer for layer, _ in heads) + 1)

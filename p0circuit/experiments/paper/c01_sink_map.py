@@ -154,8 +154,8 @@ def view_heads(
     start, length = int(prompt.p0[0]), min(VIEWED_TOKENS, prompt.length - int(prompt.p0[0]))
     shown = slice(start, start + length)
     layers, numbers = map(list, zip(*heads, strict=True))
-    recording = record(model, prompt, PATTERNS, cache=None, interventions=interventions)
-    patterns = recording[PATTERNS][0][layers, numbers][:, shown, shown]
+    recorded = record(model, prompt, PATTERNS, cache=None, interventions=interventions)
+    patterns = recorded[0][layers, numbers][:, shown, shown]
     ids, tokenizer = prompt.ids[0, shown].tolist(), getattr(model, "tokenizer", None)
     tokens = [f"{token} " if tokenizer is None else tokenizer.decode([token]) for token in ids]
     return attention_view(tokens, patterns, [f"{layer}.{head}" for layer, head in heads], title)

@@ -109,7 +109,7 @@ class DirectionOrNorm(Experiment[DirectionOrNormConfig]):
                 changed = _changed(model, prompts, surgery, CIRCUIT_BLOCKS[-1], streams, offset)
                 left[place, surgery] = share_left(changed, clean, sink.heads)
                 rows.append({"place": place, "surgery": surgery, **left[place, surgery].to_json()})
-        norms = record(model, prompts, NORM_RATIO)[NORM_RATIO][:, CIRCUIT_BLOCKS[-1] + 1].numpy()
+        norms = record(model, prompts, NORM_RATIO)[:, CIRCUIT_BLOCKS[-1] + 1].numpy()
         metrics = {
             "left_with_norm_cut": left[_AT_P0, _CUT],
             "left_with_direction_replaced": left[_AT_P0, _TURNED],
@@ -133,7 +133,7 @@ class DirectionOrNorm(Experiment[DirectionOrNormConfig]):
         """Both surgeries after each block, measured on the sink heads above it."""
         import pandas as pd
 
-        norms = record(model, prompts, NORM_RATIO)[NORM_RATIO]
+        norms = record(model, prompts, NORM_RATIO)
         rows = []
         for block in sink.blocks_to_scan(self.config.scan_blocks):
             heads = heads_above(sink.heads, block)
@@ -147,7 +147,7 @@ class DirectionOrNorm(Experiment[DirectionOrNormConfig]):
         """P0's norm after block 1 times each dose."""
         import pandas as pd
 
-        own = record(model, prompts, residual_at())[residual_at()][:, CIRCUIT_BLOCKS[-1] + 1].float().norm(dim=-1)
+        own = record(model, prompts, residual_at())[:, CIRCUIT_BLOCKS[-1] + 1].float().norm(dim=-1)
         rows = []
         for dose in self.config.doses:
             numerator, _, denominator = dose.partition("/")

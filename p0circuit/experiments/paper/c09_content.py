@@ -106,7 +106,7 @@ class Content(Experiment[ContentConfig]):
         donor_positions = [offset for offset in self.config.ordinary if offset < prompts.length]
         if not donor_positions:
             raise NotApplicable(f"rows of {prompts.length} tokens have no position {self.config.ordinary[0]}")
-        own = record(model, prompts, residual_at())[residual_at()]
+        own = record(model, prompts, residual_at())
         first = prompts.ids[torch.arange(prompts.n), prompts.p0]
         ordinary = ordinary_streams(model, prompts, donor_positions)
         donor = {_TOKEN: own[row_of_another_token(first)], _ORDINARY: ordinary, _ALONG: ordinary}

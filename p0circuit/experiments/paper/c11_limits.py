@@ -230,7 +230,7 @@ class Limits(Experiment[LimitsConfig]):
         sets = {"the same text": chosen}
         for source in SHIPPED_TEXTS if model.tokenizer is not None else ():
             try:
-                sets[source] = natural_text(model.tokenizer, source, chosen.n, chosen.length, prompts.seed)
+                sets[source] = natural_text(model, source, chosen.n, chosen.length, prompts.seed)
             except P0Error as reason:
                 notes.append(f"{source}: left out, {reason}")
         sets["random tokens"] = random_tokens(size, chosen.n, chosen.length, prompts.seed + 1, special=special)

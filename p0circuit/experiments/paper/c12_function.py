@@ -155,7 +155,7 @@ class Function(Experiment[FunctionConfig]):
         places = [random_offsets(prompts.n, prompts.seed + draw, 1, half) for draw in range(1, self.config.draws + 1)]
 
         def loss(*interventions: Intervention) -> np.ndarray:
-            losses = record(model, prompts, TOKEN_LOSSES, interventions=interventions)[TOKEN_LOSSES]
+            losses = record(model, prompts, TOKEN_LOSSES, interventions=interventions)
             return losses[:, half:].double().mean(1).numpy()
 
         clean = loss()
@@ -185,7 +185,7 @@ class Function(Experiment[FunctionConfig]):
         # The rows of a pair must meet in one batch.
         size = max(2, batch_size_for(model, pairs.length, with_logits=False) // 2 * 2)
         return {
-            name: record(model, pairs, quantity, size, interventions=change)[quantity][::2].double().numpy()
+            name: record(model, pairs, quantity, size, interventions=change)[::2].double().numpy()
             for name, change in hidden.items()
         }
 
