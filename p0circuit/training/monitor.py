@@ -259,8 +259,8 @@ class P0Monitor:
             raise P0Error("the prompts are padded; expected rows of one length, so that P0 is where each begins")
         if prompts.n < 2 or prompts.length <= CONTROL:
             raise P0Error(
-                f"{prompts.n} rows of {prompts.length} tokens are too few; expected at least 2 (heads are chosen on one "
-                f"half and measured on the other) of {CONTROL + 1} (P0 is compared with position {CONTROL})"
+                f"{prompts.n} rows of {prompts.length} tokens are too few; expected at least 2 (heads are chosen on "
+                f"one half and measured on the other) of {CONTROL + 1} (P0 is compared with position {CONTROL})"
             )
         self._prompts = prompts
 

@@ -35,7 +35,7 @@ from p0circuit.interventions.ablation import ablate
 from p0circuit.interventions.nodes import InterventionError
 from p0circuit.interventions.pairs import patch_values, shifted_pair
 from p0circuit.io import code_fingerprint, write_json
-from p0circuit.log import say
+from p0circuit.log import report_progress
 from p0circuit.models import ModelError, StoredModel, describe, list_checkpoints, load_model, stored_model
 from p0circuit.models.checkpoints import STEP, Label, parse_label
 from p0circuit.models.info import sampleable_vocabulary
@@ -289,13 +289,15 @@ def trace(
                     write_json(kept, row | {"key": key})
         except (ModelError, InterventionError, FloatingPointError) as reason:
             missing[str(checkpoint)] = str(reason)
-            say(f"{checkpoint}: left out: {reason}")
+            report_progress(f"{checkpoint}: left out: {reason}")
             continue
         finally:
             # A large model has to be gone before the next one comes.
             gc.collect()
         rows.append({"step": told.step, "tokens": tokens_seen(stored, told.step), **row})
-        say(f"{name} {checkpoint}: loss {row['loss']:.3f}, sink rate from layer 2 {row['sink_rate_from_layer_2']:.3f}")
+        report_progress(
+            f"{name} {checkpoint}: loss {row['loss']:.3f}, sink rate from layer 2 {row['sink_rate_from_layer_2']:.3f}"
+        )
     if not rows:
         raise ModelError(f"none of the checkpoints of {source} could be measured: {missing}")
     return Trace(name, rows, missing, length)
