@@ -3,8 +3,8 @@
 1. The notebooks of the course, which lie outside `docs/`, become pages.
 2. Formulas between dollar signs become MathML, which browsers draw themselves.
 3. The reference is made from the modules that the package has.
-4. Links to files of the repository lead to the page about them, to the repository's address where pyproject.toml names
-   one, or become text.
+4. Links to files of the repository lead to the page about them, or to the repository's address where pyproject.toml
+   names one; without either they become text.
 """
 
 from __future__ import annotations
@@ -127,6 +127,11 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
     if page.file.src_uri.endswith(".ipynb"):
         html = _offline_notebook(html, page, config)
     return re.sub(r"FORMULA(\d+)FORMULA", lambda match: _formulas[int(match[1])], html)
+
+
+def on_post_build(config: MkDocsConfig) -> None:
+    """Removes the page for missing addresses: its own are absolute, and a site on disk has no server to send it."""
+    Path(config.site_dir, "404.html").unlink(missing_ok=True)
 
 
 def _with_marks(source: str, name: str) -> str:
