@@ -175,7 +175,9 @@ def _offline_notebook(html: str, page: Page, config: MkDocsConfig) -> str:
         if target == ROOT / "README.md":
             return f'<a href="../index.html">{text}</a>'
         if target.is_relative_to(ROOT / "docs") and target.suffix == ".md":
-            return f'<a href="../{target.relative_to(ROOT / "docs").with_suffix(".html").as_posix()}{anchor}">{text}</a>'
+            return (
+                f'<a href="../{target.relative_to(ROOT / "docs").with_suffix(".html").as_posix()}{anchor}">{text}</a>'
+            )
         if target.is_relative_to(ROOT / PACKAGE) and target.suffix == ".py" and target.is_file():
             parts = target.relative_to(ROOT).with_suffix("").parts
             area = next((name for name, (_, _, tops) in AREAS.items() if parts[1] in tops), None)

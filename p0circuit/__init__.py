@@ -50,7 +50,7 @@ _HOMES = {
     "EXPERIMENTS": "experiments",
     "advise": "advice",
     "reproduce": "reproduction",
-    "write_report": "report.page",
+    "write_report": "report.html",
     "attention_view": "report.attention_view",
     "P0Monitor": "training.monitor",
 }

@@ -35,7 +35,7 @@ from p0circuit.experiments.sink_condition import find_condition
 from p0circuit.experiments.training.runs_experiment import RunsExperiment
 from p0circuit.hooked_model import HookedModel
 from p0circuit.io import code_fingerprint, write_json
-from p0circuit.log import say
+from p0circuit.log import report_progress
 from p0circuit.models import ModelError, describe, device_of, forward, list_checkpoints, load_model
 from p0circuit.models.controls import shuffled_neurons, untrained_weights
 from p0circuit.models.device_map import placement_of
@@ -81,12 +81,12 @@ def reproduce(
     with count_passes() as count:
         condition = find_condition(model, prompts)
     prompts = condition.prompts
-    say(condition.summary)
+    report_progress(condition.summary)
     used = {"condition": count.passes(prompts.n, prompts.length, info.n_layers)}
     declared = {experiment.id: experiment.passes(model, prompts) for experiment in experiments}
     # What the same experiments take in a run that is not quick.
     full = {name: EXPERIMENTS[name]().passes(model, prompts) for name in declared if name in EXPERIMENTS}
-    say(f"{info.title}: {_estimate(model, prompts, CLEAN_PASSES + sum(declared.values()))}")
+    report_progress(f"{info.title}: {_estimate(model, prompts, CLEAN_PASSES + sum(declared.values()))}")
     entries: list[dict[str, Any]] = []
     left_out: dict[str, str] = {}
     broken: dict[str, str] = {}
@@ -120,7 +120,7 @@ def reproduce(
                 if name != DECOY:
                     used[f"control, {name}"] = count.passes(prompts.n, prompts.length, info.n_layers)
         except ModelError as reason:
-            say(f"control, {name}: left out: {reason}")
+            report_progress(f"control, {name}: left out: {reason}")
         _write_claims(directory, entries)
     write_manifest(
         directory,
@@ -146,7 +146,9 @@ def reproduce(
             for name, value in used.items()
         },
     )
-    say(f"{info.title}: {sum(used.values()):.1f} passes over {prompts.n} prompts in {time.time() - started:.0f} s")
+    report_progress(
+        f"{info.title}: {sum(used.values()):.1f} passes over {prompts.n} prompts in {time.time() - started:.0f} s"
+    )
     return entries
 
 
@@ -254,7 +256,9 @@ def _entry(
         found = result.claim or {"verdict": "reproduced", "why": ""}
         judgement = Judgement(found["verdict"], found["why"])
     verdict = judgement.verdict if experiment.claim or judgement.verdict == "not applicable" else "measured"
-    say(f"{label}{told}: {verdict} ({time.monotonic() - started:.1f} s)" + (f": {judgement.reason}" if error else ""))
+    report_progress(
+        f"{label}{told}: {verdict} ({time.monotonic() - started:.1f} s)" + (f": {judgement.reason}" if error else "")
+    )
     bare = {"verdict": judgement.verdict, "why": judgement.reason}
     record = experiment.claim.record(judgement, measured) if experiment.claim else bare
     return record | {"experiment": experiment.id, "model": subject, "notes": notes, "error": error}

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from p0circuit import cli, reproduction
 from p0circuit.cli import main
+from p0circuit.cli.options import First
 from p0circuit.experiments import EXPERIMENTS
 from p0circuit.experiments.sink_summary import sink_summary
 from p0circuit.io import data_dir
@@ -180,7 +181,7 @@ def test_sink_without_json_is_a_table(p0: Run, tiny_model_dir: Path) -> None:
 def test_one_default_for_what_stands_first_and_for_the_text() -> None:
     commands = [command.callback for command in cli.app.registered_commands if command.callback is not None]
     defaults = [inspect.signature(command).parameters for command in commands]
-    assert [of["first"].default for of in defaults if "first" in of] == [cli.First.text] * 2
+    assert [of["first"].default for of in defaults if "first" in of] == [First.text] * 2
     assert [of["text"].default for of in defaults if "text" in of] == [None] * 6
 
 

@@ -20,8 +20,10 @@ import numpy as np
 import pytest
 import torch
 
-from p0circuit import experiments, notebooks
+from p0circuit import experiments
 from p0circuit.advice import advise
+from p0circuit.course import build as notebooks
+from p0circuit.course.page import read_prompts
 from p0circuit.experiments.conditions import pooled_prompts_for
 from p0circuit.experiments.paper.c07_causal_path import JOINT, WHOLE, joint_changes
 from p0circuit.experiments.practice import find_used_sink
@@ -37,7 +39,6 @@ from p0circuit.prompts import random_tokens
 from p0circuit.recording.quantities import SINK_SCORE
 from p0circuit.recording.record import record
 from p0circuit.results import Result
-from p0circuit.teaching import read_prompts
 from p0circuit.training.runs import as_trained, shipped_runs
 from p0circuit.training.trace import Trace, causal_concentration, measure_checkpoint
 from tests.notebooks.command import ROOT, p0circuit
