@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
@@ -136,8 +137,8 @@ def test_every_page_opens_offline(
     for name in pages:
         tab.page.goto((site / name).as_uri())
         too_wide = tab.page.evaluate("document.documentElement.scrollWidth") - width
-        red, green, blue = tab.page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)")
-        dark = red + green + blue < 3 * 128
+        colour = tab.page.evaluate("getComputedStyle(document.body).backgroundColor")
+        dark = sum(map(int, re.findall(r"\d+", colour)[:3])) < 3 * 128
         if tab.errors or tab.outside or too_wide > 0 or dark != ("dark" in screen):
             problems.append((name, tab.errors[:], tab.outside[:], too_wide, dark))
             tab.errors.clear(), tab.outside.clear()
