@@ -69,9 +69,9 @@ def reproduce(
         TRAINING,
         failed,
         initial_checkpoint_of,
+        reproduce as reproduce_model,
         reproduce_training,
     )
-    from p0circuit.reproduction import reproduce as reproduce_model
     from p0circuit.training.runs import as_trained, shipped_runs
 
     check_quick(quick, samples)
