@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from p0circuit import notebooks
+from p0circuit.errors import P0Error
 from p0circuit.hooked_model import HookedModel
 from p0circuit.log import say
 
@@ -150,7 +151,7 @@ def reproduce(
         for name in given
     ]
     if twice := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"two of these models are called {twice[0]!r}: give each an --out, in a call of its own")
+        raise P0Error(f"two of these models are called {twice[0]!r}: give each an --out, in a call of its own")
     summary: dict[str, Any] = {}
     broken: list[str] = []
     for name in given:
@@ -351,7 +352,7 @@ def fetch(
     from p0circuit.models import fetch as fetch_model
 
     if unknown := [name for name in names if name not in CATALOG]:
-        raise ValueError(f"no named model {unknown[0]!r}; there are: {', '.join(CATALOG)}")
+        raise P0Error(f"no named model {unknown[0]!r}; there are: {', '.join(CATALOG)}")
     for name in names:
         say(f"{name}: {fetch_model(CATALOG[name])}")
 
@@ -414,7 +415,7 @@ def train(
 
     torch.set_num_threads(threads)
     if variant is not None and variant not in VARIANTS:
-        raise ValueError(f"no variant {variant!r}; there are: {', '.join(VARIANTS)}")
+        raise P0Error(f"no variant {variant!r}; there are: {', '.join(VARIANTS)}")
     named = {"corpus": corpus, "steps": steps, "layers": layers, "seed": seed}
     given = {name: value for name, value in named.items() if value is not None} | parse_options(option or [])
     config = replace(VARIANTS[variant] if variant else TrainConfig(), **given)
@@ -479,7 +480,7 @@ def trace(
         # Told now and not when all is measured.
         variant_and_seed(table)
         if length != LENGTH:
-            raise ValueError(f"traces in tables are of {LENGTH} tokens, so that they compare, and --length is {length}")
+            raise P0Error(f"traces in tables are of {LENGTH} tokens, so that they compare, and --length is {length}")
     given = Source(source, backend, device, dtype, None, device_map, offload_folder)
     begins = first.value
     texts: set[str] = set()
@@ -711,7 +712,7 @@ def _fetched(names: list[str], required: bool) -> tuple[list[str], dict[str, str
 
 def _check_quick(quick: bool, samples: int | None) -> None:
     if quick and samples is not None:
-        raise ValueError(
+        raise P0Error(
             f"--quick decides the number of prompts by the model's size and --samples asks for {samples}: leave one out"
         )
 
@@ -762,7 +763,7 @@ def _load(source: Source, checkpoint: str | int | None = None) -> Any:
     try:
         torch.empty(0, device=source.device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {source.device!r} cannot be used here: {str(error).splitlines()[0]}") from None
+        raise P0Error(f"device {source.device!r} cannot be used here: {str(error).splitlines()[0]}") from None
     model = load_model(
         source.name,
         source.backend.value,
@@ -824,7 +825,7 @@ def _dtype(name: str | None) -> Any:
 
     kinds = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
     if name is not None and name not in kinds:
-        raise ValueError(f"unknown dtype {name!r}; expected one of {', '.join(kinds)}")
+        raise P0Error(f"unknown dtype {name!r}; expected one of {', '.join(kinds)}")
     return kinds[name] if name else None
 
 
@@ -835,7 +836,7 @@ def _prompts(
     from p0circuit.experiments.conditions import prompts_for
 
     if model.tokenizer is None and first is First.bos:
-        raise ValueError(f"{_name(model)} has no tokenizer, and so no BOS token that is known: use --first random")
+        raise P0Error(f"{_name(model)} has no tokenizer, and so no BOS token that is known: use --first random")
     if announce:
         _say_what_it_reads(model, text)
     return prompts_for(model, text, samples, length, seed, first.value)
@@ -953,8 +954,7 @@ def main() -> None:
     """The `p0circuit` command."""
     try:
         app()
-    except ValueError as error:
-        # Every refusal of this package is a ValueError that says how to mend the input.
+    except P0Error as error:
         if os.environ.get("P0CIRCUIT_DEBUG"):
             raise
         say(f"error: {error}")

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from p0circuit.errors import P0Error
+
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> Path:
     """Let `write` fill a temporary file or directory beside `path`, then move it into place; returns `path`."""
@@ -49,11 +51,11 @@ def cache_limit() -> int:
     """`$P0CIRCUIT_CACHE_LIMIT` in bytes, else 2 GiB.
 
     Raises:
-        ValueError: the variable is not a whole number.
+        P0Error: the variable is not a whole number.
     """
     named = os.environ.get("P0CIRCUIT_CACHE_LIMIT", str(DEFAULT_LIMIT))
     if not named.isdecimal():
-        raise ValueError(f"P0CIRCUIT_CACHE_LIMIT={named!r} is not a whole number of bytes, as in {DEFAULT_LIMIT}")
+        raise P0Error(f"P0CIRCUIT_CACHE_LIMIT={named!r} is not a whole number of bytes, as in {DEFAULT_LIMIT}")
     return int(named)
 
 
@@ -68,11 +70,11 @@ def repository() -> Path:
     """The checkout this package is run from.
 
     Raises:
-        ValueError: the package is installed without one.
+        P0Error: the package is installed without one.
     """
     root = Path(__file__).resolve().parent.parent
     if not (root / "benchmarks").is_dir():
-        raise ValueError(f"this needs a checkout of the repository, and there is none around {root}")
+        raise P0Error(f"this needs a checkout of the repository, and there is none around {root}")
     return root
 
 

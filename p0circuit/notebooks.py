@@ -22,6 +22,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from p0circuit.errors import P0Error
 from p0circuit.log import say
 
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
@@ -38,11 +39,11 @@ def folder() -> Path:
     """The repository's folder of notebooks.
 
     Raises:
-        ValueError: the package is installed without the repository.
+        P0Error: the package is installed without the repository.
     """
     found = Path(__file__).resolve().parent.parent / "notebooks"
     if not any(found.glob("*.ipynb")) and not any(found.glob("*.py")):
-        raise ValueError(
+        raise P0Error(
             f"there are no notebooks at {found}: they come with the repository of p0circuit and are no part of the "
             "installed package; clone the repository and run this there"
         )
@@ -58,13 +59,13 @@ def find(name: str) -> str:
     """The notebook of a name, its number, or any part of the name that no other has.
 
     Raises:
-        ValueError: there is none, or more than one.
+        P0Error: there is none, or more than one.
     """
     wanted, every = Path(name).stem, names()
     found = [one for one in every if one == wanted] or [one for one in every if one.startswith(f"{wanted}_")]
     found = found or [one for one in every if wanted in one]
     if len(found) != 1:
-        raise ValueError(f"{name!r} names {len(found) or 'no'} notebooks; there are: {', '.join(every)}")
+        raise P0Error(f"{name!r} names {len(found) or 'no'} notebooks; there are: {', '.join(every)}")
     return found[0]
 
 
@@ -81,15 +82,15 @@ def run(name: str, out: Path, parameters: Mapping[str, Any] = {}) -> Path:
     Its figures and key figures go to `out`/NAME, unless its parameter `out` says otherwise.
 
     Raises:
-        ValueError: it has no such parameter.
+        P0Error: it has no such parameter.
         NotebookFailed: a cell failed; what ran before it is in the executed notebook.
     """
     source = folder() / f"{name}.ipynb"
     if not source.is_file():
-        raise ValueError(f"{source.name} has not been built; run: p0circuit notebooks build {name}")
+        raise P0Error(f"{source.name} has not been built; run: p0circuit notebooks build {name}")
     known = _parameters_of(source)
     if unknown := sorted(parameters.keys() - known.keys()):
-        raise ValueError(f"{name} has no parameter {unknown[0]!r}; it has: {', '.join(known)}")
+        raise P0Error(f"{name} has no parameter {unknown[0]!r}; it has: {', '.join(known)}")
     given = {"out": str(out.resolve() / name)} | dict(parameters)
     return _execute(source, out / f"{name}.ipynb", given)
 
@@ -98,7 +99,7 @@ def build(name: str) -> Path:
     """Run a notebook from its source in a fresh kernel, and write it with its outputs, and its picture.
 
     Raises:
-        ValueError: it wrote to standard error, or has no picture.
+        P0Error: it wrote to standard error, or has no picture.
         NotebookFailed: a cell failed.
     """
     import jupytext
@@ -113,7 +114,7 @@ def build(name: str) -> Path:
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
             if output.get("name") == "stderr":
-                raise ValueError(f"{name}: {_first_line(cell.source)!r} wrote to standard error:\n{output.text}")
+                raise P0Error(f"{name}: {_first_line(cell.source)!r} wrote to standard error:\n{output.text}")
     picture = folder().parent / "docs" / "notebooks" / f"{name}.png"
     picture.parent.mkdir(parents=True, exist_ok=True)
     picture.write_bytes(_small(_cover(notebook, name)))
@@ -141,7 +142,7 @@ def key_figures(notebook: Path) -> dict[str, float]:
     """The key figures of an executed notebook: the JSON that its last cell printed.
 
     Raises:
-        ValueError: it printed none.
+        P0Error: it printed none.
     """
     import nbformat
 
@@ -150,7 +151,7 @@ def key_figures(notebook: Path) -> dict[str, float]:
     try:
         return json.loads(printed)
     except json.JSONDecodeError:
-        raise ValueError(f"the last cell of {notebook.name} printed no JSON: {printed[:80]!r}") from None
+        raise P0Error(f"the last cell of {notebook.name} printed no JSON: {printed[:80]!r}") from None
 
 
 def _execute(source: Path, target: Path, parameters: Mapping[str, Any]) -> Path:
@@ -230,7 +231,7 @@ def _cover(notebook: Any, name: str) -> bytes:
             for output in cell.outputs:
                 if image := output.get("data", {}).get("image/png"):
                     return base64.b64decode(image)
-    raise ValueError(f"{name} has no picture: give the tag {COVER!r} to a cell that shows a figure")
+    raise P0Error(f"{name} has no picture: give the tag {COVER!r} to a cell that shows a figure")
 
 
 def _small(png: bytes) -> bytes:
@@ -346,15 +347,15 @@ def _require(*modules: str) -> None:
     """Make sure that what notebooks need beside the package is there.
 
     Raises:
-        ValueError: it is not.
+        P0Error: it is not.
     """
     if missing := [module for module in modules if importlib.util.find_spec(module) is None]:
-        raise ValueError(f"{', '.join(missing)} missing: pip install 'p0circuit[notebooks]'")
+        raise P0Error(f"{', '.join(missing)} missing: pip install 'p0circuit[notebooks]'")
 
 
 def _chosen(given: Sequence[str] | None, every: bool) -> list[str]:
     if bool(given) == every:
-        raise ValueError(f"name one or more notebooks, or give --all; there are: {', '.join(names())}")
+        raise P0Error(f"name one or more notebooks, or give --all; there are: {', '.join(names())}")
     return names() if every else [find(name) for name in given or []]
 
 
@@ -362,7 +363,7 @@ def _parameter(pair: str) -> tuple[str, Any]:
     """A parameter and its value: a number, true, false or null as in JSON, or else the text itself."""
     name, sign, value = pair.partition("=")
     if not (name and sign and value):
-        raise ValueError(f"-p {name}: expected a name and a value, as in -p samples 32")
+        raise P0Error(f"-p {name}: expected a name and a value, as in -p samples 32")
     try:
         return name, json.loads(value)
     except json.JSONDecodeError:

@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from p0circuit.errors import P0Error
 from p0circuit.io import data_dir
 from p0circuit.text import SourceFile, TextInMemory, standard_library_files, text_files
 
@@ -48,7 +49,7 @@ class PromptSet:
         cut_off: the tokens that `behind` pushed off the end of each row, in the order of the text; None for none.
 
     Raises:
-        ValueError: shapes differ, there is no row, ids are not whole numbers from 0 on, padding stands after a real
+        P0Error: shapes differ, there is no row, ids are not whole numbers from 0 on, padding stands after a real
             token, or a row has fewer than 2 real tokens.
     """
 
@@ -61,7 +62,7 @@ class PromptSet:
     def __post_init__(self) -> None:
         _check_rows(self.ids, self.attention_mask)
         if self.cut_off is not None and len(self.cut_off) != len(self.ids):
-            raise ValueError(
+            raise P0Error(
                 f"expected the tokens cut off each of {len(self.ids)} rows, got those of {len(self.cut_off)}: "
                 "replace(prompts, ids=..., cut_off=None) makes rows whose end is not known"
             )
@@ -97,10 +98,10 @@ class PromptSet:
         """Make sure that a model of `vocab_size` tokens can read these prompts.
 
         Raises:
-            ValueError: a token id is outside the vocabulary.
+            P0Error: a token id is outside the vocabulary.
         """
         for row, position in (self.ids >= vocab_size).nonzero()[:1]:
-            raise ValueError(
+            raise P0Error(
                 f"token id {int(self.ids[row, position])} (row {int(row)}, position {int(position)}) is outside the "
                 f"vocabulary of {vocab_size} tokens: were these prompts made with another model's tokenizer?"
             )
@@ -122,14 +123,14 @@ class PromptSet:
         """Disjoint parts drawn by the set's seed, such as one to choose heads on and another to measure them on.
 
         Raises:
-            ValueError: fractions are not positive, exceed 1 together, or leave a part without a row.
+            P0Error: fractions are not positive, exceed 1 together, or leave a part without a row.
         """
         if min(fractions) <= 0 or sum(fractions) > 1 + 1e-9:
-            raise ValueError(f"fractions must be positive and at most 1 together, got {tuple(fractions)}")
+            raise P0Error(f"fractions must be positive and at most 1 together, got {tuple(fractions)}")
         order = np.random.default_rng(self.seed).permutation(self.n)
         *parts, _ = np.split(order, np.rint(np.cumsum(fractions) * self.n).astype(int))
         if not all(map(len, parts)):
-            raise ValueError(f"{self.n} rows are too few to split into {tuple(fractions)}: a part would be empty")
+            raise P0Error(f"{self.n} rows are too few to split into {tuple(fractions)}: a part would be empty")
         return tuple(self.subset(sorted(part.tolist())) for part in parts)
 
     def prepend(self, first: int | Int[Tensor, " batch"]) -> PromptSet:
@@ -138,13 +139,13 @@ class PromptSet:
         `without_first` undoes it.
 
         Raises:
-            ValueError: rows are padded, or `first` is not one token id per row.
+            P0Error: rows are padded, or `first` is not one token id per row.
         """
         if not bool(self.attention_mask.all()):
-            raise ValueError("these rows are padded: put the first token before them before padding them")
+            raise P0Error("these rows are padded: put the first token before them before padding them")
         tokens = first if isinstance(first, Tensor) else torch.full((self.n,), first)
         if tokens.shape != (self.n,):
-            raise ValueError(f"expected one first token for each of {self.n} rows, got shape {list(tokens.shape)}")
+            raise P0Error(f"expected one first token for each of {self.n} rows, got shape {list(tokens.shape)}")
         ids = torch.cat([tokens[:, None], self.ids[:, :-1]], dim=1)
         one = int(tokens[0]) if len(tokens.unique()) == 1 else "one per row"
         before = self.description.get("behind")
@@ -158,10 +159,10 @@ class PromptSet:
         Where `behind` put it there, the rows get back the token that they lost for it; others become one token shorter.
 
         Raises:
-            ValueError: rows are padded, or nothing would be left to attend to P0.
+            P0Error: rows are padded, or nothing would be left to attend to P0.
         """
         if not bool(self.attention_mask.all()):
-            raise ValueError("these rows are padded: take the first token away before padding them")
+            raise P0Error("these rows are padded: take the first token away before padding them")
         ids, cut_off = self.ids[:, 1:], self.cut_off
         if cut_off is not None:
             ids, cut_off = torch.cat([ids, cut_off[:, :1]], dim=1), cut_off[:, 1:]
@@ -191,13 +192,13 @@ class PromptSet:
         """The beginning of each row, `lengths` tokens of it (drawn from 2 to all if not given), moved to the right end.
 
         Raises:
-            ValueError: a length is below 2 or above what the row has.
+            P0Error: a length is below 2 or above what the row has.
         """
         available = self.attention_mask.sum(dim=1).tolist()
         rng = np.random.default_rng(seed)
         keep = [int(rng.integers(2, have, endpoint=True)) for have in available] if lengths is None else list(lengths)
         if len(keep) != self.n or any(not 2 <= kept <= have for kept, have in zip(keep, available, strict=True)):
-            raise ValueError(f"expected {self.n} lengths from 2 to the real tokens of their rows, got {keep}")
+            raise P0Error(f"expected {self.n} lengths from 2 to the real tokens of their rows, got {keep}")
         ids, mask = torch.full_like(self.ids, pad_token), torch.zeros_like(self.attention_mask)
         for row, (start, kept) in enumerate(zip(self.p0.tolist(), keep, strict=True)):
             ids[row, -kept:] = self.ids[row, start : start + kept]
@@ -213,7 +214,7 @@ def from_ids(
     """Prompts from token ids at hand, [batch, pos]; without a mask every token is real.
 
     Raises:
-        ValueError: as `PromptSet`, or an id is outside a vocabulary of `vocab_size` tokens.
+        P0Error: as `PromptSet`, or an id is outside a vocabulary of `vocab_size` tokens.
     """
     ids = torch.as_tensor(ids)
     mask = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else torch.as_tensor(attention_mask).bool()
@@ -228,10 +229,10 @@ def pooled(parts: Sequence[PromptSet]) -> PromptSet:
     """The rows of several sets of one length, such as draws by different seeds, as one set.
 
     Raises:
-        ValueError: there is none, or lengths differ.
+        P0Error: there is none, or lengths differ.
     """
     if len({part.length for part in parts}) != 1:
-        raise ValueError(f"expected sets of one length, got lengths {[part.length for part in parts]}")
+        raise P0Error(f"expected sets of one length, got lengths {[part.length for part in parts]}")
     ids = torch.cat([part.ids for part in parts])
     description = parts[0].description | {"n": len(ids), "seeds": [part.seed for part in parts]}
     ends = [part.cut_off for part in parts if part.cut_off is not None]
@@ -258,12 +259,10 @@ def natural_text(
             tokens excepted) or a token id.
 
     Raises:
-        ValueError: there is no tokenizer, no such text or too little of it, no BOS, or `n` or `length` is too small.
+        P0Error: there is no tokenizer, no such text or too little of it, no BOS, or `n` or `length` is too small.
     """
     if tokenizer is None:
-        raise ValueError(
-            "text needs a tokenizer and this model has none; give token ids instead: prompts.from_ids(ids)"
-        )
+        raise P0Error("text needs a tokenizer and this model has none; give token ids instead: prompts.from_ids(ids)")
     _require_size(n, length)
     rng = np.random.default_rng(seed)
     files = _source_files(source)
@@ -271,7 +270,7 @@ def natural_text(
     text_tokens = sum(map(len, documents))
     stride = _widest_stride([len(document) for document in documents], n, length)
     if not stride:
-        raise ValueError(
+        raise P0Error(
             f"too little text in {str(source)!r}: {text_tokens} tokens in {len(files)} files, the longest of "
             f"{max(map(len, documents), default=0)}; {n} crops of {length} need {n * length} tokens in files of at "
             f"least {length}, or {n + length - 1} in one file if they may overlap; give more text, or ask for less"
@@ -307,7 +306,7 @@ def random_tokens(
     """Tokens drawn uniformly and independently, `special` ones excepted; behind a BOS if one is given.
 
     Raises:
-        ValueError: `n` or `length` is too small, `bos` is outside the vocabulary, or no token is left to draw.
+        P0Error: `n` or `length` is too small, `bos` is outside the vocabulary, or no token is left to draw.
     """
     _require_size(n, length)
     rows = np.random.default_rng(seed).choice(_drawable(vocab_size, bos, special), (n, length))
@@ -325,7 +324,7 @@ def repeated_token(
     """In each row one token drawn uniformly, `special` ones excepted, from end to end; behind a BOS if one is given.
 
     Raises:
-        ValueError: as `random_tokens`.
+        P0Error: as `random_tokens`.
     """
     _require_size(n, length)
     rows = np.random.default_rng(seed).choice(_drawable(vocab_size, bos, special), (n, 1)).repeat(length, axis=1)
@@ -340,26 +339,26 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 def _check_rows(ids: Tensor, mask: Tensor) -> None:
     if ids.ndim != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
-        raise ValueError(f"token ids must be whole numbers [batch, pos], got {ids.dtype} {list(ids.shape)}")
+        raise P0Error(f"token ids must be whole numbers [batch, pos], got {ids.dtype} {list(ids.shape)}")
     if mask.shape != ids.shape or mask.dtype != torch.bool:
-        raise ValueError(
+        raise P0Error(
             f"the attention mask must be true or false for each of the {list(ids.shape)} token ids, "
             f"got {mask.dtype} {list(mask.shape)}"
         )
     _require_size(*ids.shape)
     if ids.min() < 0:
-        raise ValueError(f"token ids start at 0, got {int(ids.min())}")
+        raise P0Error(f"token ids start at 0, got {int(ids.min())}")
     for row in (mask[:, :-1] & ~mask[:, 1:]).any(dim=1).nonzero()[:1]:
-        raise ValueError(f"row {int(row)} has padding after a real token; padding must stand on the left")
+        raise P0Error(f"row {int(row)} has padding after a real token; padding must stand on the left")
     for row in (mask.sum(dim=1) < 2).nonzero()[:1]:
-        raise ValueError(f"row {int(row)} has {int(mask[row].sum())} real tokens; at least 2 are needed")
+        raise P0Error(f"row {int(row)} has {int(mask[row].sum())} real tokens; at least 2 are needed")
 
 
 def _require_size(n: int, length: int) -> None:
     if n < 1:
-        raise ValueError(f"prompts need at least 1 row, got n = {n}")
+        raise P0Error(f"prompts need at least 1 row, got n = {n}")
     if length < 2:
-        raise ValueError(f"prompts need at least 2 tokens, P0 and one that attends to it; got length = {length}")
+        raise P0Error(f"prompts need at least 2 tokens, P0 and one that attends to it; got length = {length}")
 
 
 def _unpadded(rows: Int[np.ndarray, "batch pos"], description: dict[str, Any], seed: int) -> PromptSet:
@@ -375,10 +374,10 @@ def _drawn(builder: str, rows: Int[np.ndarray, "batch pos"], vocab_size: int, bo
 
 def _drawable(vocab_size: int, bos: int | None, special: Collection[int]) -> Int[np.ndarray, " tokens"]:
     if bos is not None and not 0 <= bos < vocab_size:
-        raise ValueError(f"BOS {bos} is outside the vocabulary of {vocab_size} tokens")
+        raise P0Error(f"BOS {bos} is outside the vocabulary of {vocab_size} tokens")
     tokens = np.setdiff1d(np.arange(vocab_size), [*special, *([] if bos is None else [bos])])
     if not len(tokens):
-        raise ValueError(f"no token is left to draw from a vocabulary of {vocab_size} without the special tokens")
+        raise P0Error(f"no token is left to draw from a vocabulary of {vocab_size} without the special tokens")
     return tokens
 
 
@@ -391,13 +390,11 @@ def _first_tokens(
     if first_token == "bos":
         bos = tokenizer.bos_token_id
         if not isinstance(bos, int):
-            raise ValueError("this tokenizer has no BOS token; give the id of the token to use: first_token=<id>")
+            raise P0Error("this tokenizer has no BOS token; give the id of the token to use: first_token=<id>")
         return bos
     if isinstance(first_token, int) and 0 <= first_token < vocab_size:
         return first_token
-    raise ValueError(
-        f"first_token must be 'text', 'bos', 'random' or a token id below {vocab_size}, got {first_token!r}"
-    )
+    raise P0Error(f"first_token must be 'text', 'bos', 'random' or a token id below {vocab_size}, got {first_token!r}")
 
 
 def _source_files(source: str | Path) -> list[SourceFile]:
@@ -409,7 +406,7 @@ def _source_files(source: str | Path) -> list[SourceFile]:
     if source in SHIPPED_TEXTS:
         return [SourceFile(path.name, path) for path in sorted((data_dir() / "prompts" / source).iterdir())]
     if not Path(source).exists():
-        raise ValueError(
+        raise P0Error(
             f"no text at {str(source)!r}: expected a text file, a directory, or one of "
             + ", ".join(map(repr, NAMED_TEXTS))
         )
@@ -421,7 +418,7 @@ def _language_reference() -> list[SourceFile]:
     try:
         from pydoc_data.topics import topics
     except ImportError:
-        raise ValueError(
+        raise P0Error(
             "this Python comes without its language reference (the module pydoc_data), which the text 'docs' is; "
             "use 'english', or a text file"
         ) from None

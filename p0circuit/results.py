@@ -18,6 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from p0circuit.errors import P0Error
 from p0circuit.io import write_atomically, write_json
 from p0circuit.stats import Interval
 
@@ -97,7 +98,7 @@ class Result:
         """Read back what `save` wrote, given the path of its JSON file.
 
         Raises:
-            ValueError: there is no such result, or one of its tables or figures is missing.
+            P0Error: there is no such result, or one of its tables or figures is missing.
         """
         import pandas as pd
 
@@ -105,16 +106,14 @@ class Result:
 
         if not path.is_file():
             found = sorted(other.stem for other in path.parent.glob("*.json") if other.stem != "manifest")
-            raise ValueError(f"no result at {str(path)!r}; this directory holds: {', '.join(found) or 'none'}")
+            raise P0Error(f"no result at {str(path)!r}; this directory holds: {', '.join(found) or 'none'}")
         summary = json.loads(path.read_text())
         name, directory = summary["experiment"], path.parent
         tables = {table: directory / "tables" / f"{name}-{table}.csv" for table in summary["tables"]}
         figures = {figure: directory / "figures" / f"{name}-{figure}.png" for figure in summary["figures"]}
         for file in (*tables.values(), *figures.values()):
             if not file.is_file():
-                raise ValueError(
-                    f"the result {path.name} names {file.name}, which is missing; run the experiment again"
-                )
+                raise P0Error(f"the result {path.name} names {file.name}, which is missing; run the experiment again")
         return cls(
             experiment=name,
             title=summary["title"],

@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from p0circuit.errors import P0Error
 from p0circuit.experiments import find_experiment
 from p0circuit.experiments.base import Experiment, NotApplicable
 from p0circuit.io import data_dir, write_atomically
@@ -152,7 +153,7 @@ def sweep(
         gpus: of a task; 1 if not given where torch sees one and Ray is started here, else 0.
 
     Raises:
-        ValueError: Ray is not installed or its cluster cannot be reached, there is no such experiment, `out` is of no
+        P0Error: Ray is not installed or its cluster cannot be reached, there is no such experiment, `out` is of no
             file system that is known, or two models would share a directory.
     """
     place = _Place(out)
@@ -212,7 +213,7 @@ def _distinct(experiments: Iterable[Experiment]) -> list[Experiment]:
     found: dict[str, Experiment] = {}
     for experiment in experiments:
         if found.setdefault(experiment.id, experiment).config != experiment.config:
-            raise ValueError(f"{experiment.id!r} is asked for with two settings: sweep them into an --out each")
+            raise P0Error(f"{experiment.id!r} is asked for with two settings: sweep them into an --out each")
     return list(found.values())
 
 
@@ -251,7 +252,7 @@ def _places(models: Sequence[str], checkpoints: Sequence[int | str]) -> list[tup
     """The models with their checkpoints, those that keep none once.
 
     Raises:
-        ValueError: two models would share a directory.
+        P0Error: two models would share a directory.
     """
     found: list[tuple[str, int | str | None]] = []
     names: dict[str, str] = {}
@@ -264,7 +265,7 @@ def _places(models: Sequence[str], checkpoints: Sequence[int | str]) -> list[tup
         model = path if folder is None else folder.name if shipped else str(folder)
         name = _name(given)
         if names.setdefault(name, model) != model:
-            raise ValueError(f"{names[name]!r} and {model!r} are both called {name!r}: sweep them into an --out each")
+            raise P0Error(f"{names[name]!r} and {model!r} are both called {name!r}: sweep them into an --out each")
         once = whole or (folder is not None and not checkpoints_in(folder))
         found += [(model, checkpoint) for checkpoint in ([None] if once else dict.fromkeys(checkpoints) or [None])]
     return found
@@ -326,7 +327,7 @@ class _Place:
         try:
             self.system, self.root = url_to_fs(str(out))
         except ImportError as error:
-            raise ValueError(f"results cannot go to {str(out)!r}: {error}") from None
+            raise P0Error(f"results cannot go to {str(out)!r}: {error}") from None
         self.local = isinstance(self.system, LocalFileSystem)
 
     def kept(self, task: Task) -> Kept | None:
@@ -373,7 +374,7 @@ def _ray(address: str | None, models: Sequence[str], cores: int | None) -> Itera
     try:
         import ray  # pyright: ignore[reportMissingImports]
     except ImportError:
-        raise ValueError("a sweep needs Ray, which is not installed: pip install 'p0circuit[ray]'") from None
+        raise P0Error("a sweep needs Ray, which is not installed: pip install 'p0circuit[ray]'") from None
     if ray.is_initialized():
         if address is not None:
             say(f"this process is connected to Ray already: {address!r} is not used (ray.shutdown() disconnects it)")
@@ -397,7 +398,7 @@ def _ray(address: str | None, models: Sequence[str], cores: int | None) -> Itera
             try:
                 ray.init(address, runtime_env={"py_modules": [str(package)]}, **quiet)
             except (ConnectionError, RuntimeError, ValueError) as error:
-                raise ValueError(f"no Ray cluster can be used at {address!r}: {error}") from error
+                raise P0Error(f"no Ray cluster can be used at {address!r}: {error}") from error
     try:
         yield ray, address is None
     finally:

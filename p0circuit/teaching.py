@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
+from p0circuit.errors import P0Error
 from p0circuit.experiments.base import Experiment, NotApplicable
 from p0circuit.experiments.conditions import prompts_for
 from p0circuit.experiments.surgery import Sink, find_sink
@@ -101,11 +102,11 @@ class Page:
         and of the others that they are there.
 
         Raises:
-            ValueError: it is none of these, or a figure has no title.
+            P0Error: it is none of these, or a figure has no title.
         """
         if isinstance(thing, Path) or hasattr(thing, "savefig"):
             if not title:
-                raise ValueError("a figure needs a title, as in page.show(figure, 'sink scores of all heads')")
+                raise P0Error("a figure needs a title, as in page.show(figure, 'sink scores of all heads')")
             if not isinstance(thing, Path):
                 self._save(thing, title)
             _display({"text/plain": f"[figure: {title}]"}, functools.partial(_picture, thing, title))
@@ -114,17 +115,17 @@ class Page:
         elif isinstance(thing, AttentionView):
             _display({"text/plain": f"[attention view: {thing.title}]"}, lambda: {"text/html": thing._repr_html_()})
         else:
-            raise ValueError(f"a page shows figures, tables and attention views, not {type(thing).__name__}; print it")
+            raise P0Error(f"a page shows figures, tables and attention views, not {type(thing).__name__}; print it")
 
     def key_figures(self, **values: float) -> None:
         """Print the page's key figures as one JSON object: the last output of every notebook.
 
         Raises:
-            ValueError: one of them is not a finite number.
+            P0Error: one of them is not a finite number.
         """
         for name, value in values.items():
             if not math.isfinite(value):
-                raise ValueError(f"{name} is {value}; key figures are finite numbers")
+                raise P0Error(f"{name} is {value}; key figures are finite numbers")
         rounded = {name: float(f"{float(value):.6g}") for name, value in values.items()}
         if self.out is not None:
             write_json(Path(self.out) / "key-figures.json", rounded)
@@ -142,10 +143,10 @@ def verdict(result: Result) -> None:
     """Print the claim that a result tests: what was required, what was measured, how it ended, and what to know of it.
 
     Raises:
-        ValueError: the experiment tests no claim.
+        P0Error: the experiment tests no claim.
     """
     if result.claim is None:
-        raise ValueError(f"{result.experiment} tests no claim: print its metrics")
+        raise P0Error(f"{result.experiment} tests no claim: print its metrics")
     _print_claim(result.claim, result.notes)
 
 
@@ -153,7 +154,7 @@ def attempt(experiment: Experiment, model: HookedModel, prompts: PromptSet) -> R
     """Run an experiment that tests a claim, and print the verdict; None where it does not apply: the reason is printed.
 
     Raises:
-        ValueError: the experiment tests no claim.
+        P0Error: the experiment tests no claim.
     """
     try:
         result = experiment.run(model, prompts)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from p0circuit.errors import P0Error
+
 if TYPE_CHECKING:
     pass
 
@@ -81,12 +83,12 @@ def distribution_files(distribution: str) -> list[SourceFile]:
     """The Python modules of an installed distribution, tests left out, in a fixed order.
 
     Raises:
-        ValueError: the distribution is not installed.
+        P0Error: the distribution is not installed.
     """
     try:
         listed = importlib.metadata.files(distribution) or []
     except importlib.metadata.PackageNotFoundError:
-        raise ValueError(
+        raise P0Error(
             f"the corpus needs the source of {distribution!r}, which is not installed; "
             "install this package with its pinned dependencies (pip install -c constraints.txt -e .)"
         ) from None
@@ -115,15 +117,13 @@ def text_files(path: Path) -> list[SourceFile]:
     """A corpus of the user's own: one text file, or every `.txt`, `.md` and `.py` file below a directory.
 
     Raises:
-        ValueError: nothing is there.
+        P0Error: nothing is there.
     """
     if path.is_file():
         return [SourceFile(path.name, path)]
     found = sorted(file for file in path.rglob("*") if file.suffix in {".txt", ".md", ".py"})
     if not found:
-        raise ValueError(
-            f"no text at {str(path)!r}: expected a text file, or a directory holding .txt, .md or .py files"
-        )
+        raise P0Error(f"no text at {str(path)!r}: expected a text file, or a directory holding .txt, .md or .py files")
     return [SourceFile(file.relative_to(path).as_posix(), file) for file in found]
 
 
@@ -141,19 +141,19 @@ def dataset_rows(name: str, most: int = MOST_ROWS) -> list[SourceFile]:
     """The texts of a Hugging Face data set, on the hub or in a local folder: the first rows of its training split.
 
     Raises:
-        ValueError: there is no such data set, or it has no column "text".
+        P0Error: there is no such data set, or it has no column "text".
     """
     from datasets import load_dataset
 
     try:
         rows = load_dataset(name, split="train", streaming=True)
     except (OSError, ValueError) as error:
-        raise ValueError(f"no data set {name!r} on the hub, in its local cache or as a folder: {error}") from error
+        raise P0Error(f"no data set {name!r} on the hub, in its local cache or as a folder: {error}") from error
     found: list[SourceFile] = []
     for number, row in enumerate(rows):
         if number == most:
             break
         if "text" not in row:
-            raise ValueError(f"the data set {name!r} has the columns {sorted(row)}; expected one named 'text'")
+            raise P0Error(f"the data set {name!r} has the columns {sorted(row)}; expected one named 'text'")
         found.append(TextInMemory(f"{name}/{number}", Path(name), row["text"]))
     return found

@@ -103,19 +103,43 @@ def test_shipped_data_holds_no_pickles() -> None:
 @pytest.mark.parametrize(
     ("file", "pins", "extras"),
     [
-        ("constraints.txt", {"torch": "2.13.0", "transformer-lens": "3.9.0"}, ["notebooks", "ray", "dev"]),
-        ("constraints-tl4.txt", {"torch": "2.13.0", "transformer-lens": "4.3.0"}, ["dev"]),
+        ("constraints.txt", {"torch": "2.13.0", "transformer-lens": "3.9.0"}, ["notebooks", "ray", "docs", "dev"]),
+        ("constraints-tl4.txt", {"torch": "2.13.0", "transformer-lens": "4.3.0"}, ["docs", "dev"]),
     ],
 )
 def test_constraints_pin_every_dependency_within_its_bounds(file: str, pins: dict[str, str], extras: list[str]) -> None:
-    lines = [line for line in (ROOT / file).read_text().splitlines() if not line.startswith("#")]
-    assert all(re.fullmatch(r"[a-z0-9-]+==[\w.]+( ; .+)?", line) for line in lines)
+    assert all(re.fullmatch(r"[a-z0-9-]+==[\w.]+( ; .+)?", line) for line in pin_lines(file))
     pinned = {}
-    for requirement in map(Requirement, lines):
+    for requirement in map(Requirement, pin_lines(file)):
         if requirement.marker is None or requirement.marker.evaluate():
             pinned[requirement.name] = Version(str(requirement.specifier).removeprefix("=="))
     assert {name: str(pinned[name]) for name in pins} == pins
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = project["dependencies"] + [line for extra in extras for line in project["optional-dependencies"][extra]]
     for requirement in map(Requirement, wanted):
-        assert requirement.specifier.contains(pinned[requirement.name]), requirement
+        if requirement.name != project["name"]:
+            assert requirement.specifier.contains(pinned[requirement.name]), requirement
+
+
+def pin_lines(file: str) -> list[str]:
+    return [line for line in (ROOT / file).read_text().splitlines() if not line.startswith("#")]
+
+
+def test_uv_lock_pins_the_versions_of_the_constraints() -> None:
+    locked = tomllib.loads((ROOT / "uv.lock").read_text())["package"]
+    versions = {(package["name"], package["version"]) for package in locked if package["name"] != "p0circuit"}
+    assert versions == {tuple(line.partition(" ;")[0].split("==")) for line in pin_lines("constraints.txt")}
+
+
+def test_the_version_stands_in_one_place_and_is_cited() -> None:
+    version = run("import p0circuit; print(p0circuit.__version__)").strip()
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dynamic"] == ["version"]
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## {version} " in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_readme_and_citation_cite_the_paper_alike() -> None:
+    citation, readme = (ROOT / "CITATION.cff").read_text(), " ".join((ROOT / "README.md").read_text().split())
+    titles = re.findall(r'^ +title: "(.+)"$', citation, re.MULTILINE)
+    assert len(titles) == 1 and titles[0] in readme
+    assert "arXiv:2603.06591" in citation and "2603.06591" in readme

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from p0circuit.errors import P0Error
 from p0circuit.experiments.base import Experiment, NotApplicable
 from p0circuit.experiments.claim import Claim, Criterion
 from p0circuit.experiments.deployment.c17_streaming import Streaming, StreamingConfig
@@ -69,17 +70,15 @@ def find_experiment(name: str | Experiment) -> Experiment:
     """The experiment of an id or of a claim's id, with its default settings; an experiment is given back.
 
     Raises:
-        ValueError: there is none.
+        P0Error: there is none.
     """
     if isinstance(name, Experiment):
         return name
     kind = _by_name(EXPERIMENTS).get(name.lower())
     if kind is None:
         if over_runs(name):
-            raise ValueError(f"{name!r} is about training runs, not about a model: `p0circuit run {name}` runs it")
-        raise ValueError(
-            f"no experiment {name!r}; there are: {_told(EXPERIMENTS)}, and of runs {_told(RUN_EXPERIMENTS)}"
-        )
+            raise P0Error(f"{name!r} is about training runs, not about a model: `p0circuit run {name}` runs it")
+        raise P0Error(f"no experiment {name!r}; there are: {_told(EXPERIMENTS)}, and of runs {_told(RUN_EXPERIMENTS)}")
     return kind()
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
+from p0circuit.errors import P0Error
 from p0circuit.experiments.claim import Claim
 from p0circuit.hooked_model import HookedModel
 from p0circuit.log import say
@@ -47,7 +48,7 @@ def is_large(info: ModelInfo) -> bool:
     return 12 * info.n_layers * info.d_model**2 >= LARGE_MODEL
 
 
-class NotApplicable(ValueError):
+class NotApplicable(P0Error):
     """This model or these prompts lack what the experiment is about; the message says what, and what to do instead."""
 
 

@@ -38,7 +38,7 @@ def text_as_it_is(model: HookedModel, prompts: PromptSet) -> PromptSet:
 
     Raises:
         NotApplicable: not all rows begin with the same number of BOS.
-        ValueError: rows are padded and begin with BOS.
+        P0Error: rows are padded and begin with BOS.
     """
     bos = bos_id(model)
     while bos is not None and bool((counts := prompts.leading(bos)).any()):
@@ -126,7 +126,7 @@ def text_like(model: HookedModel, prompts: PromptSet, length: int, count: int) -
     """New text of another length from the source of the prompts, behind the same first token; else random tokens.
 
     Raises:
-        ValueError: there is too little text of this length.
+        P0Error: there is too little text of this length.
     """
     about = prompts.description
     if about.get("builder") == "natural_text" and model.tokenizer is not None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from p0circuit.errors import P0Error
 from p0circuit.experiments.base import NotApplicable
 from p0circuit.experiments.conditions import with_and_without_bos
 from p0circuit.experiments.sink_under_study import find_sink_heads
@@ -98,7 +99,7 @@ def rows_to_choose_on(model: HookedModel, prompts: PromptSet) -> tuple[PromptSet
         for count in (8 * ROWS, ROWS):
             try:
                 drawn = natural_text(model.tokenizer, about["source"], count, prompts.length, seed)
-            except ValueError:
+            except P0Error:
                 continue
             unused = unused_rows(drawn, prompts)[:ROWS]
             if len(unused) >= FEWEST:

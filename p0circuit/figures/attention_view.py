@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from p0circuit.errors import P0Error
 from p0circuit.io import write_atomically
 
 _DIGITS = 3
@@ -89,7 +90,7 @@ def attention_view(
         title: one line above the view.
 
     Raises:
-        ValueError: the shapes do not fit, or a value is not a share of attention.
+        P0Error: the shapes do not fit, or a value is not a share of attention.
     """
     if hasattr(attention, "detach"):
         attention = attention.detach().float().cpu()
@@ -97,19 +98,19 @@ def attention_view(
     if values.ndim == 2:
         values = values[None]
     if not len(tokens) or values.ndim != 3 or not len(values) or values.shape[1:] != (len(tokens), len(tokens)):
-        raise ValueError(
+        raise P0Error(
             f"attention has shape {tuple(values.shape)} for {len(tokens)} tokens; expected [head, query, key] with as "
             "many queries and keys as tokens, and at least one"
         )
     # Half precision leaves sums a little above one.
     if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1.01):
-        raise ValueError(
+        raise P0Error(
             f"attention runs from {values.min():g} to {values.max():g}; expected shares between 0 and 1, as "
             "hook_pattern gives them (hook_attn_scores are not yet shares)"
         )
     names = [f"Head {head}" for head in range(len(values))] if labels is None else labels
     if len(names) != len(values):
-        raise ValueError(f"got {len(names)} labels for {len(values)} heads; give one for each")
+        raise P0Error(f"got {len(names)} labels for {len(values)} heads; give one for each")
     patterns = tuple(tuple(tuple(row) for row in head) for head in values.round(_DIGITS).tolist())
     return AttentionView(tuple(tokens), patterns, tuple(names), title)
 
@@ -126,7 +127,7 @@ def load_view(directory: Path, experiment: str) -> AttentionView | None:
     """The view that `save_view` wrote for an experiment; None if there is none.
 
     Raises:
-        ValueError: the file is not such a view.
+        P0Error: the file is not such a view.
     """
     path = directory / "attention" / f"{experiment}.json"
     if not path.is_file():
@@ -134,7 +135,7 @@ def load_view(directory: Path, experiment: str) -> AttentionView | None:
     try:
         return attention_view(**json.loads(path.read_text(encoding="utf-8")))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path} is no attention view: {error}; run {experiment} again") from None
+        raise P0Error(f"{path} is no attention view: {error}; run {experiment} again") from None
 
 
 def visible(token: str) -> str:
@@ -148,13 +149,13 @@ def script() -> str:
     """The `<script>` element with CircuitsVis as installed; a page needs it once, before or after its views.
 
     Raises:
-        ValueError: the installed CircuitsVis has no bundled script.
+        P0Error: the installed CircuitsVis has no bundled script.
     """
     # Importing the package would import torch.
     package = find_spec("circuitsvis")
     path = Path(package.origin or "").parent / "dist" / "cdn" / "iife.js" if package else Path("circuitsvis")
     if not path.is_file():
-        raise ValueError(f"no script of CircuitsVis at {str(path)!r}; install it as pinned: pip install circuitsvis")
+        raise P0Error(f"no script of CircuitsVis at {str(path)!r}; install it as pinned: pip install circuitsvis")
     code = re.sub(r"^//# sourceMappingURL=.*$", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
     # These would end the element, or change how its end is found; in string literals the escape means the same.
     code = re.sub(r"<(?=/script|!--)", r"\\x3C", code, flags=re.IGNORECASE)

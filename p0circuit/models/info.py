@@ -8,6 +8,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from p0circuit.errors import P0Error
 from p0circuit.prompts import sampleable_vocabulary_of
 from p0circuit.results import titled
 
@@ -44,7 +45,7 @@ _POSITIONS: dict[str, Positions] = {
 }
 
 
-class ModelError(ValueError):
+class ModelError(P0Error):
     """A model, checkpoint or input that p0circuit refuses; the message says why and how to mend it."""
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
+from p0circuit.errors import P0Error
 from p0circuit.io import cache_directory, cache_limit, write_atomically
 
 # A temporary file this old was left by a process that died.
@@ -62,7 +63,7 @@ class Cache:
             content = path.read_bytes()
             tensor, header = load(content)["value"], content[8 : 8 + int.from_bytes(content[:8], "little")]
             if checksum(tensor) != json.loads(header)["__metadata__"]["checksum"]:
-                raise ValueError("the checksum does not match")
+                raise P0Error("the checksum does not match")
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (SafetensorError, OSError, ValueError, KeyError) as error:

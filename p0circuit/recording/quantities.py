@@ -17,6 +17,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from p0circuit import sink
+from p0circuit.errors import P0Error
 from p0circuit.hooked_model import HookedModel
 from p0circuit.models import describe
 from p0circuit.models.forward import layer_of
@@ -54,7 +55,7 @@ class Quantity:
         """A hash of the definition, code included: a changed reduction never reads what the old one left.
 
         Raises:
-            ValueError: `reduce` is no plain function or `functools.partial` of one, or its source is not to be found.
+            P0Error: `reduce` is no plain function or `functools.partial` of one, or its source is not to be found.
         """
         reduce = self.reduce
         parameters: dict[Any, Any] = {}
@@ -66,7 +67,7 @@ class Quantity:
             parameters |= inspect.getclosurevars(reduce).nonlocals
             code = _source(reduce) + _METRICS
         except (OSError, TypeError) as error:
-            raise ValueError(
+            raise P0Error(
                 f"the reduction of {self.name!r} cannot be told from another one ({error}): define it as a function in "
                 "a file or a notebook, or record with cache=None"
             ) from None
@@ -88,7 +89,7 @@ def _at(offset: int, batch: Batch) -> Int[Tensor, " batch"]:
     """The index of the position `offset` places after P0, checked against the length."""
     position = batch.p0 + offset
     if offset < 0 or int(position.max()) >= batch.ids.shape[1]:
-        raise ValueError(
+        raise P0Error(
             f"position {offset} lies outside the prompts: expected 0 to {batch.ids.shape[1] - 1 - int(batch.p0.max())}"
         )
     return position

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from p0circuit import __version__
+from p0circuit.errors import P0Error
 from p0circuit.hooked_model import HookedModel
 from p0circuit.io import code_fingerprint
 from p0circuit.log import track
@@ -125,14 +126,14 @@ def record(
     writing.
 
     Raises:
-        ValueError: a position lies outside the prompts, the model refuses the ids, or an intervention was made for
+        P0Error: a position lies outside the prompts, the model refuses the ids, or an intervention was made for
             other prompts.
         FloatingPointError: an activation is not a number; the message names the quantity.
     """
     quantities = [what] if isinstance(what, Quantity) else list(what)
     for intervention in interventions:
         if intervention.prompts.fingerprint() != prompts.fingerprint():
-            raise ValueError("an intervention was made for other prompts than those to record: make it for these")
+            raise P0Error("an intervention was made for other prompts than those to record: make it for these")
     store = (Cache() if cache == "default" else cache) if not (interventions or has_hooks(model)) else None
     memory = row_memory() if store is not None else None
     keys: dict[str, str] = {}

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from p0circuit.errors import P0Error
 from p0circuit.io import write_json
 from p0circuit.report.published import Comparison, beside_ours
 from p0circuit.results import Result, titled
@@ -91,14 +92,14 @@ def find_runs(directory: Path) -> list[Run]:
     """The run in `directory`, or the runs in its sub-directories if it holds none itself.
 
     Raises:
-        ValueError: there is none, or its claims.json is not a list of claims.
+        P0Error: there is none, or its claims.json is not a list of claims.
     """
     alone = (directory / CLAIMS).is_file()
     places = [directory] if alone else sorted(path.parent for path in directory.glob(f"*/{CLAIMS}"))
     order = read_overview(directory)["models"]
     places.sort(key=lambda place: order.index(place.name) if place.name in order else len(order))
     if not places:
-        raise ValueError(
+        raise P0Error(
             f"no {CLAIMS} in {str(directory)!r} or in a directory in it; name one `p0circuit reproduce` has written"
         )
     return [_read_run(place) for place in places]
@@ -122,7 +123,7 @@ def _read_run(directory: Path) -> Run:
     for entry in claims if isinstance(claims, list) else [claims]:
         if not isinstance(entry, dict) or (missing := [key for key in keys if key not in entry]):
             lacking = f"a claim without {', '.join(missing)}" if isinstance(entry, dict) else repr(entry)
-            raise ValueError(f"{directory / CLAIMS} holds {lacking}; run `p0circuit reproduce` again")
+            raise P0Error(f"{directory / CLAIMS} holds {lacking}; run `p0circuit reproduce` again")
     manifest_file = directory / "manifest.json"
     manifest = json.loads(manifest_file.read_text(encoding="utf-8")) if manifest_file.is_file() else {}
     results, unreadable = {}, {}

@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from p0circuit.errors import P0Error
 from p0circuit.io import write_atomically
 from p0circuit.report.contents import Run, claim_number, find_runs, shown_verdict
 from p0circuit.report.markdown import table
@@ -38,16 +39,14 @@ def fill_documents(directory: Path, documents: Sequence[Path]) -> list[Path]:
     """Fill the marked parts of the documents from the runs in `directory`; returns the documents that changed.
 
     Raises:
-        ValueError: a document has no marked part, or names a model that has no run in `directory`.
+        P0Error: a document has no marked part, or names a model that has no run in `directory`.
     """
     runs = {run.directory.name: run for run in find_runs(directory)}
     changed = []
     for path in documents:
         text = path.read_text(encoding="utf-8")
         if not _PART.search(text):
-            raise ValueError(
-                f"{path} has no part to fill; expected one such as <!-- claims: p0-nano --> … <!-- end -->"
-            )
+            raise P0Error(f"{path} has no part to fill; expected one such as <!-- claims: p0-nano --> … <!-- end -->")
         filled = _PART.sub(lambda part, path=path: _filled(part, runs, path), text)
         if filled != text:
             write_atomically(path, lambda temporary, filled=filled: temporary.write_text(filled, encoding="utf-8"))
@@ -59,7 +58,7 @@ def _filled(part: re.Match[str], runs: Mapping[str, Run], path: Path) -> str:
     opening, kind, named, closing = part[1], part[2], part[3], part[4]
     names = [TRAINING] if kind == TRAINING else [name.strip() for name in (named or "").split(",") if name.strip()]
     if missing := [name for name in names if name not in runs]:
-        raise ValueError(f"{path} names {', '.join(missing)}, of which there is no run; there are {', '.join(runs)}")
+        raise P0Error(f"{path} names {', '.join(missing)}, of which there is no run; there are {', '.join(runs)}")
     lines = _KINDS[kind]([runs[name] for name in names])
     return "\n".join([opening, *lines, closing])
 

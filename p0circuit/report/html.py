@@ -40,7 +40,7 @@ def write_report(directory: Path) -> list[Path]:
     `directory` an overview of all.
 
     Raises:
-        ValueError: there is no run, or it cannot be read.
+        P0Error: there is no run, or it cannot be read.
     """
     runs = find_runs(directory)
     written = []

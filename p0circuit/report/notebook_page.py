@@ -12,6 +12,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from p0circuit.errors import P0Error
+
 _MATH = re.compile(
     r"(?P<code>^```.*?^```|`[^`\n]*`)|\$\$(?P<block>.+?)\$\$|\$(?P<inline>[^$]+?)\$", re.DOTALL | re.MULTILINE
 )
@@ -22,7 +24,7 @@ def notebook_page(path: Path) -> str:
     """The page of an executed notebook.
 
     Raises:
-        ValueError: there is no notebook there, or a formula in it cannot be read.
+        P0Error: there is no notebook there, or a formula in it cannot be read.
     """
     import nbformat
     from nbconvert import HTMLExporter
@@ -31,7 +33,7 @@ def notebook_page(path: Path) -> str:
     from p0circuit.report.html import render
 
     if not path.is_file():
-        raise ValueError(f"there is no notebook at {str(path)!r}")
+        raise P0Error(f"there is no notebook at {str(path)!r}")
     notebook = nbformat.read(path, as_version=4)
     formulas: list[str] = []
     for cell in notebook.cells:
@@ -59,10 +61,10 @@ def _without_math(source: str, formulas: list[str]) -> str:
         try:
             formula = convert(latex, display=display)
         except Exception as error:
-            raise ValueError(f"the formula {latex!r} cannot be read: {type(error).__name__} {error}") from error
+            raise P0Error(f"the formula {latex!r} cannot be read: {type(error).__name__} {error}") from error
         # What it does not know it leaves as it stands.
         if unknown := re.search(r"\\\w+", formula):
-            raise ValueError(f"the formula {latex!r} cannot be read: {unknown.group()} is not known")
+            raise P0Error(f"the formula {latex!r} cannot be read: {unknown.group()} is not known")
         formulas.append(formula)
         return f"FORMULA{len(formulas) - 1}FORMULA"
 

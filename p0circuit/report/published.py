@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from p0circuit.errors import P0Error
 from p0circuit.io import data_dir
 from p0circuit.results import Result
 from p0circuit.stats import Interval
@@ -82,7 +83,7 @@ def read_published(directory: Path | None = None) -> list[PublishedFigure]:
     """All published figures; `directory` holds the CSV files, the shipped ones if it is not given.
 
     Raises:
-        ValueError: a row lacks a value or a length, or has one that is not a number.
+        P0Error: a row lacks a value or a length, or has one that is not a number.
     """
     figures = []
     for path in sorted((directory or data_dir() / "published").glob("*.csv")):
@@ -93,7 +94,7 @@ def read_published(directory: Path | None = None) -> list[PublishedFigure]:
                     figures.append(PublishedFigure(**{**row, **numbers}))
                 except (KeyError, TypeError, ValueError) as error:
                     expected = ", ".join(PublishedFigure.__dataclass_fields__)
-                    raise ValueError(f"{path.name}: cannot read {row}: {error}; its columns are {expected}") from None
+                    raise P0Error(f"{path.name}: cannot read {row}: {error}; its columns are {expected}") from None
     return figures
 
 

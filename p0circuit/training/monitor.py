@@ -33,6 +33,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
+from p0circuit.errors import P0Error
 from p0circuit.interventions.pairs import shift_prompts
 from p0circuit.io import write_atomically
 from p0circuit.models.info import ModelError
@@ -123,13 +124,13 @@ class P0Monitor:
                 the step it begins at are superseded, and the file as it was is kept beside it with `.old` at the end.
 
         Raises:
-            ValueError: the probe is padded or too small, both probe and tokenizer are given, `every` is below 1, or
+            P0Error: the probe is padded or too small, both probe and tokenizer are given, `every` is below 1, or
                 the file holds something else.
         """
         if every < 1:
-            raise ValueError(f"every must be at least 1 step, got {every}")
+            raise P0Error(f"every must be at least 1 step, got {every}")
         if probe is not None and tokenizer is not None:
-            raise ValueError("a probe and a tokenizer to make one with: expected one of them")
+            raise P0Error("a probe and a tokenizer to make one with: expected one of them")
         self.every, self.seed = every, seed
         self._size = rows, length
         self._text, self._first, self._tokenizer = text, first, tokenizer
@@ -249,9 +250,9 @@ class P0Monitor:
 
     def _set_probe(self, probe: PromptSet) -> None:
         if not bool(probe.attention_mask.all()):
-            raise ValueError("the probe rows are padded; expected rows of one length, so that P0 is where each begins")
+            raise P0Error("the probe rows are padded; expected rows of one length, so that P0 is where each begins")
         if probe.n < 2 or probe.length <= CONTROL:
-            raise ValueError(
+            raise P0Error(
                 f"the probe has {probe.n} rows of {probe.length} tokens; expected at least 2 (heads are chosen on one "
                 f"half and measured on the other) of {CONTROL + 1} (P0 is compared with position {CONTROL})"
             )
@@ -330,12 +331,12 @@ def read_readings(path: Path) -> list[Reading]:
     """The readings in a monitor's CSV file; a last row that was cut off is left out.
 
     Raises:
-        ValueError: the file is none of a monitor's.
+        P0Error: the file is none of a monitor's.
     """
     text = path.read_text()
     rows = list(csv_format.reader(text[: text.rfind("\n") + 1].splitlines()))
     if rows and tuple(rows[0]) != COLUMNS:
-        raise ValueError(
+        raise P0Error(
             f"{str(path)!r} is not a file of P0Monitor, or of another version: its columns are {rows[0]}, expected "
             f"{list(COLUMNS)}; name another file"
         )

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float
 
+from p0circuit.errors import P0Error
 from p0circuit.io import data_dir, write_atomically
 from p0circuit.sink import least_excess
 from p0circuit.training.formation import formation_index
@@ -75,20 +76,20 @@ def shipped_runs(folder: Path | None = None) -> list[Run]:
     """All runs in `folder` (those that come with the package if not given), on every kind of prompts, by name.
 
     Raises:
-        ValueError: there are none, or a table lacks a column.
+        P0Error: there are none, or a table lacks a column.
     """
     import pandas as pd
 
     folder = folder or data_dir() / "traces"
     paths = sorted(folder.glob("*.csv"))
     if not paths:
-        raise ValueError(f"no traces in {str(folder)!r}; expected <variant>-<seed>.csv as `p0circuit trace` makes them")
+        raise P0Error(f"no traces in {str(folder)!r}; expected <variant>-<seed>.csv as `p0circuit trace` makes them")
     runs = []
     for path in paths:
         table = pd.read_csv(path)
         variant, seed = variant_and_seed(path)
         if lacking := [name for name in _NEEDED if name not in table]:
-            raise ValueError(f"{path} lacks {', '.join(lacking)}; make it with `p0circuit trace RUN --table`")
+            raise P0Error(f"{path} lacks {', '.join(lacking)}; make it with `p0circuit trace RUN --table`")
         for first, lines in table.groupby("first", sort=True):
             runs.append(Run(variant, seed, str(first), lines.sort_values("step").reset_index(drop=True)))
     return runs
@@ -103,11 +104,11 @@ def variant_and_seed(path: Path) -> tuple[str, int]:
     """What the name of a run's table says.
 
     Raises:
-        ValueError: it is not named <variant>-<seed>.csv.
+        P0Error: it is not named <variant>-<seed>.csv.
     """
     variant, _, seed = path.stem.rpartition("-")
     if not variant or not seed.isdecimal() or path.suffix != ".csv":
-        raise ValueError(f"{str(path)!r} is not named <variant>-<seed>.csv as a run's table is, as in bos-0.csv")
+        raise P0Error(f"{str(path)!r} is not named <variant>-<seed>.csv as a run's table is, as in bos-0.csv")
     return variant, int(seed)
 
 
@@ -115,7 +116,7 @@ def keep_run(path: Path, table: pd.DataFrame) -> Path:
     """Put the lines of a trace, with their `first`, into a run's table, in the place of those that had the same.
 
     Raises:
-        ValueError: as `variant_and_seed`.
+        P0Error: as `variant_and_seed`.
     """
     import pandas as pd
 

@@ -29,6 +29,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from p0circuit import sink
+from p0circuit.errors import P0Error
 from p0circuit.hooked_model import HookedModel
 from p0circuit.interventions.ablation import ablate
 from p0circuit.interventions.nodes import InterventionError
@@ -261,7 +262,7 @@ def trace(
     nothing.
 
     Raises:
-        ValueError: a checkpoint's name has no step in it, or they are of several stages of training.
+        P0Error: a checkpoint's name has no step in it, or they are of several stages of training.
         ModelError: none of the checkpoints could be measured.
     """
     rows: list[dict[str, Any]] = []
@@ -305,13 +306,13 @@ def _in_order(checkpoints: Sequence[int | str]) -> list[tuple[int | str, Label]]
     found: dict[int, tuple[int | str, Label]] = {}
     for checkpoint in checkpoints:
         if (told := parse_label(checkpoint)) is None:
-            raise ValueError(
+            raise P0Error(
                 f"checkpoint {checkpoint!r} has no step in its name; expected a step or a name such as step-000500, "
                 "checkpoint-500, step1000-tokens4B or stage1-step1000-tokens5B"
             )
         found[told.step] = checkpoint, told
     if len(several := sorted({told.stage for _, told in found.values()})) > 1:
-        raise ValueError(f"checkpoints of the stages {several} count their steps anew: trace one stage at a time")
+        raise P0Error(f"checkpoints of the stages {several} count their steps anew: trace one stage at a time")
     return [found[step] for step in sorted(found)]
 
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from p0circuit import text
+from p0circuit.errors import P0Error
 from p0circuit.io import write_atomically, write_json
 from p0circuit.models.architecture_edits import edit_hf_model, gates_of
 from p0circuit.training import corpus
@@ -180,7 +181,7 @@ def prepare_corpus(config: TrainConfig, out: Path) -> tuple[PreTrainedTokenizerF
     """The tokenizer and the training and held-out token streams, made once and kept in `out`/work.
 
     Raises:
-        ValueError: the corpus has no files, or too few tokens for one row.
+        P0Error: the corpus has no files, or too few tokens for one row.
     """
     work = out / "work"
     kind, _, name = config.corpus.partition("hub:")
@@ -209,7 +210,7 @@ def prepare_corpus(config: TrainConfig, out: Path) -> tuple[PreTrainedTokenizerF
             write_atomically(path, write)
         streams.append(np.load(path, mmap_mode="r"))
         if len(streams[-1]) <= config.length:
-            raise ValueError(
+            raise P0Error(
                 f"the {name} files of corpus {config.corpus!r} hold {len(streams[-1])} tokens; "
                 f"expected more than one row of {config.length}"
             )
@@ -226,15 +227,13 @@ def train(
     `report` is told (step, loss) after every step.
 
     Raises:
-        ValueError: `out` holds a run of another configuration, or the corpus is too small.
+        P0Error: `out` holds a run of another configuration, or the corpus is too small.
         FloatingPointError: the loss is no longer a number.
     """
     out.mkdir(parents=True, exist_ok=True)
     recorded = out / "train_config.json"
     if recorded.exists() and read_config(recorded) != config:
-        raise ValueError(
-            f"{str(out)!r} holds a run of another configuration ({recorded.name}); choose an empty directory"
-        )
+        raise P0Error(f"{str(out)!r} holds a run of another configuration ({recorded.name}); choose an empty directory")
     if (out / "config.json").exists():
         # Written last of all: the run is finished.
         return out

@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from p0circuit import text
+from p0circuit.errors import P0Error
 from p0circuit.models.architecture_edits import FIELD, ArchitectureEdits, new_gates
 
 ARCHITECTURES = ("llama", "mistral", "gpt2", "qwen3_moe")
@@ -73,24 +74,24 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         if self.d_model % self.heads:
-            raise ValueError(f"d_model {self.d_model} must be a multiple of heads {self.heads}")
+            raise P0Error(f"d_model {self.d_model} must be a multiple of heads {self.heads}")
         if not 0 <= self.bos_share <= 1:
-            raise ValueError(f"bos_share must lie between 0 and 1, got {self.bos_share}")
+            raise P0Error(f"bos_share must lie between 0 and 1, got {self.bos_share}")
         for name in ("layers", "steps", "batch", "checkpoints"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise P0Error(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.length < 2:
-            raise ValueError(f"length must be at least 2 tokens, got {self.length}")
+            raise P0Error(f"length must be at least 2 tokens, got {self.length}")
         if self.architecture not in ARCHITECTURES:
-            raise ValueError(f"unknown architecture {self.architecture!r}; expected one of {', '.join(ARCHITECTURES)}")
+            raise P0Error(f"unknown architecture {self.architecture!r}; expected one of {', '.join(ARCHITECTURES)}")
         for name, architecture in (("window", "mistral"), ("experts", "qwen3_moe")):
             if (getattr(self, name) > 0) != (self.architecture == architecture):
-                raise ValueError(
+                raise P0Error(
                     f"{name}={getattr(self, name)} with architecture {self.architecture!r}: "
                     f"{architecture!r} needs {name} above 0, and no other takes it"
                 )
         if not 0 <= self.force_sink < self.d_model:
-            raise ValueError(f"force_sink must lie between 0 and d_model {self.d_model}, got {self.force_sink}")
+            raise P0Error(f"force_sink must lie between 0 and d_model {self.d_model}, got {self.force_sink}")
 
     @property
     def changes(self) -> ArchitectureEdits:
@@ -102,14 +103,14 @@ def parse_options(options: Sequence[str]) -> dict[str, Any]:
     """Turn `name=value` pairs into fields of `TrainConfig`, the values read as JSON where they are.
 
     Raises:
-        ValueError: for a pair without "=", a name that is no field, or a value of another type than the field's.
+        P0Error: for a pair without "=", a name that is no field, or a value of another type than the field's.
     """
     defaults = {field.name: field.default for field in fields(TrainConfig)}
     given = {}
     for option in options:
         name, equals, text = option.partition("=")
         if not equals or name not in defaults:
-            raise ValueError(f"{option!r} is not of the form name=value with a name among {', '.join(defaults)}")
+            raise P0Error(f"{option!r} is not of the form name=value with a name among {', '.join(defaults)}")
         value: Any = text
         if not isinstance(defaults[name], str):
             with contextlib.suppress(json.JSONDecodeError):
@@ -118,7 +119,7 @@ def parse_options(options: Sequence[str]) -> dict[str, Any]:
             value = float(value)
         value = tuple(value) if isinstance(value, list) else value
         if type(value) is not type(defaults[name]):
-            raise ValueError(f"{name} cannot be {text!r}; expected a value such as {json.dumps(defaults[name])}")
+            raise P0Error(f"{name} cannot be {text!r}; expected a value such as {json.dumps(defaults[name])}")
         given[name] = value
     return given
 

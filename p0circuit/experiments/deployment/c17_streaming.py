@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float
 
+from p0circuit.errors import P0Error
 from p0circuit.experiments.base import Experiment, NotApplicable, is_large
 from p0circuit.experiments.claim import Claim, Criterion
 from p0circuit.experiments.conditions import text_like, with_and_without_bos
@@ -208,10 +209,10 @@ class Streaming(Experiment):
         count = max(1, min(prompts.n, self.config.long_tokens // length))
         try:
             if length < 2 * window:
-                raise ValueError(f"its context is {info.n_ctx} tokens")
+                raise P0Error(f"its context is {info.n_ctx} tokens")
             text = text_like(model, prompts, length, count)
             losses = decoded(model, text, window, [None, *SINKS])
-        except ValueError as reason:
+        except P0Error as reason:
             notes.append(f"no long stream: {reason}")
             return None
         beyond = bootstrap(_late(losses, None, length // 2, ALL))

@@ -28,6 +28,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from p0circuit.errors import P0Error
 from p0circuit.experiments.base import Experiment, is_large, second_half
 from p0circuit.experiments.claim import Claim, Criterion
 from p0circuit.experiments.conditions import with_and_without_bos
@@ -355,7 +356,7 @@ def _other_texts(
     for source in SHIPPED_TEXTS:
         try:
             texts[source] = natural_text(model.tokenizer, source, count, prompts.length, prompts.seed)
-        except ValueError as reason:
+        except P0Error as reason:
             notes.append(f"{source}: left out, {reason}")
     size, special = sampleable_vocabulary(model)
     texts[RANDOM_TOKENS] = random_tokens(size, count, prompts.length, prompts.seed + 1, special=special)

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from p0circuit.errors import P0Error
 from p0circuit.experiments.base import Experiment, NotApplicable, is_large, second_half
 from p0circuit.experiments.claim import Claim, Criterion
 from p0circuit.experiments.sink_under_study import ByHead, Heads, excess_by_head, over_heads
@@ -137,7 +138,7 @@ class Structure(Experiment):
 
         require_attention(model)
         if CONTROL in self.config.positions:
-            raise ValueError(f"t cannot be {CONTROL}, the position whose score is subtracted")
+            raise P0Error(f"t cannot be {CONTROL}, the position whose score is subtracted")
         positions = [t for t in self.config.positions if t < sink.prompts.length - 1]
         if not positions:
             raise NotApplicable(f"rows of {sink.prompts.length} tokens are too short for t = {self.config.positions}")

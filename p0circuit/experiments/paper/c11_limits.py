@@ -34,6 +34,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from p0circuit import sink
+from p0circuit.errors import P0Error
 from p0circuit.experiments.base import Experiment, NotApplicable, is_large, second_half
 from p0circuit.experiments.claim import Claim, Criterion
 from p0circuit.experiments.conditions import text_like
@@ -231,7 +232,7 @@ class Limits(Experiment):
         for source in SHIPPED_TEXTS if model.tokenizer is not None else ():
             try:
                 sets[source] = natural_text(model.tokenizer, source, chosen.n, chosen.length, prompts.seed)
-            except ValueError as reason:
+            except P0Error as reason:
                 notes.append(f"{source}: left out, {reason}")
         sets["random tokens"] = random_tokens(size, chosen.n, chosen.length, prompts.seed + 1, special=special)
         rows = []
@@ -260,7 +261,7 @@ class Limits(Experiment):
             count = _rows_of(length, min(config.samples, found.prompts.n), config.tokens)
             try:
                 text = _of_length(model, found, prompts, length, count)
-            except ValueError as reason:
+            except P0Error as reason:
                 left_out[length] = str(reason)
                 continue
             scores = self._scores(model, text, found, [0, CONTROL], f"length {length}")
@@ -381,7 +382,7 @@ def _of_length(model: HookedModel, found: SinkHeads, prompts: PromptSet, length:
     """Text like that of the prompts: their beginning, or where they are shorter new text from the same source.
 
     Raises:
-        ValueError: there is no text of this length.
+        P0Error: there is no text of this length.
     """
     if length <= found.prompts.length:
         return _beginning(found.prompts.subset(slice(0, count)), length)
