@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Hashable
+from typing import TYPE_CHECKING, Any
 
 from p0circuit.figures.style import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, new_figure, styled
 
@@ -51,18 +52,20 @@ def depth_figure(
     left.set_ylabel("share of the\nsink left")
     left.set_xlabel("depth of the residual stream (0: embedding, i: after block i - 1, read by the heads of layer i)")
     left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.36), ncols=3, frameon=False)
-    for shade, stage in zip(SHADES, stages.itertuples(), strict=False):
+    for shade, stage in zip(SHADES, stages.to_dict("records"), strict=False):
         for panel in axes[:, 0]:
-            panel.axvspan(stage.first_depth - 0.5, stage.last_depth + 0.5, color=shade, alpha=0.08, linewidth=0)
+            panel.axvspan(stage["first_depth"] - 0.5, stage["last_depth"] + 0.5, color=shade, alpha=0.08, linewidth=0)
         _name_stage(norm, stage, roles)
     norm.margins(y=0.3)
     figure.suptitle(f"{model}: where the sink is written, read and erased (n = {n}, bands: 95 % intervals)", fontsize=9)
     return figure
 
 
-def _name_stage(axes: Axes, stage: object, roles: pd.DataFrame) -> None:
+def _name_stage(axes: Axes, stage: dict[Hashable, Any], roles: pd.DataFrame) -> None:
     """Write a stage's number and its strongest writer at the top of its shade."""
-    number, first, last = (getattr(stage, name) for name in ("stage", "first_depth", "last_depth"))
-    writers = roles[(roles["stage"] == number) & (roles["role"] == "writer")].sort_values("effect", ascending=False)
-    name = f"stage {number}" + (f"\nwritten by {writers['node'].iloc[0]}" if len(writers) else "")
-    axes.text((first + last) / 2, 0.96, name, transform=axes.get_xaxis_transform(), ha="center", va="top", fontsize=7)
+    own = [role for role in roles.to_dict("records") if (role["stage"], role["role"]) == (stage["stage"], "writer")]
+    name = f"stage {stage['stage']}"
+    if own:
+        name += f"\nwritten by {max(own, key=lambda role: role['effect'])['node']}"
+    middle = (stage["first_depth"] + stage["last_depth"]) / 2
+    axes.text(middle, 0.96, name, transform=axes.get_xaxis_transform(), ha="center", va="top", fontsize=7)

@@ -66,7 +66,10 @@ class Depth(Experiment):
 
     def passes(self, model: HookedModel, prompts: PromptSet) -> float:
         measured = min(second_half(prompts), self.config.samples)
-        return passes_of_locator(model, prompts, self.config) + passes_of_roles() * measured / prompts.n
+        return (
+            passes_of_locator(model, prompts, self.config)
+            + passes_of_roles(describe(model).n_layers) * measured / prompts.n
+        )
 
     def quick(self, info: ModelInfo) -> Depth:
         return Depth(quick_config(self.config, 8)) if is_large(info) else self
@@ -81,14 +84,14 @@ class Depth(Experiment):
         if (left := located.left("stream", min(1, info.n_layers - 1))) is not None:
             metrics["left_with_stream_replaced_after_block_1"] = left
         roles = find_roles(model, located.pair, located.stages)
-        notes = [located.sink.note, _told_depth(located, depths)]
+        notes = [located.sink.note, _depth_note(located, depths)]
         notes += [
             f"stage {number}: {stage.blocks}, norm ratio {stage.norm_ratio:.1f}, read by {len(stage.heads)} sink heads"
             for number, stage in enumerate(located.stages, 1)
         ]
         if not located.stages:
             notes.append("no depth has one direction at P0 that a sink head reads: there is no stage")
-        notes += [_told_role(role) for role in roles]
+        notes += [_role_note(role) for role in roles]
         tables = {
             "curves": curves_table(located),
             "depths": depths_table(located),
@@ -133,9 +136,9 @@ def depths_table(located: Located) -> pd.DataFrame:
     heads = [sum(layer == depth for layer, _ in located.sink.heads) for depth in range(len(clean))]
     return pd.DataFrame(
         {
-            "depth": range(len(located.norm_ratios)),
-            "norm_ratio": located.norm_ratios,
-            "consistency": located.consistency,
+            "depth": range(len(located.staged.norm_ratios)),
+            "norm_ratio": located.staged.norm_ratios,
+            "consistency": located.staged.consistency,
             "sink_heads_of_the_layer": [*heads, np.nan],
             "mean_excess_of_the_layer": [*clean.mean(1).tolist(), np.nan],
         }
@@ -195,22 +198,25 @@ def roles_table(roles: Sequence[Role]) -> pd.DataFrame:
     )
 
 
-def _told_depth(located: Located, depths: dict[str, int]) -> str:
+def _depth_note(located: Located, depths: dict[str, int]) -> str:
     by_seed = ", ".join(f"{depth} on {name}" for name, depth in depths.items())
     return f"circuit depth {located.depth_of()}: recognition in so many first blocks leaves 0.8 of the sink ({by_seed})"
 
 
-def _told_role(role: Role) -> str:
-    named = f", {len(role.neurons)} of its neurons have 80 % of that" if role.neurons else ""
-    if role.role == "writer":
-        return f"stage {role.stage} is written by {role.node}: without its output at P0 {role.effect} of the excess score of the stage's heads goes{named}"
-    return f"stage {role.stage} is erased by {role.node}: its output takes away {role.effect} of the stage's projection"
+def _role_note(role: Role) -> str:
+    if role.role == "eraser":
+        return f"stage {role.stage} is erased by {role.node}: its output takes away {role.effect} of the projection"
+    neurons = f"; {len(role.neurons)} of its neurons have 80 % of that effect" if role.neurons else ""
+    return (
+        f"stage {role.stage} is written by {role.node}: without its output at P0 {role.effect} of the excess score of "
+        f"the stage's heads goes{neurons}"
+    )
 
 
 def draw_depth(
     depths: pd.DataFrame, curves: pd.DataFrame, stages: pd.DataFrame, roles: pd.DataFrame, model: str, n: int
 ) -> Figure:
-    """The talk's figure: norm and consistency, sink heads, and what is left, layers from left to right, stages shaded."""
+    """Norm and consistency, sink heads, and what is left of the sink: layers from left to right, stages shaded."""
     from p0circuit.figures.depth import depth_figure
 
     return depth_figure(depths, curves, stages, roles, model, n)

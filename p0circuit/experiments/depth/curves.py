@@ -73,11 +73,11 @@ class Curves:
     """
 
     clean: Excess
-    stream: Float[Tensor, "block sample layer head"]
-    mixed_from: Float[Tensor, "block sample layer head"]
-    mixed_up_to: Float[Tensor, "block sample layer head"]
-    mixed_in: Float[Tensor, "block sample layer head"]
-    mixed_but_in: Float[Tensor, "block sample layer head"]
+    stream: Float[Tensor, "_ sample layer head"]
+    mixed_from: Float[Tensor, "_ sample layer head"]
+    mixed_up_to: Float[Tensor, "_ sample layer head"]
+    mixed_in: Float[Tensor, "_ sample layer head"]
+    mixed_but_in: Float[Tensor, "_ sample layer head"]
 
 
 CURVES = ("stream", "mixed_from", "mixed_up_to", "mixed_in", "mixed_but_in")
@@ -109,7 +109,9 @@ def measure_curves(model: HookedModel, pair: PromptPair, curves: Sequence[str] =
         for name, excess in _curves_of_rows(model, pair.clean, values, rows, curves).items():
             runs[name].append(excess)
     whole = {name: _joined(parts) for name, parts in runs.items()}
-    return Curves(whole["clean"][0], **{name: whole[name] for name in CURVES})
+    clean = whole["clean"][0]
+    empty = clean.new_empty(0, *clean.shape)
+    return Curves(clean, **{name: whole[name] if len(whole[name]) else empty for name in CURVES})
 
 
 def _curves_of_rows(
@@ -124,6 +126,8 @@ def _curves_of_rows(
         return [put_at_p0(f"blocks.{block}.hook_attn_out", attention[:, block], batch.p0) for block in blocks]
 
     run = partial(batch.run, model, clean)
+    # The heads of the blocks that a chain has passed score what they score in the chain.
+    chained = clean.clone()
     runs: dict[str, list[Tensor]] = {"clean": [clean.cpu()], **{name: [] for name in CURVES}}
     mixed = streams[0]
     for block in range(n_layers):
@@ -136,12 +140,11 @@ def _curves_of_rows(
         if "mixed_in" in curves:
             runs["mixed_in"].append(run(streams[block], block, mixing([block])))
         if "mixed_but_in" in curves:
-            runs["mixed_but_in"].append(run(mixed, block, mixing(later)))
+            runs["mixed_but_in"].append(batch.run(model, chained, mixed, block, mixing(later)))
         if "mixed_up_to" in curves or "mixed_but_in" in curves:
-            start, mixed = mixed, batch.step(model, mixed, block, mixing([block]))
-            del start
+            mixed, chained[:, block] = batch.step(model, mixed, block, mixing([block]))
         if "mixed_up_to" in curves:
-            runs["mixed_up_to"].append(run(mixed, block + 1))
+            runs["mixed_up_to"].append(batch.run(model, chained, mixed, block + 1))
     return runs
 
 
@@ -153,7 +156,7 @@ def _joined(parts: Sequence[Sequence[Tensor]]) -> Tensor:
 def excess_above(
     excess: Float[Tensor, "sample layer head"], heads: Sequence[tuple[int, int]], block: int = -1
 ) -> Float[np.ndarray, " sample"] | None:
-    """The mean excess score of those heads that are above a block: that read what was changed there; None if none is."""
+    """The mean excess score of the heads above a block, which read what was changed there; None if none is above it."""
     chosen = [head for head in heads if head[0] > block]
     if not chosen:
         return None

@@ -41,26 +41,47 @@ class DepthConfig:
 
 
 @dataclass(frozen=True, eq=False)
+class StagedSink:
+    """A sink and the stages of P0's stream that its heads read.
+
+    Attributes:
+        sink: the sink heads and the prompts that they were not chosen on.
+        measured: those of these prompts to measure on.
+        stages: runs of depths in which P0 has one direction.
+        norm_ratios: the mean norm ratio at every depth.
+        consistency: how alike the samples' directions are at every depth.
+    """
+
+    sink: SinkHeads
+    measured: PromptSet
+    stages: list[Stage]
+    norm_ratios: Float[np.ndarray, " depth"]
+    consistency: Float[np.ndarray, " depth"]
+
+
+@dataclass(frozen=True, eq=False)
 class Located:
     """Where the circuit of a model is.
 
     Attributes:
-        sink: the sink heads and the prompts to measure on.
-        pair: clean and shifted runs of those prompts that the curves are measured on.
+        staged: the sink and the stages.
+        pair: clean and shifted runs that the curves are measured on.
         curves: what is left of the sink, block by block.
-        stages: runs of depths in which P0 has one direction.
-        norm_ratios: the mean norm ratio at every depth.
-        consistency: how alike the samples' directions are at every depth.
-        streams: P0's stream at every depth, of all prompts.
     """
 
-    sink: SinkHeads
+    staged: StagedSink
     pair: PromptPair
     curves: Curves
-    stages: list[Stage]
-    norm_ratios: Float[np.ndarray, " depth"]
-    consistency: Float[np.ndarray, " depth"]
-    streams: Float[np.ndarray, "sample depth d_model"]
+
+    @property
+    def sink(self) -> SinkHeads:
+        """The sink heads and the prompts that they were not chosen on."""
+        return self.staged.sink
+
+    @property
+    def stages(self) -> list[Stage]:
+        """Runs of depths in which P0 has one direction."""
+        return self.staged.stages
 
     def left(self, curve: str, block: int, heads: Sequence[tuple[int, int]] | None = None) -> Interval | None:
         """The share of the sink that a run of a curve leaves, in the heads that are above a changed stream.
@@ -102,6 +123,26 @@ def passes_of_locator(model: HookedModel, prompts: PromptSet, config: DepthConfi
     return passes_of_curves(describe(model).n_layers) * measured / prompts.n
 
 
+def staged_sink(model: HookedModel, prompts: PromptSet, config: DepthConfig = DepthConfig()) -> StagedSink:
+    """Find the sink heads and the stages that they read; all of it is in the clean recording.
+
+    Args:
+        model: a hooked model with a sink.
+        prompts: half of them serve to choose the sink heads, the others to measure.
+        config: how many of these at most.
+
+    Raises:
+        NotApplicable: there is no sink.
+    """
+    sink = find_sink_heads(model, prompts)
+    recording = record(model, sink.prompts, [residual_at(), NORM_RATIO])
+    streams = recording[residual_at()].double().numpy()
+    norm_ratios = recording[NORM_RATIO].double().mean(0).numpy()
+    stages = find_stages(streams, norm_ratios, sink.heads)
+    measured = sink.prompts.subset(slice(0, config.samples))
+    return StagedSink(sink, measured, stages, norm_ratios, consistencies(streams))
+
+
 def locate(model: HookedModel, prompts: PromptSet, config: DepthConfig = DepthConfig()) -> Located:
     """Measure curves and stages; a second call reads the curves from the cache.
 
@@ -114,23 +155,17 @@ def locate(model: HookedModel, prompts: PromptSet, config: DepthConfig = DepthCo
         NotApplicable: there is no sink, or attention can be read only.
     """
     require_attention(model)
-    sink = find_sink_heads(model, prompts)
-    measured = sink.prompts.subset(slice(0, config.samples))
-    pair = shifted_pair(model, measured, config.shift, prompts.seed)
+    staged = staged_sink(model, prompts, config)
+    pair = shifted_pair(model, staged.measured, config.shift, prompts.seed)
     n_layers = describe(model).n_layers
 
     def stacked() -> torch.Tensor:
         curves = measure_curves(model, pair)
         return torch.cat([curves.clean[None], *(getattr(curves, name) for name in CURVES)])
 
-    runs = cached(model, measured, f"depth curves, shift {config.shift}, seed {prompts.seed}", stacked).cpu()
-    parts = runs[1:].split(n_layers)
-    curves = Curves(runs[0], **dict(zip(CURVES, parts, strict=True)))
-    recording = record(model, sink.prompts, [residual_at(), NORM_RATIO])
-    streams = recording[residual_at()].double().numpy()
-    norm_ratios = recording[NORM_RATIO].double().mean(0).numpy()
-    stages = find_stages(streams, norm_ratios, sink.heads)
-    return Located(sink, pair, curves, stages, norm_ratios, consistencies(streams), streams)
+    what = f"depth curves, shift {config.shift}, seed {prompts.seed}"
+    clean, *runs = cached(model, staged.measured, what, stacked).cpu().split([1, *[n_layers] * len(CURVES)])
+    return Located(staged, pair, Curves(clean[0], **dict(zip(CURVES, runs, strict=True))))
 
 
 def rows_by_seed(prompts: PromptSet, rows: Sequence[int]) -> dict[str, list[int]]:

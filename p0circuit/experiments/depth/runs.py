@@ -65,14 +65,14 @@ class RowRuns:
     def run(
         self,
         model: HookedModel,
-        clean: Excess,
+        earlier: Excess,
         stream: Float[Tensor, "batch pos d_model"],
         start: int,
         hooks: Sequence[Hook] = (),
     ) -> Excess:
-        """Excess scores of a run that goes on from a stream before block `start`; those before it are the clean ones."""
-        n_layers = clean.shape[1]
-        scores = {layer: clean[:, layer] for layer in range(n_layers)}
+        """Excess scores of a run that goes on from a stream before block `start`; those before it are given."""
+        n_layers = earlier.shape[1]
+        scores = {layer: earlier[:, layer] for layer in range(n_layers)}
         if start < n_layers:
             readers = self.score_hooks(start, n_layers, scores)
             resume(model, stream, start, self.mask, hooks=[*hooks, *readers], stop_at_layer=n_layers)
@@ -80,9 +80,12 @@ class RowRuns:
 
     def step(
         self, model: HookedModel, stream: Float[Tensor, "batch pos d_model"], block: int, hooks: Sequence[Hook]
-    ) -> Float[Tensor, "batch pos d_model"]:
-        """The stream after one block."""
-        return resume(model, stream, block, self.mask, hooks=hooks, stop_at_layer=block + 1)
+    ) -> tuple[Float[Tensor, "batch pos d_model"], Float[Tensor, "batch head"]]:
+        """The stream after one block, and the excess scores of its heads."""
+        scores: dict[int, Tensor] = {}
+        readers = self.score_hooks(block, block + 1, scores)
+        after = resume(model, stream, block, self.mask, hooks=[*hooks, *readers], stop_at_layer=block + 1)
+        return after, scores[block]
 
     def with_p0(
         self, stream: Float[Tensor, "batch pos d_model"], value: Float[Tensor, "batch d_model"]

@@ -1,9 +1,9 @@
 """Who writes a stage and who erases it: the component at P0, then its neurons, each verified by an exact patch.
 
-1. *Candidates.* What a component writes at P0 along the stage's direction, as a share of the stream's projection onto
-   it. Writers are looked for before the stage's peak, erasers after it.
-2. *Verification.* The candidate's output at P0 is replaced by that of the shifted run. A writer's patch has to take away
-   the excess score of the stage's heads. An eraser's patch has to leave more of the projection at the depth after it.
+1. *Candidates.* What a component writes at P0 along the stage's direction, as a share of the stream's projection.
+   Writers are looked for before the stage's peak, erasers after it.
+2. *Verification.* The candidate's output at P0 is replaced by that of the shifted run. A writer's patch has to take
+   away    the excess score of the stage's heads. An eraser's patch has to leave more of the projection after it.
 3. *Neurons* of an MLP: ranked by the change of their projection between the clean and the shifted run; the fewest that,
    patched together, have 80 % of the MLP's effect.
 """
@@ -46,8 +46,8 @@ class Role:
         role: "writer" or "eraser".
         node: the component.
         share: what it writes along the stage's direction over the stream's projection at the stage's peak.
-        effect: writer: share of the excess of the stage's heads that goes with its output; eraser: what its output takes
-            away of the projection, as a share.
+        effect: of a writer, the share of the excess of the stage's heads that goes with its output; of an eraser, the
+            share of the projection that its output takes away.
         neurons: the fewest neurons of an MLP with 80 % of the effect; empty where there is no such small set.
     """
 
@@ -59,9 +59,11 @@ class Role:
     neurons: tuple[str, ...] = ()
 
 
-def passes_of_roles(n_stages: int = 2) -> float:
-    """Passes over the measured rows, for models with so many stages."""
-    return 2 + n_stages * (2 * CANDIDATES + len(COUNTS) + 2)
+def passes_of_roles(n_layers: int) -> float:
+    """Passes over the measured rows: two stages are expected in a model of twelve layers or more, else one."""
+    stages = 2 if n_layers >= 12 else 1
+    # Clean and shifted values, the patches of both roles, and about half of the patches of neurons.
+    return 3 + stages * (2 * CANDIDATES + len(COUNTS))
 
 
 @torch.no_grad()
@@ -96,21 +98,21 @@ def find_roles(model: HookedModel, pair: PromptPair, stages: Sequence[Stage]) ->
             share, effect = ratio_interval(along[node], projection), ratio_interval(own - patched, own)
             neurons = _neurons(model, pair, node, stage, own, effect.value) if effect.value > 0 else ()
             roles.append(Role(number, "writer", str(node), share, effect, neurons))
-        erasers = [node for node in sorted(after, key=lambda node: float(along[node].mean()))[:CANDIDATES]]
+        erasers = sorted(after, key=lambda node: float(along[node].mean()))[:CANDIDATES]
         for node in erasers:
             if along[node].mean() >= 0:
                 continue
             patch = ablate(model, pair.clean, [node], shifted)
             depth = node.layer + 1
             patched = record(model, pair.clean, residual_at(), interventions=[patch])[residual_at()].double().numpy()
-            kept, lost = streams[:, depth] @ stage.direction, patched[:, depth] @ stage.direction
+            own_projection, without = streams[:, depth] @ stage.direction, patched[:, depth] @ stage.direction
             roles.append(
                 Role(
                     number,
                     "eraser",
                     str(node),
                     ratio_interval(along[node], projection),
-                    ratio_interval(lost - kept, projection),
+                    ratio_interval(without - own_projection, projection),
                 )
             )
     return roles
