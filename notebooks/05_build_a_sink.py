@@ -17,7 +17,7 @@
 # the package's methods are tested on it. At the end you break it, and compare it with a model that was trained.
 #
 # *About 15 minutes; two exercises. Before: [04](04_patching_the_circuit.ipynb). After: [06](06_emergence.ipynb). The full
-# construction, with its numbers derived: [`wired.py`](../p0circuit/models/wired.py).*
+# construction, with its numbers derived: [`wired.py`](../p0circuit/models/constructed/weights.py).*
 
 # %% tags=["parameters"]
 model = "p0-nano"  # a shipped model, a local Hugging Face directory, or a hub id
@@ -33,7 +33,9 @@ import sys
 
 if importlib.util.find_spec("p0circuit") is None:
     here = pathlib.Path(globals().get("__file__", "notebook")).resolve()
-    checkout = [folder for folder in here.parents if (folder / "p0circuit/cli.py").is_file()]
+    checkout = [
+        folder for folder in here.parents if (folder / "p0circuit/__init__.py").is_file()
+    ]
     if not checkout:
         raise ModuleNotFoundError(
             "p0circuit is not installed here, and it is on no package index. Clone its repository "
@@ -49,19 +51,19 @@ import numpy as np
 import pandas as pd
 import torch
 
+from p0circuit.course.page import Page, open_model, read_prompts, sink_of
 from p0circuit.figures.lines import trajectories
 from p0circuit.figures.style import Series
 from p0circuit.models.constructed.build import model_from_weights
 from p0circuit.models.constructed.truth import wired_truth
 from p0circuit.models.constructed.weights import (
+    blank_weights,
     purity,
     residual_subspaces,
     set_neuron,
-    silent_weights,
     wired_weights,
 )
 from p0circuit.prompts import random_tokens
-from p0circuit.teaching import Page, open_model, read_prompts, sink_of
 
 page = Page(out)
 trained = open_model(model)  # for the comparison at the end
@@ -92,7 +94,7 @@ places = [str(t) for t in range(length)]
 # | (no name) | 29 | nothing: 18 are for the decoys that `wired` has beyond our model, 11 for nobody, the all-ones vector among them (so that the mean which LayerNorm subtracts is 0) |
 
 # %%
-weights = silent_weights()
+weights = blank_weights()
 space = residual_subspaces(seed=0)
 for name in ("attn.W_Q", "attn.W_K", "attn.W_V", "attn.W_O", "mlp.W_in", "mlp.W_out"):
     print(f"blocks.0.{name:9} {list(weights[f'blocks.0.{name}'].shape)}")
@@ -182,7 +184,7 @@ print(f"largest difference: {float((recognised['echo'] - predicted).abs().max())
 
 
 # %%
-from p0circuit.teaching import check_detector
+from p0circuit.course.checks import check_detector
 
 
 def my_detector(threshold, at_p0):
@@ -210,7 +212,7 @@ check_detector(my_detector)
 # the exercise.
 
 # %%
-from p0circuit.teaching import ramp
+from p0circuit.course.checks import ramp
 
 MARK = 3.0
 
@@ -270,7 +272,7 @@ page.show(figure, "norm of the stream at position zero and position 8, step by s
 
 
 # %%
-from p0circuit.teaching import check_strength
+from p0circuit.course.checks import check_strength
 
 
 def my_score(strength, length):
@@ -307,7 +309,7 @@ scores = cache[pattern][..., 0].mean(-1)  # [prompt, head]
 rows = [
     (f"2.{head}", strength, expected, float(scores[:, head].median()))
     for (head, strength), expected in zip(
-        strengths.items(), wired_truth().score_kept(length), strict=True
+        strengths.items(), wired_truth().sink_scores(length), strict=True
     )
 ]
 page.show(pd.DataFrame(rows, columns=["head", "strength", "predicted", "measured (median)"]))
@@ -346,7 +348,7 @@ for part, (name, where) in parts.items():
 # Each line sets components to zero at P0.
 
 # %% tags=["cover"]
-from p0circuit.experiments.sink_under_study import scores_of
+from p0circuit.experiments.sink_under_study import sink_scores
 from p0circuit.figures.intervals import intervals
 from p0circuit.interventions.ablation import ablate
 from p0circuit.stats import bootstrap
@@ -363,13 +365,13 @@ parts = {
 lost = {}
 for part, nodes in parts.items():
     without = [ablate(lm, prompts, nodes)] if nodes else []
-    lost[part] = bootstrap(scores_of(lm, prompts, sink_heads, 0, without))
+    lost[part] = bootstrap(sink_scores(lm, prompts, sink_heads, 0, without))
 title = "Sink score of the heads we built, with parts taken out"
 figure = intervals(
     {"Set to zero at P0": lost},
     title,
     ["sink score"],
-    reference=wired_truth().score_gone(length),
+    reference=wired_truth().uniform_score(length),
 )
 page.show(figure, "sink score with parts of the circuit set to zero at position zero")
 
@@ -412,8 +414,8 @@ for n, one in zip(repeats, shared, strict=True):
 # ## 8. What is different in a model that was trained?
 #
 # Run the same two experiments on our model and on a trained one:
-# [`DirectionOrNorm`](../p0circuit/experiments/direction_or_norm.py) asks what later blocks see;
-# [`Structure`](../p0circuit/experiments/structure.py) asks whether position 16 becomes a sink if it attends to itself
+# [`DirectionOrNorm`](../p0circuit/experiments/paper/c08_direction_or_norm.py) asks what later blocks see;
+# [`Structure`](../p0circuit/experiments/paper/c05_structure.py) asks whether position 16 becomes a sink if it attends to itself
 # alone, or if its attention output is merely given the *norm* of P0's.
 
 # %%

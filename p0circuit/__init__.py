@@ -2,7 +2,7 @@
 
     import p0circuit
     model = p0circuit.load_model("p0-nano")
-    prompts = p0circuit.natural_text(model.tokenizer, "stdlib", n=128)
+    prompts = p0circuit.natural_text(model, "stdlib", n=128)
     result = p0circuit.SinkMap().run(model, prompts)
 
 Names are imported when first used: `import p0circuit` alone loads neither torch nor TransformerLens.
@@ -50,7 +50,7 @@ _HOMES = {
     "EXPERIMENTS": "experiments",
     "advise": "advice",
     "reproduce": "reproduction",
-    "write_report": "report.page",
+    "write_report": "report.html",
     "attention_view": "report.attention_view",
     "P0Monitor": "training.monitor",
 }

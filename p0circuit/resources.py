@@ -1,11 +1,11 @@
-"""What a run of a large model will take, said before it starts: memory by place, and about how long.
+"""What a run of a large model needs: memory by device and time, estimated before the model is loaded.
 
-1. Memory is counted: the weights by place as a device map spreads them (models/device_map.py).
-2. Rates are measured, in a second or two: of reading a weight file, of copying to the device that computes, of a matrix
-   product on it.
-3. Time is the sum of what has to be read, copied and multiplied, each at its rate: every weight once when the model is
-   loaded, and those that wait again for every batch. Nothing else is counted; and what the system keeps of a file in
-   memory is read faster than this says.
+1. Memory is counted: the weights by device, as a device map distributes them (models/device_map.py).
+2. Rates are measured in a second or two: reading a weight file, copying to the device that computes, and multiplying
+   matrices on it.
+3. Time is the sum of what has to be read, copied and multiplied, each at its rate. Every weight is read once when the
+   model is loaded, and offloaded weights again for every batch. Nothing else is counted. A file that the system still
+   holds in memory is read faster than the estimate assumes.
 """
 
 from __future__ import annotations
@@ -18,68 +18,108 @@ from pathlib import Path
 
 import torch
 
-from p0circuit.models.device_map import Plan
+from p0circuit.models.device_map import Placement
 from p0circuit.recording.batch_size import row_bytes, rows_that_fit
 
 READ_BYTES, COPY_BYTES = 256 * 2**20, 64 * 2**20
 LOADING_BATCHES = 5
-"""How often weights that wait are brought while a model is loaded and checked."""
+"""How often offloaded weights are read while a model is loaded and checked."""
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Bytes per second from disk and from CPU memory to the device that computes, and operations per second there."""
+    """The speed of this machine.
+
+    Attributes:
+        read: bytes per second from disk.
+        copy: bytes per second from CPU memory to the device that computes.
+        compute: floating-point operations per second on that device.
+    """
 
     read: float
     copy: float
     compute: float
 
 
-def measure_rates(plan: Plan) -> Rates:
-    """Measure the rates of this machine, reading from the model's weight files."""
-    assert plan.folder is not None, "a plan of a model that has no files yet"
-    return Rates(_reading(plan.folder), _copying(plan.device), _computing(plan.device, plan.dtype))
+def measure_rates(placement: Placement) -> Rates:
+    """Measure the rates of this machine, reading from the model's weight files.
+
+    Args:
+        placement: of the model; its `folder`, `device` and `dtype` are used.
+    """
+    assert placement.folder is not None, "a placement of a model that has no files yet"
+    return Rates(_reading(placement.folder), _copying(placement.device), _computing(placement.device, placement.dtype))
 
 
-def seconds(plan: Plan, rates: Rates, samples: int, length: int) -> tuple[float, float]:
-    """The time to load the model, and that of one pass over all prompts."""
-    moving = plan.waiting.get("disk", 0) / rates.read
-    moving += sum(plan.waiting.values()) / rates.copy if plan.device.type != "cpu" else 0.0
-    computing = 2 * plan.active * samples * length / rates.compute
-    loading = (sum(plan.weights.values()) + plan.converted) / rates.read + LOADING_BATCHES * moving
-    return loading, batches(plan, samples, length) * moving + computing
+def estimated_seconds(placement: Placement, rates: Rates, samples: int, length: int) -> tuple[float, float]:
+    """Estimate the time to load a model and the time of one pass over all prompts.
+
+    Args:
+        placement: of the model.
+        rates: of the machine.
+        samples: number of prompts.
+        length: tokens per prompt.
+
+    Returns:
+        Seconds to load the model, and seconds of one pass.
+    """
+    moving = placement.offloaded_bytes.get("disk", 0) / rates.read
+    moving += sum(placement.offloaded_bytes.values()) / rates.copy if placement.device.type != "cpu" else 0.0
+    computing = 2 * placement.active_parameters * samples * length / rates.compute
+    loading = (sum(placement.weight_bytes.values()) + placement.rewritten_bytes) / rates.read + LOADING_BATCHES * moving
+    return loading, n_batches(placement, samples, length) * moving + computing
 
 
-def batches(plan: Plan, samples: int, length: int) -> int:
-    """How many batches `record` makes of the prompts; each brings all weights that wait."""
-    rows = rows_that_fit(plan.activations // 2, plan.heads, length, plan.vocab_size, plan.dtype.itemsize)
-    return -(-samples // rows)
+def n_batches(placement: Placement, samples: int, length: int) -> int:
+    """Count the batches that `record` makes of the prompts; offloaded weights are copied once per batch.
+
+    Args:
+        placement: of the model.
+        samples: number of prompts.
+        length: tokens per prompt.
+    """
+    room, logit_bytes = placement.activation_bytes // 2, placement.dtype.itemsize
+    return -(-samples // rows_that_fit(room, placement.n_heads, length, placement.vocab_size, logit_bytes))
 
 
-def forecast(
-    plan: Plan, rates: Rates, samples: int, length: int, passes: int | None = None, checkpoints: int = 1
+def resource_estimate(
+    placement: Placement, rates: Rates, samples: int, length: int, passes: int | None = None, checkpoints: int = 1
 ) -> str:
-    """Memory by place and time, in words; the time of one pass where the number of passes is not known."""
+    """Describe the memory by device and the time that a run needs, in one or two sentences.
+
+    Args:
+        placement: of the model.
+        rates: of the machine.
+        samples: number of prompts.
+        length: tokens per prompt.
+        passes: number of passes over all prompts; None if it is not known, and the time of one pass is given.
+        checkpoints: number of checkpoints that are loaded one after the other.
+    """
     prompts = f"{samples} prompts of {length} tokens"
-    loading, one = seconds(plan, rates, samples, length)
+    loading, one_pass = estimated_seconds(placement, rates, samples, length)
     if passes is None:
-        told = f"About {_time(loading)} to load it and {_time(one)} for each pass over {prompts}"
+        duration = f"About {_time(loading)} to load it and {_time(one_pass)} for each pass over {prompts}"
     else:
-        whole, each = _time(checkpoints * (loading + passes * one)), f", for each of {checkpoints} checkpoints"
-        several = f"{passes} passes" if passes > 1 else "a pass"
-        told = f"About {whole}: {_time(loading)} to load it and {several} of {_time(one)} over {prompts}"
-        told += each if checkpoints > 1 else ""
-    # Few prompts do not take all that is kept free for activations.
-    some = 2 * samples * row_bytes(plan.heads, length, plan.vocab_size, plan.dtype.itemsize)
-    plan = replace(plan, activations=min(plan.activations, some))
-    where = {"cpu": "in CPU memory", "disk": "on disk"}
-    waits = "".join(f", {_size(size)} of them waiting {where[place]}" for place, size in plan.waiting.items())
-    needs = ", ".join(f"{_size(size)} {where.get(place, f'on {place}')}" for place, size in plan.needed.items())
-    at_work = f"{_size(plan.layer)} for the block at work and " if plan.layer else ""
-    total, dtype = _size(sum(plan.weights.values())), str(plan.dtype).removeprefix("torch.")
+        total = _time(checkpoints * (loading + passes * one_pass))
+        count = f"{passes} passes" if passes > 1 else "a pass"
+        duration = f"About {total}: {_time(loading)} to load it and {count} of {_time(one_pass)} over {prompts}"
+        duration += f", for each of {checkpoints} checkpoints" if checkpoints > 1 else ""
+    # A small number of prompts does not use all the memory that is kept free for activations.
+    used = 2 * samples * row_bytes(placement.n_heads, length, placement.vocab_size, placement.dtype.itemsize)
+    placement = replace(placement, activation_bytes=min(placement.activation_bytes, used))
+    sources = {"cpu": "to CPU memory", "disk": "to disk"}
+    offloaded = "".join(
+        f", {_size(size)} of them offloaded {sources[device]}" for device, size in placement.offloaded_bytes.items()
+    )
+    places = {"cpu": "in CPU memory", "disk": "on disk"}
+    needs = ", ".join(
+        f"{_size(size)} {places.get(device, f'on {device}')}" for device, size in placement.required_bytes.items()
+    )
+    block = f"{_size(placement.block_bytes)} for the largest block and " if placement.block_bytes else ""
+    weights, dtype = _size(sum(placement.weight_bytes.values())), str(placement.dtype).removeprefix("torch.")
     return (
-        f"{plan.name}: {total} of weights in {dtype}{waits}. "
-        f"Needs {needs}, with {at_work}{_size(plan.activations)} for activations. {told}."
+        f"{placement.name}: {weights} of weights in {dtype}{offloaded}. "
+        f"Needs {needs}, with {block}{_size(placement.activation_bytes)} for activations. {duration}."
     )
 
 
@@ -94,7 +134,7 @@ def _time(seconds: float) -> str:
 
 
 def _reading(folder: Path) -> float:
-    """Of the largest weight file, not from what the system has kept of it in memory."""
+    """Bytes per second from the largest weight file, past what the system holds of it in memory."""
     largest = max(folder.glob("model*.safetensors"), key=lambda path: path.stat().st_size)
     size, read = min(READ_BYTES, largest.stat().st_size), 0
     with largest.open("rb", buffering=0) as file:
@@ -118,12 +158,12 @@ def _computing(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    """The least of three."""
-    found = []
+    """The shortest of three runs."""
+    durations = []
     for _ in range(3):
         started = time.perf_counter()
         work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        found.append(time.perf_counter() - started)
-    return min(found)
+        durations.append(time.perf_counter() - started)
+    return min(durations)

@@ -30,18 +30,18 @@ from p0circuit.errors import P0Error
 from p0circuit.experiments import find_experiment
 from p0circuit.experiments.base import Experiment, NotApplicable
 from p0circuit.io import data_dir, write_atomically
-from p0circuit.log import say
+from p0circuit.log import report_progress
 from p0circuit.models import ModelError, load_model
 from p0circuit.models.catalog import CATALOG
 from p0circuit.models.load import Backend
 from p0circuit.models.memory import bytes_while_loading
 from p0circuit.models.source import (
-    WIRED,
-    checkpoints_in,
+    CONSTRUCTED_MODELS,
+    checkpoint_folders,
     count_parameters,
-    gguf_name,
-    holds_no_checkpoints,
+    gguf_model_name,
     hub_id_of,
+    is_gguf_model,
     local_folder,
     resolve,
     revision_of,
@@ -182,7 +182,7 @@ def sweep(
                 continue
             if lacking:
                 # A cluster may grow.
-                say(f"{task}: {lacking}; it waits for one that has")
+                report_progress(f"{task}: {lacking}; it waits for one that has")
             options = {"num_cpus": cpus, "num_gpus": gpus, "memory": memory, "max_retries": RETRIES, "name": str(task)}
             running[work.options(**options).remote(task, place.kept(task))] = number
         while running:
@@ -205,7 +205,7 @@ def sweep(
 
 def _told(task: Task, outcome: Outcome, number: int, of: int) -> Outcome:
     why = f": {outcome.why}" if outcome.why else ""
-    say(f"{number}/{of} {task}: {outcome.status} ({outcome.seconds:.1f} s){why}")
+    report_progress(f"{number}/{of} {task}: {outcome.status} ({outcome.seconds:.1f} s){why}")
     return outcome
 
 
@@ -230,13 +230,13 @@ def memory_of(model: str, checkpoint: int | str | None, dtype: torch.dtype | Non
 def _parameters(model: str, checkpoint: int | str | None) -> int:
     from safetensors import SafetensorError
 
-    if model in WIRED:
+    if model in CONSTRUCTED_MODELS:
         return 0
     if model in CATALOG:
         return CATALOG[model].parameters
     # What cannot be loaded is told by the worker, as that of its task alone.
     with contextlib.suppress(ModelError, SafetensorError):
-        if holds_no_checkpoints(model) or local_folder(model) is not None:
+        if is_gguf_model(model) or local_folder(model) is not None:
             return count_parameters(resolve(model, checkpoint).folder)
         from huggingface_hub import get_safetensors_metadata
 
@@ -257,26 +257,30 @@ def _places(models: Sequence[str], checkpoints: Sequence[int | str]) -> list[tup
     found: list[tuple[str, int | str | None]] = []
     names: dict[str, str] = {}
     for given in dict.fromkeys(models):
-        whole = given in WIRED or holds_no_checkpoints(given)
+        whole = given in CONSTRUCTED_MODELS or is_gguf_model(given)
         folder = None if whole else local_folder(given)
         shipped = folder is not None and folder.parent == data_dir() / "models"
         # A worker need not have the driver's working directory, nor its copy of the package.
-        path = given if given in WIRED or given in CATALOG or not whole else str(Path(given).expanduser().absolute())
+        path = (
+            given
+            if given in CONSTRUCTED_MODELS or given in CATALOG or not whole
+            else str(Path(given).expanduser().absolute())
+        )
         model = path if folder is None else folder.name if shipped else str(folder)
         name = _name(given)
         if names.setdefault(name, model) != model:
             raise P0Error(f"{names[name]!r} and {model!r} are both called {name!r}: sweep them into an --out each")
-        once = whole or (folder is not None and not checkpoints_in(folder))
+        once = whole or (folder is not None and not checkpoint_folders(folder))
         found += [(model, checkpoint) for checkpoint in ([None] if once else dict.fromkeys(checkpoints) or [None])]
     return found
 
 
 def _name(model: str) -> str:
     """A model's name, as `describe` gives it."""
-    if model in WIRED:
+    if model in CONSTRUCTED_MODELS:
         return model
-    if holds_no_checkpoints(model):
-        return gguf_name(model)
+    if is_gguf_model(model):
+        return gguf_model_name(model)
     folder = local_folder(model)
     return folder.name if folder else hub_id_of(model)
 
@@ -377,7 +381,9 @@ def _ray(address: str | None, models: Sequence[str], cores: int | None) -> Itera
         raise P0Error("a sweep needs Ray, which is not installed: pip install 'p0circuit[ray]'") from None
     if ray.is_initialized():
         if address is not None:
-            say(f"this process is connected to Ray already: {address!r} is not used (ray.shutdown() disconnects it)")
+            report_progress(
+                f"this process is connected to Ray already: {address!r} is not used (ray.shutdown() disconnects it)"
+            )
         yield ray, False
         return
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}

@@ -145,12 +145,12 @@ def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
 def family_model(family_folder: Callable[[str], Path]) -> Callable[[str, str], Any]:
     """A family's hooked model in float32 on the CPU; skips where the backend does not exist."""
     from p0circuit.models import load_model
-    from p0circuit.models.hooked import available
+    from p0circuit.models.hooked import has_hooked_transformer
 
     loaded: dict[tuple[str, str], Any] = {}
 
     def model(name: str, backend: str) -> Any:
-        if backend == "hooked" and not available():
+        if backend == "hooked" and not has_hooked_transformer():
             pytest.skip("HookedTransformer left TransformerLens with version 4")
         if (name, backend) not in loaded:
             loaded[name, backend] = load_model(family_folder(name), backend=backend, device="cpu")

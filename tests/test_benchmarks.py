@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks import monitor, run, transformer_lens4
 from benchmarks.models import tiny_shape
-from p0circuit.models.hooked import available
+from p0circuit.models.hooked import has_hooked_transformer
 from p0circuit.training.variants import TrainConfig
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "performance.md"
@@ -20,7 +20,7 @@ TINY = run.Size(rows=2, length=16, edges=6, memory=False)
 
 @pytest.fixture(scope="module")
 def figures():
-    if not available():
+    if not has_hooked_transformer():
         pytest.skip("this TransformerLens has no HookedTransformer")
     return run.measure(tiny_shape(), TINY)
 

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from p0circuit.hooked_model import HookedModel
 from p0circuit.models import describe, resume
-from p0circuit.models.passes import add_blocks
+from p0circuit.models.passes import count_blocks
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu_,
@@ -50,7 +50,7 @@ class P0Block:
 
     def __call__(self, stream: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_model"]:
         """The stream after the block."""
-        add_blocks(len(stream), 1)
+        count_blocks(len(stream), 1)
         value = _affine(self.norm_attention(stream), self.value)
         after_attention = _affine(value, self.output).add_(stream)
         read = self.norm_mlp(stream if self.parallel else after_attention)

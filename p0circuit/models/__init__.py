@@ -31,7 +31,7 @@ from p0circuit.models.catalog import CATALOG, NamedModel, named_model
 from p0circuit.models.download import fetch
 from p0circuit.models.forward import Hook, forward, hook_point, hooked, one_thread_if_small, resume
 from p0circuit.models.info import ModelError, ModelInfo, describe, device_of
-from p0circuit.models.load import StoredModel, load_model, plan_model, stored_model
+from p0circuit.models.load import StoredModel, load_model, model_placement, stored_model
 from p0circuit.models.source import KnownModel, ShippedModel, known_models, list_checkpoints, list_models
 
 __all__ = [
@@ -53,9 +53,9 @@ __all__ = [
     "list_checkpoints",
     "list_models",
     "load_model",
+    "model_placement",
     "named_model",
     "one_thread_if_small",
-    "plan_model",
     "resume",
     "stored_model",
 ]

@@ -73,7 +73,7 @@ class _Sites(NamedTuple):
     after_heads: list[nn.Module]
 
 
-class P0Place:
+class P0Positions:
     """Where P0 stands in the batch that is being run: index 0, or under left padding one index per row."""
 
     def __init__(self) -> None:
@@ -109,7 +109,7 @@ def gated(
     return heads * torch.sigmoid(read @ gate.to(read).T).reshape(heads.shape)
 
 
-def new_gates(hf: Any) -> None:
+def add_gates(hf: Any) -> None:
     """Give every attention of an untrained `transformers` model a gate, all half open."""
     for layer in _layers(hf):
         width = layer.self_attn.o_proj.in_features
@@ -118,7 +118,7 @@ def new_gates(hf: Any) -> None:
 
 
 def gates_of(hf: Any) -> list[Tensor]:
-    """The gates that `new_gates` gave to a model, by layer; none if it has none."""
+    """The gates that `add_gates` gave to a model, by layer; none if it has none."""
     return [layer.self_attn.gate.weight for layer in _layers(hf) if hasattr(layer.self_attn, "gate")]
 
 
@@ -140,7 +140,7 @@ def edit_hf_model(
         [[layer.input_layernorm, layer.post_attention_layernorm] for layer in layers],
         [layer.self_attn.o_proj for layer in layers],
     )
-    return _change(sites, changes, P0Place(), gates.__getitem__)
+    return _change(sites, changes, P0Positions(), gates.__getitem__)
 
 
 @contextlib.contextmanager
@@ -168,7 +168,7 @@ def edit_hooked_model(
     module = cast(nn.Module, model)
     if gates:
         module.register_buffer(GATES, torch.stack(list(gates)).to(model.cfg.device, model.cfg.dtype))
-    place = P0Place()
+    place = P0Positions()
     model.__dict__["p0_place"] = place
     sites = _Sites(
         [[block.ln1, block.ln2] for block in model.blocks],
@@ -179,13 +179,13 @@ def edit_hooked_model(
     return model
 
 
-def p0_placed(model: HookedModel, mask: Tensor | None) -> contextlib.AbstractContextManager[None]:
+def p0_positions(model: HookedModel, mask: Tensor | None) -> contextlib.AbstractContextManager[None]:
     """Tell a changed model where P0 stands in the passes inside the `with`; nothing for any other model."""
     place = model.__dict__.get("p0_place")
     return contextlib.nullcontext() if place is None else place.at(mask)
 
 
-def _change(sites: _Sites, changes: ArchitectureEdits, place: P0Place, gate: Callable[[int], Tensor]) -> list[Any]:
+def _change(sites: _Sites, changes: ArchitectureEdits, place: P0Positions, gate: Callable[[int], Tensor]) -> list[Any]:
     handles = []
     for layer, (norms, after) in enumerate(zip(*sites, strict=True)):
         if changes.gated_attention:
@@ -206,7 +206,7 @@ def _gate(read: list[Tensor], gate: Callable[[int], Tensor], layer: int, module:
     return (gated(inputs[0], read.pop(), gate(layer)), *inputs[1:])
 
 
-def _reserve(channels: int, place: P0Place, module: Any, inputs: Any) -> tuple[Any, ...]:
+def _reserve(channels: int, place: P0Positions, module: Any, inputs: Any) -> tuple[Any, ...]:
     return (reserve_channels(inputs[0], channels, place.index), *inputs[1:])
 
 

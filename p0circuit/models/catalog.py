@@ -121,7 +121,7 @@ _ENTRIES = (
 CATALOG: dict[str, NamedModel] = {entry.name: entry for entry in _ENTRIES}
 """The named models, by name."""
 
-# `load_model(name, layers=4)` gives the model this name.
+# `load_model(name, n_layers=4)` gives the model this name.
 _TRUNCATED = re.compile(r"\[:\d+\]$")
 
 

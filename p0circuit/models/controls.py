@@ -21,7 +21,7 @@ INITIAL_DEVIATION = 0.02
 
 
 @contextlib.contextmanager
-def untrained(model: HookedModel, seed: int = 0) -> Iterator[Any]:
+def untrained_weights(model: HookedModel, seed: int = 0) -> Iterator[Any]:
     """The model with the weights of a beginner inside a `with`: matrices normal, biases 0, gains 1.
 
     Raises:

@@ -44,59 +44,55 @@ _FOLDER = "p0circuit-offload"
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Where the weights of a model will be, and what that takes.
+class Placement:
+    """Where the weights of a model are put, and how many bytes that takes.
 
     Attributes:
-        places: the place of each module, as `accelerate` has it: the number of a GPU, "cpu" or "disk".
-        device: where ids go in, and where weights that wait are brought to.
-        weights: bytes by place ("cuda:0", "cpu", "disk").
-        waiting: those of them that are brought for every pass, by place.
-        layer: bytes of the largest block that waits.
-        activations: bytes kept free for activations.
-        beside: bytes of weights that exist a second time while a model is loaded in one place (HookedTransformer's own
-            are made beside those of `transformers`).
-        converted: bytes that are written anew on disk, because the model's files hold them in another form.
-        parameters: how many a model has; `active` are those that a token meets, fewer in a mixture of experts.
-        heads, vocab_size, dtype: of the model.
-        folder: of its files, None where there are none yet.
+        name: of the model.
+        module_devices: the device of each module, as `accelerate` has it: the number of a GPU, "cpu" or "disk".
+        device: the device that takes token ids, and to which offloaded weights are copied when they are used.
+        weight_bytes: bytes of weights by device ("cuda:0", "cpu", "disk").
+        offloaded_bytes: those of them that are copied to `device` in every forward pass, by device.
+        block_bytes: offloaded bytes of the largest block; 0 where nothing is offloaded.
+        activation_bytes: bytes kept free for activations on every device that computes.
+        duplicate_bytes: bytes of weights that exist twice while a model is loaded without a device map, since
+            HookedTransformer copies those of `transformers`.
+        rewritten_bytes: bytes that are written to the offload folder because the model's files hold them in another
+            form.
+        parameters: the number of weights.
+        active_parameters: the number of weights that one token uses; lower than `parameters` in a mixture of experts.
+        n_heads: attention heads per layer.
+        vocab_size: size of the vocabulary.
+        dtype: of the loaded weights.
+        folder: the directory of the model's files; None where there are none yet.
     """
 
     name: str
-    places: dict[str, int | str] = field(repr=False)
+    module_devices: dict[str, int | str] = field(repr=False)
     device: torch.device
-    weights: dict[str, int]
-    waiting: dict[str, int]
-    layer: int
-    activations: int
-    beside: int
-    converted: int
+    weight_bytes: dict[str, int]
+    offloaded_bytes: dict[str, int]
+    block_bytes: int
+    activation_bytes: int
+    duplicate_bytes: int
+    rewritten_bytes: int
     parameters: int
-    active: int
-    heads: int
+    active_parameters: int
+    n_heads: int
     vocab_size: int
     dtype: torch.dtype
     folder: Path | None = None
 
     @property
-    def needed(self) -> dict[str, int]:
-        """Bytes to be had by place: weights, and where something computes the block at work and its activations."""
-        device = str(self.device)
-        found = {place: size for place, size in self.weights.items() if place != _DISK}
-        computes = {device} | {place for place in found if place.startswith("cuda")}
-        for place in sorted(computes):
-            found[place] = found.get(place, 0) + self.activations + self.beside
-            found[place] += self.layer if place == device else 0
-        return found | ({_DISK: self.converted} if self.converted else {})
-
-
-@dataclass(frozen=True)
-class Placement:
-    """What a model loaded by a plan keeps of it: the plan, and the weights that are another module's as well."""
-
-    plan: Plan
-    tied: tuple[tuple[nn.Module, str], ...] = field(repr=False)
-    fingerprints: list[str] = field(default_factory=list)
+    def required_bytes(self) -> dict[str, int]:
+        """Bytes that must be free, by device: weights and, where something is computed, a block and its activations."""
+        main = str(self.device)
+        required = {device: size for device, size in self.weight_bytes.items() if device != _DISK}
+        computing = {main} | {device for device in required if device.startswith("cuda")}
+        for device in sorted(computing):
+            required[device] = required.get(device, 0) + self.activation_bytes + self.duplicate_bytes
+            required[device] += self.block_bytes if device == main else 0
+        return required | ({_DISK: self.rewritten_bytes} if self.rewritten_bytes else {})
 
 
 def placement_of(model: Any) -> Placement | None:
@@ -139,7 +135,7 @@ def _checked(device_map: Any) -> dict[str, int | str]:
     return found
 
 
-def plan(
+def plan_placement(
     config: Any,
     dtype: torch.dtype,
     device_map: DeviceMap | None,
@@ -147,7 +143,7 @@ def plan(
     free: Mapping[str, int],
     name: str = "model",
     folder: Path | None = None,
-) -> Plan:
+) -> Placement:
     """Find a place for every module of the model that a `transformers` config describes; nothing is loaded.
 
     `auto` fills GPUs first, then CPU memory, then the disk. `cpu` and `disk` put the blocks there and the rest on
@@ -164,7 +160,7 @@ def plan(
     sizes = {weight: tensor.numel() * tensor.element_size() for weight, tensor in _tensors(skeleton)}
     where = {weight: _place(weight, places) for weight in sizes}
     gpus = [place for place in places.values() if isinstance(place, int)]
-    # `accelerate` lets weights in CPU memory wait where a GPU computes; where none does, `let_wait` asks for it.
+    # `accelerate` lets weights in CPU memory wait where a GPU computes; where none does, `offload_to_cpu` asks for it.
     forced = device_map not in ("auto", None) and set(places.values()) == {_CPU}
     waits = {_DISK} | ({_CPU} if gpus or forced else set())
     converted = set() if folder is None else set(sizes) - set(stored_shapes(folder))
@@ -176,30 +172,30 @@ def plan(
     weights = {
         place: total(lambda weight, place=place: where[weight] == place) for place in dict.fromkeys(where.values())
     }
-    found = Plan(
-        name,
-        places,
-        torch.device("cuda", gpus[0]) if gpus else torch.device(_CPU) if device.type == "cuda" else device,
-        weights,
-        {place: size for place, size in weights.items() if place in waits},
-        max(
+    placement = Placement(
+        name=name,
+        module_devices=places,
+        device=torch.device("cuda", gpus[0]) if gpus else torch.device(_CPU) if device.type == "cuda" else device,
+        weight_bytes=weights,
+        offloaded_bytes={place: size for place, size in weights.items() if place in waits},
+        block_bytes=max(
             total(lambda weight, block=block: weight.startswith(f"{block}.") and where[weight] in waits)
             for block in blocks
         ),
-        activations,
-        0 if device_map is not None else sum(weights.values()),
-        total(lambda weight: weight in converted and where[weight] == _DISK),
-        parameters,
-        active,
-        config.get_text_config().num_attention_heads,
-        config.get_text_config().vocab_size,
-        dtype,
-        folder,
+        activation_bytes=activations,
+        duplicate_bytes=0 if device_map is not None else sum(weights.values()),
+        rewritten_bytes=total(lambda weight: weight in converted and where[weight] == _DISK),
+        parameters=parameters,
+        active_parameters=active,
+        n_heads=config.get_text_config().num_attention_heads,
+        vocab_size=config.get_text_config().vocab_size,
+        dtype=dtype,
+        folder=folder,
     )
     if device_map is not None:
         # Without one `load_model` refuses what has no room.
-        _check_room(found, free)
-    return found
+        _check_room(placement, free)
+    return placement
 
 
 def _places(
@@ -246,8 +242,8 @@ def _parameters(skeleton: Any, config: Any) -> tuple[int, int]:
     return total, total - (routed - routed * text.num_experts_per_tok // count if count else 0)
 
 
-def _check_room(found: Plan, free: Mapping[str, int]) -> None:
-    for place, needed in found.needed.items():
+def _check_room(found: Placement, free: Mapping[str, int]) -> None:
+    for place, needed in found.required_bytes.items():
         if needed > free.get(place, needed):
             raise ModelError(
                 f"{found.name}: this device map needs {needed / 2**30:.1f} GB on {place} and {free[place] / 2**30:.1f} "
@@ -309,7 +305,7 @@ def _place(weight: str, places: Mapping[str, int | str]) -> str:
     return f"cuda:{place}" if isinstance(place, int) else place
 
 
-def free_by_place(gpus: Sequence[torch.device], folder: Path) -> dict[str, int]:
+def free_bytes_by_device(gpus: Sequence[torch.device], folder: Path) -> dict[str, int]:
     """Bytes to be had: on the GPUs, in CPU memory, and on the disk that `folder` is on."""
     found = {str(place): free_memory(place) for place in [*gpus, torch.device(_CPU)]}
     existing = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
@@ -318,13 +314,13 @@ def free_by_place(gpus: Sequence[torch.device], folder: Path) -> dict[str, int]:
     }
 
 
-def offload_parent(folder: str | Path | None) -> Path:
+def offload_root(folder: str | Path | None) -> Path:
     """Where folders for weights that wait on disk are made: the cache folder if none is given."""
     return cache_directory() if folder is None else Path(folder)
 
 
 @contextlib.contextmanager
-def new_folder(parent: Path) -> Iterator[Path]:
+def new_offload_folder(parent: Path) -> Iterator[Path]:
     """A folder for weights that wait on disk, gone again if the block inside the `with` fails.
 
     What a process that died has left beside it goes first.
@@ -361,15 +357,15 @@ def without_warnings(*names: str) -> Iterator[None]:
             logger.setLevel(level)
 
 
-def let_wait(hf: Any, found: Plan) -> None:
+def offload_to_cpu(hf: Any, found: Placement) -> None:
     """Where all of a model is in CPU memory, let its weights wait there too."""
     from accelerate import cpu_offload
 
-    if set(found.waiting) == set(found.weights) == {_CPU}:
+    if set(found.offloaded_bytes) == set(found.weight_bytes) == {_CPU}:
         cpu_offload(hf, execution_device=found.device)
 
 
-def to_placed_bridge(hf: Any, tokenizer: Any, found: Plan, folder: Path | None) -> Any:
+def to_placed_bridge(hf: Any, tokenizer: Any, found: Placement, folder: Path | None) -> Any:
     """Wrap a `transformers` model whose weights are where a plan has them in a TransformerBridge.
 
     `folder` is removed together with the bridge.
@@ -382,7 +378,7 @@ def to_placed_bridge(hf: Any, tokenizer: Any, found: Plan, folder: Path | None) 
     outside = [
         module for name, module in hf.named_modules() if not any(f"{name}.".startswith(f"{block}.") for block in blocks)
     ]
-    with at_hand(outside):
+    with onloaded(outside):
         hooks = {module: hook for module in outside if (hook := _hook(module)) is not None}
         bridge = to_bridge(hf, found.name, tokenizer, found.device)
         for module, hook in hooks.items():
@@ -405,7 +401,8 @@ def to_placed_bridge(hf: Any, tokenizer: Any, found: Plan, folder: Path | None) 
         if waiting:
             # Into the instance's dict: a bridge component passes attribute writes on to the module it wraps.
             unit.__dict__["forward"] = partial(_with_weights, unit.forward, waiting)
-    bridge.__dict__["placement"] = Placement(found, tied)
+    bridge.__dict__["placement"] = found
+    bridge.__dict__["tied_weights"] = tied
     if folder is not None:
         weakref.finalize(bridge, shutil.rmtree, folder, ignore_errors=True)
     return bridge
@@ -418,12 +415,12 @@ def _tied(hf: Any) -> tuple[tuple[nn.Module, str], ...]:
 
 
 def _with_weights(forward: Callable[..., Any], modules: Sequence[nn.Module], *args: Any, **kwargs: Any) -> Any:
-    with at_hand(modules):
+    with onloaded(modules):
         return forward(*args, **kwargs)
 
 
 @contextlib.contextmanager
-def at_hand(modules: Sequence[nn.Module]) -> Iterator[None]:
+def onloaded(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Have the weights of these modules where they compute inside a `with`; those that are there already stay there."""
     with contextlib.ExitStack() as stack:
         for module in modules:
@@ -431,11 +428,11 @@ def at_hand(modules: Sequence[nn.Module]) -> Iterator[None]:
                 hook.pre_forward(module)
                 # The module's own forward pass must not take them away meanwhile.
                 hook.offload = False
-                stack.callback(_send_back, module, hook)
+                stack.callback(_offload_again, module, hook)
         yield
 
 
-def _send_back(module: nn.Module, hook: Any) -> None:
+def _offload_again(module: nn.Module, hook: Any) -> None:
     hook.offload = True
     hook.post_forward(module, None)
 
@@ -461,8 +458,7 @@ def _owned(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
 
 def weights_of(model: Any) -> Iterator[tuple[str, Tensor]]:
     """Every parameter and buffer of a model by name, once, read from where it waits if it is not at hand."""
-    placement = placement_of(model)
-    tied = {(id(module), leaf) for module, leaf in placement.tied} if placement else set()
+    tied = {(id(module), leaf) for module, leaf in model.__dict__.get("tied_weights", ())}
     for name, owner, leaf, tensor in _owned(model):
         hook = _hook(owner)
         if hook is not None and (id(owner), leaf) in tied:

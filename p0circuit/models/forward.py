@@ -15,10 +15,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from p0circuit.hooked_model import HookedModel
-from p0circuit.models.architecture_edits import p0_placed
+from p0circuit.models.architecture_edits import p0_positions
 from p0circuit.models.bridge import HookPoints, bridge_points
 from p0circuit.models.info import BLOCK_HOOKS, ModelError, backend_of, describe
-from p0circuit.models.passes import add_blocks
+from p0circuit.models.passes import count_blocks
 
 Hook = tuple[str, Callable[..., Any]]
 
@@ -60,8 +60,8 @@ def forward(
     stop = _check_layer("stop_at_layer", stop_at_layer, 0, info.n_layers)
     ids = ids.to(model.cfg.device)
     hooks = _between(model, hooks, -1, stop)
-    add_blocks(ids.numel(), info.n_layers if stop is None else stop)
-    with p0_placed(model, mask):
+    count_blocks(ids.numel(), info.n_layers if stop is None else stop)
+    with p0_positions(model, mask):
         if info.backend == "hooked":
             with hooked(model, hooks):
                 return model(ids, attention_mask=mask, stop_at_layer=stop)
@@ -97,16 +97,16 @@ def resume(
     hooks = _between(model, hooks, start, stop)
     if stop == start:
         return residual
-    add_blocks(residual.shape[0] * residual.shape[1], (info.n_layers if stop is None else stop) - start)
+    count_blocks(residual.shape[0] * residual.shape[1], (info.n_layers if stop is None else stop) - start)
     if info.backend == "hooked":
-        with hooked(model, hooks), p0_placed(model, mask):
+        with hooked(model, hooks), p0_positions(model, mask):
             return model(residual, start_at_layer=start, attention_mask=mask, stop_at_layer=stop)
     # transformers owns the loop over the blocks and prepares masks and rotations for them: it runs on stand-in ids,
     # the blocks to be left out hand on the given residual, and an embedding that nobody reads is all that is wasted.
     ids = residual.new_zeros(residual.shape[:2], dtype=torch.long)
     if start == 0:
         hooks = [("blocks.0.hook_resid_pre", lambda activation, hook: residual), *hooks]
-    with _left_out(model, start, residual), p0_placed(model, mask):
+    with _left_out(model, start, residual), p0_positions(model, mask):
         return _run_bridge(model, ids, mask, hooks, stop)
 
 

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from p0circuit.io import write_atomically, write_json
-from p0circuit.log import say, track
+from p0circuit.log import progress_bar, report_progress
 from p0circuit.models.download import locked, sha256_of
 from p0circuit.models.info import ModelError
 from p0circuit.models.memory import free_memory
@@ -90,7 +90,7 @@ def is_gguf(path: Path) -> bool:
         return path.suffix.lower() == ".gguf" or file.read(len(_MAGIC)) == _MAGIC
 
 
-def gguf_in(folder: Path) -> Path | None:
+def gguf_file_in(folder: Path) -> Path | None:
     """The GGUF file of a directory that holds one and no other weights; None where there is none.
 
     Raises:
@@ -309,7 +309,9 @@ def _convert(name: str, path: Path, sha256: str, folder: Path) -> None:
             "contexts; the model is computed without this scaling",
             stacklevel=2,
         )
-    say(f"converting {name} ({header.quantisation}) to plain weights, once: {header.parameters / 1e6:.0f} M parameters")
+    report_progress(
+        f"converting {name} ({header.quantisation}) to plain weights, once: {header.parameters / 1e6:.0f} M parameters"
+    )
     _remove_leftovers(folder)
 
     def write(temporary: Path) -> None:
@@ -425,7 +427,7 @@ def _own_progress_bars() -> Iterator[None]:
 
     bar, shown = reading.__dict__["tqdm"], logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
-    reading.__dict__["tqdm"] = lambda items, **_: track(items, "de-quantising")
+    reading.__dict__["tqdm"] = lambda items, **_: progress_bar(items, "de-quantising")
     try:
         yield
     finally:
@@ -434,7 +436,7 @@ def _own_progress_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def list_converted() -> list[dict[str, Any]]:
+def list_converted_models() -> list[dict[str, Any]]:
     """Every converted model: its key, the file it was made of, its quantisation, bytes, and when it was last used."""
     entries = []
     for folder in sorted(path for path in _conversions().glob("[!.]*") if path.is_dir()):
@@ -453,9 +455,9 @@ def list_converted() -> list[dict[str, Any]]:
     return entries
 
 
-def clear_converted() -> int:
+def clear_converted_models() -> int:
     """Remove every converted model; returns how many bytes that freed."""
-    entries = list_converted()
+    entries = list_converted_models()
     for entry in entries:
         shutil.rmtree(_conversions() / entry["key"], ignore_errors=True)
     return sum(entry["bytes"] for entry in entries)
@@ -465,7 +467,7 @@ def _evict(newest: Path) -> None:
     """Remove the least recently used conversions until they are within the cache's limit; the newest always stays."""
     from p0circuit.io import cache_limit
 
-    entries = sorted(list_converted(), key=lambda entry: entry["used"])
+    entries = sorted(list_converted_models(), key=lambda entry: entry["used"])
     total, limit = sum(entry["bytes"] for entry in entries), cache_limit()
     for entry in entries:
         if total > limit and entry["key"] != newest.name and time.time() - entry["used"] > _IN_USE_SECONDS:

@@ -31,7 +31,7 @@ _ACTIVATIONS = {name: name for name in ("gelu", "gelu_fast", "gelu_new", "gelu_p
 _ACTIVATIONS["swish"] = "silu"
 
 
-def available() -> bool:
+def has_hooked_transformer() -> bool:
     """Whether this TransformerLens still has HookedTransformer (before version 4)."""
     try:
         from transformer_lens import HookedTransformer  # noqa: F401

@@ -83,7 +83,7 @@ class ModelInfo:
         return titled(self.name, self.quantisation)
 
 
-def note_quantisation(model: Any, quantisation: str | None) -> Any:
+def set_quantisation(model: Any, quantisation: str | None) -> Any:
     """The hooked model, with what `describe` will say of its quantisation."""
     model.__dict__["quantisation"] = quantisation
     return model

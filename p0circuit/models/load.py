@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from p0circuit.hooked_model import HookedModel
-from p0circuit.models.info import ModelError, note_quantisation
+from p0circuit.models.info import ModelError, set_quantisation
 from p0circuit.models.memory import bytes_while_loading, free_memory
 from p0circuit.models.source import (
-    WIRED,
+    CONSTRUCTED_MODELS,
     Source,
     check_folder,
     count_parameters,
@@ -33,7 +33,7 @@ from p0circuit.models.source import (
 )
 
 if TYPE_CHECKING:
-    from p0circuit.models.device_map import DeviceMap, Plan
+    from p0circuit.models.device_map import DeviceMap, Placement
 
 Backend = Literal["auto", "hooked", "bridge"]
 
@@ -69,7 +69,7 @@ def load_model(
     checkpoint: int | str | None = None,
     device: Any = None,
     dtype: Any = None,
-    layers: int | None = None,
+    n_layers: int | None = None,
     device_map: DeviceMap | None = None,
     offload_folder: str | Path | None = None,
 ) -> HookedModel:
@@ -81,7 +81,7 @@ def load_model(
     stand for the hub ids they mean.
     `checkpoint` is a training step, or the label or hub revision that names it. `backend` "auto" is HookedTransformer
     for the families it computes exactly and TransformerBridge for everything else. `device` defaults to CUDA where
-    there is one and the CPU otherwise, `dtype` to float32 whatever the file holds. `layers` loads the first blocks
+    there is one and the CPU otherwise, `dtype` to float32 whatever the file holds. `n_layers` loads the first blocks
     alone, for a model that is too large whole: what happens in them is the same, what the model predicts is not.
 
     `device_map` spreads the weights: "auto" over all GPUs, then CPU memory, then the disk; "cpu" and "disk" let the
@@ -95,20 +95,20 @@ def load_model(
     import torch
 
     _check_arguments(name, backend, dtype, device_map)
-    if str(name) in WIRED:
+    if str(name) in CONSTRUCTED_MODELS:
         return _wired(str(name), backend, checkpoint, device, dtype)
     from p0circuit.models.architecture_edits import changed, edit_hooked_model
 
     source = resolve(name, checkpoint)
     config = check_folder(source)
     share = 1.0
-    if layers is not None:
-        share = layers / config.get_text_config().num_hidden_layers
-        source = _truncate(source, config, layers)
+    if n_layers is not None:
+        share = n_layers / config.get_text_config().num_hidden_layers
+        source = _truncate(source, config, n_layers)
     dtype = torch.float32 if dtype is None else dtype
     if device_map is not None:
         placed = _load_placed(source, config, device_map, device, dtype, offload_folder)
-        return note_quantisation(placed, source.quantisation)
+        return set_quantisation(placed, source.quantisation)
     _check_memory(source, share, _device(device), dtype)
     # TransformerLens reads a tokenizer a second time to have it put BOS first, which takes seconds for a large one.
     tokenizer = _load_tokenizer(source, with_bos=source.quantisation is not None)
@@ -119,31 +119,31 @@ def load_model(
         logits = _causal_logits(source, hf, _device(device))
 
     from p0circuit.models.bridge import to_bridge
-    from p0circuit.models.hooked import FAMILIES, available, to_hooked
+    from p0circuit.models.hooked import FAMILIES, has_hooked_transformer, to_hooked
 
-    if backend == "hooked" and not available():
+    if backend == "hooked" and not has_hooked_transformer():
         raise ModelError("this TransformerLens has no HookedTransformer any more; use backend='bridge'")
-    if backend == "hooked" or (backend == "auto" and available() and type(hf).__name__ in FAMILIES):
+    if backend == "hooked" or (backend == "auto" and has_hooked_transformer() and type(hf).__name__ in FAMILIES):
         try:
             model = _checked(edit_hooked_model(to_hooked(hf, source.name, tokenizer), changes, gates), logits)
-            return note_quantisation(model, source.quantisation)
+            return set_quantisation(model, source.quantisation)
         except ModelError as error:
             if backend == "hooked":
                 raise
             logging.getLogger(__name__).info("%s; using TransformerBridge", error)
     model = _checked(edit_hooked_model(to_bridge(hf, source.name, tokenizer), changes, gates), logits)
-    return note_quantisation(model, source.quantisation)
+    return set_quantisation(model, source.quantisation)
 
 
-def plan_model(
+def model_placement(
     name: str | Path,
     device_map: DeviceMap | None,
     checkpoint: int | str | None = None,
     device: Any = None,
     dtype: Any = None,
-    layers: int | None = None,
+    n_layers: int | None = None,
     offload_folder: str | Path | None = None,
-) -> Plan:
+) -> Placement:
     """Where `load_model` would put the weights, and what that takes, before anything is loaded.
 
     Raises:
@@ -154,8 +154,8 @@ def plan_model(
     _check_arguments(name, "auto", dtype, device_map)
     source = resolve(name, checkpoint)
     config = check_folder(source)
-    if layers is not None:
-        source = _truncate(source, config, layers)
+    if n_layers is not None:
+        source = _truncate(source, config, n_layers)
     return _plan(source, config, device_map, device, torch.float32 if dtype is None else dtype, offload_folder)
 
 
@@ -210,25 +210,25 @@ def _check_arguments(name: str | Path, backend: Backend, dtype: Any, device_map:
         raise ModelError(f"expected a floating-point dtype such as torch.bfloat16, got {dtype!r}")
     if device_map is not None and backend == "hooked":
         raise ModelError("a HookedTransformer has its weights in one place; with a device map use backend='bridge'")
-    if device_map is not None and str(name) in WIRED:
+    if device_map is not None and str(name) in CONSTRUCTED_MODELS:
         raise ModelError(f"{name} is constructed where it is used, and small: it takes no device map")
 
 
 def _plan(
     source: Source, config: Any, device_map: DeviceMap | None, device: Any, dtype: Any, folder: str | Path | None
-) -> Plan:
+) -> Placement:
     import torch
     from safetensors import SafetensorError
 
-    from p0circuit.models.device_map import free_by_place, offload_parent, plan
+    from p0circuit.models.device_map import free_bytes_by_device, offload_root, plan_placement
 
     chosen = _device(device)
     # A device that was asked for is the only one to be used.
     every = [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
     gpus = [] if chosen.type != "cuda" else every if device is None else [torch.device("cuda", chosen.index or 0)]
-    free = free_by_place(gpus, offload_parent(folder))
+    free = free_bytes_by_device(gpus, offload_root(folder))
     try:
-        return plan(config, dtype, device_map, chosen, free, source.name, source.folder)
+        return plan_placement(config, dtype, device_map, chosen, free, source.name, source.folder)
     except SafetensorError as error:
         raise damaged(source, error) from None
 
@@ -238,12 +238,12 @@ def _load_placed(
 ) -> HookedModel:
     """The bridge of a model whose weights are spread by a device map."""
     from p0circuit.models.architecture_edits import changed, edit_hooked_model
-    from p0circuit.models.device_map import new_folder, offload_parent, to_placed_bridge
+    from p0circuit.models.device_map import new_offload_folder, offload_root, to_placed_bridge
 
     planned = _plan(source, config, device_map, device, dtype, folder)
     tokenizer = _load_tokenizer(source, with_bos=source.quantisation is not None)
-    to_disk = "disk" in planned.weights
-    with new_folder(offload_parent(folder)) if to_disk else contextlib.nullcontext() as place:
+    to_disk = "disk" in planned.weight_bytes
+    with new_offload_folder(offload_root(folder)) if to_disk else contextlib.nullcontext() as place:
         hf = _load_hf(source, config, dtype, planned.device, planned, place)
         changes, gates = _changes(source, hf, planned.device)
         with changed(hf, changes, gates):
@@ -259,7 +259,7 @@ def _wired(name: str, backend: Backend, checkpoint: int | str | None, device: An
 
     if checkpoint is not None:
         raise ModelError(f"{name} is constructed, not trained: it has no checkpoint {checkpoint!r}")
-    build, positions = WIRED[name]
+    build, positions = CONSTRUCTED_MODELS[name]
     return getattr(constructed, build)(positions, backend=backend, dtype=dtype or torch.float32, device=_device(device))
 
 
@@ -269,15 +269,18 @@ def _device(device: Any) -> Any:
     return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def _truncate(source: Source, config: Any, layers: int) -> Source:
+def _truncate(source: Source, config: Any, n_layers: int) -> Source:
     """Shorten the config to its first blocks, in place."""
     text = config.get_text_config()
-    if not 1 <= layers <= text.num_hidden_layers:
-        raise ModelError(f"{source.name} has {text.num_hidden_layers} layers; layers={layers} is not among them")
-    text.num_hidden_layers = layers
+    if not 1 <= n_layers <= text.num_hidden_layers:
+        raise ModelError(
+            f"{source.name} has {text.num_hidden_layers} layers, so the first {n_layers} cannot be loaded; expected a "
+            f"number from 1 to {text.num_hidden_layers}"
+        )
+    text.num_hidden_layers = n_layers
     if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:layers]
-    return replace(source, name=f"{source.name}[:{layers}]")
+        text.layer_types = text.layer_types[:n_layers]
+    return replace(source, name=f"{source.name}[:{n_layers}]")
 
 
 def _check_memory(source: Source, share: float, device: Any, dtype: Any) -> None:
@@ -331,13 +334,13 @@ def _without_progress_bar() -> Iterator[None]:
 
 
 def _load_hf(
-    source: Source, config: Any, dtype: Any, device: Any, planned: Plan | None = None, folder: Path | None = None
+    source: Source, config: Any, dtype: Any, device: Any, planned: Placement | None = None, folder: Path | None = None
 ) -> Any:
     """Load the weights with `transformers`, and make sure that they are all there, finite, and causal."""
     from transformers import AutoModelForCausalLM
 
     from p0circuit.models.architecture_edits import ArchitectureEdits
-    from p0circuit.models.device_map import let_wait, weights_of, without_warnings
+    from p0circuit.models.device_map import offload_to_cpu, weights_of, without_warnings
 
     # Weights that are elsewhere, and experts that no other process shares.
     expected = ["accelerate.big_modeling", "transformers.distributed.tensor_parallel"]
@@ -346,7 +349,7 @@ def _load_hf(
         expected.append("transformers.modeling_utils")
     placed: dict[str, Any] = {}
     if planned is not None:
-        placed = {"device_map": planned.places, "offload_folder": folder and str(folder)}
+        placed = {"device_map": planned.module_devices, "offload_folder": folder and str(folder)}
     try:
         with _without_progress_bar(), without_warnings(*expected):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -367,7 +370,7 @@ def _load_hf(
         absent = listed(sorted(report["missing_keys"]), 6)
         raise ModelError(f"{source.name}: the weight files lack {absent}; they would be random")
     if planned is not None:
-        let_wait(hf, planned)
+        offload_to_cpu(hf, planned)
     parameters = {name for name, _ in hf.named_parameters()}
     broken = [name for name, weight in weights_of(hf) if name in parameters and not _is_finite(weight)]
     if broken:

@@ -53,7 +53,7 @@ def count_passes() -> Iterator[PassCount]:
         _COUNTS.reset(token)
 
 
-def add_blocks(tokens: int, blocks: int) -> None:
+def count_blocks(tokens: int, blocks: int) -> None:
     """Add `tokens` that went through `blocks` blocks to every count under way."""
     for count in _COUNTS.get():
         count.token_blocks += tokens * blocks * (WITH_GRADIENT if torch.is_grad_enabled() else 1)

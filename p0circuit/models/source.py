@@ -21,11 +21,11 @@ from p0circuit.io import data_dir
 from p0circuit.models.catalog import CATALOG, NamedModel
 from p0circuit.models.checkpoints import STEP, by_step, parse_label
 from p0circuit.models.download import fetch, is_fetched, sha256_of
-from p0circuit.models.gguf import Converted, converted, gguf_in, is_gguf, read_sidecar
+from p0circuit.models.gguf import Converted, converted, gguf_file_in, is_gguf, read_sidecar
 from p0circuit.models.info import ModelError
 
 # The models whose weights are constructed (wired.py), by the position schemes they come in.
-WIRED = {
+CONSTRUCTED_MODELS = {
     "wired": ("wired_model", "rotary"),
     "wired-learned": ("wired_model", "learned"),
     "wired-decoy": ("decoy_model", "rotary"),
@@ -95,7 +95,7 @@ def list_models() -> list[ShippedModel]:
     """The models that come with the package, by name."""
     folders = sorted((data_dir() / "models").glob("*/config.json"))
     return [
-        ShippedModel(path.parent.name, count_parameters(path.parent), tuple(checkpoints_in(path.parent)))
+        ShippedModel(path.parent.name, count_parameters(path.parent), tuple(checkpoint_folders(path.parent)))
         for path in folders
     ]
 
@@ -139,11 +139,11 @@ def list_checkpoints(source: str | Path) -> list[int]:
     Raises:
         ModelError: if there is no such model.
     """
-    if holds_no_checkpoints(source):
+    if is_gguf_model(source):
         return []
     folder = local_folder(source)
     if folder is not None:
-        return list(checkpoints_in(folder))
+        return list(checkpoint_folders(folder))
     return list(by_step(_hub_revisions(hub_id_of(str(source)))))
 
 
@@ -159,7 +159,7 @@ def resolve(name: str | Path, checkpoint: int | str | None) -> Source:
     if entry is not None:
         return _from_gguf(entry.name, converted(entry.name, entry.sha256, partial(fetch, entry)))
     if file is not None:
-        called = gguf_name(name)
+        called = gguf_model_name(name)
         return _from_gguf(called, converted(called, sha256_of(file), lambda: file))
     folder = local_folder(name)
     if folder is None:
@@ -185,16 +185,16 @@ def _gguf_file(name: str | Path) -> Path | None:
         return None
     path = Path(name).expanduser()
     if path.is_dir():
-        return gguf_in(path)
+        return gguf_file_in(path)
     return Path(os.path.abspath(path)) if is_gguf(path) else None
 
 
-def holds_no_checkpoints(name: str | Path) -> bool:
+def is_gguf_model(name: str | Path) -> bool:
     """Whether a name stands for one GGUF file, of the catalog or the caller's own."""
     return (_catalog_entry(name) or _gguf_file(name)) is not None
 
 
-def gguf_name(name: str | Path) -> str:
+def gguf_model_name(name: str | Path) -> str:
     """What the model of a GGUF file is called: as in the catalog, else after its directory or file."""
     path = Path(os.path.abspath(Path(name).expanduser()))
     return str(name) if str(name) in CATALOG else path.name if path.is_dir() else path.stem
@@ -239,13 +239,13 @@ def _labelled(folder: Path) -> dict[str, Path]:
     return {config.parent.name: config.parent for config in found}
 
 
-def checkpoints_in(folder: Path) -> dict[int, Path]:
+def checkpoint_folders(folder: Path) -> dict[int, Path]:
     labelled = _labelled(folder)
     return {step: labelled[label] for step, label in by_step(labelled).items()}
 
 
 def _find_checkpoint(folder: Path, checkpoint: int | str) -> Path:
-    labelled, steps, told = _labelled(folder), checkpoints_in(folder), parse_label(checkpoint)
+    labelled, steps, told = _labelled(folder), checkpoint_folders(folder), parse_label(checkpoint)
     if checkpoint in labelled:
         return labelled[str(checkpoint)]
     # A stage that is named is not to be another's step of that number.
@@ -328,7 +328,7 @@ def _cached_revisions(hub_id: str) -> list[str]:
 def _near(name: str) -> str:
     from transformer_lens.supported_models import MODEL_ALIASES, OFFICIAL_MODEL_NAMES
 
-    shipped = [*(model.name for model in list_models()), *WIRED]
+    shipped = [*(model.name for model in list_models()), *CONSTRUCTED_MODELS]
     known = {*shipped, *CATALOG, *OFFICIAL_MODEL_NAMES, *(short for names in MODEL_ALIASES.values() for short in names)}
     lowered = {candidate.lower(): candidate for candidate in sorted(known)}
     near = [lowered[key] for key in difflib.get_close_matches(name.lower(), lowered, n=4)]

@@ -27,7 +27,7 @@ def batch_size_for(model: HookedModel, length: int, with_logits: bool, row_by_ro
     logit_bytes = model.cfg.dtype.itemsize if row_by_row else 4 * LOGIT_COPIES
     row = info.n_heads, length, info.vocab_size if with_logits else 0, logit_bytes
     if placement is not None:
-        return rows_that_fit(placement.plan.activations // 2, *row)
+        return rows_that_fit(placement.activation_bytes // 2, *row)
     most = rows_that_fit(BATCH_BYTES, *row)
     if device_of(model).type == "cpu":
         most = min(most, max(rows_that_fit(CPU_BATCH_BYTES, *row), -(-CPU_BATCH_TOKENS // length)))

@@ -30,15 +30,10 @@ def weights_fingerprint(model: HookedModel) -> str:
     It is computed once per model, and again only when a weight or setting has changed (`_weights_glance`). The weights
     of a model with a device map are hashed once and taken to be unchanged: reading them all again takes too long.
     """
-    placement = placement_of(model)
-    if placement is None:
-        glance = _weights_glance(model)
-        if (known := _FINGERPRINTS.get(model)) is None or known[0] != glance:
-            _FINGERPRINTS[model] = known = (glance, _weights_fingerprint(model))
-        return known[1]
-    if not placement.fingerprints:
-        placement.fingerprints.append(_weights_fingerprint(model))
-    return placement.fingerprints[0]
+    glance = "" if placement_of(model) is not None else _weights_glance(model)
+    if (known := _FINGERPRINTS.get(model)) is None or known[0] != glance:
+        _FINGERPRINTS[model] = known = (glance, _weights_fingerprint(model))
+    return known[1]
 
 
 def _settings(model: HookedModel) -> bytes:

@@ -28,7 +28,7 @@ from transformers import (
 
 from p0circuit import text
 from p0circuit.errors import P0Error
-from p0circuit.models.architecture_edits import FIELD, ArchitectureEdits, new_gates
+from p0circuit.models.architecture_edits import FIELD, ArchitectureEdits, add_gates
 
 ARCHITECTURES = ("llama", "mistral", "gpt2", "qwen3_moe")
 
@@ -207,5 +207,5 @@ def build_model(config: TrainConfig) -> PreTrainedModel:
         return Qwen3MoeForCausalLM(Qwen3MoeConfig(**shared))
     model = LlamaForCausalLM(LlamaConfig(**shared))
     if config.gated_attention:
-        new_gates(model)
+        add_gates(model)
     return model

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from p0circuit.models import load_model
-from p0circuit.models.hooked import available
+from p0circuit.models.hooked import has_hooked_transformer
 
 
 @pytest.fixture(scope="session")
@@ -18,7 +18,7 @@ def family_model(family_folder: Callable[[str], Any]) -> Callable[..., Any]:
     loaded: dict[tuple[Any, ...], Any] = {}
 
     def load(name: str, backend: str = "auto", dtype: torch.dtype = torch.float32) -> Any:
-        if backend == "hooked" and not available():
+        if backend == "hooked" and not has_hooked_transformer():
             pytest.skip("this TransformerLens has no HookedTransformer")
         key = (name, backend, dtype)
         if key not in loaded:

@@ -9,8 +9,7 @@ import jaxtyping
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from benchmarks.memory import PeakMemory
 from p0circuit.interventions import activation_patching as ap
@@ -40,14 +39,14 @@ from p0circuit.models import ModelError, describe, forward, load_model
 from p0circuit.models.constructed.build import wired_model
 from p0circuit.models.constructed.truth import wired_truth
 from p0circuit.models.forward import hook_points
-from p0circuit.models.hooked import available
+from p0circuit.models.hooked import has_hooked_transformer
 from p0circuit.prompts import random_tokens
 from p0circuit.recording import batch_size
 from p0circuit.stats import ratio_interval
 from tests.families import CASES, FAMILIES, VOCAB
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-needs_hooked = pytest.mark.skipif(not available(), reason="this TransformerLens has no HookedTransformer")
+needs_hooked = pytest.mark.skipif(not has_hooked_transformer(), reason="this TransformerLens has no HookedTransformer")
 TOKENS = random_tokens(VOCAB, n=3, length=9, seed=1)
 SHIFT = 4
 PAIR = shift_prompts(TOKENS, SHIFT, VOCAB)
@@ -60,7 +59,7 @@ def load(family_folder):
     models = {}
 
     def loaded(name, backend, dtype=torch.float32):
-        if backend == "hooked" and not available():
+        if backend == "hooked" and not has_hooked_transformer():
             pytest.skip("this TransformerLens has no HookedTransformer")
         key = name, backend, dtype
         if key not in models:
@@ -72,7 +71,7 @@ def load(family_folder):
 
 @pytest.fixture
 def model(load):
-    return load("llama-grouped", "hooked" if available() else "bridge")
+    return load("llama-grouped", "hooked" if has_hooked_transformer() else "bridge")
 
 
 def hooks_on(model) -> int:
@@ -633,7 +632,7 @@ def test_metrics_without_heads_are_refused():
 
 @pytest.mark.parametrize("backend", ["hooked", "bridge"])
 def test_damaged_and_training_models_are_refused(family_folder, backend):
-    if backend == "hooked" and not available():
+    if backend == "hooked" and not has_hooked_transformer():
         pytest.skip("this TransformerLens has no HookedTransformer")
     model = load_model(family_folder("gpt2"), backend)
     patches = pair_patches(model, PAIR, ["mlp.0"])
@@ -652,7 +651,7 @@ def test_damaged_and_training_models_are_refused(family_folder, backend):
 
 
 def test_parallel_blocks_have_no_middle(load):
-    model = load("neox", "hooked" if available() else "bridge")
+    model = load("neox", "hooked" if has_hooked_transformer() else "bridge")
     assert "resid_mid" not in {node.kind for node in patch_components(model, PAIR, SINK).nodes}
     with pytest.raises(InterventionError, match="nothing is between"):
         pair_patches(model, PAIR, ["resid_mid.0"])

@@ -26,7 +26,7 @@ from p0circuit.interventions.pairs import PromptPair, patch_values, shift_prompt
 from p0circuit.models import ModelError, describe, forward
 from p0circuit.models.constructed.build import wired_model
 from p0circuit.models.constructed.truth import wired_truth
-from p0circuit.models.hooked import available
+from p0circuit.models.hooked import has_hooked_transformer
 from p0circuit.prompts import from_ids, random_tokens
 from tests.families import CASES, VOCAB
 
@@ -78,7 +78,7 @@ def prompts(model):
 
 def test_linear_streams_have_exact_estimates_for_replacements_of_any_size():
     # Without MLPs and norms P0's stream is linear: its attention to itself is 1 whatever it computes.
-    if not available():
+    if not has_hooked_transformer():
         pytest.skip("only HookedTransformer can leave out MLPs and norms")
     from transformer_lens import HookedTransformer, HookedTransformerConfig
 

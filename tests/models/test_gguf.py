@@ -18,11 +18,18 @@ from gguf import GGUFReader, GGUFWriter, dequantize
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from p0circuit.models import ModelError, describe, list_checkpoints, load_model, plan_model, stored_model
-from p0circuit.models import gguf as gguf_module
-from p0circuit.models.gguf import check_dense, list_converted, read_header
+from p0circuit.models import (
+    ModelError,
+    describe,
+    gguf as gguf_module,
+    list_checkpoints,
+    load_model,
+    model_placement,
+    stored_model,
+)
+from p0circuit.models.gguf import check_dense, list_converted_models, read_header
 from p0circuit.models.gguf_writer import gguf_weights, interleaved, write_gguf
-from p0circuit.models.hooked import available
+from p0circuit.models.hooked import has_hooked_transformer
 
 KINDS = ["F32", "F16", "Q8_0", "Q4_1"]
 IDS = torch.arange(40)[None] * 3 % 384
@@ -91,7 +98,7 @@ def test_logits_are_those_of_transformers_on_the_same_weights(files: Path, kind:
         files, gguf_file=path.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
     )
     model = load_model(path, device="cpu")
-    assert describe(model).backend == ("hooked" if available() else "bridge")
+    assert describe(model).backend == ("hooked" if has_hooked_transformer() else "bridge")
     with torch.no_grad():
         torch.testing.assert_close(model(IDS), expected(IDS).logits, rtol=0, atol=1e-4)
 
@@ -178,10 +185,10 @@ def test_no_label_means_the_type_of_most_weights(tiny_model_dir: Path, tmp_path:
 
 def test_the_options_of_loading_work_on_a_file(files: Path) -> None:
     path, whole = files / "tiny-Q4_1.gguf", load_model(files / "tiny-Q4_1.gguf", device="cpu")
-    first = load_model(path, device="cpu", layers=2)
+    first = load_model(path, device="cpu", n_layers=2)
     assert describe(first).title == "tiny-Q4_1[:2] (Q4_1)" and describe(first).n_layers == 2
-    plan = plan_model(path, "cpu", device="cpu")
-    assert sum(plan.weights.values()) > 0
+    plan = model_placement(path, "cpu", device="cpu")
+    assert sum(plan.weight_bytes.values()) > 0
     placed = load_model(path, device="cpu", device_map="cpu")
     assert describe(placed).quantisation == "Q4_1"
     with torch.no_grad():
@@ -209,7 +216,7 @@ def test_it_is_converted_once(q4: Path, monkeypatch: pytest.MonkeyPatch) -> None
     # It is the content that counts, not where it lies.
     again = Path(shutil.copy(q4, q4.with_name("other-name.gguf")))
     assert stored_model(again).folders == first.folders and saved == [q4]
-    (entry,) = list_converted()
+    (entry,) = list_converted_models()
     assert (entry["file"], entry["quantisation"]) == ("tiny.gguf", "Q4_1")
     assert entry["bytes"] == sum(path.stat().st_size for path in first.folders[0].iterdir())
 
@@ -246,7 +253,7 @@ def test_old_conversions_make_room(files: Path, monkeypatch: pytest.MonkeyPatch)
         return stored_model(files / f"tiny-{kind}.gguf").folders[0]
 
     old, recent = loaded("F32"), loaded("F16")
-    monkeypatch.setenv("P0CIRCUIT_CACHE_LIMIT", str(list_converted()[0]["bytes"] * 3 // 2))
+    monkeypatch.setenv("P0CIRCUIT_CACHE_LIMIT", str(list_converted_models()[0]["bytes"] * 3 // 2))
     os.utime(old, (time.time() - 7200,) * 2)
     newest = loaded("Q8_0")
     # What was used within the hour may be about to be read.
@@ -441,7 +448,7 @@ def test_smollm2_is_what_transformers_makes_of_the_file(smollm2: Any, smollm2_fi
     info = describe(smollm2)
     assert (info.name, info.title) == ("smollm2-135m", "smollm2-135m (Q4_1)")
     assert (info.n_layers, info.n_heads, info.n_kv_heads, info.d_model) == (30, 9, 3, 576)
-    assert info.backend == ("hooked" if available() else "bridge")
+    assert info.backend == ("hooked" if has_hooked_transformer() else "bridge")
     expected = AutoModelForCausalLM.from_pretrained(
         smollm2_file.parent,
         gguf_file=smollm2_file.name,

@@ -20,14 +20,16 @@ from p0circuit.models import (
     forward,
     list_checkpoints,
     list_models,
+    load as load_module,
     load_model,
     stored_model,
 )
-from p0circuit.models import load as load_module
-from p0circuit.models.hooked import available
+from p0circuit.models.hooked import has_hooked_transformer
 from tests.families import FAMILIES, Family, build, write
 
-needs_hooked = pytest.mark.skipif(not available(), reason="HookedTransformer left TransformerLens with version 4")
+needs_hooked = pytest.mark.skipif(
+    not has_hooked_transformer(), reason="HookedTransformer left TransformerLens with version 4"
+)
 IDS = torch.arange(10)[None]
 PARAMETERS = 96 * 32 + 3 * (4 * 32 * 32 + 3 * 32 * 48 + 2 * 32) + 32
 
@@ -119,10 +121,10 @@ def test_checkpoints_that_do_not_exist(shipped: Path, llama: Path) -> None:
 
 def test_backend_device_dtype(llama: Path) -> None:
     auto = load_model(llama, device="cpu")
-    assert describe(auto).backend == ("hooked" if available() else "bridge")
+    assert describe(auto).backend == ("hooked" if has_hooked_transformer() else "bridge")
     assert describe(load_model(llama, backend="bridge", device="cpu")).backend == "bridge"
     assert not auto.training
-    for backend in ("hooked", "bridge") if available() else ("bridge",):
+    for backend in ("hooked", "bridge") if has_hooked_transformer() else ("bridge",):
         for dtype in (None, torch.float64, torch.bfloat16):
             model = load_model(llama, backend=backend, device="cpu", dtype=dtype)
             assert {weight.dtype for weight in model.parameters()} == {dtype or torch.float32}
@@ -223,7 +225,7 @@ def test_a_conversion_that_goes_wrong_is_seen_in_the_logits(llama: Path, monkeyp
     assert describe(load_model(llama, device="cpu")).backend == "bridge"
 
 
-@pytest.mark.skipif(available(), reason="this TransformerLens has HookedTransformer")
+@pytest.mark.skipif(has_hooked_transformer(), reason="this TransformerLens has HookedTransformer")
 def test_no_hooked_transformer_in_transformer_lens_4(llama: Path) -> None:
     with pytest.raises(ModelError, match="no HookedTransformer any more; use backend='bridge'"):
         load_model(llama, backend="hooked")
@@ -443,7 +445,7 @@ def test_what_would_not_fit_is_refused_before_it_is_read(llama: Path, monkeypatc
     # Half the bytes fit, and so do fewer layers.
     monkeypatch.setattr(load_module, "free_memory", lambda device: whole - 1)
     assert describe(load_model(llama, device="cpu", dtype=torch.bfloat16)).n_layers == 3
-    assert describe(load_model(llama, device="cpu", layers=2)).n_layers == 2
+    assert describe(load_model(llama, device="cpu", n_layers=2)).n_layers == 2
 
 
 def test_free_memory_is_what_the_system_has() -> None:

@@ -23,18 +23,18 @@ from p0circuit.models.constructed.weights import (
     DETECTOR,
     ECHO,
     HEADS,
-    HERRING,
     LAYERS,
     NORM_EPS,
     RECENCY,
     RECOGNITION_HEADS,
+    RED_HERRING,
     SINK_NEURON,
     VOCABULARY,
     purity,
     residual_subspaces,
     wired_weights,
 )
-from p0circuit.models.hooked import available
+from p0circuit.models.hooked import has_hooked_transformer
 from p0circuit.models.info import Positions
 
 POSITIONS: tuple[Positions, ...] = ("rotary", "learned")
@@ -43,7 +43,9 @@ SPACE = residual_subspaces()
 SINKS = [head for _, head in TRUTH.sink_heads]
 Hook = tuple[str, Callable[..., Any]]
 
-needs_hooked = pytest.mark.skipif(not available(), reason="HookedTransformer left TransformerLens with version 4")
+needs_hooked = pytest.mark.skipif(
+    not has_hooked_transformer(), reason="HookedTransformer left TransformerLens with version 4"
+)
 
 
 @pytest.fixture(
@@ -129,7 +131,7 @@ def excess(activations: dict[str, Tensor], position: int = 0) -> float:
 
 
 def kept(length: int = 64) -> Tensor:
-    return torch.tensor(TRUTH.score_kept(length))
+    return torch.tensor(TRUTH.sink_scores(length))
 
 
 # --- step by step -----------------------------------------------------------------------------------------------------
@@ -182,7 +184,7 @@ def test_the_detector_fires_at_p0_alone_and_by_the_formula(model: Any) -> None:
     torch.testing.assert_close(detector, ((high - cosine) / (high - low)).relu(), rtol=0, atol=1e-4)
     assert torch.all(detector[:, 1:] == 0)
     assert detector[:, 0].min() >= 1 and detector[:, 0].max() < 1.05
-    assert torch.equal(activations["blocks.0.mlp.hook_post"][..., HERRING], detector.float())
+    assert torch.equal(activations["blocks.0.mlp.hook_post"][..., RED_HERRING], detector.float())
 
 
 def test_amplification_makes_norm_and_direction(model: Any) -> None:
@@ -230,8 +232,8 @@ def test_no_other_head_is_a_sink(model: Any) -> None:
     assert max(means.values()) < 0.1
     for layer, head in DECOY_HEADS:
         if DECOY_HEADS[layer, head] in ("uniform", "carrier"):
-            assert float(means[layer, head]) == pytest.approx(TRUTH.score_gone(64), abs=1e-5)
-    assert float(scores(activations, layer=0)[:, 1].mean()) == pytest.approx(TRUTH.score_gone(64), abs=1e-5)
+            assert float(means[layer, head]) == pytest.approx(TRUTH.uniform_score(64), abs=1e-5)
+    assert float(scores(activations, layer=0)[:, 1].mean()) == pytest.approx(TRUTH.uniform_score(64), abs=1e-5)
 
 
 def test_the_recent_decoy_attends_alike_in_both_position_schemes(model: Any) -> None:
@@ -259,7 +261,7 @@ def label(knockout: Knockout) -> str:
 @pytest.mark.parametrize("knockout", TRUTH.knockouts, ids=label)
 def test_knockouts_have_the_predicted_effect(model: Any, knockout: Knockout) -> None:
     got = sink_scores(run(model, distinct(8), [silence(node) for node in knockout.nodes]))
-    expected = kept() if knockout.sink_kept else torch.full_like(kept(), TRUTH.score_gone(64))
+    expected = kept() if knockout.sink_remains else torch.full_like(kept(), TRUTH.uniform_score(64))
     torch.testing.assert_close(got, expected.expand_as(got), rtol=0, atol=knockout.tolerance)
 
 
@@ -311,7 +313,7 @@ def test_a_mixed_attention_output_at_p0_ends_the_sink(model: Any) -> None:
     hooks = [put(name, 0, clean[name][:, 20]) for name in (f"blocks.{layer}.hook_attn_out" for layer in (0, 1))]
     mixed = run(model, ids, hooks)
     got = sink_scores(mixed)
-    torch.testing.assert_close(got, torch.full_like(got, TRUTH.score_gone(64)), rtol=0, atol=1e-5)
+    torch.testing.assert_close(got, torch.full_like(got, TRUTH.uniform_score(64)), rtol=0, atol=1e-5)
     assert excess(mixed) < 0.05 * excess(clean)
 
 
@@ -354,7 +356,7 @@ def test_only_the_direction_counts_after_block_1(model: Any) -> None:
 
     turned = run(model, ids, [put(name, 0, residual[:, 20] / norm[:, 20] * norm[:, 0])])
     torch.testing.assert_close(
-        sink_scores(turned), torch.full((16, len(SINKS)), TRUTH.score_gone(64)), rtol=0, atol=1e-5
+        sink_scores(turned), torch.full((16, len(SINKS)), TRUTH.uniform_score(64)), rtol=0, atol=1e-5
     )
     assert excess(turned) < 0.05 * excess(clean)
 
@@ -386,7 +388,7 @@ def test_a_repeated_first_token_shares_the_sink(model: Any, repeats: int) -> Non
 
 def test_a_text_of_one_token_has_no_sink(model: Any) -> None:
     got = sink_scores(run(model, distinct(8)[:, :1].expand(-1, 64)))
-    torch.testing.assert_close(got, torch.full_like(got, TRUTH.score_gone(64)), rtol=0, atol=1e-4)
+    torch.testing.assert_close(got, torch.full_like(got, TRUTH.uniform_score(64)), rtol=0, atol=1e-4)
 
 
 def test_long_repeats_sweep_in_other_tokens(model: Any) -> None:
@@ -482,7 +484,7 @@ def test_brute_force_path_patching_finds_the_true_edges_and_no_others(positions:
     expected = TRUTH.edges if pair == "shifted" else TRUTH.edges | TRUTH.supply_edges
     worst_true = min(expected, key=lambda edge: effects[edge])
     worst_false = max(effects.keys() - expected, key=lambda edge: effects[edge])
-    gone = float(min(before)) - TRUTH.score_gone(length)
+    gone = float(min(before)) - TRUTH.uniform_score(length)
     assert effects[worst_true] > 0.99 * gone, worst_true
     assert effects[worst_false] < 0.01 * gone, worst_false
 
@@ -498,7 +500,7 @@ def test_supply_edges_matter_only_when_nothing_is_supplied(model: Any) -> None:
         torch.testing.assert_close(got, kept().expand_as(got), rtol=0, atol=1e-3)
         nothing = receive(weights, clean, receiver, -here)
         got = sink_scores(run(model, ids, [nothing]))
-        torch.testing.assert_close(got, torch.full_like(got, TRUTH.score_gone(64)), rtol=0, atol=1e-5)
+        torch.testing.assert_close(got, torch.full_like(got, TRUTH.uniform_score(64)), rtol=0, atol=1e-5)
 
 
 # --- one set of weights, several doors --------------------------------------------------------------------------------
@@ -562,6 +564,6 @@ def test_what_cannot_be_built_is_refused_in_words() -> None:
             build("alibi")
     with pytest.raises(ModelError, match=r"'hoked'.*'auto', 'bridge'"):
         wired_model(backend="hoked")
-    if not available():
+    if not has_hooked_transformer():
         with pytest.raises(ModelError, match=r"'hooked' cannot be had.*transformer-lens<4"):
             wired_model(backend="hooked")

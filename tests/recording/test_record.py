@@ -16,7 +16,7 @@ from torch import Tensor
 
 from p0circuit.models import forward, load_model
 from p0circuit.models.forward import hook_point
-from p0circuit.models.hooked import available
+from p0circuit.models.hooked import has_hooked_transformer
 from p0circuit.prompts import PromptSet, from_ids, random_tokens
 from p0circuit.recording import fingerprint, quantities
 from p0circuit.recording.cache import Cache
@@ -27,7 +27,7 @@ from tests.families import LAYERS, VOCAB, write
 from tests.literal import cosine, loss, norm, over_others, run_with_cache, score
 
 LENGTH = 9
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 # Grouped-query attention with rotation, a window, and learned positions with biases.
 CASES = [(family, backend) for family in ("llama-grouped", "mistral", "gpt2") for backend in ("hooked", "bridge")]
 
@@ -40,7 +40,7 @@ def model(request: pytest.FixtureRequest, family_model: Callable[[str, str], Any
 @pytest.fixture
 def llama(family_model: Callable[[str, str], Any]) -> Any:
     """A model to change: of its own, since those of `family_model` are shared."""
-    return family_model("llama-grouped", "hooked" if available() else "bridge")
+    return family_model("llama-grouped", "hooked" if has_hooked_transformer() else "bridge")
 
 
 @pytest.fixture
@@ -171,13 +171,13 @@ def halve(activation: Tensor, hook: Any) -> Tensor:
 def test_a_hooked_model_is_recorded_as_it_is_and_the_cache_left_alone(
     model: Any, prompts: PromptSet, permanent: bool
 ) -> None:
-    clean = record(model, prompts, quantities.NORM_RATIO)
+    clean = record(model, prompts, [quantities.NORM_RATIO])
     before = Cache().entries()
     point = hook_point(model, "blocks.1.hook_mlp_out")
     point.add_hook(halve, is_permanent=permanent)
     try:
         assert fingerprint.has_hooks(model)
-        edited = record(model, prompts, quantities.NORM_RATIO)
+        edited = record(model, prompts, [quantities.NORM_RATIO])
         _, cache = run_with_cache(model, prompts.ids[0])
     finally:
         point.remove_hooks(including_permanent=True)
@@ -187,7 +187,7 @@ def test_a_hooked_model_is_recorded_as_it_is_and_the_cache_left_alone(
     same, other = edited[quantities.NORM_RATIO][:, :2], edited[quantities.NORM_RATIO][:, 2:]
     assert torch.equal(same, clean[quantities.NORM_RATIO][:, :2])
     assert (other - clean[quantities.NORM_RATIO][:, 2:]).abs().min() > 1e-4
-    again = record(model, prompts, quantities.NORM_RATIO)
+    again = record(model, prompts, [quantities.NORM_RATIO])
     assert again.cached and torch.equal(again[quantities.NORM_RATIO], clean[quantities.NORM_RATIO])
 
 
@@ -205,9 +205,9 @@ class Scale:
 def test_an_intervention_meets_its_own_rows_before_they_are_recorded(llama: Any, prompts: PromptSet) -> None:
     factors = torch.tensor([1.0, 2.0, 0.5, 3.0])
     quantity = quantities.ATTENTION_OUT_NORMS
-    clean = record(llama, prompts, quantity)[quantity][:, 0]
+    clean = record(llama, prompts, quantity)[:, 0]
     for size in (1, 3, 4):
-        edited = record(llama, prompts, quantity, batch_size=size, interventions=[Scale(prompts, factors)])
+        edited = record(llama, prompts, [quantity], batch_size=size, interventions=[Scale(prompts, factors)])
         assert not edited.cached
         torch.testing.assert_close(edited[quantity][:, 0], clean * factors[:, None])
     with pytest.raises(ValueError, match="made for other prompts"):
@@ -290,7 +290,7 @@ def test_a_reduction_without_source_is_refused_unless_nothing_is_cached(llama: A
     quantity = Quantity("sum", ("hook_mlp_out",), eval("lambda activation, batch: activation.sum((1, 2))"))
     with pytest.raises(ValueError, match=r"'sum' cannot be told from another.*cache=None"):
         record(llama, prompts, quantity)
-    assert record(llama, prompts, quantity, cache=None)[quantity].shape == (4, LAYERS)
+    assert record(llama, prompts, quantity, cache=None).shape == (4, LAYERS)
 
 
 @pytest.mark.parametrize(
@@ -300,7 +300,7 @@ def test_a_reduction_without_source_is_refused_unless_nothing_is_cached(llama: A
 def test_every_weight_that_matters_is_in_the_fingerprint(
     family: str, backend: str, family_folder: Callable[[str], Path]
 ) -> None:
-    if backend == "hooked" and not available():
+    if backend == "hooked" and not has_hooked_transformer():
         pytest.skip("HookedTransformer left TransformerLens with version 4")
     model = load_model(family_folder(family), backend=backend)
     ids = torch.arange(12)[None]
@@ -327,7 +327,7 @@ def test_weights_are_hashed_once_and_again_when_any_of_them_changed(
     model = load_model("p0-nano")
     before = weights_fingerprint(model)
     assert weights_fingerprint(model) == before and len(hashed) == 1
-    weight = model.embed.W_E if available() else next(w for w in model.parameters() if w.numel() > 2**17)
+    weight = model.embed.W_E if has_hooked_transformer() else next(w for w in model.parameters() if w.numel() > 2**17)
     bias = next(w for w in model.parameters() if w.ndim < 2)
     assert weight.nbytes > fingerprint._SMALL_BYTES
 
@@ -354,7 +354,7 @@ def test_weights_are_hashed_once_and_again_when_any_of_them_changed(
 
 @pytest.mark.parametrize("backend", ["hooked", "bridge"])
 def test_settings_count_and_names_do_not(backend: str, tmp_path: Path) -> None:
-    if backend == "hooked" and not available():
+    if backend == "hooked" and not has_hooked_transformer():
         pytest.skip("HookedTransformer left TransformerLens with version 4")
     rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 300.0}}
     changes = [{}, {"rms_norm_eps": 0.1}, rope, {"hidden_act": "relu"}]
@@ -388,7 +388,7 @@ for rows, length in ((4, 512), (1, 2048)):
 def test_a_sink_map_holds_the_attention_of_one_layer_only(tmp_path: Path) -> None:
     shape = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "max_position_embeddings": 2048}
     folders = [write("llama", tmp_path / str(layers), num_hidden_layers=layers, **shape) for layers in (2, 12)]
-    backends = ["bridge", *["hooked"] * available()]
+    backends = ["bridge", *["hooked"] * has_hooked_transformer()]
     # Large blocks go back to the system as soon as they are freed, so that the peak is that of live memory.
     env = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_TRIM_THRESHOLD_": "0"}
     command = [sys.executable, "-c", MEASURE, " ".join(backends), *map(str, folders)]

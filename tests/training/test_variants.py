@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from p0circuit.models import ModelError, describe, forward, load_model
 from p0circuit.models.architecture_edits import ArchitectureEdits, edit_hf_model, gates_of, reserve_channels
-from p0circuit.models.hooked import available
+from p0circuit.models.hooked import has_hooked_transformer
 from p0circuit.prompts import from_ids
 from p0circuit.recording.fingerprint import weights_fingerprint
 from p0circuit.recording.quantities import SINK_SCORE
@@ -19,7 +19,7 @@ from p0circuit.recording.record import record
 from p0circuit.training.trainer import save_model
 from p0circuit.training.variants import VARIANTS, TrainConfig, build_model
 
-BACKENDS = ["hooked", "bridge"] if available() else ["bridge"]
+BACKENDS = ["hooked", "bridge"] if has_hooked_transformer() else ["bridge"]
 SMALL = {"layers": 3, "d_model": 32, "heads": 4, "d_mlp": 48, "vocab_size": 64}
 IDS = torch.randint(0, 64, (3, 12), generator=torch.Generator().manual_seed(0))
 
@@ -89,7 +89,7 @@ def test_the_change_matters_and_is_part_of_the_fingerprint(tmp_path):
             assert (forward(changed, IDS) - forward(plain, IDS)).abs().max() > 0.01
         assert weights_fingerprint(changed) != weights_fingerprint(plain)
         prompts = from_ids(IDS, torch.ones_like(IDS, dtype=torch.bool), 64)
-        scores = [record(model, prompts, SINK_SCORE)[SINK_SCORE] for model in (changed, plain)]
+        scores = [record(model, prompts, SINK_SCORE) for model in (changed, plain)]
         assert not torch.equal(*scores)
 
 

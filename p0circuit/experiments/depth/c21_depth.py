@@ -41,11 +41,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-class Depth(Experiment):
+class Depth(Experiment[DepthConfig]):
     """The blocks of the circuit, the stages of P0's stream, and who writes and erases them."""
 
     id = "depth"
     title = "Depth of the circuit"
+    config_type = DepthConfig
     claim = Claim(
         id="C21",
         title="Depth",
@@ -60,9 +61,6 @@ class Depth(Experiment):
         ),
         control="Untrained weights, shuffled neurons and a model without read-out: no sink, no depth.",
     )
-
-    def __init__(self, config: DepthConfig = DepthConfig()) -> None:
-        super().__init__(config)
 
     def passes(self, model: HookedModel, prompts: PromptSet) -> float:
         measured = min(second_half(prompts), self.config.samples)
@@ -98,12 +96,15 @@ class Depth(Experiment):
             "stages": stages_table(located),
             "roles": roles_table(roles),
         }
-        figures = {
-            "depth": draw_depth(
-                tables["depths"], tables["curves"], tables["stages"], tables["roles"], info.title, located.pair.clean.n
-            )
-        }
-        return Result(self.id, self.title, metrics, tables, figures, notes=notes)
+        return Result(self.id, self.title, metrics, tables, notes=notes)
+
+    def draw(self, result: Result) -> dict[str, Figure]:
+        """Draw norm, direction, sink heads and what is left: layers from left to right, stages shaded."""
+        from p0circuit.figures.depth import depth_figure
+
+        depths, curves, stages, roles = (result.tables[name] for name in ("depths", "curves", "stages", "roles"))
+        n = result.metrics["circuit_depth"].n
+        return {"depth": depth_figure(depths, curves, stages, roles, result.model_title, n)}
 
 
 def depths_by_seed(located: Located, prompts: PromptSet) -> dict[str, int]:
@@ -211,12 +212,3 @@ def _role_note(role: Role) -> str:
         f"stage {role.stage} is written by {role.node}: without its output at P0 {role.effect} of the excess score of "
         f"the stage's heads goes{neurons}"
     )
-
-
-def draw_depth(
-    depths: pd.DataFrame, curves: pd.DataFrame, stages: pd.DataFrame, roles: pd.DataFrame, model: str, n: int
-) -> Figure:
-    """Norm and consistency, sink heads, and what is left of the sink: layers from left to right, stages shaded."""
-    from p0circuit.figures.depth import depth_figure
-
-    return depth_figure(depths, curves, stages, roles, model, n)

@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from p0circuit.experiments.base import Experiment, NotApplicable, is_large
+from p0circuit.experiments.base import Experiment, NotApplicable, is_large, second_half
 from p0circuit.experiments.claim import Claim, Criterion
 from p0circuit.experiments.depth.curves import excess_above, shifted_values
-from p0circuit.experiments.depth.locator import DepthConfig, Located, locate, quick_config
+from p0circuit.experiments.depth.locator import DepthConfig, Located, locate, passes_of_locator, quick_config
 from p0circuit.experiments.depth.runs import RowRuns, put_at_p0, row_batches
 from p0circuit.hooked_model import HookedModel
 from p0circuit.models import ModelInfo, describe, device_of
 from p0circuit.prompts import PromptSet
 from p0circuit.results import Result
-from p0circuit.stats import bootstrap, ratio_interval, ratio_of_means
+from p0circuit.stats import Interval, bootstrap, ratio_interval, ratio_of_means
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,11 +32,12 @@ if TYPE_CHECKING:
 _FREE, _MIXED = "later blocks free", "P0 mixed in later blocks"
 
 
-class RecognisedAgain(Experiment):
+class RecognisedAgain(Experiment[DepthConfig]):
     """What later blocks rebuild of the sink, with and without recognition in them."""
 
     id = "recognised-again"
     title = "Recognised again"
+    config_type = DepthConfig
     claim = Claim(
         id="C22",
         title="Recognised again",
@@ -49,12 +50,11 @@ class RecognisedAgain(Experiment):
         control="Untrained weights, shuffled neurons and a model without read-out.",
     )
 
-    def __init__(self, config: DepthConfig = DepthConfig()) -> None:
-        super().__init__(config)
-
     def passes(self, model: HookedModel, prompts: PromptSet) -> float:
-        # The curves are those of C21. One run of the later blocks and the shifted run come on top.
-        return 3 * min(prompts.n - round(prompts.n / 2), self.config.samples) / prompts.n
+        # After C21 the curves are in the cache, and only the last term is left: one run of the later blocks, one clean
+        # and one shifted run.
+        measured = min(second_half(prompts), self.config.samples)
+        return passes_of_locator(model, prompts, self.config) + 3 * measured / prompts.n
 
     def quick(self, info: ModelInfo) -> RecognisedAgain:
         return RecognisedAgain(quick_config(self.config, 8)) if is_large(info) else self
@@ -84,7 +84,16 @@ class RecognisedAgain(Experiment):
             [{"run": name, "block": depth - 1, **interval.to_json()} for name, interval in left.items()]
         )
         notes = [located.sink.note, f"circuit depth {depth}: the stream is replaced after block {depth - 1}"]
-        return Result(self.id, self.title, metrics, {"left": table}, {"left": _draw(left, model)}, notes=notes)
+        return Result(self.id, self.title, metrics, {"left": table}, notes=notes)
+
+    def draw(self, result: Result) -> dict[str, Figure]:
+        """Draw what is left with later blocks free and mixed."""
+        from p0circuit.figures.intervals import intervals
+
+        lines = result.tables["left"].to_dict("records")
+        left = {str(line["run"]): Interval(line["value"], line["low"], line["high"], line["n"]) for line in lines}
+        title = f"{result.model_title}: what later blocks rebuild (n = {lines[0]['n']}, 95 % intervals)"
+        return {"left": intervals({"Share of the sink left": left}, title, ["share of the excess score"])}
 
 
 @torch.no_grad()
@@ -102,11 +111,3 @@ def replaced_and_mixed(model: HookedModel, located: Located, depth: int) -> torc
         ]
         parts.append(batch.run(model, clean, batch.with_p0(streams[depth], shifted[:, depth - 1]), depth, hooks))
     return torch.cat(parts)
-
-
-def _draw(left: dict, model: HookedModel) -> Figure:
-    from p0circuit.figures.intervals import intervals
-
-    n = next(iter(left.values())).n
-    title = f"{describe(model).title}: what later blocks rebuild (n = {n}, 95 % intervals)"
-    return intervals({"Share of the sink left": left}, title, ["share of the excess score"])

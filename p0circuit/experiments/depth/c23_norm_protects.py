@@ -37,11 +37,12 @@ if TYPE_CHECKING:
 _FREE, _SCALED = "later writes as they are", "later writes scaled alike"
 
 
-class NormProtects(Experiment):
+class NormProtects(Experiment[DepthConfig]):
     """P0's norm cut at the start of each stage, with later writes as they are and scaled alike."""
 
     id = "norm-protects"
     title = "Norm protects the direction"
+    config_type = DepthConfig
     claim = Claim(
         id="C23",
         title="Norm protects the direction",
@@ -57,13 +58,10 @@ class NormProtects(Experiment):
         control="Untrained weights, shuffled neurons and a model without read-out.",
     )
 
-    def __init__(self, config: DepthConfig = DepthConfig()) -> None:
-        super().__init__(config)
-
     def passes(self, model: HookedModel, prompts: PromptSet) -> float:
         # For each stage one clean run and two of the blocks after its first depth.
-        stages = 2 if describe(model).n_layers >= 12 else 1
-        return stages * 2.2 * min(prompts.n - round(prompts.n / 2), self.config.samples) / prompts.n
+        runs = 2 * 2.5 if describe(model).n_layers >= 12 else 1.5
+        return runs * min(prompts.n - round(prompts.n / 2), self.config.samples) / prompts.n
 
     def quick(self, info: ModelInfo) -> NormProtects:
         return NormProtects(quick_config(self.config, 8)) if is_large(info) else self
@@ -75,7 +73,7 @@ class NormProtects(Experiment):
         located = staged_sink(model, prompts, self.config)
         if not located.stages:
             raise NotApplicable("P0 has one direction at no depth that a sink head reads: there is no stage")
-        lines, panels, by_stage = [], {}, []
+        lines, by_stage = [], []
         for number, stage in enumerate(located.stages, 1):
             unchanged, free, scaled = norm_cut(model, located, stage.first)
             heads = [head for head in located.sink.heads if head[0] >= stage.first]
@@ -85,7 +83,6 @@ class NormProtects(Experiment):
             left = {_FREE: ratio_interval(with_free, clean), _SCALED: ratio_interval(with_scaled, clean)}
             difference = bootstrap(np.stack([with_scaled - with_free, clean], axis=1), ratio_of_means)
             by_stage.append((left, difference))
-            panels[f"Stage {number}, cut {stage.blocks.split(' to ')[0]}"] = left
             lines += [
                 {"stage": number, "depth": stage.first, "run": name, **interval.to_json()}
                 for name, interval in left.items()
@@ -101,9 +98,21 @@ class NormProtects(Experiment):
             located.sink.note,
             f"the stage where P0's norm is largest is stage {largest + 1}, {located.stages[largest].blocks}",
         ]
-        return Result(
-            self.id, self.title, metrics, {"left": pd.DataFrame(lines)}, {"left": _draw(panels, model)}, notes=notes
-        )
+        return Result(self.id, self.title, metrics, {"left": pd.DataFrame(lines)}, notes=notes)
+
+    def draw(self, result: Result) -> dict[str, Figure]:
+        """Draw what is left at each stage."""
+        from p0circuit.figures.intervals import intervals
+
+        panels = {}
+        for stage, lines in result.tables["left"].groupby("stage"):
+            panels[f"Stage {stage}, cut after block {int(lines['depth'].iloc[0]) - 1}"] = {
+                str(line["run"]): Interval(line["value"], line["low"], line["high"], line["n"])
+                for line in lines.to_dict("records")
+            }
+        n = int(result.tables["left"]["n"].min())
+        title = f"{result.model_title}: P0's norm cut to the others' median (n = {n}, 95 % intervals)"
+        return {"left": intervals(panels, title, ["share of the excess left"] * len(panels))}
 
 
 @torch.no_grad()
@@ -136,11 +145,3 @@ def norm_cut(model: HookedModel, located: StagedSink, depth: int) -> tuple[Exces
         free.append(batch.run(model, clean, start, depth))
         scaled.append(batch.run(model, clean, start, depth, hooks))
     return torch.cat(unchanged), torch.cat(free), torch.cat(scaled)
-
-
-def _draw(panels: dict[str, dict[str, Interval]], model: HookedModel) -> Figure:
-    from p0circuit.figures.intervals import intervals
-
-    n = next(iter(next(iter(panels.values())).values())).n
-    title = f"{describe(model).title}: P0's norm cut to the others' median (n = {n}, 95 % intervals)"
-    return intervals(panels, title, ["share of the excess left"] * len(panels))

@@ -15,14 +15,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from p0circuit.experiments.base import Experiment, NotApplicable
 from p0circuit.experiments.claim import Claim, Criterion
 from p0circuit.experiments.conditions import text_as_it_is, with_and_without_bos
-from p0circuit.experiments.sink_under_study import excess_by_head, find_sink_heads, over_heads
+from p0circuit.experiments.sink_under_study import excess_by_head, mean_over_heads, studied_sink
 from p0circuit.hooked_model import HookedModel
-from p0circuit.models import describe
 from p0circuit.prompts import WITH_BOS, WITHOUT_BOS, PromptSet, bos_id
 from p0circuit.results import Result
 from p0circuit.sink import least_excess
@@ -46,11 +43,12 @@ class FirstOrBosConfig:
     position: int = 16
 
 
-class FirstOrBos(Experiment):
+class FirstOrBos(Experiment[FirstOrBosConfig]):
     """Where attention goes with BOS at P0, twice, at a later position, and without it."""
 
     id = "first-or-bos"
     title = "First or BOS"
+    config_type = FirstOrBosConfig
     claim = Claim(
         id="C24",
         title="First or BOS",
@@ -60,9 +58,6 @@ class FirstOrBos(Experiment):
         criteria=(Criterion("p0_with_bos_later_over_without_bos", ">=", HALF),),
         control="Untrained weights, shuffled neurons; the score of position 16 without BOS.",
     )
-
-    def __init__(self, config: FirstOrBosConfig = FirstOrBosConfig()) -> None:
-        super().__init__(config)
 
     def passes(self, model: HookedModel, prompts: PromptSet) -> float:
         return 4 * (prompts.n - round(prompts.n / 2)) / prompts.n
@@ -77,14 +72,14 @@ class FirstOrBos(Experiment):
         text = text_as_it_is(model, prompts)
         if not bool(text.attention_mask.all()) or text.length <= m + 8:
             raise NotApplicable(f"needs rows without padding of more than {m + 8} tokens, got {text.length}")
-        sink = find_sink_heads(model, prompts)
+        sink = studied_sink(model, prompts)
         rows = text_as_it_is(model, sink.prompts)
         forms = forms_of(model, rows, bos, m)
         lines, excess = [], {}
         for name, form in forms.items():
             scores = excess_by_head(model, form, offsets=(0, m))
             for offset in (0, m):
-                excess[name, offset] = over_heads(scores[offset], sink.heads)
+                excess[name, offset] = mean_over_heads(scores[offset], sink.heads)
                 lines.append({"form": name, "position": offset, **bootstrap(excess[name, offset]).to_json()})
         metrics: dict[str, Interval] = {
             f"excess_of_p0_{key}": bootstrap(excess[name, 0])
@@ -109,8 +104,21 @@ class FirstOrBos(Experiment):
         notes = [sink.note, *(f"{kind}: {_in_words(share)}" for kind, share in bound.items())]
         if "position-bound" not in bound:
             notes.append("without BOS there is no sink at P0, so there is none for the position to keep: counted as 0")
-        figure = _draw(lines, model, m)
-        return Result(self.id, self.title, metrics, {"forms": pd.DataFrame(lines)}, {"forms": figure}, notes=notes)
+        return Result(self.id, self.title, metrics, {"forms": pd.DataFrame(lines)}, notes=notes)
+
+    def draw(self, result: Result) -> dict[str, Figure]:
+        """Draw the excess scores of P0 and of position m in the four forms."""
+        from p0circuit.figures.intervals import intervals
+
+        panels = {}
+        for offset, lines in result.tables["forms"].groupby("position"):
+            panels[f"Excess score of {'P0' if offset == 0 else f'position {offset}'}"] = {
+                str(line["form"]): Interval(line["value"], line["low"], line["high"], line["n"])
+                for line in lines.to_dict("records")
+            }
+        n, m = int(result.tables["forms"]["n"].min()), int(result.tables["forms"]["position"].max())
+        title = f"{result.model_title}: first or BOS (m = {m}, n = {n}, 95 % intervals)"
+        return {"forms": intervals(panels, title, ["excess score", "excess score"])}
 
 
 def forms_of(model: HookedModel, text: PromptSet, bos: int, m: int) -> dict[str, PromptSet]:
@@ -125,19 +133,3 @@ def forms_of(model: HookedModel, text: PromptSet, bos: int, m: int) -> dict[str,
 def _in_words(share: Interval) -> str:
     verdict = "yes" if share.low >= HALF else "no" if share.high < HALF else "open"
     return f"{verdict} ({share} is left)"
-
-
-def _draw(lines: list[dict], model: HookedModel, m: int) -> Figure:
-    from p0circuit.figures.intervals import intervals
-
-    panels = {
-        f"Excess score of {'P0' if offset == 0 else f'position {m}'}": {
-            line["form"]: Interval(*(line[key] for key in ("value", "low", "high", "n")))
-            for line in lines
-            if line["position"] == offset
-        }
-        for offset in (0, m)
-    }
-    n = int(np.min([line["n"] for line in lines]))
-    title = f"{describe(model).title}: first or BOS (m = {m}, n = {n}, 95 % intervals)"
-    return intervals(panels, title, ["excess score", "excess score"])

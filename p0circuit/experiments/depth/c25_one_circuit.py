@@ -18,9 +18,8 @@ from p0circuit.experiments.base import Experiment, NotApplicable
 from p0circuit.experiments.claim import Claim, Criterion
 from p0circuit.experiments.depth.locator import DepthConfig
 from p0circuit.experiments.depth.stages import Stage, find_stages
-from p0circuit.experiments.sink_under_study import find_sink_heads
+from p0circuit.experiments.sink_under_study import studied_sink
 from p0circuit.hooked_model import HookedModel
-from p0circuit.models import describe
 from p0circuit.prompts import PromptSet
 from p0circuit.recording.quantities import NORM_RATIO, residual_at
 from p0circuit.recording.record import record
@@ -28,15 +27,17 @@ from p0circuit.results import Result
 from p0circuit.stats import Interval, bootstrap
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.figure import Figure
 
+    pass
 
-class OneCircuit(Experiment):
+
+class OneCircuit(Experiment[DepthConfig]):
     """The directions of the stages, compared."""
 
     id = "one-circuit"
     title = "One circuit or several"
+    config_type = DepthConfig
     claim = Claim(
         id="C25",
         title="One circuit",
@@ -47,9 +48,6 @@ class OneCircuit(Experiment):
         control="Untrained weights, shuffled neurons and a model without read-out.",
     )
 
-    def __init__(self, config: DepthConfig = DepthConfig()) -> None:
-        super().__init__(config)
-
     def passes(self, model: HookedModel, prompts: PromptSet) -> float:
         return 0.0  # all of it is in the clean recording
 
@@ -57,7 +55,7 @@ class OneCircuit(Experiment):
         """Raises NotApplicable where there is no sink or no stage."""
         import pandas as pd
 
-        sink = find_sink_heads(model, prompts)
+        sink = studied_sink(model, prompts)
         recording = record(model, sink.prompts, [residual_at(), NORM_RATIO])
         streams = recording[residual_at()].double().numpy()
         stages = find_stages(streams, recording[NORM_RATIO].double().mean(0).numpy(), sink.heads)
@@ -78,9 +76,15 @@ class OneCircuit(Experiment):
         if len(stages) == 1:
             notes.append("there is one stage, so its direction is that of all")
         table = pd.DataFrame(lines)
-        return Result(
-            self.id, self.title, metrics, {"cosines": table}, {"cosines": _draw(table, model, n)}, notes=notes
-        )
+        return Result(self.id, self.title, metrics, {"cosines": table}, notes=notes)
+
+    def draw(self, result: Result) -> dict[str, Figure]:
+        """Draw the cosines between the directions of all stages."""
+        from p0circuit.figures.maps import heat_maps
+
+        square = result.tables["cosines"].pivot(index="stage", columns="other", values="cosine").to_numpy()
+        title = f"{result.model_title}: cosine between the stages' directions (n = {result.metrics['stages'].n})"
+        return {"cosines": heat_maps({"stages": square}, title, "cosine", x_label="stage")}
 
 
 def cosine_of(streams: Float[np.ndarray, "sample depth d_model"], first: Stage, last: Stage) -> Interval:
@@ -96,11 +100,3 @@ def cosine_of(streams: Float[np.ndarray, "sample depth d_model"], first: Stage, 
         return (one * other).sum(-1) / np.linalg.norm(one, axis=-1) / np.linalg.norm(other, axis=-1)
 
     return bootstrap(np.stack(units, axis=1), cosine)
-
-
-def _draw(table: pd.DataFrame, model: HookedModel, n: int) -> Figure:
-    from p0circuit.figures.maps import heat_maps
-
-    square = table.pivot(index="stage", columns="other", values="cosine").to_numpy()
-    title = f"{describe(model).title}: cosine between the stages' directions (n = {n})"
-    return heat_maps({"stages": square}, title, "cosine")

@@ -11,7 +11,7 @@ from jaxtyping import Float
 
 from p0circuit.experiments.depth.curves import CURVES, Curves, excess_above, measure_curves, passes_of_curves
 from p0circuit.experiments.depth.stages import Stage, consistencies, find_stages
-from p0circuit.experiments.sink_under_study import SinkHeads, find_sink_heads
+from p0circuit.experiments.sink_under_study import StudiedSink, studied_sink
 from p0circuit.experiments.surgery import require_attention
 from p0circuit.hooked_model import HookedModel
 from p0circuit.interventions.pairs import PromptPair, shifted_pair
@@ -52,7 +52,7 @@ class StagedSink:
         consistency: how alike the samples' directions are at every depth.
     """
 
-    sink: SinkHeads
+    sink: StudiedSink
     measured: PromptSet
     stages: list[Stage]
     norm_ratios: Float[np.ndarray, " depth"]
@@ -74,7 +74,7 @@ class Located:
     curves: Curves
 
     @property
-    def sink(self) -> SinkHeads:
+    def sink(self) -> StudiedSink:
         """The sink heads and the prompts that they were not chosen on."""
         return self.staged.sink
 
@@ -134,7 +134,7 @@ def staged_sink(model: HookedModel, prompts: PromptSet, config: DepthConfig = De
     Raises:
         NotApplicable: there is no sink.
     """
-    sink = find_sink_heads(model, prompts)
+    sink = studied_sink(model, prompts)
     recording = record(model, sink.prompts, [residual_at(), NORM_RATIO])
     streams = recording[residual_at()].double().numpy()
     norm_ratios = recording[NORM_RATIO].double().mean(0).numpy()

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from p0circuit.experiments.depth.stages import Stage
-from p0circuit.experiments.sink_under_study import excess_by_head, over_heads
+from p0circuit.experiments.sink_under_study import excess_by_head, mean_over_heads
 from p0circuit.hooked_model import HookedModel
 from p0circuit.interventions.ablation import ablate
 from p0circuit.interventions.nodes import InterventionError, Node, components
@@ -78,7 +78,7 @@ def find_roles(model: HookedModel, pair: PromptPair, stages: Sequence[Stage]) ->
     roles: list[Role] = []
     nodes = components(model)
     clean, shifted = values_at(model, pair.clean, nodes), values_at(model, pair.shifted, nodes, pair.position)
-    streams = record(model, pair.clean, residual_at())[residual_at()].double().numpy()
+    streams = record(model, pair.clean, residual_at()).double().numpy()
     excess = excess_by_head(model, pair.clean)[0]
     n_layers = describe(model).n_layers
     for number, stage in enumerate(stages, 1):
@@ -89,10 +89,10 @@ def find_roles(model: HookedModel, pair: PromptPair, stages: Sequence[Stage]) ->
         start = 0 if number == 1 else stages[number - 2].last
         before = [node for node in nodes if node.kind != "embed" and start <= node.layer < peak]
         after = [node for node in nodes if node.kind != "embed" and peak <= node.layer < stop]
-        own = over_heads(excess, stage.heads)
+        own = mean_over_heads(excess, stage.heads)
         writers = sorted(before, key=lambda node: -float(along[node].mean()))[:CANDIDATES]
         for node in writers:
-            patched = over_heads(
+            patched = mean_over_heads(
                 excess_by_head(model, pair.clean, [ablate(model, pair.clean, [node], shifted)])[0], stage.heads
             )
             share, effect = ratio_interval(along[node], projection), ratio_interval(own - patched, own)
@@ -104,7 +104,7 @@ def find_roles(model: HookedModel, pair: PromptPair, stages: Sequence[Stage]) ->
                 continue
             patch = ablate(model, pair.clean, [node], shifted)
             depth = node.layer + 1
-            patched = record(model, pair.clean, residual_at(), interventions=[patch])[residual_at()].double().numpy()
+            patched = record(model, pair.clean, residual_at(), interventions=[patch]).double().numpy()
             own_projection, without = streams[:, depth] @ stage.direction, patched[:, depth] @ stage.direction
             roles.append(
                 Role(
@@ -147,7 +147,7 @@ def _neurons(
     for count in COUNTS:
         chosen = [neurons[index] for index in order[:count]]
         patch = ablate(model, pair.clean, chosen, {neuron: shifted[neuron] for neuron in chosen})
-        patched = over_heads(excess_by_head(model, pair.clean, [patch])[0], stage.heads)
+        patched = mean_over_heads(excess_by_head(model, pair.clean, [patch])[0], stage.heads)
         if (own - patched).mean() >= OF_THE_EFFECT * effect * own.mean():
             return tuple(map(str, chosen))
     return ()

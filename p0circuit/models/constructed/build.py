@@ -22,7 +22,7 @@ from p0circuit.models.constructed.weights import (
     Weights,
     wired_weights,
 )
-from p0circuit.models.hooked import available, to_hooked
+from p0circuit.models.hooked import has_hooked_transformer, to_hooked
 from p0circuit.models.info import ModelError, Positions
 
 
@@ -92,8 +92,8 @@ def model_from_weights(
         ModelError: for a backend that cannot be had.
     """
     if backend == "auto":
-        backend = "hooked" if available() else "bridge"
-    if backend != "bridge" and not (backend == "hooked" and available()):
+        backend = "hooked" if has_hooked_transformer() else "bridge"
+    if backend != "bridge" and not (backend == "hooked" and has_hooked_transformer()):
         raise ModelError(
             f"backend={backend!r} cannot be had here: expected 'auto', 'bridge', or (with transformer-lens<4) 'hooked'"
         )

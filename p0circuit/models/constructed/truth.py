@@ -13,9 +13,9 @@ from p0circuit.models.constructed.weights import (
     DECOY_HEADS,
     DETECTOR,
     HEADS,
-    HERRING,
     LAYERS,
     RECOGNITION_HEADS,
+    RED_HERRING,
     SINK_NEURON,
     SINK_STRENGTHS,
     Edge,
@@ -31,7 +31,7 @@ class Knockout:
     """Components set to zero at P0, and whether the sink is kept then, or gone (attention uniform)."""
 
     nodes: tuple[str, ...]
-    sink_kept: bool
+    sink_remains: bool
     tolerance: float
 
 
@@ -58,13 +58,13 @@ class WiredTruth:
     p0_direction: Float[Tensor, " d_model"]
     knockouts: tuple[Knockout, ...]
 
-    def score_kept(self, length: int) -> tuple[float, ...]:
+    def sink_scores(self, length: int) -> tuple[float, ...]:
         """Sink score of each sink head, in order, over `length` tokens of which only P0 is recognised."""
         return tuple(
             sum(1 / (1 + t * math.exp(-strength)) for t in range(length)) / length for strength in self.sink_strengths
         )
 
-    def score_gone(self, length: int) -> float:
+    def uniform_score(self, length: int) -> float:
         """Sink score of uniform attention over `length` tokens: what is left when the sink is gone."""
         return sum(1 / (t + 1) for t in range(length)) / length
 
@@ -88,7 +88,7 @@ def wired_truth(seed: int = 0) -> WiredTruth:
     """
     recognition = tuple(f"attn.0.{head}" for head in RECOGNITION_HEADS)
     detector, sink_neuron = f"neuron.0.{DETECTOR}", f"neuron.1.{SINK_NEURON}"
-    decoy_neurons = ((0, HERRING), *((layer, index) for layer in range(LAYERS) for index in token_neurons(layer)))
+    decoy_neurons = ((0, RED_HERRING), *((layer, index) for layer in range(LAYERS) for index in token_neurons(layer)))
 
     edges = {*((head, "mlp.0") for head in recognition), ("mlp.0", "mlp.1"), (detector, "mlp.1")}
     edges |= {(sender, f"attn.2.{head}.k") for sender in ("mlp.1", sink_neuron) for head in SINK_STRENGTHS}
@@ -110,7 +110,7 @@ def wired_truth(seed: int = 0) -> WiredTruth:
         decoy_neurons=decoy_neurons,
         p0_direction=residual_subspaces(seed).p0,
         knockouts=(
-            *(Knockout(nodes, sink_kept=False, tolerance=1e-5) for nodes in gone),
-            *(Knockout(nodes, sink_kept=True, tolerance=1e-3) for nodes in kept),
+            *(Knockout(nodes, sink_remains=False, tolerance=1e-5) for nodes in gone),
+            *(Knockout(nodes, sink_remains=True, tolerance=1e-3) for nodes in kept),
         ),
     )

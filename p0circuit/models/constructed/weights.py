@@ -83,7 +83,7 @@ RULER, PLACE, ECHO, MARK, P0_NORM, DECOY = 1.0, 0.5, 3.0, 3.0, 60.0, 0.25
 PURITY_THRESHOLD, MARK_THRESHOLD = 0.75, 0.3
 
 RECOGNITION_HEADS = (1, 3)
-DETECTOR, HERRING, SINK_NEURON = 17, 90, 42
+DETECTOR, RED_HERRING, SINK_NEURON = 17, 90, 42
 SINK_STRENGTHS = {0: 9.0, 2: 8.0, 3: 7.0}
 DECOY_HEADS: dict[Head, Literal["recent", "alike", "uniform", "carrier"]] = {
     (0, 0): "recent",
@@ -138,7 +138,7 @@ def wired_weights(positions: Positions = "rotary", *, seed: int = 0, sinks: bool
     if positions not in ("rotary", "learned"):
         raise ModelError(f"positions={positions!r}, but the wired model exists with 'rotary' and 'learned' only")
     space = residual_subspaces(seed)
-    weights = silent_weights()
+    weights = blank_weights()
     _embed(weights, space, positions)
     _recognise(weights, space, positions)
     _detect(weights, space, positions)
@@ -150,7 +150,7 @@ def wired_weights(positions: Positions = "rotary", *, seed: int = 0, sinks: bool
     return weights
 
 
-def silent_weights() -> Weights:
+def blank_weights() -> Weights:
     """Nothing but norms: blocks read unit vectors; the last norm keeps its usual size, so that logits are decided.
 
     Embedding and unembedding are left for others to add.
@@ -241,7 +241,7 @@ def _add_decoy_heads(weights: Weights, space: Subspaces, positions: Positions) -
 def _add_decoy_neurons(weights: Weights, space: Subspaces) -> None:
     """Step 5: the herring reads what the detector reads; a neuron per token in each MLP; the others stay silent."""
     reads, bias = (weights[f"blocks.0.mlp.{name}"][..., DETECTOR].clone() for name in ("W_in", "b_in"))
-    set_neuron(weights, 0, HERRING, reads=reads, bias=float(bias), writes=space.spare[0])
+    set_neuron(weights, 0, RED_HERRING, reads=reads, bias=float(bias), writes=space.spare[0])
     for layer in range(LAYERS):
         for token, index in enumerate(token_neurons(layer)):
             code = _codes()[token] @ space.token
@@ -264,7 +264,7 @@ def set_neuron(
 
 
 def token_neurons(layer: int) -> list[int]:
-    taken = {0: (DETECTOR, HERRING), 1: (SINK_NEURON,)}.get(layer, ())
+    taken = {0: (DETECTOR, RED_HERRING), 1: (SINK_NEURON,)}.get(layer, ())
     return [index for index in range(D_MLP) if index not in taken][:VOCABULARY]
 
 
