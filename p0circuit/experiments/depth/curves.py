@@ -30,7 +30,7 @@ from p0circuit.experiments.depth.runs import Excess, RowRuns, put_at_p0, row_bat
 from p0circuit.hooked_model import HookedModel
 from p0circuit.interventions.nodes import Node
 from p0circuit.interventions.pairs import PromptPair, values_at
-from p0circuit.log import track
+from p0circuit.log import progress_bar
 from p0circuit.models import Hook, describe, device_of
 from p0circuit.prompts import PromptSet
 
@@ -105,7 +105,7 @@ def measure_curves(model: HookedModel, pair: PromptPair, curves: Sequence[str] =
     """
     values = shifted_values(model, pair)
     runs: dict[str, list[list[Tensor]]] = {name: [] for name in ("clean", *CURVES)}
-    for rows in track(list(row_batches(model, pair.clean)), "depth"):
+    for rows in progress_bar(list(row_batches(model, pair.clean)), "depth"):
         for name, excess in _curves_of_rows(model, pair.clean, values, rows, curves).items():
             runs[name].append(excess)
     whole = {name: _joined(parts) for name, parts in runs.items()}
