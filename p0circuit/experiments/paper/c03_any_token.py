@@ -45,7 +45,7 @@ from p0circuit.experiments.sink_under_study import studied_sink
 from p0circuit.hooked_model import HookedModel
 from p0circuit.interventions.closed_form import NotOfTheClosedForm, QueryScores, query_side
 from p0circuit.interventions.vocabulary import CHUNK, vocabulary_sweep
-from p0circuit.log import track
+from p0circuit.log import progress_bar
 from p0circuit.models import ModelError, ModelInfo, describe
 from p0circuit.models.info import sampleable_vocabulary
 from p0circuit.prompts import WITH_BOS, PromptSet, bos_id, condition_of, random_tokens
@@ -294,7 +294,7 @@ def scores_by_token(
     norms: list[Tensor] = []
     # What is scored at once is [token, prompt, head, query]: some tens of megabytes.
     at_once = max(1, 2**23 // (prompts.n * describe(model).n_heads * prompts.length))
-    for start in track(range(0, len(tokens), chunk), "sweeping the vocabulary"):
+    for start in progress_bar(range(0, len(tokens), chunk), "sweeping the vocabulary"):
         sweep = vocabulary_sweep(model, tokens[start : start + chunk], key_layers=list(by_layer), chunk=chunk)
         norms.append(sweep.norms)
         for layer, key in sweep.keys.items():
