@@ -67,6 +67,8 @@ class Result:
         view: interactive view of attention patterns, for the report and notebooks; None if there is none.
         claim: the texts of the claim that was tested (`Claim.to_json`); None if the experiment tests none.
         judgement: the verdict on that claim; None if the experiment tests none.
+        drawing: numbers for `Experiment.draw` that no table holds. They are not saved: a result read from disk is
+            drawn without them.
     """
 
     experiment: str
@@ -79,6 +81,7 @@ class Result:
     view: AttentionView | None = None
     claim: dict[str, str] | None = None
     judgement: Judgement | None = None
+    drawing: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def model_title(self) -> str:
