@@ -116,6 +116,7 @@ def cluster() -> Iterator[Any]:
         started.shutdown()
 
 
+@pytest.mark.slow
 def test_ray_started_here_gives_the_numbers_of_a_serial_run(tiny_model_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tiny_model_dir.parent)
     out, diary = tmp_path / "out", str(tmp_path / "diary")
@@ -143,6 +144,7 @@ def test_ray_started_here_gives_the_numbers_of_a_serial_run(tiny_model_dir, tmp_
             assert (out / name / "tables" / table.name).read_bytes() == table.read_bytes()
 
 
+@pytest.mark.slow
 def test_what_is_there_is_kept_by_its_content(cluster, tmp_path):
     out, diary = f"file://{tmp_path}/out", str(tmp_path / "diary")
     works, left_out = Tells(Story(diary)), Tells(Story(diary, "left", "not applicable"))
@@ -222,6 +224,7 @@ def test_a_result_that_cannot_be_written_is_that_of_its_task_alone(cluster, tmp_
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("shown_messages")
 def test_a_task_larger_than_any_node_waits_for_one_that_has_room(cluster, tmp_path, capsys):
     assert _lacking(ray, {"CPU": 1, "GPU": 0, "memory": WORKER_OVERHEAD_BYTES}) is None
@@ -239,6 +242,7 @@ def test_a_task_larger_than_any_node_waits_for_one_that_has_room(cluster, tmp_pa
     cluster.remove_node(node)
 
 
+@pytest.mark.slow
 def test_a_worker_killed_mid_task_is_replaced(cluster, tmp_path):
     diary = str(tmp_path / "diary")
     stories = [Tells(Story(diary)), Tells(Story(diary, "killed", "killed once")), Tells(Story(diary, "later"))]
@@ -250,6 +254,7 @@ def test_a_worker_killed_mid_task_is_replaced(cluster, tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_a_lost_node_is_made_up_for(cluster, tmp_path):
     diary, go = tmp_path / "diary", str(tmp_path / "go-{node}")
     node = cluster.another()
@@ -279,6 +284,7 @@ sweep(["p0-nano"], [0], stories, out, few_tokens, address)
 """
 
 
+@pytest.mark.slow
 def test_a_driver_killed_and_restarted_goes_on(cluster, tmp_path):
     diary, out, go = tmp_path / "diary", tmp_path / "out", tmp_path / "go"
     root = Path(__file__).resolve().parent.parent
