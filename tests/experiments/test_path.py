@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from p0circuit.experiments import NotApplicable
-from p0circuit.experiments.edges import input_shares
+from p0circuit.experiments.measures.sink_head_edges import input_shares
 from p0circuit.experiments.paper.c07_causal_path import (
     BESIDE,
     JOINT,
