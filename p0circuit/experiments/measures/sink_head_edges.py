@@ -150,9 +150,7 @@ def search_strongest_edges(
     )
     sizes = {part: search.sizes(inputs[part]) for part in "kqv"}
     summed = np.sum(list(sizes.values()), axis=0)
-    stream = whole_stream_changes(
-        model, runs.clean, heads, runs.values, runs.control_values, runs.control_position
-    )
+    stream = whole_stream_changes(model, runs.clean, heads, runs.values, runs.control_values, runs.control_position)
     in_total = {
         "k": stream.at_p0["k"],
         "q": stream.at_control["q"] * runs.later_queries,

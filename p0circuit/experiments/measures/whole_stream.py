@@ -69,13 +69,13 @@ def whole_stream_changes(
         by_layer[layer] = (*by_layer.get(layer, ()), head)
     streams = {layer: Node("resid_pre", layer) for layer in by_layer}
     at_p0 = Rows(*(part.to(device) for part in (clean.ids, clean.attention_mask, clean.p0)))
-    at_control = at_p0._replace(place=control_position.to(device))
+    at_control = at_p0._replace(position=control_position.to(device))
     # P0 sees itself alone, so its stream is that of a row of one token.
     index = torch.arange(clean.n, device=device)
     first_token = Rows(
-        at_p0.ids[index, at_p0.place][:, None],
+        at_p0.ids[index, at_p0.position][:, None],
         torch.ones_like(at_p0.ids[:, :1], dtype=torch.bool),
-        torch.zeros_like(at_p0.place),
+        torch.zeros_like(at_p0.position),
     )
 
     def changes(
@@ -86,9 +86,7 @@ def whole_stream_changes(
         ]
         patched = measure_inputs(model, rows, score, variants)
         unpatched = measure(model, clean, metric).to(patched)
-        return {
-            part: (scores - unpatched).double().cpu().numpy() for part, scores in zip(parts, patched, strict=True)
-        }
+        return {part: (scores - unpatched).double().cpu().numpy() for part, scores in zip(parts, patched, strict=True)}
 
     return WholeStreamChanges(
         changes(_inputs_with_stream(model, first_token, streams, values), at_p0, metric, ("k", "v")),
@@ -109,7 +107,7 @@ def measured_at_p0(metric: Metric) -> Metric:
     """
 
     def read(activation: Tensor, rows: Rows, reading: Reading) -> Tensor:
-        return reading.reduce(activation, rows._replace(place=rows.mask.int().argmax(1)))
+        return reading.reduce(activation, rows._replace(position=rows.mask.int().argmax(1)))
 
     readings = tuple(Reading(one.hook, functools.partial(read, reading=one), one.offsets) for one in metric.readings)
     return Metric(f"{metric.name} at P0", readings, metric.combine)
@@ -130,11 +128,11 @@ def _inputs_with_stream(
 
     def replace_stream(activation: Tensor, hook: HookPoint, node: Node) -> Tensor:
         changed = activation.clone()
-        node.put(changed, rows.place, values[node], slice(batch, 2 * batch))
+        node.put(changed, rows.position, values[node], slice(batch, 2 * batch))
         return changed
 
     def read(activation: Tensor, hook: HookPoint, part: Input, layer: int) -> None:
-        here = activation[index, twice.place]
+        here = activation[index, twice.position]
         inputs[part, layer] = (here[batch:] - here[:batch] if part == "v" else here[batch:]).clone()
 
     hooks: list[Hook] = []

@@ -194,9 +194,7 @@ class CausalPath(Experiment[CausalPathConfig]):
             singles, notes_on_singles = self._single_patches(model, pairs, sink, changes, bounded)
             edges = self._edges(model, pairs, sink, changes, control_offsets, bounded)
         except NotOfTheClosedForm as reason:
-            raise NotApplicable(
-                f"{info.title} has too many components to patch each of them, and {reason}"
-            ) from None
+            raise NotApplicable(f"{info.title} has too many components to patch each of them, and {reason}") from None
         metrics |= _edge_metrics(edges)
         assignment = "each sample with one prefix" if bounded else "each sample with every prefix"
         notes = [
@@ -243,9 +241,7 @@ class CausalPath(Experiment[CausalPathConfig]):
     ) -> tuple[pd.DataFrame, list[str]]:
         """Step 3: the table, and notes on its estimates."""
         if bounded:
-            return patch_strongest_singles(
-                model, pairs, sink.heads, changes, self.config.rows, self.config.row_runs
-            )
+            return patch_strongest_singles(model, pairs, sink.heads, changes, self.config.rows, self.config.row_runs)
         return patch_every_single(model, pairs, sink.heads, changes, self.config.runs), []
 
     def _edges(
@@ -359,7 +355,9 @@ def _draw_shares(metrics: Mapping[str, Interval], model: str) -> Figure:
     }
     labels = ["share of total effect", "share of summed effects", "share of total effect"]
     controls = ("noising elsewhere", "denoising elsewhere")
-    return intervals(panels, f"{model}: path of the sink from P0 to the sink heads, with 95 % intervals", labels, controls)
+    return intervals(
+        panels, f"{model}: path of the sink from P0 to the sink heads, with 95 % intervals", labels, controls
+    )
 
 
 def _sample_range(n: pd.Series) -> str:
