@@ -155,7 +155,7 @@ def _nodes(info: ModelInfo, last: int) -> list[Node]:
     return nodes
 
 
-def _changes(grids: Sequence[PatchGrid]) -> dict[Node, Float[np.ndarray, " sample"]]:
+def _changes(grids: Sequence[PatchGrid]) -> dict[Node, Float[np.ndarray, " row"]]:
     """The change of the metric by node, the samples of all grids after each other."""
     changes = torch.cat([grid.patched - grid.base for grid in grids], dim=1).double().numpy()
     return dict(zip(grids[0].nodes, changes, strict=True))
@@ -163,14 +163,14 @@ def _changes(grids: Sequence[PatchGrid]) -> dict[Node, Float[np.ndarray, " sampl
 
 def _total_effect(
     changes: Sequence[JointChanges], assigned: AssignedPairs, direction: Direction
-) -> Float[np.ndarray, " sample"]:
+) -> Float[np.ndarray, " row"]:
     """The change with P0's whole stream patched, of the same samples at the same shifts."""
     parts = zip(changes, assigned.samples, strict=False)
     return np.concatenate([change[direction, WHOLE_STREAM][rows.numpy()] for change, rows in parts])
 
 
 def _row(
-    direction: Direction, node: Node, change: Float[np.ndarray, " sample"], total: Float[np.ndarray, " sample"]
+    direction: Direction, node: Node, change: Float[np.ndarray, " row"], total: Float[np.ndarray, " row"]
 ) -> tuple[str | float, ...]:
     share = ratio_interval(change, total)
     return (direction, str(node), node.kind, node.layer, change.mean(), *share.to_json().values())
@@ -178,7 +178,7 @@ def _row(
 
 def _estimates(
     model: HookedModel, assigned: AssignedPairs, nodes: Sequence[Node], heads: Heads
-) -> dict[Node, Float[np.ndarray, " sample"]]:
+) -> dict[Node, Float[np.ndarray, " row"]]:
     """Estimated changes of the score of P0 by node."""
     values = [values_at(model, part.shifted, nodes, part.position) for part in assigned.pairs]
     joined: dict[Node, Tensor] = {node: torch.cat([value[node] for value in values]) for node in nodes}
@@ -189,7 +189,7 @@ def _estimates(
 
 
 def _nodes_to_patch(
-    info: ModelInfo, estimates: dict[Node, Float[np.ndarray, " sample"]], samples: int, row_runs: float, seed: int
+    info: ModelInfo, estimates: dict[Node, Float[np.ndarray, " row"]], samples: int, row_runs: float, seed: int
 ) -> tuple[list[Node], list[Node]]:
     """The strongest nodes, and a random sample of the others, which shows the error of their estimates."""
     nodes = list(estimates)
@@ -215,7 +215,7 @@ def _within_budget(nodes: Iterable[Node], row_runs: float, samples: int, layers:
 
 def _exact_changes(
     model: HookedModel, assigned: AssignedPairs, nodes: Sequence[Node], heads: Heads, direction: Direction
-) -> dict[Node, Float[np.ndarray, " sample"]]:
+) -> dict[Node, Float[np.ndarray, " row"]]:
     """Exact changes of the score by node."""
     metric = sink_score_of(heads)
     grids = [

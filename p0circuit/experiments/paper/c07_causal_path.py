@@ -341,8 +341,8 @@ def _draw_shares(metrics: Mapping[str, Interval], model: str) -> Figure:
         f"All components of blocks 0-1 (n = {joint})": {
             "noising at P0": rounded("share_of_blocks_0_1_in_noising"),
             "denoising at m": rounded("share_of_blocks_0_1_in_denoising"),
-            "noising elsewhere": rounded("share_of_random_position_in_noising"),
-            "denoising elsewhere": rounded("share_of_random_position_in_denoising"),
+            "noising, control position": rounded("share_of_random_position_in_noising"),
+            "denoising, control position": rounded("share_of_random_position_in_denoising"),
         },
         f"Edges from components at P0 into sink heads (n = {edges})": {
             part.upper(): rounded(f"share_of_{part}_among_edges_into_sink_heads") for part in "kqv"
@@ -354,7 +354,7 @@ def _draw_shares(metrics: Mapping[str, Interval], model: str) -> Figure:
         },
     }
     labels = ["share of total effect", "share of summed effects", "share of total effect"]
-    controls = ("noising elsewhere", "denoising elsewhere")
+    controls = ("noising, control position", "denoising, control position")
     return intervals(
         panels, f"{model}: path of the sink from P0 to the sink heads, with 95 % intervals", labels, controls
     )
