@@ -19,7 +19,7 @@ from p0circuit.prompts import PromptSet, from_ids
 def distinct(n: int, length: int, seed: int = 0) -> PromptSet:
     """Rows of different tokens, on which the wired model recognises nothing but P0."""
     generator = torch.Generator().manual_seed(seed)
-    return from_ids(torch.stack([torch.randperm(64, generator=generator)[:length] for _ in range(n)]), vocab_size=64)
+    return from_ids(torch.stack([torch.randperm(64, generator=generator)[:length] for _ in range(n)]))
 
 
 def predicted_scores(ids: torch.Tensor, position: int, also: int | None = None) -> np.ndarray:

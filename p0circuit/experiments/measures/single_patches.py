@@ -204,13 +204,13 @@ def _nodes_to_patch(
 
 def _within_budget(nodes: Iterable[Node], row_runs: float, samples: int, layers: int) -> list[Node]:
     """The first nodes whose exact patches in both directions take at most this many rows through all blocks."""
-    chosen, spent = [], 0.0
+    affordable, spent = [], 0.0
     for node in nodes:
         spent += 2 * samples * (layers - node.layer) / layers
         if spent > row_runs:
             break
-        chosen.append(node)
-    return chosen
+        affordable.append(node)
+    return affordable
 
 
 def _exact_changes(

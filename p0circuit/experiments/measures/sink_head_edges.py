@@ -130,7 +130,7 @@ def search_strongest_edges(
     by_layer: dict[int, list[int]] = {}
     for layer, head in heads:
         by_layer.setdefault(layer, []).append(head)
-    groups = sorted(f"attn.{layer}.{'+'.join(map(str, sorted(some)))}" for layer, some in by_layer.items())
+    groups = sorted(f"attn.{layer}.{'+'.join(map(str, sorted(numbers)))}" for layer, numbers in by_layer.items())
     inputs = {part: [f"{name}.{part}" for name in groups] for part in "kqv"}
     senders, streams = _senders(model, heads), _streams(heads)
     assigned = AssignedPairs.of(pairs, max(len(pairs), most_samples))
@@ -225,9 +225,9 @@ def _shifted_runs(
 ) -> _ShiftedRuns:
     """Read the values of nodes in the shifted runs, each sample at the shift it is assigned to."""
 
-    def values(offsets: Int[Tensor, " sample"], chosen: Sequence[Node]) -> dict[Node, Tensor]:
+    def values(offsets: Int[Tensor, " sample"], read_nodes: Sequence[Node]) -> dict[Node, Tensor]:
         parts = [
-            values_at(model, pair.shifted, chosen, pair.position + offsets[rows])
+            values_at(model, pair.shifted, read_nodes, pair.position + offsets[rows])
             for pair, rows in zip(assigned.pairs, assigned.samples, strict=True)
         ]
         return {node: torch.cat([part[node] for part in parts]) for node in parts[0]}

@@ -82,7 +82,8 @@ def whole_stream_changes(
         inputs: Mapping[tuple[Input, int], Tensor], rows: Rows, score: Metric, parts: tuple[Input, ...]
     ) -> dict[str, Float[np.ndarray, " sample"]]:
         variants = [
-            [InputPatch(part, layer, some, inputs[part, layer]) for layer, some in by_layer.items()] for part in parts
+            [InputPatch(part, layer, numbers, inputs[part, layer]) for layer, numbers in by_layer.items()]
+            for part in parts
         ]
         patched = measure_inputs(model, rows, score, variants)
         unpatched = measure(model, clean, metric).to(patched)
@@ -127,9 +128,9 @@ def _inputs_with_stream(
     inputs: dict[tuple[Input, int], Tensor] = {}
 
     def replace_stream(activation: Tensor, hook: HookPoint, node: Node) -> Tensor:
-        changed = activation.clone()
-        node.put(changed, rows.position, values[node], slice(batch, 2 * batch))
-        return changed
+        replaced = activation.clone()
+        node.put(replaced, rows.position, values[node], slice(batch, 2 * batch))
+        return replaced
 
     def read(activation: Tensor, hook: HookPoint, part: Input, layer: int) -> None:
         here = activation[index, twice.position]

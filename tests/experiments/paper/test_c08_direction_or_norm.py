@@ -18,12 +18,11 @@ from p0circuit.models.constructed.build import decoy_model, wired_model
 from p0circuit.models.constructed.truth import wired_truth
 from p0circuit.prompts import natural_text, random_tokens
 from p0circuit.sink import uniform_excess
-from tests.experiments.wired import distinct
+from tests.experiments.test_structure import HEADS, T, distinct
 from tests.families import VOCAB
 from tests.literal import median, norm, run_with_cache, score
 from tests.report.test_figures import assert_legible
 
-T, HEADS = 14, ((2, 0), (2, 3))
 LENDERS = (4, 10)
 CONFIG = DirectionOrNormConfig(ordinary=LENDERS, doses=("1/2", "3"), scan_samples=4)
 

@@ -16,12 +16,11 @@ from p0circuit.experiments.sink_under_study import StudiedSink
 from p0circuit.models import load_model
 from p0circuit.models.constructed.build import decoy_model, wired_model
 from p0circuit.prompts import from_ids, natural_text, random_tokens
-from tests.experiments.wired import distinct
+from tests.experiments.test_structure import HEADS, T, distinct
 from tests.families import VOCAB
 from tests.literal import norm, run_with_cache, score
 from tests.report.test_figures import assert_legible
 
-T, HEADS = 14, ((2, 0), (2, 3))
 LENDERS = (4, 10)
 CONFIG = ContentConfig(ordinary=LENDERS, scan_samples=4)
 

@@ -17,14 +17,13 @@ from p0circuit.experiments.surgery import random_offsets, row_of_another_token
 from p0circuit.models import load_model
 from p0circuit.models.constructed.build import decoy_model, wired_model
 from p0circuit.prompts import natural_text, random_tokens
-from tests.experiments.wired import distinct
+from tests.experiments.test_structure import distinct
 from tests.families import VOCAB
 from tests.literal import loss, norm
 from tests.report.test_figures import assert_legible
 
 T, HALF, DRAWS = 14, 7, 2
 HEADS = ((0, 1), (2, 0), (2, 3))
-T, HEADS = 14, ((2, 0), (2, 3))
 CONFIG = FunctionConfig(draws=DRAWS)
 
 
@@ -180,7 +179,7 @@ def test_where_there_is_no_sink_nothing_is_claimed() -> None:
 
 def test_padded_and_short_rows_are_declined(family_model: Any) -> None:
     found = sink_of(family_model("gpt2", "hooked"))
-    padded = replace(found, prompts=found.prompts.left_padded(seed=1))
+    padded = replace(found, prompts=found.prompts.pad_left(seed=1))
     with pytest.raises(NotApplicable, match="without padding"):
         Function().measure_on(padded)
     with pytest.raises(NotApplicable, match="at least 8 tokens, got 7"):
