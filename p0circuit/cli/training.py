@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -28,7 +28,9 @@ from p0circuit.cli.options import (
 from p0circuit.cli.show import print_json
 from p0circuit.errors import P0Error
 from p0circuit.log import report_progress
-from p0circuit.prompts import PromptSet
+
+if TYPE_CHECKING:
+    from p0circuit.prompts import PromptSet
 
 
 def train(
@@ -116,8 +118,9 @@ def trace(
     """
     from p0circuit.models import ModelError
     from p0circuit.results import Result
+    from p0circuit.training.checkpoints import checkpoints_of
     from p0circuit.training.runs import LENGTH, as_trained, save_run, shipped_runs_by_first, variant_and_seed
-    from p0circuit.training.trace import PASSES_PER_CHECKPOINT, Trace, checkpoints_of, trace as trace_run
+    from p0circuit.training.trace import PASSES_PER_CHECKPOINT, Trace, trace as trace_run
 
     if table is not None:
         # Told now and not when all is measured.
