@@ -60,19 +60,19 @@ LONG_MINUTES = 20.0
 """From here on a person is told how to make it shorter."""
 
 
-def reproduce(
+def reproduce_model(
     model: HookedModel,
     prompts: PromptSet,
     directory: Path,
     experiments: Sequence[Experiment],
-    beginner: Any = None,
+    initial_checkpoint: Any = None,
     controls: bool = True,
 ) -> list[dict[str, Any]]:
     """Run the experiments and their controls on one model, leave everything in `directory`, return the claims.
 
     The prompts are put after BOS first where the model has its sink only there (`find_condition`).
-    `beginner` is the model's own first checkpoint, as `initial_checkpoint_of` gives it; without one its architecture
-    is given new weights. If an experiment raises, its error is stored in its claim's entry; `failed` finds those.
+    `initial_checkpoint` is the model's own first checkpoint, as `initial_checkpoint_of` gives it; without one its
+    architecture is given new weights. If an experiment raises, its error is stored in its claim's entry; `failed` finds those.
     Without `controls` the claims are not tried where they must fail.
     """
     started = time.time()
@@ -106,7 +106,7 @@ def reproduce(
                 left_out[experiment.id] = entry["why"]
             _write_claims(directory, entries)
     tested = [experiment for experiment in experiments if experiment.claim is not None]
-    for name, opened in _controls(model, prompts, beginner).items() if controls else ():
+    for name, opened in _controls(model, prompts, initial_checkpoint).items() if controls else ():
         try:
             with opened() as (control, its_prompts), remember_rows(), count_passes() as count:
                 for experiment, entry in zip(tested, entries, strict=True):
@@ -276,13 +276,13 @@ DECOY = "decoy"
 Control = Callable[[], AbstractContextManager[tuple[Any, PromptSet]]]
 
 
-def _controls(model: HookedModel, prompts: PromptSet, beginner: Any) -> dict[str, Control]:
+def _controls(model: HookedModel, prompts: PromptSet, initial_checkpoint: Any) -> dict[str, Control]:
     fewer = prompts.subset(slice(0, min(CONTROL_SAMPLES, max(FEWEST_CONTROL_SAMPLES, prompts.n // 4))))
 
     @contextlib.contextmanager
     def on_untrained() -> Iterator[tuple[Any, PromptSet]]:
-        if beginner is not None:
-            yield beginner, fewer
+        if initial_checkpoint is not None:
+            yield initial_checkpoint, fewer
         else:
             with untrained_weights(model):
                 yield model, fewer

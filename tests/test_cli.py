@@ -248,7 +248,7 @@ def test_the_constructed_models_have_names(p0: Run, name: str) -> None:
 
 
 def test_run_leaves_tables_figures_and_a_manifest(p0: Run, tiny_model_dir: Path, tmp_path: Path) -> None:
-    arguments = ("run", "sink-map", "--model", tiny_model_dir, "--out", tmp_path / "out", "--json", *QUICK)
+    arguments = ("run", "sink-map", tiny_model_dir, "--out", tmp_path / "out", "--json", *QUICK)
     ended = p0(*arguments)
     assert ended.code == 0
     folder = tmp_path / "out" / "tiny"
@@ -268,8 +268,7 @@ def test_run_leaves_tables_figures_and_a_manifest(p0: Run, tiny_model_dir: Path,
 
 def test_a_second_run_reads_the_cache_and_leaves_the_same(p0: Run, tiny_model_dir: Path, tmp_path: Path) -> None:
     ended = [
-        p0("run", "norm-direction", "--model", tiny_model_dir, "--out", tmp_path / name, *QUICK)
-        for name in ("first", "second")
+        p0("run", "norm-direction", tiny_model_dir, "--out", tmp_path / name, *QUICK) for name in ("first", "second")
     ]
     assert "read from the cache" not in ended[0].err
     assert "recordings read from the cache" in ended[1].err
@@ -345,7 +344,7 @@ def test_a_quick_run_takes_as_many_prompts_as_the_size_says(
 
 
 def test_one_experiment_runs_in_the_condition_of_the_sink(p0: Run, tmp_path: Path) -> None:
-    ended = p0("run", "C5", "--model", "bos-0", "--out", tmp_path, "--samples", 24, "--length", 40)
+    ended = p0("run", "C5", "bos-0", "--out", tmp_path, "--samples", 24, "--length", 40)
     assert ended.code == 0, ended.err
     assert "bos-0 has its sink in text after BOS" in ended.err
     result = Result.load(tmp_path / "bos-0" / "structure.json")
@@ -353,7 +352,7 @@ def test_one_experiment_runs_in_the_condition_of_the_sink(p0: Run, tmp_path: Pat
 
 
 def test_a_claim_runs_by_its_number(p0: Run, tmp_path: Path) -> None:
-    ended = p0("run", "c1", "--model", "wired", "--out", tmp_path, "--samples", 6, "--length", 12)
+    ended = p0("run", "c1", "wired", "--out", tmp_path, "--samples", 6, "--length", 12)
     assert ended.code == 0 and "C1 reproduced" in ended.err
     assert Result.load(tmp_path / "wired" / "sink-map.json").claim["verdict"] == "reproduced"
 
@@ -375,10 +374,10 @@ def test_claims_about_training_need_no_model(p0: Run, tmp_path: Path) -> None:
 
 def test_the_first_layers_alone(p0: Run, tiny_model_dir: Path, tmp_path: Path) -> None:
     quick = ("--out", tmp_path, "--layers", 2, *QUICK)
-    assert p0("run", "norm-direction", "--model", tiny_model_dir, *quick).code == 0
+    assert p0("run", "norm-direction", tiny_model_dir, *quick).code == 0
     result = Result.load(tmp_path / "tiny[:2]" / "norm-direction.json")
     assert result.provenance["model"]["n_layers"] == 2
-    ended = p0("run", "norm-direction", "--model", tiny_model_dir, "--out", tmp_path, "--layers", 9)
+    ended = p0("run", "norm-direction", tiny_model_dir, "--out", tmp_path, "--layers", 9)
     assert ended.code == 2 and "tiny has 3 layers, so the first 9 cannot be loaded" in ended.err
 
 
@@ -457,13 +456,13 @@ def test_two_models_of_one_name_do_not_overwrite_each_other(p0: Run, tiny_model_
 
 
 def test_an_experiment_that_does_not_apply_is_an_error_by_itself(p0: Run, tmp_path: Path) -> None:
-    ended = p0("run", "bos-ablation", "--model", "wired", "--out", tmp_path)
+    ended = p0("run", "bos-ablation", "wired", "--out", tmp_path)
     assert ended.code == 2 and "error: this model has no BOS token" in ended.err
     assert files(tmp_path) == set()
 
 
 def test_a_manifest_tells_of_a_run_that_came_to_its_end(p0: Run, tmp_path: Path) -> None:
-    quick = ("--model", "wired", "--out", tmp_path, "--samples", 4, "--length", 12)
+    quick = ("wired", "--out", tmp_path, "--samples", 4, "--length", 12)
     assert p0("run", "sink-map", *quick).code == 0
     assert (tmp_path / "wired" / "manifest.json").exists()
     shutil.rmtree(tmp_path / "wired" / "tables")
@@ -508,7 +507,7 @@ def test_results_on_a_gguf_file_say_how_it_was_rounded(p0: Run, tiny_model_dir: 
     found = json.loads(p0("sink", path, "--json", *QUICK).out)
     assert (found["model"], found["quantisation"]) == ("tiny", "Q4_1")
     assert "tiny (Q4_1)" in p0("sink", path, *QUICK).out
-    ended = p0("run", "sink-map", "--model", path, "--out", tmp_path / "out", *QUICK)
+    ended = p0("run", "sink-map", path, "--out", tmp_path / "out", *QUICK)
     folder = tmp_path / "out" / "tiny"
     assert ended.code == 0 and "tiny (Q4_1): sink-map" in ended.err
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -586,7 +585,7 @@ def test_a_trained_model_can_be_measured_and_its_trace_too(p0: Run, tmp_path: Pa
     start = json.loads(p0("sink", out, "--checkpoint", 0, "--json", *QUICK).out)
     assert start["model"] == "my-model@0" and start["sink_score"] != found["sink_score"]
     results = tmp_path / "results"
-    assert p0("run", "sink-map", "--model", out, "--checkpoint", 0, "--out", results, *QUICK).code == 0
+    assert p0("run", "sink-map", out, "--checkpoint", 0, "--out", results, *QUICK).code == 0
     assert [path.name for path in results.iterdir()] == ["my-model@0"]
     missing = p0("sink", out, "--checkpoint", 5)
     assert missing.code == 2 and "no checkpoint '5'; it keeps those of steps 0, 6" in missing.err
@@ -634,7 +633,7 @@ def test_wrong_use_is_told_and_ends_with_2(
 
 def test_a_place_that_cannot_be_written_to_ends_with_1(p0: Run, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    ended = p0("run", "sink-map", "--model", "wired", "--samples", 2, "--length", 12, "--out", tmp_path / "file" / "x")
+    ended = p0("run", "sink-map", "wired", "--samples", 2, "--length", 12, "--out", tmp_path / "file" / "x")
     assert ended.code == 1 and ended.err.splitlines()[-1].startswith("error: [Errno")
 
 
@@ -683,7 +682,7 @@ def test_a_trace_of_checkpoints_spread_by_a_device_map(p0: Run, tiny_model_dir: 
 
 
 def test_an_experiment_on_a_model_spread_by_a_device_map(p0: Run, tiny_model_dir: Path, tmp_path: Path) -> None:
-    given = ("run", "norm-direction", "--model", tiny_model_dir, *QUICK, "--backend", "bridge", "--device", "cpu")
+    given = ("run", "norm-direction", tiny_model_dir, *QUICK, "--backend", "bridge", "--device", "cpu")
     whole = p0(*given, "--out", tmp_path / "whole", "--json")
     spread = p0(*given, "--out", tmp_path / "spread", "--json", "--device-map", "cpu")
     assert spread.code == 0 and json.loads(spread.out) == json.loads(whole.out)

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
 def run(
     experiment: Annotated[str, typer.Argument(help="The experiment's id, as in sink-map, or its claim's, as in C1.")],
-    model: Annotated[str, typer.Option(help=MODEL_HELP)] = "p0-nano",
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)] = "p0-nano",
     checkpoint: CheckpointOption = None,
     out: OutOption = Path("out"),
     text: TextOption = None,

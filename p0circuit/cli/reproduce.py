@@ -61,7 +61,7 @@ def reproduce(
     from p0circuit.models import describe
     from p0circuit.models.catalog import named_model
     from p0circuit.models.source import gguf_model_name, is_gguf_model
-    from p0circuit.report.contents import find_runs, write_overview
+    from p0circuit.report.contents import find_reproductions, write_overview
     from p0circuit.report.html import write_report
     from p0circuit.reproduction import (
         FORWARD_PASSES,
@@ -69,9 +69,9 @@ def reproduce(
         TRAINING,
         failed,
         initial_checkpoint_of,
+        reproduce_model,
         reproduce_training,
     )
-    from p0circuit.reproduction import reproduce as reproduce_model
     from p0circuit.training.runs import as_trained, shipped_runs
 
     check_quick(quick, samples)
@@ -95,16 +95,16 @@ def reproduce(
             say_estimate(source, [checkpoint], count, length, FORWARD_PASSES)
             model = load(source, checkpoint)
             prompts = draw_pooled_prompts(model, text, count, length, seed)
-            beginner = initial_checkpoint_of(source.name, lambda step, source=source: load(source, step))
+            initial = initial_checkpoint_of(source.name, lambda step, source=source: load(source, step))
             label, title = describe(model).name, describe(model).title
             directory = out / label.replace("/", "--")
             experiments = [make() for make in EXPERIMENTS.values()]
             if few:
                 experiments = [experiment.quick(describe(model)) for experiment in experiments]
-            claims = reproduce_model(model, prompts, directory, experiments, beginner)
+            claims = reproduce_model(model, prompts, directory, experiments, initial)
         write_report(directory)
         show_claims(title, claims)
-        for published in find_runs(directory)[0].beside:
+        for published in find_reproductions(directory)[0].beside:
             report_progress(f"published: {published}")
         report_progress(f"claims, tables, figures, manifest and report.html are in {directory}")
         broken += [f"{label} {claim}" for claim in failed(claims)]
