@@ -22,8 +22,7 @@ from benchmarks.models import gpt2_shape
 from p0circuit.interventions.ablation import ablate
 from p0circuit.interventions.closed_form import key_hook, query_hook
 from p0circuit.interventions.edge_search import search_edges
-from p0circuit.interventions.metrics import Metric, loss, sink_score_of
-from p0circuit.interventions.metrics import measure as measure_metric
+from p0circuit.interventions.metrics import Metric, loss, measure as measure_metric, sink_score_of
 from p0circuit.interventions.nodes import Node, components
 from p0circuit.interventions.pairs import PromptPair, patch_values, shift_prompts
 from p0circuit.interventions.path_patching import Receiver, path_patch

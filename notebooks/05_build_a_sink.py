@@ -348,7 +348,7 @@ for part, (name, where) in parts.items():
 # Each line sets components to zero at P0.
 
 # %% tags=["cover"]
-from p0circuit.experiments.sink_under_study import scores_of
+from p0circuit.experiments.sink_under_study import sink_scores
 from p0circuit.figures.intervals import intervals
 from p0circuit.interventions.ablation import ablate
 from p0circuit.stats import bootstrap
@@ -365,7 +365,7 @@ parts = {
 lost = {}
 for part, nodes in parts.items():
     without = [ablate(lm, prompts, nodes)] if nodes else []
-    lost[part] = bootstrap(scores_of(lm, prompts, sink_heads, 0, without))
+    lost[part] = bootstrap(sink_scores(lm, prompts, sink_heads, 0, without))
 title = "Sink score of the heads we built, with parts taken out"
 figure = intervals(
     {"Set to zero at P0": lost},

@@ -337,8 +337,7 @@ print_verdict(concentration)
 # 16, where nothing is first.
 
 # %%
-from p0circuit.experiments.practice import find_used_sink
-from p0circuit.experiments.sink_under_study import excess_scores
+from p0circuit.experiments.sink_under_study import excess_scores, studied_sink
 from p0circuit.interventions.pairs import shifted_pair, values_at
 from p0circuit.models import list_models
 from p0circuit.prompts import bos_id, from_ids
@@ -352,7 +351,8 @@ for name in [name for name in ("bos-0", "moe-0", "force-sink-0", "p0-nano") if n
     lm = open_model(name)
     plain = read_prompts(lm, samples, seed)
     # The sink heads, and text in which there is a sink: as it is if there is one, else behind BOS.
-    found, condition = find_used_sink(lm, plain)
+    found = studied_sink(lm, plain, in_either_condition=True)
+    condition = found.condition
     pair = shifted_pair(lm, found.prompts, 8, seed)
     (first,) = values_at(lm, pair.clean, ["resid_post.1"]).values()
     (ninth,) = values_at(lm, pair.shifted, ["resid_post.1"], pair.position).values()

@@ -12,6 +12,8 @@ from torch import Tensor
 
 SINK_THRESHOLD = 0.3
 """eps of the sink rate (Gu et al. 2025, arXiv 2410.10781)."""
+CIRCUIT_BLOCKS = (0, 1)
+"""Blocks in which the paper finds the sink decided: claims about "blocks 0 and 1" are about these."""
 CONTROL = 8
 """The position, counted from P0, whose score stands beside P0's: the excess score is the difference."""
 TIMES_UNIFORM = 2

@@ -354,7 +354,7 @@ def test_one_experiment_runs_in_the_condition_of_the_sink(p0: Run, tmp_path: Pat
 def test_a_claim_runs_by_its_number(p0: Run, tmp_path: Path) -> None:
     ended = p0("run", "c1", "wired", "--out", tmp_path, "--samples", 6, "--length", 12)
     assert ended.code == 0 and "C1 reproduced" in ended.err
-    assert Result.load(tmp_path / "wired" / "sink-map.json").claim["verdict"] == "reproduced"
+    assert Result.load(tmp_path / "wired" / "sink-map.json").judgement.verdict == "reproduced"
 
 
 def test_claims_about_training_need_no_model(p0: Run, tmp_path: Path) -> None:

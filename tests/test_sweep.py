@@ -54,7 +54,7 @@ class Story:
     waits_for: str = ""
 
 
-class Tells(Experiment):
+class Tells(Experiment[Story]):
     """An experiment that tells how often it was begun."""
 
     id, title = "tells", "Tells"

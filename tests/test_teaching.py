@@ -13,8 +13,7 @@ import pytest
 import torch
 
 from p0circuit.advice import Advice, Statement
-from p0circuit.course import checks
-from p0circuit.course import page as course_page
+from p0circuit.course import checks, page as course_page
 from p0circuit.course.page import Page, read_prompts
 from p0circuit.experiments.base import NotApplicable
 from p0circuit.figures.maps import heat_maps

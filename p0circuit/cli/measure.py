@@ -177,8 +177,7 @@ def advise(
     as_json: JsonOption = False,
 ) -> None:
     """Say what the first token does to a model on a text, and what to do about it; leave advice.html in OUT/MODEL."""
-    from p0circuit.advice import advise as advise_on
-    from p0circuit.advice import passes, write_advice
+    from p0circuit.advice import advise as advise_on, passes, write_advice
     from p0circuit.models import describe
     from p0circuit.models.passes import count_passes
 
@@ -243,7 +242,7 @@ def save_and_show(
     about = {"model": name, "quantisation": quantisation, "experiments": [result.experiment]}
     write_manifest(directory, sys.argv[1:], started, **about, **details)
     Console(stderr=True).print(table)
-    if result.claim is not None:
-        report_progress(f"{result.claim['id']} {result.claim['verdict']}: {result.claim['why']}")
+    if result.claim is not None and result.judgement is not None:
+        report_progress(f"{result.claim['id']} {result.judgement.verdict}: {result.judgement.reason}")
     report_progress(f"tables, figures and manifest are in {directory}")
     return {result.experiment: {key: value.to_json() for key, value in result.metrics.items()}}

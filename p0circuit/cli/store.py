@@ -16,8 +16,7 @@ def fetch(
     names: Annotated[list[str], typer.Argument(help="Named models, as 'p0circuit models' lists them.")],
 ) -> None:
     """Download named models into the cache folder, checked by hash; what is there already is not downloaded again."""
-    from p0circuit.models import CATALOG
-    from p0circuit.models import fetch as fetch_model
+    from p0circuit.models import CATALOG, fetch as fetch_model
 
     if unknown := [name for name in names if name not in CATALOG]:
         raise P0Error(f"no named model {unknown[0]!r}; there are: {', '.join(CATALOG)}")

@@ -116,8 +116,7 @@ def trace(
     from p0circuit.models import ModelError
     from p0circuit.results import Result
     from p0circuit.training.runs import LENGTH, as_trained, keep_run, shipped_kinds, variant_and_seed
-    from p0circuit.training.trace import PASSES, Trace, checkpoints_of
-    from p0circuit.training.trace import trace as trace_run
+    from p0circuit.training.trace import PASSES, Trace, checkpoints_of, trace as trace_run
 
     if table is not None:
         # Told now and not when all is measured.

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from p0circuit.errors import P0Error
 from p0circuit.experiments.base import Experiment, NotApplicable
 from p0circuit.experiments.conditions import prompts_for
-from p0circuit.experiments.surgery import Sink, find_sink
+from p0circuit.experiments.sink_under_study import StudiedSink, studied_sink
 from p0circuit.figures.attention_view import AttentionView
 from p0circuit.hooked_model import HookedModel
 from p0circuit.io import write_atomically, write_json
@@ -29,6 +29,7 @@ from p0circuit.models import load_model, one_thread_if_small
 from p0circuit.prompts import PromptSet
 from p0circuit.report.contents import Reproduction, shown_verdict
 from p0circuit.results import FIGURE_DPI, Result, drawn
+from p0circuit.sink import CIRCUIT_BLOCKS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -62,14 +63,14 @@ def read_prompts(model: HookedModel, samples: int, seed: int = 0, length: int = 
     return prompts_for(model, TEXT, samples, length, seed)
 
 
-def sink_of(model: HookedModel, prompts: PromptSet) -> Sink:
-    """`find_sink`, for a notebook that takes a sink apart: where there is none it ends, and names models that have one.
+def sink_of(model: HookedModel, prompts: PromptSet) -> StudiedSink:
+    """`studied_sink` above block 1, for a notebook; where there is none, the error names models that have one.
 
     Raises:
         NotApplicable: there is no sink, or none above block 1.
     """
     try:
-        return find_sink(model, prompts)
+        return studied_sink(model, prompts, above_block=CIRCUIT_BLOCKS[-1])
     except NotApplicable as reason:
         *others, last = WITH_A_SINK
         shipped = f"{', '.join(others)} and {last}"
@@ -135,9 +136,9 @@ def print_verdict(result: Result) -> None:
     Raises:
         P0Error: the experiment tests no claim.
     """
-    if result.claim is None:
+    if (entry := result.claim_entry()) is None:
         raise P0Error(f"{result.experiment} tests no claim: print its metrics")
-    _print_claim(result.claim, result.notes)
+    _print_claim(entry, result.notes)
 
 
 def try_claim(experiment: Experiment, model: HookedModel, prompts: PromptSet) -> Result | None:

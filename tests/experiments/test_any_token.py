@@ -40,7 +40,7 @@ def result() -> Result:
 @pytest.mark.parametrize("positions", ["rotary", "learned"])
 def test_every_token_of_the_wired_model_is_a_sink(positions: Any) -> None:
     result = AnyToken(QUICK).run(wired_model(positions), random_tokens(64, n=16, length=LENGTH))
-    assert result.claim is not None and result.claim["verdict"] == "reproduced"
+    assert result.judgement is not None and result.judgement.verdict == "reproduced"
     assert result.metrics["share_of_tokens_with_half_the_median_score"].value == 1
     assert result.metrics["share_in_full_runs"].value == 1
     assert result.metrics["share_at_position_8_in_full_runs"].value == 0

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from p0circuit.experiments.exploratory.circuit import Circuit, CircuitConfig
-from p0circuit.experiments.sink_under_study import find_sink_heads
+from p0circuit.experiments.sink_under_study import studied_sink
 from p0circuit.models import describe, load_model
 from p0circuit.models.constructed.build import decoy_model, wired_model
 from p0circuit.models.constructed.truth import wired_truth
@@ -93,7 +93,7 @@ def test_what_it_takes_is_declared(most_edges):
     model = load_model("p0-nano")
     prompts = natural_text(model, "stdlib", n=16, length=64)
     experiment = Circuit(CircuitConfig(most_edges=most_edges, samples=8))
-    find_sink_heads(model, prompts)
+    studied_sink(model, prompts)
     with count_passes() as counted:
         experiment.run(model, prompts)
     assert counted.passes(prompts.n, prompts.length, describe(model).n_layers) == pytest.approx(

@@ -129,7 +129,7 @@ def test_random_orders_are_orders_and_differ(family_model: Any) -> None:
 
 def test_heads_that_are_dormant_by_construction_go_first(dormant: Result) -> None:
     """The two sink heads say nothing: the loss without them is that of the whole model."""
-    assert dormant.claim is not None and dormant.claim["verdict"] == "reproduced"
+    assert dormant.judgement is not None and dormant.judgement.verdict == "reproduced"
     assert dormant.metrics["heads_in_sink_order"].value >= 2 > dormant.metrics["heads_in_random_order"].value
     # Their output has no norm either.
     assert dormant.metrics["heads_in_norm_order"].value >= 2

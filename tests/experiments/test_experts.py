@@ -15,7 +15,7 @@ import torch
 from p0circuit import sink
 from p0circuit.experiments import NotApplicable
 from p0circuit.experiments.exploratory.experts import Experts, ExpertsConfig, _in_use, _random_order
-from p0circuit.experiments.sink_under_study import excess_scores, find_sink_heads
+from p0circuit.experiments.sink_under_study import excess_scores, studied_sink
 from p0circuit.models import load_model
 from p0circuit.models.hooked import has_hooked_transformer
 from p0circuit.prompts import PromptSet, natural_text, random_tokens
@@ -111,7 +111,7 @@ def test_numbers_against_weights_set_to_zero(
 ) -> None:
     monkeypatch.setattr(sink, "TIMES_UNIFORM", -1e9)
     model, prompts = family_model("qwen3-moe", "bridge"), random_tokens(96, n=24, length=12)
-    found = find_sink_heads(model, prompts)
+    found = studied_sink(model, prompts)
     clean = excess_scores(model, found.prompts, found.heads)
     together = random_result.tables["together"].set_index(["removed", "which"])
     alone = random_result.tables["alone"]

@@ -172,7 +172,7 @@ def test_the_shipped_model_hides_its_first_token() -> None:
     model = load_model("p0-nano")
     prompts = natural_text(model, "stdlib", n=40, length=40)
     result = FirstToken(FirstTokenConfig(tokens=6, steps=5)).run(model, prompts)
-    assert result.claim is not None and result.claim["verdict"] == "not reproduced"
+    assert result.judgement is not None and result.judgement.verdict == "not reproduced"
     metrics = result.metrics
     assert metrics["spread_left_with_neutral_prefix_all_predictions"].low > 1.3
     assert metrics["spread_left_with_bos"].value > 1
@@ -202,7 +202,7 @@ def test_where_there_is_nothing_to_vary_nothing_is_claimed() -> None:
 
 def test_a_model_without_a_tokenizer_reads_random_tokens() -> None:
     result = FirstToken(FirstTokenConfig(tokens=3, steps=2)).run(wired_model(), random_tokens(64, 16, 26))
-    assert result.claim is not None and result.claim["verdict"] == "not reproduced"
+    assert result.judgement is not None and result.judgement.verdict == "not reproduced"
     assert any("most frequent" in note for note in result.notes) and any("random" in note for note in result.notes)
     assert "spread_left_with_bos" not in result.metrics
     for figure in result.figures.values():

@@ -108,7 +108,7 @@ def test_the_mean_query_leaves_out_p0_and_padding() -> None:
 @pytest.mark.parametrize("positions", ["rotary", "learned"])
 def test_the_wired_query_is_a_constant_so_the_key_side_is_everything(positions: Any) -> None:
     result = KeySide().run(wired_model(positions), random_tokens(64, n=16, length=32))
-    assert result.claim is not None and result.claim["verdict"] == "reproduced"
+    assert result.judgement is not None and result.judgement.verdict == "reproduced"
     metrics, strengths = result.metrics, wired_truth().sink_strengths
     for name in ("query_independent_share", "query_independent_share_of_the_mean_gap", "excess_kept_with_mean_query"):
         assert metrics[name].value == pytest.approx(1, abs=1e-4)

@@ -30,7 +30,7 @@ from p0circuit.experiments.deployment.int8_effects import (
     int8_effects,
     over_draws,
 )
-from p0circuit.experiments.practice import find_used_sink
+from p0circuit.experiments.sink_under_study import studied_sink
 from p0circuit.experiments.surgery import random_offsets
 from p0circuit.interventions.int8 import Site
 from p0circuit.models import load_model
@@ -278,8 +278,8 @@ def test_a_sink_that_hangs_on_bos_is_measured_behind_it() -> None:
     """Early in its training p0-nano had a sink at BOS and hardly any without."""
     model = load_model("p0-nano", checkpoint=1567)
     prompts = natural_text(model, "stdlib", n=24, length=32)
-    found, condition = find_used_sink(model, prompts)
-    assert condition == "with BOS" and set(found.prompts.ids[:, 0].tolist()) == {model.tokenizer.bos_token_id}
+    found = studied_sink(model, prompts, in_either_condition=True)
+    assert found.condition == "with BOS" and set(found.prompts.ids[:, 0].tolist()) == {model.tokenizer.bos_token_id}
     result = Quantisation().run(model, prompts)
     assert "measured on text with BOS, 12 rows" in result.notes
 

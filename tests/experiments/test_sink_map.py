@@ -149,7 +149,7 @@ def test_a_second_run_says_what_it_read(tiny: Any, text: PromptSet, capsys: pyte
 
 def test_the_provenance_is_complete_and_json(tiny: Any, text: PromptSet, result: Result) -> None:
     provenance = json.loads(json.dumps(result.provenance))
-    assert provenance["model"]["name"] == "tiny" and provenance["model"]["layers"] == LAYERS
+    assert provenance["model"]["name"] == "tiny" and provenance["model"]["n_layers"] == LAYERS
     assert provenance["prompts"]["fingerprint"] == text.fingerprint()
     assert (provenance["prompts"]["source"], provenance["prompts"]["seed"]) == ("english", 2)
     assert (provenance["samples"], provenance["length"]) == (5, 12)

@@ -79,7 +79,7 @@ def test_a_gain_does_not_pass_for_a_ratio() -> None:
 
 
 def test_p0_is_worth_more_than_its_neighbours_where_there_is_a_sink(nano: Result) -> None:
-    assert nano.claim is not None and nano.claim["verdict"] == "reproduced"
+    assert nano.judgement is not None and nano.judgement.verdict == "reproduced"
     metrics = nano.metrics
     assert metrics["dropping_p0_over_dropping_another"].value > 5
     assert metrics["dropping_p0_beyond_5_times_another_with_bos"].n == 8
@@ -111,7 +111,7 @@ def test_without_a_sink_the_first_token_is_one_of_many() -> None:
     text = natural_text(untrained, "english", n=12, length=32)
     for model, prompts in ((untrained, text), (decoy_model(), random_tokens(64, 12, 32))):
         result = Streaming(TINY).run(model, prompts)
-        assert result.claim is not None and result.claim["verdict"] == "not reproduced"
+        assert result.judgement is not None and result.judgement.verdict == "not reproduced"
         assert result.notes[0].endswith("here this is a control")
 
 

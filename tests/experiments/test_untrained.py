@@ -29,4 +29,4 @@ def test_no_claim_is_reproduced_on_untrained_weights(claim, beginner):
     except NotApplicable as reason:
         assert "no sink to explain" in str(reason)
     else:
-        assert result.claim is not None and result.claim["verdict"] != "reproduced"
+        assert result.judgement is not None and result.judgement.verdict != "reproduced"

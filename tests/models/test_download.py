@@ -200,8 +200,11 @@ def test_a_cache_that_cannot_be_written_is_an_error_of_ours(
 
 
 def program(entry: NamedModel, before: str = "") -> list[str]:
-    imports = "from p0circuit.models.catalog import *\nfrom p0circuit.models.download import fetch"
-    return [sys.executable, "-c", f"{before}\n{imports}\nfetch({entry!r})"]
+    imports = (
+        "from p0circuit.log import show_messages\nfrom p0circuit.models.catalog import *\n"
+        "from p0circuit.models.download import fetch"
+    )
+    return [sys.executable, "-c", f"{before}\n{imports}\nshow_messages()\nfetch({entry!r})"]
 
 
 @pytest.mark.parametrize("moment", ["pip", "between parts", "joining", "before the rename"])

@@ -18,8 +18,15 @@ from gguf import GGUFReader, GGUFWriter, dequantize
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from p0circuit.models import ModelError, describe, list_checkpoints, load_model, model_placement, stored_model
-from p0circuit.models import gguf as gguf_module
+from p0circuit.models import (
+    ModelError,
+    describe,
+    gguf as gguf_module,
+    list_checkpoints,
+    load_model,
+    model_placement,
+    stored_model,
+)
 from p0circuit.models.gguf import check_dense, list_converted_models, read_header
 from p0circuit.models.gguf_writer import gguf_weights, interleaved, write_gguf
 from p0circuit.models.hooked import has_hooked_transformer

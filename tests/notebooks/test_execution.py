@@ -26,8 +26,7 @@ from p0circuit.course import build as notebooks
 from p0circuit.course.page import read_prompts
 from p0circuit.experiments.conditions import pooled_prompts_for
 from p0circuit.experiments.paper.c07_causal_path import JOINT, WHOLE, joint_changes
-from p0circuit.experiments.practice import find_used_sink
-from p0circuit.experiments.surgery import find_sink
+from p0circuit.experiments.sink_under_study import studied_sink
 from p0circuit.interventions.activation_patching import patch_components
 from p0circuit.interventions.metrics import sink_score_of
 from p0circuit.interventions.pairs import patch_values, shift_prompts
@@ -39,6 +38,7 @@ from p0circuit.prompts import random_tokens
 from p0circuit.recording.quantities import SINK_SCORE
 from p0circuit.recording.record import record
 from p0circuit.results import Result
+from p0circuit.sink import CIRCUIT_BLOCKS
 from p0circuit.training.runs import as_trained, shipped_runs
 from p0circuit.training.trace import Trace, causal_concentration, measure_checkpoint
 from tests.notebooks.command import ROOT, p0circuit
@@ -131,7 +131,7 @@ def amplification(left: Path) -> Figures:
 
 def patching(left: Path) -> Figures:
     model = p0_nano()
-    sink = find_sink(model, read_prompts(model, SAMPLES))
+    sink = studied_sink(model, read_prompts(model, SAMPLES), above_block=CIRCUIT_BLOCKS[-1])
     vocabulary, special = sampleable_vocabulary(model)
     pair = shift_prompts(sink.prompts.subset(slice(0, 16)), 8, vocabulary, 0, tuple(special))
     head = sink.heads[0]
@@ -180,7 +180,7 @@ def emergence(left: Path) -> Figures:
     experts = experiments.Experts(config).run(mixture, read_prompts(mixture, SAMPLES)).metrics
     lm = load_model("bos-0")
     plain = read_prompts(lm, SAMPLES)
-    heads = find_used_sink(lm, plain)[0].heads
+    heads = studied_sink(lm, plain, in_either_condition=True).heads
     behind = plain.prepend(lm.tokenizer.bos_token_id).split()[1]
     moved = plain.split()[1].ids.clone()
     moved[:, 16] = lm.tokenizer.bos_token_id

@@ -12,8 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from p0circuit.io import data_dir
-from p0circuit.models import ModelError, describe, forward, load_model, stored_model
-from p0circuit.models import load as load_module
+from p0circuit.models import ModelError, describe, forward, load as load_module, load_model, stored_model
 from p0circuit.prompts import natural_text, random_tokens
 from p0circuit.recording.quantities import RESIDUAL_NORMS, SINK_SCORE
 from p0circuit.recording.record import record
