@@ -56,7 +56,7 @@ def stream_at_p0(layer, width):
     weights = torch.randn(width, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 
     def read(stream, rows):
-        return stream[torch.arange(len(stream)), rows.place] @ weights.to(stream)
+        return stream[torch.arange(len(stream)), rows.position] @ weights.to(stream)
 
     return Metric("a linear function", (Reading(f"blocks.{layer}.hook_resid_post", read),), lambda reading: reading)
 
