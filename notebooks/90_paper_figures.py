@@ -63,7 +63,7 @@ if importlib.util.find_spec("p0circuit") is None:
 # %% [markdown]
 # ## The run
 #
-# Every experiment on one model ([`reproduce`](../p0circuit/reproduction.py)), then the claims about training on the traces
+# Every experiment on one model ([`reproduce`](../p0circuit/reproduction/model.py)), then the claims about training on the traces
 # of the shipped runs. A run that was interrupted goes on where it was. Everything it leaves (tables, figures as PNG and
 # SVG, `claims.json`) lies under `out`, in a folder for the model and one for the traces.
 

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from p0circuit import cli, reproduction
+from p0circuit import cli
 from p0circuit.cli import main
 from p0circuit.cli.options import First
 from p0circuit.experiments import EXPERIMENTS
@@ -311,7 +311,7 @@ def test_without_names_a_real_model_comes_first_and_is_missed_without_a_network(
 ) -> None:
     # pip's own switch; the cache of a test is empty.
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setattr("p0circuit.experiments.EXPERIMENTS", {"sink-map": EXPERIMENTS["sink-map"]})
+    monkeypatch.setattr("p0circuit.reproduction.front.EXPERIMENTS", {"sink-map": EXPERIMENTS["sink-map"]})
     ended = p0("reproduce", "--out", tmp_path, "--samples", 12, "--length", 20, "--json")
     assert ended.code == 0, ended.err
     assert list(json.loads(ended.out)) == ["p0-nano", "training"]
@@ -330,8 +330,8 @@ def test_without_names_a_real_model_comes_first_and_is_missed_without_a_network(
 def test_a_quick_run_takes_as_many_prompts_as_the_size_says(
     p0: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("p0circuit.experiments.EXPERIMENTS", {"sink-map": EXPERIMENTS["sink-map"]})
-    monkeypatch.setattr(reproduction, "LARGE_PARAMETERS", 500_000)
+    monkeypatch.setattr("p0circuit.reproduction.front.EXPERIMENTS", {"sink-map": EXPERIMENTS["sink-map"]})
+    monkeypatch.setattr("p0circuit.reproduction.cost.LARGE_PARAMETERS", 500_000)
     for name, parameters, samples in (("p0-nano", "0.91", 32), ("wired", "0.", 128)):
         ended = p0("reproduce", name, "--quick", "--length", 20, "--out", tmp_path)
         assert ended.code == 0
@@ -440,7 +440,7 @@ def test_what_a_large_model_takes_is_told_before_its_trace(
     p0: Run, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(tiny_model_dir, tmp_path / "run" / "checkpoint-3")
-    monkeypatch.setattr(cli, "LARGE", 1)
+    monkeypatch.setattr("p0circuit.cli.training.LARGE_BYTES", 1)
     ended = p0("trace", tmp_path / "run", *QUICK, "--device", "cpu", "--out", tmp_path / "out")
     told, _, measured = ended.err.partition("run 3: loss")
     assert ended.code == 0 and measured

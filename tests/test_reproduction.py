@@ -19,7 +19,14 @@ from p0circuit.models.gguf_writer import write_gguf
 from p0circuit.prompts import pooled, random_tokens
 from p0circuit.report.contents import find_reproductions
 from p0circuit.report.html import write_report
-from p0circuit.reproduction import failed, quick_samples, reproduce_model, reproduce_training, result_key, run_or_read
+from p0circuit.reproduction import (
+    failed_claims,
+    quick_samples,
+    reproduce_model,
+    reproduce_training,
+    result_key,
+    run_or_read,
+)
 from p0circuit.results import Result
 from p0circuit.stats import Interval
 from p0circuit.training.runs import as_trained, shipped_runs
@@ -87,7 +94,7 @@ def test_entries_controls_and_files(wired, tmp_path):
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["experiments"] == ["sink-map", "norm-direction"] and list(manifest["left_out"]) == ["bos-ablation"]
     assert (tmp_path / "controls" / "untrained" / "sink-map.json").is_file()
-    assert failed(entries) == []
+    assert failed_claims(entries) == []
 
 
 def test_claims_are_tested_in_the_condition_of_the_sink(tmp_path):
@@ -132,7 +139,7 @@ def test_a_claim_that_breaks_off_loses_none_of_the_others(wired, tmp_path):
     assert entries[0]["error"] == "RuntimeError: a matrix is singular"
     trace = (tmp_path / "breaks.traceback.txt").read_text()
     assert trace.startswith("Traceback") and trace.endswith("RuntimeError: a matrix is singular\n")
-    assert entries[1]["verdict"] == "reproduced" and failed(entries) == ["C99"]
+    assert entries[1]["verdict"] == "reproduced" and failed_claims(entries) == ["C99"]
     assert json.loads((tmp_path / "manifest.json").read_text())["broken"] == {
         "breaks": "RuntimeError: a matrix is singular"
     }
@@ -143,7 +150,7 @@ def test_a_claim_about_training_that_breaks_off_loses_none_of_the_others(tmp_pat
     runs = [replace(run, table=run.table.drop(columns="largest_norm_ratio")) for run in runs]
     (tmp_path / "methods.json").write_text("of an earlier run")
     entries = reproduce_training(runs, tmp_path)
-    assert [entry["id"] for entry in entries] == ["C13", "C14", "C15", "C16"] and failed(entries) == ["C16"]
+    assert [entry["id"] for entry in entries] == ["C13", "C14", "C15", "C16"] and failed_claims(entries) == ["C16"]
     assert all(entry["error"] is None and entry["measured"] for entry in entries[:3])
     assert entries[3]["error"] == "KeyError: 'largest_norm_ratio'" and entries[3]["verdict"] == "not applicable"
     assert json.loads((tmp_path / "claims.json").read_text()) == entries

@@ -116,7 +116,6 @@ ALLOWED_YET: dict[str, str] = {
     "report/contents.py": "beside place told",
     "report/documents.py": "changed found",
     "report/published.py": "why",
-    "reproduction.py": "beginner found kept opened place told",
     "results.py": "drawn found whole",
     "stats.py": "drawn",
     "sweep.py": "_told chosen found kept place told whole why",

@@ -331,7 +331,9 @@ def _near(name: str) -> str:
     shipped = [*(model.name for model in list_models()), *CONSTRUCTED_MODELS]
     known = {*shipped, *CATALOG, *OFFICIAL_MODEL_NAMES, *(short for names in MODEL_ALIASES.values() for short in names)}
     lowered = {candidate.lower(): candidate for candidate in sorted(known)}
-    near = [lowered[key] for key in difflib.get_close_matches(name.lower(), lowered, n=4)]
+    # A name of the hub may be right, and only out of reach.
+    near = [lowered[key] for key in difflib.get_close_matches(name.lower(), lowered, n=4) if lowered[key] != name]
+    near = [] if name in known else near
     return f"did you mean {listed(near)}?" if near else f"shipped are {listed(shipped) or 'none'}"
 
 

@@ -7,13 +7,13 @@
     <out>/<model>/controls/<control>/<experiment>.json      <out>/<model>/manifest.json (last: the run is complete)
 """
 
+from p0circuit.reproduction.controls import initial_checkpoint_of as initial_checkpoint_of
 from p0circuit.reproduction.cost import (
     FORWARD_PASSES as FORWARD_PASSES,
     SAMPLES as SAMPLES,
     parameter_count as parameter_count,
     quick_samples as quick_samples,
 )
-from p0circuit.reproduction.controls import initial_checkpoint_of as initial_checkpoint_of
 from p0circuit.reproduction.entries import failed_claims as failed_claims
 from p0circuit.reproduction.front import reproduce as reproduce
 from p0circuit.reproduction.model import reproduce_model as reproduce_model

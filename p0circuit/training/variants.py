@@ -7,10 +7,7 @@ recipe (`TrainConfig()` as it stands, that of p0-nano) does.
 
 from __future__ import annotations
 
-import contextlib
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -97,31 +94,6 @@ class TrainConfig:
     def changes(self) -> ArchitectureEdits:
         """What the forward pass does that its architecture does not."""
         return ArchitectureEdits(self.force_sink, self.gated_attention)
-
-
-def parse_options(options: Sequence[str]) -> dict[str, Any]:
-    """Turn `name=value` pairs into fields of `TrainConfig`, the values read as JSON where they are.
-
-    Raises:
-        P0Error: for a pair without "=", a name that is no field, or a value of another type than the field's.
-    """
-    defaults = {field.name: field.default for field in fields(TrainConfig)}
-    given = {}
-    for option in options:
-        name, equals, text = option.partition("=")
-        if not equals or name not in defaults:
-            raise P0Error(f"{option!r} is not of the form name=value with a name among {', '.join(defaults)}")
-        value: Any = text
-        if not isinstance(defaults[name], str):
-            with contextlib.suppress(json.JSONDecodeError):
-                value = json.loads(text)
-        if isinstance(defaults[name], float) and type(value) is int:
-            value = float(value)
-        value = tuple(value) if isinstance(value, list) else value
-        if type(value) is not type(defaults[name]):
-            raise P0Error(f"{name} cannot be {text!r}; expected a value such as {json.dumps(defaults[name])}")
-        given[name] = value
-    return given
 
 
 BASELINE = TrainConfig(batch=8, steps=9_000, bos_share=0.0, random_first=False, loss_at_p0=True)

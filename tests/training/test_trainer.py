@@ -20,7 +20,7 @@ from p0circuit.io import data_dir
 from p0circuit.models import list_checkpoints
 from p0circuit.training import trainer
 from p0circuit.training.trainer import batch_at, checkpoint_steps, learning_rate_at, next_token_loss, train
-from p0circuit.training.variants import TrainConfig, parse_options
+from p0circuit.training.variants import TrainConfig
 
 TINY = TrainConfig(
     layers=2,
@@ -341,11 +341,3 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
 def test_impossible_configurations_are_refused(field: str, value: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(TINY, **{field: value})
-
-
-def test_options_become_fields() -> None:
-    given = parse_options(["steps=50", "learning_rate=1e-3", "random_first=false", "corpus=my/texts"])
-    assert given == {"steps": 50, "learning_rate": 1e-3, "random_first": False, "corpus": "my/texts"}
-    for wrong in ("steps", "stride=3"):
-        with pytest.raises(ValueError, match="not of the form name=value"):
-            parse_options([wrong])
