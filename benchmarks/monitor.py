@@ -19,7 +19,7 @@ from p0circuit.training.trainer import TrainState, build_optimizer, train_step
 from p0circuit.training.variants import TrainConfig, build_model
 
 EVERY = 100
-LARGER = {"layers": 6, "d_model": 384, "heads": 6, "d_mlp": 1024, "vocab_size": 4096}
+LARGER = {"n_layers": 6, "d_model": 384, "n_heads": 6, "d_mlp": 1024, "vocab_size": 4096}
 
 
 def measure(rounds: int = 15) -> dict[str, Any]:

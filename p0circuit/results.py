@@ -66,6 +66,8 @@ class Result:
         view: attention patterns to click through, for the report and notebooks; None where there are none.
         claim: the texts of the claim that was tested (`Claim.to_json`); None if the experiment tests none.
         judgement: the verdict on that claim; None if the experiment tests none.
+        drawing: numbers for `Experiment.draw` that no table holds. They are not saved: a result read from disk is
+            drawn without them.
     """
 
     experiment: str
@@ -78,6 +80,7 @@ class Result:
     view: AttentionView | None = None
     claim: dict[str, str] | None = None
     judgement: Judgement | None = None
+    drawing: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def model_title(self) -> str:

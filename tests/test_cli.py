@@ -21,16 +21,19 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import p0circuit
 from p0circuit import cli
 from p0circuit.cli import main
 from p0circuit.cli.options import First
-from p0circuit.experiments import EXPERIMENTS
+from p0circuit.experiments import EXPERIMENTS, RUN_EXPERIMENTS, SinkMap
 from p0circuit.experiments.sink_summary import sink_summary
 from p0circuit.io import data_dir
 from p0circuit.models import load_model
 from p0circuit.models.gguf_writer import write_gguf
+from p0circuit.models.source import CONSTRUCTED_MODELS
 from p0circuit.prompts import natural_text
 from p0circuit.recording.fingerprint import weights_fingerprint
+from p0circuit.reproduction import parameter_count
 from p0circuit.results import Result
 from p0circuit.training.runs import as_trained, shipped_runs
 from tests.tiny import HEADS, LAYERS
@@ -173,9 +176,9 @@ def test_sink_without_json_is_a_table(p0: Run, tiny_model_dir: Path) -> None:
     shown = p0("sink", tiny_model_dir, *QUICK)
     assert shown.code == 0
     told = " ".join(shown.out.split())
-    assert "tiny" in told and "sink rate 0.0" in told and "from layer 2" in told
+    assert "tiny" in told and "Sink rate 0.0" in told and "from layer 2" in told
     assert "4 prompts of 12 tokens of english; at position zero: the text's own first token" in told
-    assert "Attention spread evenly would score 0.259" in told and "after BOS" not in told
+    assert "Uniform attention would score 0.259" in told and "after BOS" not in told
 
 
 def test_one_default_for_what_stands_first_and_for_the_text() -> None:
@@ -198,7 +201,7 @@ def test_sink_says_what_would_be_after_bos_where_the_sink_depends_on_it(p0: Run)
     told = " ".join(shown.out.split())
     assert f"Its sink depends on BOS. After BOS: sink rate {expected['sink_rate']:.3f}" in told
     # Asked for by nobody, the text is the model's own.
-    assert shown.err == "bos-0 reads 'stdlib', as no --text is given\n"
+    assert shown.err == "bos-0 reads 'stdlib', since --text is not given\n"
     after = json.loads(p0("sink", "bos-0", "--json", *options, "--first", "bos").out)
     assert (after["first_token"], after["condition"], after["after_bos"]) == ("bos", "with BOS", None)
     assert json.loads(p0("sink", "p0-nano", "--json", *options).out)["after_bos"] is None
@@ -209,8 +212,8 @@ def test_a_rate_that_uniform_attention_would_reach_is_not_given(p0: Run) -> None
     found = json.loads(short.out)
     assert found["uniform_score"] == pytest.approx(sum(1 / k for k in range(1, 10)) / 9)
     assert found["sink_rate"] is None and found["sink_rate_from_layer_2"] is None and found["sink_score"]
-    assert "at 9 tokens attention spread evenly scores 0.31, above the threshold of 0.3; give --length 10" in short.err
-    assert "no sink rate" in p0("sink", "wired", "--samples", 4, "--length", 8).out
+    assert "at 9 tokens uniform attention scores 0.31, above the threshold of 0.3; give --length 10" in short.err
+    assert "No sink rate" in p0("sink", "wired", "--samples", 4, "--length", 8).out
     enough = p0("sink", "wired", "--json", "--samples", 4, "--length", 10)
     assert json.loads(enough.out)["sink_rate"] is not None and "no sink rate" not in enough.err
 
@@ -257,9 +260,12 @@ def test_run_leaves_tables_figures_and_a_manifest(p0: Run, tiny_model_dir: Path,
     shown = json.loads(ended.out)
     assert shown == {"sink-map": {name: interval.to_json() for name, interval in result.metrics.items()}}
     assert f"tables, figures and manifest are in {folder}" in ended.err.replace("\n", "")
-    assert "best_head_with_bos" in ended.err and str(result.metrics["best_head"]) in ended.err
+    # With --json standard output has nothing but JSON.
+    assert "best_head" not in ended.err
+    table = p0(*(argument for argument in arguments if argument != "--json")).out
+    assert "best_head_with_bos" in table and str(result.metrics["best_head"]) in table
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert manifest["command"] == [str(argument) for argument in arguments]
+    assert manifest["command"] == [str(argument) for argument in arguments if argument != "--json"]
     assert manifest["model"] == "tiny" and manifest["experiments"] == ["sink-map"]
     assert manifest["weights"] == weights_fingerprint(load_model(tiny_model_dir))
     assert manifest["prompts"] == result.provenance["prompts"]["fingerprint"]
@@ -335,12 +341,14 @@ def test_a_quick_run_takes_as_many_prompts_as_the_size_says(
     for name, parameters, samples in (("p0-nano", "0.91", 32), ("wired", "0.", 128)):
         ended = p0("reproduce", name, "--quick", "--length", 20, "--out", tmp_path)
         assert ended.code == 0
-        assert re.search(rf"{name} has {parameters}\d* million parameters: this takes {samples} prompts", ended.err)
+        assert re.search(
+            rf"{name} has {parameters}\d* million parameters: a quick run takes {samples} prompts", ended.err
+        )
         manifest = json.loads((tmp_path / name / "manifest.json").read_text())
         assert (manifest["samples"], manifest["length"]) == (samples, 20)
-    ended = p0("reproduce", "wired", "--quick", "--samples", 64, "--out", tmp_path / "none")
-    assert ended.code == 2 and "--quick decides the number of prompts" in ended.err
-    assert not (tmp_path / "none").exists()
+    ended = p0("reproduce", "wired", "--quick", "--samples", 24, "--length", 20, "--out", tmp_path)
+    assert ended.code == 0 and "--samples 24 replaces the 128 prompts of a quick run" in ended.err
+    assert json.loads((tmp_path / "wired" / "manifest.json").read_text())["samples"] == 24
 
 
 def test_one_experiment_runs_in_the_condition_of_the_sink(p0: Run, tmp_path: Path) -> None:
@@ -353,7 +361,10 @@ def test_one_experiment_runs_in_the_condition_of_the_sink(p0: Run, tmp_path: Pat
 
 def test_a_claim_runs_by_its_number(p0: Run, tmp_path: Path) -> None:
     ended = p0("run", "c1", "wired", "--out", tmp_path, "--samples", 6, "--length", 12)
-    assert ended.code == 0 and "C1 reproduced" in ended.err
+    assert ended.code == 0 and "C1 The sink: REPRODUCED in wired" in ended.out
+    told = " ".join(ended.out.split())
+    assert SinkMap.claim is not None
+    assert SinkMap.claim.statement in told and SinkMap.claim.threshold in told
     assert Result.load(tmp_path / "wired" / "sink-map.json").judgement.verdict == "reproduced"
 
 
@@ -367,7 +378,7 @@ def test_claims_about_training_need_no_model(p0: Run, tmp_path: Path) -> None:
     assert {"report.html", "report.md", "manifest.json", "claims.json"} <= files(tmp_path / "training")
     assert "<pre>p0circuit run early</pre>" in (tmp_path / "training" / "report.html").read_text()
     ended = p0("run", "C13", "--out", tmp_path / "alone")
-    assert ended.code == 0 and f"C13 {found['claims'][0]['verdict']}" in ended.err
+    assert ended.code == 0 and found["claims"][0]["verdict"].upper() in ended.out
     ended = p0("run", "C13", "--runs", tmp_path / "nowhere", "--out", tmp_path / "alone")
     assert ended.code == 2 and "no traces in" in ended.err
 
@@ -430,7 +441,7 @@ def test_a_trace_becomes_a_run_that_claims_are_judged_on(p0: Run, tmp_path: Path
         assert p0("trace", *few, "--seed", seed, "--first", first, "--table", table).code == 0
     assert {(run.seed, run.first) for run in shipped_runs(tmp_path / "runs")} == {*made}
     ended = p0("run", "C13", "--runs", tmp_path / "runs", "--out", tmp_path)
-    assert ended.code == 0 and "reproduced: latest_formation_share is" in ended.err
+    assert ended.code == 0 and "REPRODUCED" in ended.out and "latest_formation_share is" in ended.out
     for wrong, told in ((("mine.csv",), "not named"), (("mine-0.csv", "--length", 24), "64 tokens")):
         ended = p0("trace", *few, "--table", *wrong)
         assert ended.code == 2 and told in ended.err
@@ -455,10 +466,42 @@ def test_two_models_of_one_name_do_not_overwrite_each_other(p0: Run, tiny_model_
     assert not (tmp_path / "out").exists()
 
 
-def test_an_experiment_that_does_not_apply_is_an_error_by_itself(p0: Run, tmp_path: Path) -> None:
+def test_that_an_experiment_does_not_apply_is_a_result(p0: Run, tmp_path: Path) -> None:
     ended = p0("run", "bos-ablation", "wired", "--out", tmp_path)
-    assert ended.code == 2 and "error: this model has no BOS token" in ended.err
+    assert ended.code == 0 and "error" not in ended.err
+    assert "bos-ablation: NOT APPLICABLE to wired" in ended.out and "this model has no BOS token" in ended.out
+    ended = p0("run", "bos-ablation", "wired", "--out", tmp_path, "--json")
+    result = json.loads(ended.out)["bos-ablation"]
+    assert result["verdict"] == "not applicable" and "no BOS token" in result["why"]
     assert files(tmp_path) == set()
+
+
+def test_settings_of_an_experiment(p0: Run, tmp_path: Path) -> None:
+    quick = ("wired", "--out", tmp_path, "--samples", 4, "--length", 16)
+    assert p0("run", "C1", *quick, "--set", "eps=0.2", "--set", "control=4").code == 0
+    assert Result.load(tmp_path / "wired" / "sink-map.json").provenance["config"] == {"eps": 0.2, "control": 4}
+    ended = p0("run", "C13", "--set", "eps=0.2")
+    assert ended.code == 2 and "early has no settings" in ended.err
+
+
+def test_all_experiments_are_listed(p0: Run) -> None:
+    shown = p0("run", "--list")
+    kinds = [*EXPERIMENTS.values(), *RUN_EXPERIMENTS.values()]
+    assert shown.code == 0 and all(kind.id in shown.out and kind.title in shown.out for kind in kinds)
+    listed = json.loads(p0("run", "--list", "--json").out)
+    assert [entry["id"] for entry in listed] == [kind.id for kind in kinds]
+    assert [entry["claim"] for entry in listed] == [kind.claim.id if kind.claim else None for kind in kinds]
+
+
+def test_version_and_levels_of_messages(p0: Run) -> None:
+    assert p0("--version").out == f"p0circuit {p0circuit.__version__}\n"
+    small = ("sink", "wired", "--samples", 2, "--length", 12)
+    assert p0(*small).err == "wired has no tokenizer: its prompts are random tokens\n"
+    quiet = p0("-q", *small)
+    assert quiet.err == "" and "Sink rate" in quiet.out
+    refused = p0("-q", "sink", "wirde")
+    assert refused.code == 2 and refused.err.startswith("error: unknown model")
+    assert "exclude each other" in p0("-q", "-v", *small).err
 
 
 def test_a_manifest_tells_of_a_run_that_came_to_its_end(p0: Run, tmp_path: Path) -> None:
@@ -551,10 +594,14 @@ def test_models_lists_what_is_shipped(p0: Run) -> None:
         assert entry["parameters"] == AutoModelForCausalLM.from_pretrained(folder).num_parameters() + gates
         assert entry["checkpoints"] == sorted(entry["checkpoints"])
         assert entry["name"] in table
-    named = {entry["name"]: entry for entry in known if entry not in found}
+    constructed = [entry for entry in known if entry["status"] == "constructed"]
+    named = {entry["name"]: entry for entry in known if entry not in found + constructed}
     assert set(named) == {"smollm2-135m", "gemma3-270m"}
     assert {entry["status"] for entry in named.values()} == {"fetchable"}
+    assert [entry["name"] for entry in constructed] == list(CONSTRUCTED_MODELS)
+    assert all(entry["parameters"] == parameter_count(entry["name"]) for entry in constructed)
     assert all(name in table and str(entry["quantisation"]) in table for name, entry in named.items())
+    assert all(entry["name"] in table for entry in constructed)
 
 
 def test_only_named_models_are_fetched(p0: Run) -> None:
@@ -567,7 +614,7 @@ def test_a_trained_model_can_be_measured_and_its_trace_too(p0: Run, tmp_path: Pa
     text = tmp_path / "text.txt"
     text.write_text("".join(path.read_text() for path in sorted(ENGLISH.iterdir())[:3]))
     out = tmp_path / "my-model"
-    shape = {"d_model": 16, "heads": 2, "d_mlp": 24, "vocab_size": 280, "length": 16, "batch": 2, "checkpoints": 3}
+    shape = {"d_model": 16, "n_heads": 2, "d_mlp": 24, "vocab_size": 280, "length": 16, "batch": 2, "checkpoints": 3}
     settings = [part for name, value in shape.items() for part in ("--set", f"{name}={value}")]
     train = ("train", out, "--corpus", text, "--steps", 6, "--layers", 2, *settings)
     assert p0(*train).code == 0
@@ -600,20 +647,28 @@ def test_a_trained_model_can_be_measured_and_its_trace_too(p0: Run, tmp_path: Pa
         (["sink", "p0-nanoo"], "unknown model 'p0-nanoo'"),
         (["sink", "./nowhere"], "'./nowhere': expected a directory with config.json"),
         (["sink", "wirde"], "did you mean wired"),
+        (["sink", "gpt2"], "unknown model 'gpt2'"),
         (["sink", "wired", "--checkpoint", "3"], "wired is constructed, not trained: it has no checkpoint '3'"),
         (["sink", "wired", "--dtype", "int8"], "unknown dtype 'int8'; expected one of float32"),
         (["sink", "wired", "--device", "tpu9"], "device 'tpu9' cannot be used here"),
         (["sink", "wired", "--length", "100000"], "100000"),
         (["run", "sink-mab"], "no experiment 'sink-mab'; there are: sink-map (C1), norm-direction, bos-ablation (C2)"),
-        (["run"], "Missing argument"),
+        (["run"], "name an experiment, as in `p0circuit run sink-map`; `p0circuit run --list` lists them all"),
+        (
+            ["run", "C1", "--set", "contorl=3"],
+            "there is no field 'contorl'; did you mean 'control'? The fields are eps=0.3",
+        ),
+        (["run", "C1", "--set", "eps"], "'eps' is not of the form field=value, as in eps=0.3"),
+        (["run", "C1", "--set", "control=0.5"], "control cannot be '0.5'; expected a whole number, such as 8"),
+        (["run", "C8", "--set", "doses=[1, 2]"], "doses cannot be '[1, 2]'; expected a list of text"),
         (["reproduce", "wired", "--samples", "0"], "--samples"),
         (["reproduce", "wired", "--length", "1"], "--length"),
         (["reproduce", "--backend", "jax"], "--backend"),
         (["reproduce", "wired", "--out", __file__], "--out"),
         (["sink", "TINY", "--text", "nothing-there.txt"], "no text at 'nothing-there.txt'"),
         (["sink", "TINY", "--text", "english", "--samples", "1000000"], "too little text in 'english'"),
-        (["train", "OUT", "--set", "stride=3"], "'stride=3' is not of the form name=value"),
-        (["train", "OUT", "--set", "d_model=wide"], "d_model cannot be 'wide'; expected a value such as 128"),
+        (["train", "OUT", "--set", "stride=3"], "there is no field 'stride'; the fields are"),
+        (["train", "OUT", "--set", "d_model=wide"], "d_model cannot be 'wide'; expected a whole number, such as 128"),
         (["train", "OUT", "--corpus", "nothing-there"], "no text at 'nothing-there'"),
         (["cache", "--drop"], "No such option"),
         (["frobnicate"], "No such command"),
@@ -637,10 +692,18 @@ def test_a_place_that_cannot_be_written_to_ends_with_1(p0: Run, tmp_path: Path) 
     assert ended.code == 1 and ended.err.splitlines()[-1].startswith("error: [Errno")
 
 
-def test_debugging_shows_where_it_happened(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("P0CIRCUIT_DEBUG", "1")
-    monkeypatch.setattr(sys, "argv", ["p0circuit", "run", "sink-mab"])
-    with pytest.raises(ValueError, match="no experiment"):
+def test_verbose_shows_the_traceback_of_an_error(p0: Run) -> None:
+    ended = p0("--verbose", "run", "sink-mab")
+    assert ended.code == 2 and "error: no experiment" in ended.err and "Traceback" in ended.err
+
+
+def test_a_bug_shows_its_traceback(p0: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: object, **kwargs: object) -> None:
+        raise ValueError("a shape does not fit")
+
+    monkeypatch.setattr("p0circuit.experiments.sink_summary.sink_summary", broken)
+    monkeypatch.setattr(sys, "argv", ["p0circuit", "sink", "wired", "--samples", "2", "--length", "12"])
+    with pytest.raises(ValueError, match="a shape does not fit"):
         main()
 
 

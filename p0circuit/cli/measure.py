@@ -221,7 +221,7 @@ def sink(
         titled(summary["model"], summary["quantisation"]),
     )
     typer.echo(
-        f"{_rates(summary)}, on {prompts.n} prompts of {length} tokens of {summary['text']}; at position zero: "
+        f"{_rates(summary).capitalize()}, on {prompts.n} prompts of {length} tokens of {summary['text']}; at position zero: "
         f"{FIRST_TOKEN_DESCRIPTIONS[first]}. Uniform attention would score {summary['uniform_score']:.3f}."
     )
     if summary["after_bos"] is not None:
@@ -232,8 +232,8 @@ def _rates(summary: dict[str, Any]) -> str:
     """The sink rates in words."""
     rate, later_rate = summary["sink_rate"], summary["sink_rate_from_layer_2"]
     if rate is None:
-        return "No sink rate"
-    return f"Sink rate {rate:.3f}" + (f", from layer 2 on {later_rate:.3f}" if later_rate is not None else "")
+        return "no sink rate"
+    return f"sink rate {rate:.3f}" + (f", from layer 2 on {later_rate:.3f}" if later_rate is not None else "")
 
 
 def advise(
@@ -254,7 +254,7 @@ def advise(
     dtype: DtypeOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Report what the first token does to a model on a text, and what to do about it; write advice.html to OUT/MODEL."""
+    """Report what the first token does to a model on a text, and what to do about it; write OUT/MODEL/advice.html."""
     from p0circuit.advice import advise as advise_on, passes, write_advice
     from p0circuit.models import describe
     from p0circuit.models.passes import count_passes

@@ -32,9 +32,7 @@ def sweep(
     models: Annotated[str, typer.Option(help=f"Separated by commas. {MODEL_HELP}")] = "p0-nano",
     checkpoints: Annotated[
         str | None,
-        typer.Option(
-            help="Steps or revisions, separated by commas; a model without checkpoints is run once, as it is."
-        ),
+        typer.Option(help="Steps or revisions, separated by commas; a model without checkpoints is run once."),
     ] = None,
     experiments: Annotated[
         str, typer.Option(help="Ids of experiments or claims, separated by commas; see `p0circuit run --list`.")
@@ -43,9 +41,7 @@ def sweep(
     address: Annotated[
         str | None, typer.Option(help="Address of a Ray cluster: auto, ray://host:10001. Default: Ray is started here.")
     ] = None,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Number of tasks at a time, if Ray is started here.")
-    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Tasks at a time, if Ray is started here.")] = None,
     cpus: Annotated[int, typer.Option(min=1, help="Cores of a task.")] = 1,
     gpus: Annotated[float | None, typer.Option(min=0, help="GPUs of a task; default 1 if torch sees one here.")] = None,
     text: TextOption = None,

@@ -44,8 +44,8 @@ def with_settings(config: Config, settings: Sequence[str]) -> Config:
             raise P0Error(f"{setting!r} is not of the form field=value, as in {_example(current)}")
         if name not in current:
             near = difflib.get_close_matches(name, current, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise P0Error(f"there is no field {name!r}; {hint}The fields are {_listed(current)}")
+            hint = f"did you mean {near[0]!r}? The" if near else "the"
+            raise P0Error(f"there is no field {name!r}; {hint} fields are {_listed(current)}")
         values[name] = _value(name, text, kinds[name], current[name])
     return replace(config, **values)
 

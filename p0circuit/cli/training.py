@@ -35,17 +35,16 @@ if TYPE_CHECKING:
     from p0circuit.prompts import PromptSet
     from p0circuit.training.trace import Trace
 
-_TRACE_COLUMNS = (
-    "step",
-    "loss",
-    "excess",
-    "sink_rate",
-    "sink_rate_from_layer_2",
-    "norm_ratio",
-    "concentration_causal",
-    "induction_score",
-)
-"""Columns of a trace that are printed as a table; the CSV file has all of them."""
+_TRACE_COLUMNS = {
+    "loss": "loss",
+    "excess": "excess",
+    "sink_rate": "sink rate",
+    "sink_rate_from_layer_2": "rate from layer 2",
+    "norm_ratio": "norm ratio",
+    "concentration_causal": "share of blocks 0-1",
+    "induction_score": "induction score",
+}
+"""Values of a checkpoint that are printed after its step, with their headings; the CSV file has all values."""
 
 
 def train(
@@ -83,13 +82,13 @@ def train(
     torch.set_num_threads(threads)
     if variant is not None and variant not in VARIANTS:
         raise P0Error(f"no variant {variant!r}; there are: {', '.join(VARIANTS)}")
-    options = {"corpus": corpus, "steps": steps, "layers": layers, "seed": seed}
+    options = {"corpus": corpus, "steps": steps, "n_layers": layers, "seed": seed}
     given = {name: value for name, value in options.items() if value is not None}
     config = with_settings(replace(VARIANTS[variant] if variant else TrainConfig(), **given), settings or [])
     columns = TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.3f}")
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
         task = progress.add_task("training", total=config.steps, loss=float("nan"))
-        train_model(config, out, report=lambda step, loss: progress.update(task, completed=step, loss=loss))
+        train_model(config, out, on_step=lambda step, loss: progress.update(task, completed=step, loss=loss))
     report_progress(f"the model and its trace are in {out}")
 
 
@@ -138,8 +137,8 @@ def trace(
     """
     from p0circuit.models import ModelError
     from p0circuit.results import Result
-    from p0circuit.training.runs import LENGTH, as_trained, keep_run, shipped_kinds, variant_and_seed
-    from p0circuit.training.trace import PASSES, Trace, checkpoints_of, trace as trace_run
+    from p0circuit.training.runs import LENGTH, as_trained, save_run, shipped_runs_by_first, variant_and_seed
+    from p0circuit.training.trace import PASSES_PER_CHECKPOINT, Trace, checkpoints_of, trace as trace_run
 
     if table is not None:
         # Refuse a bad name before the run is measured, not after.
@@ -158,16 +157,16 @@ def trace(
     try:
         labels = [label.strip() for label in checkpoints.split(",")] if checkpoints else checkpoints_of(source)
     except ModelError:
-        if not (kinds := shipped_kinds(source)):
+        if not (by_first := shipped_runs_by_first(source)):
             raise
-        (run,) = as_trained([kinds[first_token]] if first_token in kinds else kinds.values())
+        (run,) = as_trained([by_first[first_token]] if first_token in by_first else by_first.values())
         first_token, measured = run.first, Trace.of(run)
         report_progress(
             f"{source} has no checkpoints: this is the trace that comes with the package, with {first_token} at "
-            f"position zero (it has: {', '.join(kinds)})"
+            f"position zero (it has: {', '.join(by_first)})"
         )
     else:
-        report_estimate(given, labels, samples, length, PASSES, LARGE_BYTES)
+        report_estimate(given, labels, samples, length, PASSES_PER_CHECKPOINT, LARGE_BYTES)
         measured = trace_run(
             source,
             prompts_of,
@@ -186,7 +185,7 @@ def trace(
         notes=[f"{label}: left out: {reason}" for label, reason in measured.missing.items()],
     ).save(out / measured.model.replace("/", "--"))
     if table is not None:
-        report_progress(f"its rows are in {keep_run(table, rows)}")
+        report_progress(f"its rows are in {save_run(table, rows)}")
     report_progress(f"table and figure are in {path.parent}")
     if as_json:
         text_read = ", ".join(texts) or None
@@ -197,21 +196,19 @@ def trace(
 
 def _print_trace(measured: Trace, text: str, first: First) -> None:
     """Print the checkpoints as a table, and when the sink emerged."""
-    rows = measured.to_dataframe()
-    columns = [name for name in _TRACE_COLUMNS if name in rows]
-    cells = [
-        [
-            f"{value:.3f}" if isinstance(value, float) and name != "step" else f"{value:.0f}"
-            for name, value in row.items()
-        ]
-        for row in rows[columns].to_dict("records")
-    ]
-    print_table(columns, cells, measured.model)
+    rows = measured.to_json()["checkpoints"]
+    cells = [[row["step"], *(_number(row.get(name)) for name in _TRACE_COLUMNS)] for row in rows]
+    print_table(("step", *_TRACE_COLUMNS.values()), cells, measured.model)
     step = measured.formation_step
-    emergence = "has no sink at its end" if step is None else f"the sink emerged at step {step}"
+    emergence = "there is no sink at its end" if step is None else f"the sink emerged at step {step}"
+    stages = len(measured.stages)
     typer.echo(
-        f"{measured.model}: {emergence}; {len(measured.stages)} stages. Text: {text}; at position zero: "
+        f"{measured.model}: {emergence}; {stages} stage{'s' * (stages > 1)}. Text: {text}; at position zero: "
         f"{FIRST_TOKEN_DESCRIPTIONS[first]}."
     )
     for label, reason in measured.missing.items():
         typer.echo(f"Left out: {label}: {reason}")
+
+
+def _number(value: float | None) -> str | None:
+    return None if value is None else f"{value:.3f}"

@@ -20,7 +20,7 @@ tags: [attention-sink, interpretability]
 
 {about}
 
-{millions:.1f} million parameters; {layers} layers of {heads} heads, width {d_model}, a byte-level BPE vocabulary of
+{millions:.1f} million parameters; {n_layers} layers of {n_heads} heads, width {d_model}, a byte-level BPE vocabulary of
 {vocab_size}. Made for experiments on the attention sink: it writes text like its corpus and nothing else.
 Weights are float16.
 """
@@ -75,7 +75,7 @@ def card(name: str, config: TrainConfig, parameters: int, runs: Sequence[Run] = 
     variant, settings = variant_of(config), asdict(config)
     about = ABOUT[variant] if variant else f"A language model of the architecture {config.architecture}."
     text = _HEAD.format(name=name, about=about, millions=parameters / 1e6, **settings)
-    if config.changes:
+    if config.architecture_edits:
         text += _CHANGED
     text += _RECIPE.format(
         command=command_of(config),

@@ -95,7 +95,7 @@ def shipped_runs(folder: Path | None = None) -> list[Run]:
     return runs
 
 
-def shipped_kinds(name: str) -> dict[str, Run]:
+def shipped_runs_by_first(name: str) -> dict[str, Run]:
     """The run of that name that comes with the package, by what stands at P0 of the prompts; empty if there is none."""
     return {run.first: run for run in shipped_runs() if run.name == name}
 
@@ -112,7 +112,7 @@ def variant_and_seed(path: Path) -> tuple[str, int]:
     return variant, int(seed)
 
 
-def keep_run(path: Path, table: pd.DataFrame) -> Path:
+def save_run(path: Path, table: pd.DataFrame) -> Path:
     """Put the lines of a trace, with their `first`, into a run's table, in the place of those that had the same.
 
     Raises:

@@ -218,13 +218,13 @@ def prepare_corpus(config: TrainConfig, out: Path) -> tuple[PreTrainedTokenizerF
 
 
 def train(
-    config: TrainConfig, out: Path, save_every: int = 500, report: Callable[[int, float], None] | None = None
+    config: TrainConfig, out: Path, save_every: int = 500, on_step: Callable[[int, float], None] | None = None
 ) -> Path:
     """Train a model as `config` says and leave it in `out`, with its trace; returns `out`.
 
     A second call with the same arguments goes on where an interrupted one stopped, and gives the same weights. A
     finished run is left as it is.
-    `report` is told (step, loss) after every step.
+    `on_step` is told (step, loss) after every step.
 
     Raises:
         P0Error: `out` holds a run of another configuration, or the corpus is too small.
@@ -241,8 +241,8 @@ def train(
 
     tokenizer, stream, held_out = prepare_corpus(config, out)
     model = build_model(config)
-    if config.changes:
-        edit_hf_model(model, config.changes, gates_of(model))
+    if config.architecture_edits:
+        edit_hf_model(model, config.architecture_edits, gates_of(model))
     state = TrainState(model, build_optimizer(config, model))
     saved = out / "work" / "state.safetensors"
     if saved.exists():
@@ -265,8 +265,8 @@ def train(
             raise FloatingPointError(
                 f"the loss became {loss} at step {state.step}; lower the learning rate ({config.learning_rate})"
             )
-        if report is not None:
-            report(state.step, loss)
+        if on_step is not None:
+            on_step(state.step, loss)
         if state.step % save_every == 0 and state.step not in keep:
             save_state(saved, state)
     write_log(out / "trace.csv", state.log)

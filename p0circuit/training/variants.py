@@ -41,9 +41,9 @@ class TrainConfig:
     `ArchitectureEdits`.
     """
 
-    layers: int = 4
+    n_layers: int = 4
     d_model: int = 128
-    heads: int = 4
+    n_heads: int = 4
     d_mlp: int = 336
     vocab_size: int = 1024
     length: int = 128
@@ -70,11 +70,11 @@ class TrainConfig:
     gated_attention: bool = False
 
     def __post_init__(self) -> None:
-        if self.d_model % self.heads:
-            raise P0Error(f"d_model {self.d_model} must be a multiple of heads {self.heads}")
+        if self.d_model % self.n_heads:
+            raise P0Error(f"d_model {self.d_model} must be a multiple of n_heads {self.n_heads}")
         if not 0 <= self.bos_share <= 1:
             raise P0Error(f"bos_share must lie between 0 and 1, got {self.bos_share}")
-        for name in ("layers", "steps", "batch", "checkpoints"):
+        for name in ("n_layers", "steps", "batch", "checkpoints"):
             if getattr(self, name) < 1:
                 raise P0Error(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.length < 2:
@@ -91,7 +91,7 @@ class TrainConfig:
             raise P0Error(f"force_sink must lie between 0 and d_model {self.d_model}, got {self.force_sink}")
 
     @property
-    def changes(self) -> ArchitectureEdits:
+    def architecture_edits(self) -> ArchitectureEdits:
         """What the forward pass does that its architecture does not."""
         return ArchitectureEdits(self.force_sink, self.gated_attention)
 
@@ -146,8 +146,8 @@ def build_model(config: TrainConfig) -> PreTrainedModel:
             GPT2Config(
                 n_embd=config.d_model,
                 n_inner=config.d_mlp,
-                n_layer=config.layers,
-                n_head=config.heads,
+                n_layer=config.n_layers,
+                n_head=config.n_heads,
                 n_positions=config.length,
                 resid_pdrop=0.0,
                 embd_pdrop=0.0,
@@ -158,14 +158,14 @@ def build_model(config: TrainConfig) -> PreTrainedModel:
     shared |= {
         "hidden_size": config.d_model,
         "intermediate_size": config.d_mlp,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "num_key_value_heads": config.heads,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_heads,
         "max_position_embeddings": max(2048, config.length),
         "rms_norm_eps": 1e-5,
     }
-    if config.changes:
-        shared[FIELD] = config.changes.to_json()
+    if config.architecture_edits:
+        shared[FIELD] = config.architecture_edits.to_json()
     if config.architecture == "mistral":
         return MistralForCausalLM(MistralConfig(sliding_window=config.window, **shared))
     if config.architecture == "qwen3_moe":
@@ -173,7 +173,7 @@ def build_model(config: TrainConfig) -> PreTrainedModel:
             "num_experts": config.experts,
             "num_experts_per_tok": config.experts_per_token,
             "moe_intermediate_size": config.d_mlp,
-            "head_dim": config.d_model // config.heads,
+            "head_dim": config.d_model // config.n_heads,
             "norm_topk_prob": True,
         }
         return Qwen3MoeForCausalLM(Qwen3MoeConfig(**shared))

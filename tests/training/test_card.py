@@ -28,7 +28,7 @@ def test_a_shipped_card_is_the_one_of_its_run(name: str) -> None:
     runs = [run for run in shipped_runs() if run.name == name]
     text = card(name, config, SHIPPED[name], runs)
     assert runs and (folder / "README.md").read_text(encoding="utf-8") == text
-    assert ("runs right only through" in text) == bool(config.changes)
+    assert ("runs right only through" in text) == bool(config.architecture_edits)
 
 
 @pytest.mark.parametrize(

@@ -23,9 +23,9 @@ from p0circuit.training.trainer import batch_at, checkpoint_steps, learning_rate
 from p0circuit.training.variants import TrainConfig
 
 TINY = TrainConfig(
-    layers=2,
+    n_layers=2,
     d_model=32,
-    heads=2,
+    n_heads=2,
     d_mlp=48,
     vocab_size=300,
     length=16,
@@ -42,11 +42,11 @@ class Stop(Exception):
 
 
 def stop_at(step: int) -> Callable[[int, float], None]:
-    def report(now: int, loss: float) -> None:
+    def on_step(now: int, loss: float) -> None:
         if now == step:
             raise Stop
 
-    return report
+    return on_step
 
 
 def contents(folder: Path) -> dict[str, object]:
@@ -203,7 +203,7 @@ def test_an_interrupted_run_leaves_the_same_files_as_an_uninterrupted_one(
 ) -> None:
     for step in stops:
         with pytest.raises(Stop):
-            train(TINY, tmp_path, save_every=7, report=stop_at(step))
+            train(TINY, tmp_path, save_every=7, on_step=stop_at(step))
         torch.rand(step)  # A new process would not be in the old one's random state either.
     train(TINY, tmp_path, save_every=7)
     assert contents(tmp_path) == contents(uninterrupted)
@@ -214,7 +214,7 @@ def test_an_interruption_leaves_nothing_half_written(
     uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save_every: int
 ) -> None:
     with pytest.raises(Stop):
-        train(TINY, tmp_path, save_every=save_every, report=stop_at(20))
+        train(TINY, tmp_path, save_every=save_every, on_step=stop_at(20))
     before = contents(tmp_path)
     assert not any(".tmp" in name for name in before)
     for name in before:
@@ -299,7 +299,7 @@ def test_another_configuration_in_the_same_directory_is_refused(uninterrupted: P
 def test_a_finished_run_is_left_as_it_is(uninterrupted: Path) -> None:
     before = contents(uninterrupted)
     steps: list[int] = []
-    train(TINY, uninterrupted, save_every=7, report=lambda step, loss: steps.append(step))
+    train(TINY, uninterrupted, save_every=7, on_step=lambda step, loss: steps.append(step))
     assert steps == []
     assert contents(uninterrupted) == before
 
@@ -310,7 +310,7 @@ def test_a_finished_run_is_left_as_it_is_without_what_it_worked_with(uninterrupt
     shutil.copytree(uninterrupted, run, ignore=shutil.ignore_patterns("work", "trace"))
     (run / "README.md").write_text("measured")
     before = contents(run)
-    assert train(TINY, run, report=lambda step, loss: pytest.fail("trained again")) == run
+    assert train(TINY, run, on_step=lambda step, loss: pytest.fail("trained again")) == run
     assert contents(run) == before
 
 
@@ -331,9 +331,9 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("heads", 3, "d_model 32 must be a multiple of heads 3"),
+        ("n_heads", 3, "d_model 32 must be a multiple of n_heads 3"),
         ("bos_share", 1.5, "between 0 and 1, got 1.5"),
-        ("layers", 0, "layers must be at least 1, got 0"),
+        ("n_layers", 0, "n_layers must be at least 1, got 0"),
         ("steps", 0, "steps must be at least 1, got 0"),
         ("length", 1, "at least 2 tokens, got 1"),
     ],
