@@ -236,7 +236,7 @@ def test_a_model_without_tokenizer_reads_random_tokens_and_that_is_said(p0: Run)
     assert (found["model"], found["text"], found["first_token"]) == ("wired", "random tokens", "random")
     assert found["sink_rate"] == pytest.approx(0.2) and found["sink_rate_from_layer_2"] == pytest.approx(0.6)
     refused = p0("sink", "wired", "--first", "bos")
-    assert refused.code == 2 and "no BOS token" in refused.err
+    assert refused.code == 2 and "its BOS token is not known" in refused.err
 
 
 @pytest.mark.parametrize("name", ["wired-learned", "wired-decoy", "wired-decoy-learned"])
@@ -402,9 +402,11 @@ def test_trace_prints_the_promised_keys(p0: Run, tmp_path: Path) -> None:
     assert keys | {"concentration_causal"} <= set(found["checkpoints"][0])
     assert "formation_step" in found and found["stages"]
     assert (found["first_token"], found["text"]) == ("text", "stdlib")
-    assert "on stdlib, at position zero the text's own first token" in ended.err
+    shown = p0("trace", "p0-nano", "--checkpoints", "0,7221,20000", *quick[:-1]).out
+    assert f"the sink emerged at step {found['formation_step']}" in shown
+    assert "Text: stdlib; at position zero: the text's own first token" in shown
     assert (tmp_path / "p0-nano" / "figures" / "trace-development.png").is_file()
-    # Small, and so its needs are not told.
+    # The model is small, so no estimate is printed.
     assert "Needs" not in ended.err
     again = p0("trace", "p0-nano", "--checkpoints", "step-020000, 0,step-007221", *quick)
     assert json.loads(again.out) == found
@@ -422,7 +424,7 @@ def test_a_trace_that_comes_with_the_package(p0: Run, tmp_path: Path, name: str)
     )
     found = json.loads(ended.out)
     (run,) = as_trained([run for run in shipped_runs() if run.name == name])
-    assert ended.code == 0 and f"{name} keeps no checkpoints: this is the trace that comes with it" in ended.err
+    assert ended.code == 0 and f"{name} has no checkpoints: this is the trace that comes with" in ended.err
     assert f"with {run.first} at position zero" in ended.err and found["model"] == name
     assert [row["excess"] for row in found["checkpoints"]] == run["excess"].tolist()
     formed = None if run.formation is None else run["step"][run.formation]
@@ -552,7 +554,7 @@ def test_results_on_a_gguf_file_say_how_it_was_rounded(p0: Run, tiny_model_dir: 
     assert "tiny (Q4_1)" in p0("sink", path, *QUICK).out
     ended = p0("run", "sink-map", path, "--out", tmp_path / "out", *QUICK)
     folder = tmp_path / "out" / "tiny"
-    assert ended.code == 0 and "tiny (Q4_1): sink-map" in ended.err
+    assert ended.code == 0 and "tiny (Q4_1): sink-map" in ended.out
     manifest = json.loads((folder / "manifest.json").read_text())
     assert (manifest["model"], manifest["quantisation"]) == ("tiny", "Q4_1")
     assert Result.load(folder / "sink-map.json").provenance["model"]["quantisation"] == "Q4_1"

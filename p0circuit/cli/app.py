@@ -41,12 +41,13 @@ for command in (
 app.add_typer(notebooks.app, name="notebooks")
 
 
-def _print_version(wanted: bool) -> None:
+def _print_version(wanted: bool) -> bool:
     if wanted:
         from p0circuit import __version__
 
         typer.echo(f"p0circuit {__version__}")
         raise typer.Exit
+    return wanted
 
 
 @app.callback()

@@ -221,8 +221,8 @@ def sink(
         titled(summary["model"], summary["quantisation"]),
     )
     typer.echo(
-        f"{_rates(summary).capitalize()}, on {prompts.n} prompts of {length} tokens of {summary['text']}; at position zero: "
-        f"{FIRST_TOKEN_DESCRIPTIONS[first]}. Uniform attention would score {summary['uniform_score']:.3f}."
+        f"{_rates(summary).capitalize()}, on {prompts.n} prompts of {length} tokens of {summary['text']}; at position "
+        f"zero: {FIRST_TOKEN_DESCRIPTIONS[first]}. Uniform attention would score {summary['uniform_score']:.3f}."
     )
     if summary["after_bos"] is not None:
         typer.echo(f"Its sink depends on BOS. After BOS: {_rates(summary['after_bos'])} (--first bos).")

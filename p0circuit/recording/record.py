@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from p0circuit import __version__
-from p0circuit.errors import P0Error
+from p0circuit.errors import NotFiniteError, P0Error
 from p0circuit.hooked_model import HookedModel
 from p0circuit.io import code_fingerprint
 from p0circuit.log import progress_bar
@@ -152,7 +152,7 @@ def record(
     Raises:
         P0Error: a position lies outside the prompts, the model refuses the ids, or an intervention was made for
             other prompts.
-        FloatingPointError: an activation is not a number; the message names the quantity.
+        NotFiniteError: an activation is not a number; the message names the quantity.
     """
     quantities = [what] if isinstance(what, Quantity) else list(what)
     for intervention in interventions:
@@ -201,7 +201,7 @@ def record(
             # Losses are NaN by definition where the prediction is made at padding.
             real = value[prompts.attention_mask[:, :-1]] if quantity is TOKEN_LOSSES else value
             if not torch.isfinite(real).all():
-                raise FloatingPointError(f"{quantity.name} holds values that are not finite: check weights and dtype")
+                raise NotFiniteError(f"{quantity.name} holds values that are not finite: check weights and dtype")
             values[quantity.name] = value
             if store is not None:
                 about = {"quantity": quantity.name, "model": describe(model).name, "samples": prompts.n}

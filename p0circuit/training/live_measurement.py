@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from p0circuit import sink
+from p0circuit.errors import NotFiniteError
 from p0circuit.models.info import ModelError
 from p0circuit.sink import CONTROL, sink_heads
 from p0circuit.training.formation import EARLY_BLOCKS, lost_share, observed_concentration
@@ -356,7 +357,7 @@ def _observe(decoder: Decoder, ids: Int[Tensor, "batch pos"], replaced: tuple[in
 
     Raises:
         ModelError: no attention was seen.
-        FloatingPointError: the stream at P0 is not finite.
+        NotFiniteError: the stream at P0 is not finite.
     """
     scores: dict[int, tuple[Tensor, Tensor]] = {}
     at_p0: list[Tensor] = []
@@ -382,7 +383,7 @@ def _observe(decoder: Decoder, ids: Int[Tensor, "batch pos"], replaced: tuple[in
 
     run(decoder, ids, stream, attention)
     if not all(bool(vector.isfinite().all()) for vector in at_p0):
-        raise FloatingPointError("the residual stream at P0 is not finite: the weights, or what they compute, are not")
+        raise NotFiniteError("the residual stream at P0 is not finite: the weights, or what they compute, are not")
     if not scores:
         raise ModelError(
             f"no attention seen in {type(decoder.model).__name__}: expected layers that compute it through a model of "
@@ -413,7 +414,7 @@ def measure(model: nn.Module, ids: Int[Tensor, "batch pos"], prefix: Int[Tensor,
 
     Raises:
         ModelError: it is not a causal language model whose layers and attention can be seen (`decoder_of`, `run`).
-        FloatingPointError: the stream at P0 is not finite.
+        NotFiniteError: the stream at P0 is not finite.
     """
     decoder = decoder_of(model)
     device = next(decoder.model.parameters()).device

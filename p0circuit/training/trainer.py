@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from p0circuit import text
-from p0circuit.errors import P0Error
+from p0circuit.errors import NotFiniteError, P0Error
 from p0circuit.io import write_atomically, write_json
 from p0circuit.models.architecture_edits import edit_hf_model, gates_of
 from p0circuit.training import corpus
@@ -228,7 +228,7 @@ def train(
 
     Raises:
         P0Error: `out` holds a run of another configuration, or the corpus is too small.
-        FloatingPointError: the loss is no longer a number.
+        NotFiniteError: the loss is no longer a number.
     """
     out.mkdir(parents=True, exist_ok=True)
     recorded = out / "train_config.json"
@@ -262,7 +262,7 @@ def train(
             break
         loss = train_step(config, state, batch_at(config, stream, state.step, text.BOS_ID))
         if not math.isfinite(loss):
-            raise FloatingPointError(
+            raise NotFiniteError(
                 f"the loss became {loss} at step {state.step}; lower the learning rate ({config.learning_rate})"
             )
         if on_step is not None:
