@@ -47,7 +47,7 @@ from p0circuit.models import ModelError, describe
 from p0circuit.prompts import WITH_BOS, WITHOUT_BOS, PromptSet, bos_id
 from p0circuit.recording.quantities import TOKEN_LOSSES, score_at
 from p0circuit.recording.record import record
-from p0circuit.results import drawn, titled
+from p0circuit.results import figure_bytes, model_title
 from p0circuit.sink import CONTROL, least_excess, sink_heads
 from p0circuit.stats import Interval, bootstrap, ratio_interval
 
@@ -144,7 +144,7 @@ class Advice:
     @property
     def title(self) -> str:
         """The model's name, and how its weights were rounded if they were."""
-        return titled(self.model, self.quantisation)
+        return model_title(self.model, self.quantisation)
 
     def to_json(self) -> dict[str, Any]:
         lost, heads = self.loss_without_sink, self.dormant_heads
@@ -191,7 +191,7 @@ def write_advice(advice: Advice, directory: Path) -> list[Path]:
     from p0circuit.report.html import render
 
     figure = draw_costs(advice)
-    picture = figure and "data:image/svg+xml;base64," + base64.b64encode(drawn(figure, "svg")).decode()
+    picture = figure and "data:image/svg+xml;base64," + base64.b64encode(figure_bytes(figure, "svg")).decode()
     page = render("advice.html.j2", advice=advice, picture=picture, limit=f"{LOSS_SHARE:.0%}")
     written = write_json(directory / "advice.json", advice.to_json())
     html = directory / "advice.html"

@@ -12,7 +12,7 @@ import pytest
 from benchmarks import monitor, run, transformer_lens4
 from benchmarks.models import tiny_shape
 from p0circuit.models.hooked import has_hooked_transformer
-from p0circuit.training.variants import TrainConfig
+from p0circuit.training.config import TrainConfig
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "performance.md"
 TINY = run.Size(rows=2, length=16, edges=6, memory=False)

@@ -662,7 +662,7 @@ def test_a_trained_model_can_be_measured_and_its_trace_too(p0: Run, tmp_path: Pa
         ),
         (["run", "C1", "--set", "eps"], "'eps' is not of the form field=value, as in eps=0.3"),
         (["run", "C1", "--set", "control=0.5"], "control cannot be '0.5'; expected a whole number, such as 8"),
-        (["run", "C8", "--set", "doses=[1, 2]"], "doses cannot be '[1, 2]'; expected a list of text"),
+        (["run", "C8", "--set", "doses=[1, 2]"], "doses cannot be '[1, 2]'; expected a list of texts"),
         (["reproduce", "wired", "--samples", "0"], "--samples"),
         (["reproduce", "wired", "--length", "1"], "--length"),
         (["reproduce", "--backend", "jax"], "--backend"),

@@ -208,6 +208,6 @@ def report_text(model: HookedModel | StoredModel, text: str | None) -> None:
 
 def _title(model: HookedModel | StoredModel) -> str:
     from p0circuit.models import StoredModel, describe
-    from p0circuit.results import titled
+    from p0circuit.results import model_title
 
-    return titled(model.name, model.quantisation) if isinstance(model, StoredModel) else describe(model).title
+    return model_title(model.name, model.quantisation) if isinstance(model, StoredModel) else describe(model).title

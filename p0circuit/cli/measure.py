@@ -190,7 +190,7 @@ def sink(
 ) -> None:
     """Measure the sink of one model: sink scores, sink rate, norm ratio and direction consistency of P0."""
     from p0circuit.experiments.sink_summary import after_bos, sink_summary
-    from p0circuit.results import titled
+    from p0circuit.results import model_title
     from p0circuit.sink import SINK_THRESHOLD, shortest_for
 
     source = ModelSource(model, backend, device, dtype, None, device_map, offload_folder)
@@ -218,7 +218,7 @@ def sink(
             (layer, " ".join(f"{score:.2f}" for score in scores), f"{ratio:.2f}", f"{direction:.2f}")
             for layer, (scores, ratio, direction) in enumerate(layers)
         ],
-        titled(summary["model"], summary["quantisation"]),
+        model_title(summary["model"], summary["quantisation"]),
     )
     typer.echo(
         f"{_rates(summary).capitalize()}, on {prompts.n} prompts of {length} tokens of {summary['text']}; at position "

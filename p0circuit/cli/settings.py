@@ -87,6 +87,9 @@ def _converted(kind: Any, value: object) -> object:
     raise _WrongTypeError
 
 
+_PLURALS = {int: "whole numbers", float: "numbers", str: "texts"}
+
+
 def _name(kind: Any) -> str:
     """The name of a type as a person would write it."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
@@ -95,7 +98,7 @@ def _name(kind: Any) -> str:
     if origin is typing.Literal:
         return "one of " + ", ".join(map(json.dumps, parts))
     if origin is tuple:
-        return f"a list of {_name(parts[0])}"
+        return f"a list of {_PLURALS.get(parts[0], _name(parts[0]))}"
     names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
     return names.get(kind, str(kind))
 

@@ -76,8 +76,9 @@ def train(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from p0circuit.training.config import TrainConfig
     from p0circuit.training.trainer import train as train_model
-    from p0circuit.training.variants import VARIANTS, TrainConfig
+    from p0circuit.training.variants import VARIANTS
 
     torch.set_num_threads(threads)
     if variant is not None and variant not in VARIANTS:

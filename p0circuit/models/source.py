@@ -30,6 +30,7 @@ CONSTRUCTED_MODELS = {
     "wired-learned": ("wired_model", "learned"),
     "wired-decoy": ("decoy_model", "rotary"),
     "wired-decoy-learned": ("decoy_model", "learned"),
+    "wired-two-stages": ("two_stages_model", "rotary"),
 }
 _CONSTRUCTED = {
     "wired": (455_648, "A sink circuit built weight by weight, so that the truth about it is known"),

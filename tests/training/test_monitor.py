@@ -47,11 +47,12 @@ from p0circuit.prompts import from_ids, random_tokens, tokenized_text
 from p0circuit.recording.quantities import NORM_RATIO, SINK_SCORE, residual_at, score_at
 from p0circuit.recording.record import record
 from p0circuit.sink import CONTROL, TIMES_UNIFORM, sink_heads, uniform_excess
+from p0circuit.training.build import build_model
 from p0circuit.training.live_measurement import SHIFT, Measurement, decoder_of, preserve_model_state
 from p0circuit.training.monitor import COLUMNS, P0Monitor, P0TrainerCallback, formation_stage, read_readings
+from p0circuit.training.run_files import save_model
 from p0circuit.training.trace import measure_checkpoint
-from p0circuit.training.trainer import save_model
-from p0circuit.training.variants import VARIANTS, build_model
+from p0circuit.training.variants import VARIANTS
 
 VOCAB = 64
 SIZE = {"num_hidden_layers": 3, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48}

@@ -47,7 +47,7 @@ def prompts_for(model):
     ],
 )
 def test_formation_is_where_it_stays_above_half_its_final_value(curve, expected):
-    assert formation_index(np.array(curve), least=0.05) == expected
+    assert formation_index(np.array(curve), threshold=0.05) == expected
 
 
 def test_change_points_are_found_where_they_were_made():

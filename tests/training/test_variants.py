@@ -16,8 +16,10 @@ from p0circuit.prompts import from_ids
 from p0circuit.recording.fingerprint import weights_fingerprint
 from p0circuit.recording.quantities import SINK_SCORE
 from p0circuit.recording.record import record
-from p0circuit.training.trainer import save_model
-from p0circuit.training.variants import VARIANTS, TrainConfig, build_model
+from p0circuit.training.build import build_model
+from p0circuit.training.config import TrainConfig
+from p0circuit.training.run_files import save_model
+from p0circuit.training.variants import VARIANTS
 
 BACKENDS = ["hooked", "bridge"] if has_hooked_transformer() else ["bridge"]
 SMALL = {"n_layers": 3, "d_model": 32, "n_heads": 4, "d_mlp": 48, "vocab_size": 64}
