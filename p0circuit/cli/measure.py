@@ -103,25 +103,25 @@ def run(
         _save(result, out / TRAINING, started, model=TRAINING, quantisation=None, runs=result.provenance["runs"])
         _show(result, TRAINING, as_json)
         return
-    chosen = find_experiment(experiment)
+    selected = find_experiment(experiment)
     # Errors in the settings are raised before the model is loaded.
-    with_settings(chosen.config, settings or [])
+    with_settings(selected.config, settings or [])
     source = ModelSource(model, backend, device, dtype, layers, device_map, offload_folder)
     count = quick_sample_count(source, checkpoint, samples) if quick else samples or 128
     report_estimate(source, [checkpoint], count, length)
     loaded = load(source, checkpoint)
     info = describe(loaded)
-    chosen = chosen.quick(info) if quick else chosen
-    chosen = type(chosen)(with_settings(chosen.config, settings or []))
+    selected = selected.quick(info) if quick else selected
+    selected = type(selected)(with_settings(selected.config, settings or []))
     report_text(loaded, text)
     condition = find_condition(loaded, pooled_prompts_for(loaded, text, count, length, seed))
     report_progress(condition.summary)
     prompts = condition.prompts
     started = time.time()
     try:
-        result = chosen.run(loaded, prompts)
+        result = selected.run(loaded, prompts)
     except NotApplicable as reason:
-        _show_not_applicable(chosen.id, info.title, str(reason), as_json)
+        _show_not_applicable(selected.id, info.title, str(reason), as_json)
         return
     _save(
         result,

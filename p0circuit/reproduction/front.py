@@ -61,7 +61,7 @@ def reproduce(
             print(claim["id"], claim["verdict"], claim["why"])
     """
     # Errors in the names of claims are raised before the model is loaded.
-    chosen = select_experiments(claims)
+    selected = select_experiments(claims)
     if isinstance(model, (str, Path)):
         source, parameters = model, parameter_count(model)
         loaded = load_model(source)
@@ -76,7 +76,12 @@ def reproduce(
     )
     directory = run_directory(out, info)
     reproduce_model(
-        loaded, prompts, directory, quick_experiments(chosen, info) if quick else chosen, initial_checkpoint, controls
+        loaded,
+        prompts,
+        directory,
+        quick_experiments(selected, info) if quick else selected,
+        initial_checkpoint,
+        controls,
     )
     write_report(directory)
     return find_reproductions(directory)[0]

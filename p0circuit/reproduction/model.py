@@ -120,10 +120,10 @@ def _test_controls(
     """Test the claims on the controls, and add the verdicts to their entries."""
     testing = [experiment for experiment in experiments if experiment.claim is not None]
     large = is_large(describe(model))
-    for name, opened in controls_of(model, prompts, initial_checkpoint).items():
+    for name, open_control in controls_of(model, prompts, initial_checkpoint).items():
         folder = directory / "controls" / name.replace(" ", "-")
         try:
-            with opened() as (control, control_prompts), remember_rows():
+            with open_control() as (control, control_prompts), remember_rows():
                 subject = describe(control).name
                 for experiment, entry in zip(testing, entries, strict=True):
                     if large and not experiment.needs_control:
