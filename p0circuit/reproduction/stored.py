@@ -59,7 +59,7 @@ def result_key(experiment: Experiment[Any], model: HookedModel, prompts: PromptS
         "hooks": sorted(f"{name} {len(point.fwd_hooks)}" for name, point in model.hook_dict.items() if point.fwd_hooks),
         "prompts": prompts.fingerprint(),
         # Tokens that an experiment may put back at the end of a row when it removes BOS.
-        "cut_off": None if prompts.cut_off is None else prompts.cut_off.tolist(),
+        "cut_off": None if prompts.overflow is None else prompts.overflow.tolist(),
         "config": repr(experiment.config),
         # The experiment may come from outside the package.
         "code": [code_fingerprint(), inspect.getsource(sys.modules[type(experiment).__module__])],

@@ -231,7 +231,7 @@ class AnyToken(Experiment[AnyTokenConfig]):
         ids[torch.arange(len(ids)), p0 + place] = tokens.repeat_interleave(prompts.n)
         mask = prompts.attention_mask.repeat(len(tokens), 1)
         quantity = score_at(place)
-        rows = replace(prompts, ids=ids, attention_mask=mask, cut_off=None)
+        rows = replace(prompts, ids=ids, attention_mask=mask, overflow=None)
         scores = record(model, rows, [quantity], condition=f"tokens at {place}")[quantity].double()
         layers, numbers = map(list, zip(*heads, strict=True))
         return scores[:, layers, numbers].mean(1).view(len(tokens), -1).mean(1).numpy()
