@@ -138,8 +138,9 @@ def trace(
     """
     from p0circuit.models import ModelError
     from p0circuit.results import Result
+    from p0circuit.training.checkpoints import checkpoints_of
     from p0circuit.training.runs import LENGTH, as_trained, save_run, shipped_runs_by_first, variant_and_seed
-    from p0circuit.training.trace import PASSES_PER_CHECKPOINT, Trace, checkpoints_of, trace as trace_run
+    from p0circuit.training.trace import PASSES_PER_CHECKPOINT, Trace, trace as trace_run
 
     if table is not None:
         # Refuse a bad name before the run is measured, not after.
