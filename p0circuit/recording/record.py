@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from p0circuit import __version__
-from p0circuit.errors import P0Error
+from p0circuit.errors import NotFiniteError, P0Error
 from p0circuit.hooked_model import HookedModel
 from p0circuit.io import code_fingerprint
 from p0circuit.log import progress_bar
@@ -175,7 +175,7 @@ def record(
     Raises:
         P0Error: a position lies outside the prompts, a token id outside the vocabulary, or an intervention was made for
             other prompts.
-        FloatingPointError: an activation is not a number; the message names the quantity.
+        NotFiniteError: an activation is not a number; the message names the quantity.
 
     Example:
         scores = p0circuit.record(model, prompts, p0circuit.SINK_SCORE)  # [sample, layer, head]
@@ -229,7 +229,7 @@ def record(
             # Where the prediction is made at padding, losses are NaN by definition.
             real = value[prompts.attention_mask[:, :-1]] if quantity is TOKEN_LOSSES else value
             if not torch.isfinite(real).all():
-                raise FloatingPointError(f"{quantity.name} holds values that are not finite: check weights and dtype")
+                raise NotFiniteError(f"{quantity.name} holds values that are not finite: check weights and dtype")
             values[quantity.name] = value
             if store is not None:
                 about = {"quantity": quantity.name, "model": describe(model).name, "samples": prompts.n}
