@@ -112,7 +112,7 @@ def test_without_a_sink_the_first_token_is_one_of_many() -> None:
     for model, prompts in ((untrained, text), (decoy_model(), random_tokens(64, 12, 32))):
         result = Streaming(TINY).run(model, prompts)
         assert result.judgement is not None and result.judgement.verdict == "not reproduced"
-        assert result.notes[0].endswith("here this is a control")
+        assert result.notes[0].endswith("so this measurement is a control")
 
 
 def test_learned_positions_stay_what_they_were(family_model: Any) -> None:
