@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from p0circuit.errors import P0Error
 from p0circuit.prompts import sampleable_vocabulary_of
-from p0circuit.results import titled
+from p0circuit.results import model_title
 
 if TYPE_CHECKING:
     import torch
@@ -80,7 +80,7 @@ class ModelInfo:
     @property
     def title(self) -> str:
         """What people are shown: the name, and how the weights were rounded if they were."""
-        return titled(self.name, self.quantisation)
+        return model_title(self.name, self.quantisation)
 
 
 def set_quantisation(model: Any, quantisation: str | None) -> Any:

@@ -255,12 +255,13 @@ def _wired(name: str, backend: Backend, checkpoint: int | str | None, device: An
     """One of the models whose weights are constructed."""
     import torch
 
-    from p0circuit.models.constructed import build as constructed
+    from p0circuit.models.constructed import build as constructed, two_stages
 
     if checkpoint is not None:
         raise ModelError(f"{name} is constructed, not trained: it has no checkpoint {checkpoint!r}")
     build, positions = CONSTRUCTED_MODELS[name]
-    return getattr(constructed, build)(positions, backend=backend, dtype=dtype or torch.float32, device=_device(device))
+    make = getattr(two_stages if build == "two_stages_model" else constructed, build)
+    return make(positions, backend=backend, dtype=dtype or torch.float32, device=_device(device))
 
 
 def _device(device: Any) -> Any:

@@ -30,6 +30,7 @@ CONSTRUCTED_MODELS = {
     "wired-learned": ("wired_model", "learned"),
     "wired-decoy": ("decoy_model", "rotary"),
     "wired-decoy-learned": ("decoy_model", "learned"),
+    "wired-two-stages": ("two_stages_model", "rotary"),
 }
 _HUB_FILES = (
     "config.json",

@@ -1,7 +1,7 @@
 """Look at P0 in a model that is being trained, and leave no trace of having looked.
 
 1. `decoder_of` finds the decoder layers of a model, in whatever wraps it.
-2. `undisturbed` puts back everything that a forward pass, or what the probe needs for it, could change.
+2. `preserve_model_state` puts back everything that a forward pass, or what the probe needs for it, could change.
 3. `measure` runs the probe rows with hooks on the layers. Each layer's attention is reduced to sink scores as soon as
    it is computed, so that never more than one layer's exists; what follows the last layer does not run.
 4. For the causal concentration the rows run once more, with P0's stream after block 1 taken from the shifted run. As
@@ -125,7 +125,7 @@ def _is_list_of_layers(module: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
+def preserve_model_state(model: nn.Module) -> Iterator[None]:
     """Run a model inside the `with` in eval mode, without gradients, with eager attention; then all is as before.
 
     What is put back: the mode of every submodule, buffers, the attention implementation, and the random generators of
@@ -134,7 +134,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     kind = _accelerator(model)[0] or "cpu"
     compiling = "torch._dynamo" in sys.modules
     with (
-        same_randomness(model),
+        preserve_random_state(model),
         torch.no_grad(),
         # Weights cast inside an autocast that training has open would stay in its cache, without a gradient.
         torch.autocast(kind, enabled=False),
@@ -147,7 +147,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def same_randomness(model: nn.Module) -> Iterator[None]:
+def preserve_random_state(model: nn.Module) -> Iterator[None]:
     """Put the random generators of torch (CPU and the model's devices), numpy and Python back after the `with`."""
     ours, numpys = random.getstate(), np.random.get_state()
     kind, indices = _accelerator(model)
@@ -277,7 +277,7 @@ def run(
     `stream(depth, residual)` gets the residual [batch, pos, d_model] before the first layer as depth 0 and after layer
     l as depth l + 1; what it returns, unless None, takes the residual's place after a layer. `attention(layer,
     pattern)` gets each layer's attention [batch, head, query, key], and is not called for layers without any. Call it
-    inside `undisturbed`.
+    inside `preserve_model_state`.
 
     Raises:
         ModelError: the layers did not run, or queries attend to later keys.
@@ -424,7 +424,7 @@ def measure(model: nn.Module, ids: Int[Tensor, "batch pos"], prefix: Int[Tensor,
         shifted = _last_of(decoder, torch.cat([prefix, ids[:, :1]], dim=1), after)
         return _observe(decoder, ids, (after, shifted)).sink_rate(EARLY_BLOCKS) or 0.0
 
-    with undisturbed(decoder.model):
+    with preserve_model_state(decoder.model):
         clean = _observe(decoder, ids)
         later = clean.sink_rate(EARLY_BLOCKS)
         causal = lost_share(later or 0.0, rate_behind_others)

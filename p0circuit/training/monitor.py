@@ -39,9 +39,9 @@ from p0circuit.io import write_atomically
 from p0circuit.models.info import ModelError
 from p0circuit.prompts import PromptSet, from_ids, random_tokens, sampleable_vocabulary_of, tokenized_text
 from p0circuit.sink import CONTROL, least_excess
-from p0circuit.training.live_measurement import SHIFT, Measurement, measure, same_randomness, unwrap
+from p0circuit.training.live_measurement import SHIFT, Measurement, measure, preserve_random_state, unwrap
 
-COLUMNS = ("step", *(field.name for field in fields(Measurement)), "formation", "formation_step", "probe")
+COLUMNS = ("step", *(field.name for field in fields(Measurement)), "formation", "formation_step", "prompts_fingerprint")
 """Of the CSV file: the fields of `Reading`."""
 LASTING = 3
 """A sink is formed when as many readings in a row are above the threshold."""
@@ -57,13 +57,14 @@ class Reading(Measurement):
         step: as the training loop counts.
         formation: "none", "forming" or "formed".
         formation_step: the first step of the unbroken row of readings above the threshold, once formed.
-        probe: the beginning of the fingerprint of the probe rows; readings of other rows do not compare.
+        prompts_fingerprint: first 12 characters of the fingerprint of the prompts; readings on different prompts
+            cannot be compared.
     """
 
     step: int
     formation: str
     formation_step: int | None
-    probe: str
+    prompts_fingerprint: str
 
     @property
     def status(self) -> str:
@@ -73,11 +74,11 @@ class Reading(Measurement):
     def numbers(self) -> dict[str, float]:
         """What there is to log, under names such as `p0/sink_rate`; formation as 0 (none), 1 (forming), 2 (formed)."""
         values = asdict(self) | {"formation": float(STAGES.index(self.formation))}
-        left_out = ("step", "probe")
+        left_out = ("step", "prompts_fingerprint")
         return {f"p0/{name}": value for name, value in values.items() if value is not None and name not in left_out}
 
 
-def formation(excess: Sequence[tuple[int, float]], threshold: float) -> tuple[str, int | None]:
+def formation_stage(excess: Sequence[tuple[int, float]], threshold: float) -> tuple[str, int | None]:
     """The stage of formation, and the step once formed, from (step, excess score) of all readings in order."""
     above: list[int] = []
     for step, value in excess:
@@ -101,12 +102,12 @@ class P0Monitor:
 
     def __init__(
         self,
-        probe: PromptSet | Tensor | None = None,
+        prompts: PromptSet | Tensor | None = None,
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
         text: str | Path = "english",
-        first: str | int = "text",
-        rows: int = 32,
+        first_token: str | int = "text",
+        n: int = 32,
         length: int = 64,
         seed: int = 0,
         every: int = 100,
@@ -129,17 +130,17 @@ class P0Monitor:
         """
         if every < 1:
             raise P0Error(f"every must be at least 1 step, got {every}")
-        if probe is not None and tokenizer is not None:
+        if prompts is not None and tokenizer is not None:
             raise P0Error("a probe and a tokenizer to make one with: expected one of them")
         self.every, self.seed = every, seed
-        self._size = rows, length
-        self._text, self._first, self._tokenizer = text, first, tokenizer
-        self._probe: PromptSet | None = None
+        self._size = n, length
+        self._text, self._first, self._tokenizer = text, first_token, tokenizer
+        self._prompts: PromptSet | None = None
         self._prefix: Int[Tensor, "batch shift"] | None = None
-        if probe is not None:
-            self._set_probe(from_ids(probe.cpu()) if isinstance(probe, Tensor) else probe)
+        if prompts is not None:
+            self._set_prompts(from_ids(prompts.cpu()) if isinstance(prompts, Tensor) else prompts)
         elif tokenizer is not None:
-            self._set_probe(self._text_probe(tokenizer))
+            self._set_prompts(self._text_prompts(tokenizer))
         self._csv = None if csv is None else Path(csv)
         # How many readings the file holds for certain.
         self._in_file = 0
@@ -163,7 +164,7 @@ class P0Monitor:
             return None
         reading = None
         try:
-            with same_randomness(model):
+            with preserve_random_state(model):
                 reading = self._read(model, step)
                 try:
                     if log is not None:
@@ -183,7 +184,7 @@ class P0Monitor:
             FloatingPointError: what it computes at P0 is not finite.
             OSError: the file cannot be written; the reading is kept.
         """
-        with same_randomness(model):
+        with preserve_random_state(model):
             reading = self._read(model, step)
         self._write()
         return reading
@@ -193,8 +194,8 @@ class P0Monitor:
         tokenizer = getattr(trainer, "processing_class", None)
         if self._tokenizer is None and isinstance(tokenizer, PreTrainedTokenizerBase):
             self._tokenizer = tokenizer
-            if self._probe is None:
-                self._set_probe(self._text_probe(tokenizer))
+            if self._prompts is None:
+                self._set_prompts(self._text_prompts(tokenizer))
         trainer.add_callback(P0TrainerCallback(self, trainer.log))
 
     def lightning(self, model: Callable[[Any], nn.Module] | None = None) -> Any:
@@ -233,50 +234,55 @@ class P0Monitor:
         return P0LightningCallback()
 
     def _read(self, model: nn.Module, step: int) -> Reading:
-        probe, prefix = self._made_for(unwrap(model))
-        measured = measure(model, probe.ids, prefix)
+        prompts, prefix = self._made_for(unwrap(model))
+        measured = measure(model, prompts.ids, prefix)
         kept = [reading for reading in self.readings if reading.step < step]
         trace = [(reading.step, reading.excess) for reading in kept] + [(step, measured.excess)]
-        stage, since = formation(trace, least_excess(probe.length))
-        made_with = probe.fingerprint()[:12]
-        reading = Reading(**asdict(measured), step=step, formation=stage, formation_step=since, probe=made_with)
+        stage, since = formation_stage(trace, least_excess(prompts.length))
+        reading = Reading(
+            **asdict(measured),
+            step=step,
+            formation=stage,
+            formation_step=since,
+            prompts_fingerprint=prompts.fingerprint()[:12],
+        )
         if len(kept) < len(self.readings):
             self._in_file = 0
         self.readings = [*kept, reading]
         return reading
 
-    def _text_probe(self, tokenizer: PreTrainedTokenizerBase) -> PromptSet:
+    def _text_prompts(self, tokenizer: PreTrainedTokenizerBase) -> PromptSet:
         return tokenized_text(tokenizer, self._text, *self._size, self.seed, self._first)
 
-    def _set_probe(self, probe: PromptSet) -> None:
-        if not bool(probe.attention_mask.all()):
-            raise P0Error("the probe rows are padded; expected rows of one length, so that P0 is where each begins")
-        if probe.n < 2 or probe.length <= CONTROL:
+    def _set_prompts(self, prompts: PromptSet) -> None:
+        if not bool(prompts.attention_mask.all()):
+            raise P0Error("the prompts are padded; expected rows of one length, so that P0 is where each begins")
+        if prompts.n < 2 or prompts.length <= CONTROL:
             raise P0Error(
-                f"the probe has {probe.n} rows of {probe.length} tokens; expected at least 2 (heads are chosen on one "
-                f"half and measured on the other) of {CONTROL + 1} (P0 is compared with position {CONTROL})"
+                f"{prompts.n} rows of {prompts.length} tokens are too few; expected at least 2 (heads are chosen on "
+                f"one half and measured on the other) of {CONTROL + 1} (P0 is compared with position {CONTROL})"
             )
-        self._probe = probe
+        self._prompts = prompts
 
     def _made_for(self, model: nn.Module) -> tuple[PromptSet, Int[Tensor, "batch shift"]]:
         """The probe and its prefixes; with the first model, what is missing of them is drawn."""
         vocab_size, context = _vocabulary(model), _context(model)
-        if self._probe is None:
+        if self._prompts is None:
             rows, length = self._size
-            self._set_probe(random_tokens(vocab_size, rows, min(length, context or length), self.seed))
-        probe = self._probe
-        assert probe is not None
+            self._set_prompts(random_tokens(vocab_size, rows, min(length, context or length), self.seed))
+        prompts = self._prompts
+        assert prompts is not None
         # On a GPU an id or a position too many ends the process, not only the pass.
-        probe.check_vocabulary(vocab_size)
-        if context is not None and probe.length > context:
+        prompts.check_vocabulary(vocab_size)
+        if context is not None and prompts.length > context:
             raise ModelError(
-                f"the probe rows have {probe.length} tokens and {type(model).__name__} reads {context}; give the "
+                f"the probe rows have {prompts.length} tokens and {type(model).__name__} reads {context}; give the "
                 f"monitor shorter rows"
             )
         if self._prefix is None:
             drawn, special = sampleable_vocabulary_of(self._tokenizer, vocab_size)
-            self._prefix = shift_prompts(probe, SHIFT, drawn, probe.seed, tuple(special)).shifted.ids[:, :SHIFT]
-        return probe, self._prefix
+            self._prefix = shift_prompts(prompts, SHIFT, drawn, prompts.seed, tuple(special)).shifted.ids[:, :SHIFT]
+        return prompts, self._prefix
 
     def _write(self) -> None:
         """Add the latest reading to the file; one that supersedes others, or follows a failure, rewrites it."""
@@ -340,7 +346,7 @@ def read_readings(path: Path) -> list[Reading]:
             f"{str(path)!r} is not a file of P0Monitor, or of another version: its columns are {rows[0]}, expected "
             f"{list(COLUMNS)}; name another file"
         )
-    kinds: dict[str, Any] = {"step": int, "formation_step": int, "formation": str, "probe": str}
+    kinds: dict[str, Any] = {"step": int, "formation_step": int, "formation": str, "prompts_fingerprint": str}
 
     def value(name: str, text: str) -> Any:
         return kinds.get(name, float)(text) if text else None

@@ -69,7 +69,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-PASSES = 3
+PASSES_PER_CHECKPOINT = 3
 """About how many passes over all prompts a row takes; for the forecast of time alone."""
 
 
@@ -153,11 +153,11 @@ class Trace:
         """The development; a checkpoint that could not be measured is a gap in every line, and marked."""
         import pandas as pd
 
-        from p0circuit.figures.training import development
+        from p0circuit.figures.training import trace_panels
 
         gaps = pd.DataFrame({"step": [told.step for told in map(parse_label, self.missing) if told is not None]})
         table = pd.concat([self.to_dataframe(), gaps]) if len(gaps) else self.to_dataframe()
-        return development({self.model: table.sort_values("step", ignore_index=True)}, self.formation_step)
+        return trace_panels({self.model: table.sort_values("step", ignore_index=True)}, self.formation_step)
 
 
 @torch.no_grad()
@@ -183,7 +183,7 @@ def measure_checkpoint(model: HookedModel, prompts: PromptSet) -> dict[str, Any]
     consistency = sink.direction_cosines(recording[residual_at()]).double().mean(0)
     norms = recording[RESIDUAL_NORMS].double()[torch.arange(prompts.n), :, prompts.p0]
     return {
-        "loss": float(beyond_p0(recording[TOKEN_LOSSES], prompts).double().nanmean()),
+        "loss": float(mask_p0_losses(recording[TOKEN_LOSSES], prompts).double().nanmean()),
         "sink_rate": float(sink.sink_rate(scores).mean()),
         "sink_rate_from_layer_2": float(sink.sink_rate(scores, from_layer=EARLY_BLOCKS).mean()),
         "norm_ratio": float(ratios[EARLY_BLOCKS]),
@@ -197,7 +197,7 @@ def measure_checkpoint(model: HookedModel, prompts: PromptSet) -> dict[str, Any]
     }
 
 
-def beyond_p0(losses: Float[Tensor, "sample pos"], prompts: PromptSet) -> Float[Tensor, "sample pos"]:
+def mask_p0_losses(losses: Float[Tensor, "sample pos"], prompts: PromptSet) -> Float[Tensor, "sample pos"]:
     """Next-token losses with that of the prediction made at P0 made NaN."""
     places = torch.arange(losses.shape[1], device=losses.device)
     return losses.masked_fill(places == prompts.p0.to(losses.device)[:, None], math.nan)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from p0circuit.advice import YES, _look
+from p0circuit.advice import YES, sinks_by_condition
 from p0circuit.experiments.conditions import default_text
 from p0circuit.experiments.sink_condition import find_condition
 from p0circuit.experiments.sink_summary import after_bos, sink_summary
@@ -95,6 +95,6 @@ def test_text_that_spells_bos_has_none(gemma3: Any, tmp_path: Path) -> None:
 
 def test_the_advice_names_a_few_of_many_heads(smollm2: Any) -> None:
     text = natural_text(smollm2, "docs", n=16, length=48)
-    bare, after = _look(smollm2, text)
+    bare, after = sinks_by_condition(smollm2, text)
     assert (bare.verdict, after.verdict) == (YES, YES)
     assert len(bare.heads) > 150 and bare.names.startswith(f"{len(bare.heads)} heads (attn.") and len(bare.names) < 120

@@ -47,11 +47,12 @@ from p0circuit.prompts import from_ids, random_tokens, tokenized_text
 from p0circuit.recording.quantities import NORM_RATIO, SINK_SCORE, residual_at, score_at
 from p0circuit.recording.record import record
 from p0circuit.sink import CONTROL, TIMES_UNIFORM, sink_heads, uniform_excess
-from p0circuit.training.live_measurement import SHIFT, Measurement, decoder_of, undisturbed
-from p0circuit.training.monitor import COLUMNS, P0Monitor, P0TrainerCallback, formation, read_readings
+from p0circuit.training.build import build_model
+from p0circuit.training.live_measurement import SHIFT, Measurement, decoder_of, preserve_model_state
+from p0circuit.training.monitor import COLUMNS, P0Monitor, P0TrainerCallback, formation_stage, read_readings
+from p0circuit.training.run_files import save_model
 from p0circuit.training.trace import measure_checkpoint
-from p0circuit.training.trainer import save_model
-from p0circuit.training.variants import VARIANTS, build_model
+from p0circuit.training.variants import VARIANTS
 
 VOCAB = 64
 SIZE = {"num_hidden_layers": 3, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48}
@@ -59,7 +60,7 @@ LLAMA = {**SIZE, "vocab_size": VOCAB, "max_position_embeddings": 64, "attention_
 PROBE = random_tokens(VOCAB, n=6, length=20, seed=3)
 SHORT = random_tokens(VOCAB, n=12, length=10, seed=4)
 """So short that heads without a preference are about at the threshold, some above it."""
-SMALL = {"layers": 3, "d_model": 32, "heads": 4, "d_mlp": 48, "vocab_size": VOCAB, "length": 64}
+SMALL = {"n_layers": 3, "d_model": 32, "n_heads": 4, "d_mlp": 48, "vocab_size": VOCAB, "length": 64}
 
 
 def sharp(model: nn.Module) -> nn.Module:
@@ -92,8 +93,8 @@ def mistral() -> MistralForCausalLM:
 def variant(name: str) -> nn.Module:
     config = replace(VARIANTS[name], **SMALL)
     model = sharp(build_model(config))
-    if config.changes:
-        edit_hf_model(model, config.changes, gates_of(model))
+    if config.architecture_edits:
+        edit_hf_model(model, config.architecture_edits, gates_of(model))
     return model
 
 
@@ -161,7 +162,7 @@ def test_the_numbers_of_p0_nano_are_those_of_the_package():
     prompts = tokenized_text(tokenizer, "english", n=32, length=64, seed=5)
     same_numbers(reading, by_the_package(load_model("p0-nano"), prompts))
     assert reading.sink_rate_from_layer_2 > 0.2 and reading.concentration_causal > 0.8
-    assert reading.probe == prompts.fingerprint()[:12]
+    assert reading.prompts_fingerprint == prompts.fingerprint()[:12]
 
 
 @pytest.mark.parametrize("step", [4339, 20000])
@@ -169,7 +170,7 @@ def test_a_reading_is_the_row_of_a_trace(step):
     folder = data_dir() / "models" / "p0-nano"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder / "trace" / f"step-{step:06d}", dtype=torch.float32)
-    reading = asdict(P0Monitor(tokenizer=tokenizer, rows=8, seed=5).read(model, step))
+    reading = asdict(P0Monitor(tokenizer=tokenizer, n=8, seed=5).read(model, step))
     prompts = tokenized_text(tokenizer, "english", n=8, length=64, seed=5)
     row = measure_checkpoint(load_model("p0-nano", checkpoint=step), prompts)
     both = reading.keys() & row.keys()
@@ -250,15 +251,15 @@ def test_a_model_of_ones_own_is_read_through_torchs_attention(grouped):
 
 
 def test_formation_is_three_readings_in_a_row_above_the_threshold():
-    assert formation([], 0.1) == ("none", None)
-    assert formation([(0, 0.0), (100, 0.1)], 0.1) == ("none", None)
-    assert formation([(0, 0.0), (100, 0.2)], 0.1) == ("forming", None)
+    assert formation_stage([], 0.1) == ("none", None)
+    assert formation_stage([(0, 0.0), (100, 0.1)], 0.1) == ("none", None)
+    assert formation_stage([(0, 0.0), (100, 0.2)], 0.1) == ("forming", None)
     rising = [(0, 0.0), (100, 0.2), (200, 0.3), (300, 0.3)]
-    assert formation(rising[:3], 0.1) == ("forming", None)
-    assert formation(rising, 0.1) == ("formed", 100)
-    assert formation([*rising, (400, 0.05)], 0.1) == ("none", None)
-    assert formation([*rising, (400, 0.05), (500, 0.2), (600, 0.2), (700, 0.2)], 0.1) == ("formed", 500)
-    assert formation([(0, 0.2), (100, float("nan"))], 0.1) == ("none", None)
+    assert formation_stage(rising[:3], 0.1) == ("forming", None)
+    assert formation_stage(rising, 0.1) == ("formed", 100)
+    assert formation_stage([*rising, (400, 0.05)], 0.1) == ("none", None)
+    assert formation_stage([*rising, (400, 0.05), (500, 0.2), (600, 0.2), (700, 0.2)], 0.1) == ("formed", 500)
+    assert formation_stage([(0, 0.2), (100, float("nan"))], 0.1) == ("none", None)
 
 
 def test_p0_nano_counts_as_formed_and_an_untrained_model_does_not():
@@ -457,7 +458,7 @@ def test_undisturbed_keeps_what_replaced_a_buffer():
     module = nn.Module()
     module.register_buffer("table", torch.arange(3.0))
     table = module.table
-    with undisturbed(module):
+    with preserve_model_state(module):
         module.table += 1
         module.table = torch.ones(5)
     assert module.table is table and torch.equal(table, torch.arange(3.0))
@@ -552,9 +553,9 @@ def test_layers_that_do_not_run_and_attention_that_is_not_seen_are_errors():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"probe": PROBE.left_padded([5] * 6)}, "padded"),
-        ({"probe": torch.zeros(1, 20, dtype=torch.long)}, "1 rows of 20"),
-        ({"probe": torch.zeros(4, 8, dtype=torch.long)}, "4 rows of 8"),
+        ({"prompts": PROBE.left_padded([5] * 6)}, "padded"),
+        ({"prompts": torch.zeros(1, 20, dtype=torch.long)}, "1 rows of 20"),
+        ({"prompts": torch.zeros(4, 8, dtype=torch.long)}, "4 rows of 8"),
         ({"every": 0}, "every must be at least 1"),
     ],
 )
@@ -687,7 +688,7 @@ def test_a_sink_that_hangs_on_bos_is_seen_behind_it():
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     found = {}
     for first in ("text", "bos"):
-        monitor = P0Monitor(tokenizer=tokenizer, text="code", first=first, every=1)
+        monitor = P0Monitor(tokenizer=tokenizer, text="code", first_token=first, every=1)
         assert all(monitor.step(model.float(), step) is not None for step in range(3))
         found[first] = monitor.status
     assert found == {"text": "none", "bos": "formed since step 0"}
@@ -698,10 +699,12 @@ def test_the_trainers_tokenizer_makes_the_probe(tiny_model_dir, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
     arguments = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
     trainer = Trainer(model, arguments, processing_class=tokenizer)
-    monitor = P0Monitor(rows=4, length=16, seed=2)
+    monitor = P0Monitor(n=4, length=16, seed=2)
     monitor.attach(trainer)
     assert any(isinstance(callback, P0TrainerCallback) for callback in trainer.callback_handler.callbacks)
-    assert monitor.read(model, 0).probe == tokenized_text(tokenizer, "english", 4, 16, 2).fingerprint()[:12]
+    assert (
+        monitor.read(model, 0).prompts_fingerprint == tokenized_text(tokenizer, "english", 4, 16, 2).fingerprint()[:12]
+    )
 
 
 @pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])
@@ -775,7 +778,7 @@ def train(monitor):
         optimizer.step()
     return [*model.parameters(), torch.rand(3)]
 
-monitor = P0Monitor(every=2, rows=4, length=16, csv=f"{folder}/p0.csv")
+monitor = P0Monitor(every=2, n=4, length=16, csv=f"{folder}/p0.csv")
 for watched, alone in zip(train(monitor), train(None), strict=True):
     assert torch.equal(watched, alone)
 assert len(monitor.readings) == (3 if rank == 0 else 0)

@@ -114,6 +114,7 @@ class Subspaces:
     p0: Float[Tensor, " d_model"]
     place: Float[Tensor, "2 d_model"]
     spare: Float[Tensor, "spare d_model"]
+    second_p0: Float[Tensor, " d_model"]
 
 
 def residual_subspaces(seed: int = 0) -> Subspaces:
@@ -123,10 +124,10 @@ def residual_subspaces(seed: int = 0) -> Subspaces:
     # All later columns of the orthonormal factor are orthogonal to its first, so this keeps the all-ones vector out.
     columns[:, 0] = 1.0
     rows = torch.linalg.qr(columns).Q.T[1:]
-    token, echo, ruler, mark, p0, place, spare = rows[: 2 * VOCABULARY + 5 + SPARE].split(
-        [VOCABULARY, VOCABULARY, 1, 1, 1, 2, SPARE]
+    token, echo, ruler, mark, p0, place, spare, second_p0 = rows[: 2 * VOCABULARY + 6 + SPARE].split(
+        [VOCABULARY, VOCABULARY, 1, 1, 1, 2, SPARE, 1]
     )
-    return Subspaces(token, echo, ruler[0], mark[0], p0[0], place, spare)
+    return Subspaces(token, echo, ruler[0], mark[0], p0[0], place, spare, second_p0[0])
 
 
 def wired_weights(positions: Positions = "rotary", *, seed: int = 0, sinks: bool = True) -> Weights:
@@ -150,7 +151,7 @@ def wired_weights(positions: Positions = "rotary", *, seed: int = 0, sinks: bool
     return weights
 
 
-def blank_weights() -> Weights:
+def blank_weights(n_layers: int = LAYERS) -> Weights:
     """Nothing but norms: blocks read unit vectors; the last norm keeps its usual size, so that logits are decided.
 
     Embedding and unembedding are left for others to add.
@@ -160,7 +161,7 @@ def blank_weights() -> Weights:
         return torch.zeros(*shape, dtype=torch.float64)
 
     weights = {"ln_final.w": zeros(D_MODEL) + 1, "ln_final.b": zeros(D_MODEL)}
-    for layer in range(LAYERS):
+    for layer in range(n_layers):
         block = f"blocks.{layer}."
         for norm in ("ln1", "ln2"):
             weights |= {f"{block}{norm}.w": zeros(D_MODEL) + D_MODEL**-0.5, f"{block}{norm}.b": zeros(D_MODEL)}
