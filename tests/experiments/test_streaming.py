@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.interventions.test_streaming import decode
 
 from p0circuit.experiments import NotApplicable, Streaming, StreamingConfig
 from p0circuit.experiments.deployment.c17_streaming import Costs, costs_of, decoded, first_prediction
@@ -15,6 +14,7 @@ from p0circuit.models.constructed.build import decoy_model
 from p0circuit.prompts import natural_text, random_tokens
 from p0circuit.results import Result
 from tests.families import VOCAB, build
+from tests.interventions.test_sliding_window import decode
 from tests.literal import loss
 from tests.report.test_figures import assert_legible
 

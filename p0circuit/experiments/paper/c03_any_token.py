@@ -160,7 +160,7 @@ class AnyToken(Experiment[AnyTokenConfig]):
         table = pd.DataFrame(
             {
                 "token": tokens.numpy(),
-                "text": _texts(model, tokens),
+                "text": token_texts(model, tokens),
                 "sink_score": by_token,
                 "over_median": by_token / median,
                 "norm_after_block_1": norms[:, min(2, info.n_layers)].double().numpy(),
@@ -190,7 +190,7 @@ class AnyToken(Experiment[AnyTokenConfig]):
         )
         if sampled:
             notes.append(f"these {len(tokens)} tokens are a random sample of a vocabulary of {len(vocabulary)}")
-        probe, why_not = _probe(model, tokens[shuffled[: config.probe_tokens]], config.control, prompts.seed)
+        probe, why_not = probe_by_layer(model, tokens[shuffled[: config.probe_tokens]], config.control, prompts.seed)
         notes += [why_not] if why_not else []
         for place in ("P0", f"position {config.control}"):
             last = probe[probe["place"] == place].iloc[min(2, info.n_layers)]
@@ -238,8 +238,20 @@ def _full_runs(
     return mean_over_heads(scores, heads).reshape(len(tokens), -1).mean(1)
 
 
-def _probe(model: HookedModel, tokens: Int[Tensor, " token"], control: int, seed: int) -> tuple[pd.DataFrame, str]:
-    """The probe's table, with a row for each layer and position; and the reason if no probe can be fitted."""
+def probe_by_layer(
+    model: HookedModel, tokens: Int[Tensor, " token"], control: int = CONTROL, seed: int = 0
+) -> tuple[pd.DataFrame, str]:
+    """Measure how much of a token's identity is left in the stream, at P0 and at an ordinary position.
+
+    Args:
+        model: the model.
+        tokens: token ids in random order; the first half is fitted, the other half tested.
+        control: the ordinary position, counted from P0; random tokens are before it.
+        seed: seed of these tokens.
+
+    Returns:
+        A data frame with a row for each layer and position; and the reason why no probe is fitted, empty if one is.
+    """
     import pandas as pd
 
     info = describe(model)
@@ -387,8 +399,13 @@ def _columns(name: str, interval: Interval) -> dict[str, float]:
     return {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
 
 
-def _texts(model: HookedModel, tokens: Int[Tensor, " token"]) -> list[str]:
-    """The tokens as text, quoted; empty where there is no tokenizer."""
+def token_texts(model: HookedModel, tokens: Int[Tensor, " token"]) -> list[str]:
+    """Return the tokens as quoted text; empty strings for a model without a tokenizer.
+
+    Args:
+        model: the model.
+        tokens: token ids.
+    """
     tokenizer = getattr(model, "tokenizer", None)
     return [""] * len(tokens) if tokenizer is None else [repr(tokenizer.decode([token])) for token in tokens.tolist()]
 

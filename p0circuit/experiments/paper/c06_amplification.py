@@ -142,7 +142,7 @@ class Amplification(Experiment[AmplificationConfig]):
         sink = studied_sink(model, prompts)
         layer = max(max(CIRCUIT_BLOCKS) + 1, min(layer for layer, _ in sink.heads))
         direction = p0_direction(model, sink.chosen_on, layer)
-        writers, total = _projections(model, sink.prompts, direction, layer)
+        writers, total = projections(model, sink.prompts, direction, layer)
         shares = {name: ratio_interval(value, total) for name, value in writers.items()}
         metrics = {
             "share_of_mlps_0_and_1": ratio_interval(_sum(writers[f"mlp.{block}"] for block in CIRCUIT_BLOCKS), total),
@@ -198,12 +198,12 @@ class Amplification(Experiment[AmplificationConfig]):
         nodes = [Node("mlp", block) for block in CIRCUIT_BLOCKS]
         values = patch_values(sink.model, self._pair(sink.model, sink.prompts), nodes)
         groups = {"mlp.0": nodes[:1], "mlp.1": nodes[1:], "both MLPs": nodes}
-        return {name: _carried(sink, group, values) for name, group in groups.items()}
+        return {name: share_carried(sink, group, values) for name, group in groups.items()}
 
     def _pair(self, model: HookedModel, prompts: PromptSet) -> PromptPair:
         """The same tokens first and not first."""
         # What a token computes does not depend on what follows it.
-        return shifted_pair(model, _two_tokens(prompts), self.config.shift, prompts.seed)
+        return shifted_pair(model, first_two_tokens(prompts), self.config.shift, prompts.seed)
 
     def _shifted_neurons(self, model: HookedModel, prompts: PromptSet) -> dict[Node, Tensor]:
         """The values of all neurons of both blocks at the same tokens, where these are not first."""
@@ -222,14 +222,14 @@ class Amplification(Experiment[AmplificationConfig]):
         at_control = ablate(model, sink.prompts, top, "mean", CONTROL)
         clean = sink.excess_scores()
         shares = {
-            "the top neurons": _carried(sink, top, values),
+            "the top neurons": share_carried(sink, top, values),
             "random neurons": self._random(sink, nodes, count, values),
             "the top neurons at position 8": ratio_interval(clean - sink.excess_scores(at_control), clean),
         }
         fewer = sink.subset(slice(0, config.shown_samples))
         first = {node: value[: fewer.prompts.n] for node, value in values.items()}
-        alone = {node: _carried(fewer, [node], first) for node in nodes[: config.shown]}
-        by_number = {number: _carried(fewer, nodes[:number], first) for number in _sizes(count, len(nodes))}
+        alone = {node: share_carried(fewer, [node], first) for node in nodes[: config.shown]}
+        by_number = {number: share_carried(fewer, nodes[:number], first) for number in _sizes(count, len(nodes))}
         named = ", ".join(f"{node} ({alone[node].value:.2f} alone)" for node in nodes[: min(count, config.shown)])
         note = f"the top {count} of {len(nodes)} neurons carry {shares['the top neurons']} of the excess score: {named}"
         return _neuron_table(ranking, alone), _interval_table("neurons", "excess_carried", by_number), shares, note
@@ -242,8 +242,8 @@ class Amplification(Experiment[AmplificationConfig]):
 
         metric = Metric("projection", (Reading(f"blocks.{layer - 1}.hook_resid_post", project),), lambda value: value)
         values = self._shifted_neurons(model, prompts)
-        attribution = attribute(model, _two_tokens(prompts), values, metric, self.config.steps)
-        clean = values_at(model, _two_tokens(prompts), attribution.nodes)
+        attribution = attribute(model, first_two_tokens(prompts), values, metric, self.config.steps)
+        clean = values_at(model, first_two_tokens(prompts), attribution.nodes)
         order = attribution.mean.argsort(stable=True).tolist()
         nodes = [attribution.nodes[number] for number in order]
         return _Ranking(
@@ -278,7 +278,7 @@ class Amplification(Experiment[AmplificationConfig]):
             for expert in (at_p0.weights > 0).any(0).nonzero().squeeze(1).tolist():
                 written = at_p0.written[:, expert]
                 node = Node("mlp", block)
-                without = _carried(fewer, [node], {node: at_p0.output - written})
+                without = share_carried(fewer, [node], {node: at_p0.output - written})
                 along = bootstrap((written.double() @ direction.double().cpu()).numpy())
                 routed = bootstrap((at_p0.weights[:, expert] > 0).double().numpy())
                 line = {
@@ -331,20 +331,34 @@ def _sum(values: Iterable[np.ndarray]) -> np.ndarray:
     return np.sum(list(values), axis=0)
 
 
-def _two_tokens(prompts: PromptSet) -> PromptSet:
-    """P0 and the token after it: all that P0's own stream needs."""
+def first_two_tokens(prompts: PromptSet) -> PromptSet:
+    """Return P0 and the token after it, from which all of P0's own stream can be computed.
+
+    Args:
+        prompts: rows of at least two tokens, padded or not.
+    """
     rows = torch.arange(prompts.n)
     ids = torch.stack([prompts.ids[rows, prompts.p0], prompts.ids[rows, prompts.p0 + 1]], dim=1)
     return replace(prompts, ids=ids, attention_mask=torch.ones_like(ids, dtype=torch.bool), cut_off=None)
 
 
-def _projections(
+def projections(
     model: HookedModel, prompts: PromptSet, direction: Float[Tensor, " d_model"], layer: int
 ) -> tuple[dict[str, Float[np.ndarray, " sample"]], Float[np.ndarray, " sample"]]:
-    """What every component below `layer` writes along the direction at P0, and the projection of the stream there."""
+    """Project what every component writes at P0 on a direction.
+
+    Args:
+        model: the model.
+        prompts: prompts to run.
+        direction: the direction, of unit length.
+        layer: components of the layers below write; the stream before this layer is projected too.
+
+    Returns:
+        The projections [sample] by component, and those of the stream before `layer`.
+    """
     end = Node("resid_post", layer - 1)
     writers = components(model, range(layer))
-    values = values_at(model, _two_tokens(prompts), [*writers, end])
+    values = values_at(model, first_two_tokens(prompts), [*writers, end])
     along = {node: (value.double() @ direction.to(value).double()).cpu().numpy() for node, value in values.items()}
     return {str(node): along[node] for node in writers}, along[end]
 
@@ -357,8 +371,14 @@ def _other_writers(writers: Mapping[str, np.ndarray]) -> dict[str, list[np.ndarr
     return {name: values for name, values in groups.items() if values}
 
 
-def _carried(sink: StudiedSink, nodes: Sequence[Node], values: Mapping[Node, Tensor]) -> Interval:
-    """The share of the excess score that is lost when nodes have other values at P0."""
+def share_carried(sink: StudiedSink, nodes: Sequence[Node], values: Mapping[Node, Tensor]) -> Interval:
+    """Measure the share of the excess score that is lost when nodes have other values at P0.
+
+    Args:
+        sink: the sink, and the prompts to measure on.
+        nodes: the nodes to ablate.
+        values: the value of each node at P0, [sample, ...].
+    """
     clean = sink.excess_scores()
     return ratio_interval(clean - _excess_without(sink, nodes, values), clean)
 
