@@ -108,10 +108,10 @@ def measure_curves(model: HookedModel, pair: PromptPair, curves: Sequence[str] =
     for rows in progress_bar(list(row_batches(model, pair.clean)), "depth"):
         for name, excess in _curves_of_rows(model, pair.clean, values, rows, curves).items():
             runs[name].append(excess)
-    whole = {name: _joined(parts) for name, parts in runs.items()}
-    clean = whole["clean"][0]
+    joined = {name: _joined(parts) for name, parts in runs.items()}
+    clean = joined["clean"][0]
     empty = clean.new_empty(0, *clean.shape)
-    return Curves(clean, **{name: whole[name] if len(whole[name]) else empty for name in CURVES})
+    return Curves(clean, **{name: joined[name] if len(joined[name]) else empty for name in CURVES})
 
 
 def _curves_of_rows(
@@ -157,8 +157,8 @@ def excess_above(
     excess: Float[Tensor, "sample layer head"], heads: Sequence[tuple[int, int]], block: int = -1
 ) -> Float[np.ndarray, " sample"] | None:
     """The mean excess score of the heads above a block, which read what was changed there; None if none is above it."""
-    chosen = [head for head in heads if head[0] > block]
-    if not chosen:
+    selected = [head for head in heads if head[0] > block]
+    if not selected:
         return None
-    layers, numbers = map(list, zip(*chosen, strict=True))
+    layers, numbers = map(list, zip(*selected, strict=True))
     return excess[:, layers, numbers].double().mean(1).numpy()

@@ -94,11 +94,11 @@ class Located:
         Returns:
             The ratio of mean excess scores with its 95 % interval over samples; None where no head is left.
         """
-        chosen = self.sink.heads if heads is None else heads
+        studied = self.sink.heads if heads is None else heads
         lowest = block if curve == "stream" else -1
-        changed = excess_above(getattr(self.curves, curve)[block], chosen, lowest)
-        clean = excess_above(self.curves.clean, chosen, lowest)
-        return None if changed is None or clean is None else ratio_interval(changed, clean)
+        edited = excess_above(getattr(self.curves, curve)[block], studied, lowest)
+        clean = excess_above(self.curves.clean, studied, lowest)
+        return None if edited is None or clean is None else ratio_interval(edited, clean)
 
     def depth_of(self, samples: Sequence[int] | None = None) -> int:
         """The circuit depth K: the fewest first blocks in which recognition alone leaves 0.8 of the sink.
@@ -109,8 +109,8 @@ class Located:
         rows = slice(None) if samples is None else list(samples)
         clean = excess_above(self.curves.clean[rows], self.sink.heads)
         assert clean is not None
-        for block, changed in enumerate(self.curves.mixed_from):
-            left = excess_above(changed[rows], self.sink.heads)
+        for block, edited in enumerate(self.curves.mixed_from):
+            left = excess_above(edited[rows], self.sink.heads)
             assert left is not None
             if left.mean() / clean.mean() >= ENOUGH:
                 return block
@@ -172,11 +172,11 @@ def rows_by_seed(prompts: PromptSet, rows: Sequence[int]) -> dict[str, list[int]
     """Which of some rows of pooled prompts each seed drew; thirds of them, named so, if one seed drew all.
 
     Args:
-        prompts: the whole set; `pooled` writes its seeds into the description.
+        prompts: the full set; `pooled` writes its seeds into the description.
         rows: indices into the set, in order.
 
     Returns:
-        For every seed, places in `rows`.
+        For every seed, indices in `rows`.
     """
     seeds = prompts.description.get("seeds", [])
     third = prompts.n // 3
@@ -184,9 +184,9 @@ def rows_by_seed(prompts: PromptSet, rows: Sequence[int]) -> dict[str, list[int]
         return {f"third {part + 1}": list(range(part, len(rows), 3)) for part in range(3) if part < len(rows)}
     ends = [prompts.n - 2 * third, prompts.n - third, prompts.n]
     by_seed: dict[str, list[int]] = {f"seed {seed}": [] for seed in seeds}
-    for place, row in enumerate(rows):
-        by_seed[f"seed {seeds[next(i for i, end in enumerate(ends) if row < end)]}"].append(place)
-    return {name: places for name, places in by_seed.items() if places}
+    for index, row in enumerate(rows):
+        by_seed[f"seed {seeds[next(i for i, end in enumerate(ends) if row < end)]}"].append(index)
+    return {name: indices for name, indices in by_seed.items() if indices}
 
 
 def quick_config(config: DepthConfig, samples: int) -> DepthConfig:

@@ -145,11 +145,11 @@ def _neurons(
     along = change * (weight.double().cpu() @ torch.from_numpy(stage.direction))
     order = along.argsort(descending=True).tolist()
     for count in COUNTS:
-        chosen = [neurons[index] for index in order[:count]]
-        patch = ablate(model, pair.clean, chosen, {neuron: shifted[neuron] for neuron in chosen})
+        selected = [neurons[index] for index in order[:count]]
+        patch = ablate(model, pair.clean, selected, {neuron: shifted[neuron] for neuron in selected})
         patched = mean_over_heads(excess_by_head(model, pair.clean, [patch])[0], stage.heads)
         if (own - patched).mean() >= OF_THE_EFFECT * effect * own.mean():
-            return tuple(map(str, chosen))
+            return tuple(map(str, selected))
     return ()
 
 
