@@ -202,7 +202,7 @@ def test_too_little_text_tells_nothing(tmp_path: Path) -> None:
 
 def test_padded_rows_cannot_be_streamed_or_put_behind_bos() -> None:
     model = load_model("p0-nano")
-    found = checked(advise(model, text_for(model, 32, 40).left_padded([36] * 32)))
+    found = checked(advise(model, text_for(model, 32, 40).pad_left([36] * 32)))
     assert found["has_sink"] is True and found["sink_tokens_to_keep"] is found["bos_dependent"] is None
     assert all("padded" in found["statements"][place]["text"].lower() for place in (2, 4, 5))
 

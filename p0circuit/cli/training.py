@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -28,7 +28,9 @@ from p0circuit.cli.options import (
 from p0circuit.cli.show import print_json
 from p0circuit.errors import P0Error
 from p0circuit.log import report_progress
-from p0circuit.prompts import PromptSet
+
+if TYPE_CHECKING:
+    from p0circuit.prompts import PromptSet
 
 
 def train(

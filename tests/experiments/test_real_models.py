@@ -78,7 +78,7 @@ def test_smollm2_has_its_sink_in_text_as_it_is(smollm2: Any) -> None:
 def test_the_sink_of_gemma_depends_on_bos(gemma3: Any) -> None:
     text = natural_text(gemma3, "docs", n=16, length=48)
     condition = find_condition(gemma3, text)
-    assert condition.name == WITH_BOS and condition.prompts.leading(bos_id(gemma3) or -1).tolist() == [1] * 16
+    assert condition.name == WITH_BOS and condition.prompts.count_leading(bos_id(gemma3) or -1).tolist() == [1] * 16
     bare, after = (sink_summary(gemma3, rows, bos) for rows, bos in ((text, False), (condition.prompts, True)))
     assert bare["sink_rate_from_layer_2"] == 0 and after["sink_rate_from_layer_2"] > 0.65
     assert 24 < after["norm_ratio"][1] < 30 and max(bare["norm_ratio"]) < 2

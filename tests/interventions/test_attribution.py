@@ -30,7 +30,7 @@ from p0circuit.models.hooked import has_hooked_transformer
 from p0circuit.prompts import from_ids, random_tokens
 from tests.families import CASES, VOCAB
 
-PROMPTS = random_tokens(VOCAB, n=3, length=10, seed=1).left_padded([10, 7, 4])
+PROMPTS = random_tokens(VOCAB, n=3, length=10, seed=1).pad_left([10, 7, 4])
 PAIR = shift_prompts(PROMPTS, 4, VOCAB)
 SINK = sink_score_of([1, 2])
 

@@ -557,7 +557,7 @@ def test_layers_that_do_not_run_and_attention_that_is_not_seen_are_errors():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"prompts": PROMPTS.left_padded([5] * 6)}, "padded"),
+        ({"prompts": PROMPTS.pad_left([5] * 6)}, "padded"),
         ({"prompts": torch.zeros(1, 20, dtype=torch.long)}, "1 prompts of 20"),
         ({"prompts": torch.zeros(4, 8, dtype=torch.long)}, "4 prompts of 8"),
         ({"every": 0}, "every must be at least 1"),

@@ -126,7 +126,7 @@ def forms_of(model: HookedModel, text: PromptSet, bos: int, m: int) -> dict[str,
     sets = with_and_without_bos(model, text)
     ids = text.ids.clone()
     ids[:, m] = bos
-    later = replace(text, ids=ids, description=text.description | {"bos_at": m}, cut_off=None)
+    later = replace(text, ids=ids, description=text.description | {"bos_at": m}, overflow=None)
     return {WITHOUT_BOS: text, WITH_BOS: sets[WITH_BOS], _TWO: sets[WITH_BOS].prepend(bos), _AT_M: later}
 
 

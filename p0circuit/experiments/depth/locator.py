@@ -172,7 +172,7 @@ def rows_by_seed(prompts: PromptSet, rows: Sequence[int]) -> dict[str, list[int]
     """Which of some rows of pooled prompts each seed drew; thirds of them, named so, if one seed drew all.
 
     Args:
-        prompts: the full set; `pooled` writes its seeds into the description.
+        prompts: the full set; `pool` writes its seeds into the description.
         rows: indices into the set, in order.
 
     Returns:

@@ -233,7 +233,7 @@ def _full_runs(
     p0 = prompts.p0.repeat(len(tokens))
     ids[torch.arange(len(ids)), p0 + position] = tokens.repeat_interleave(prompts.n)
     mask = prompts.attention_mask.repeat(len(tokens), 1)
-    rows = replace(prompts, ids=ids, attention_mask=mask, cut_off=None)
+    rows = replace(prompts, ids=ids, attention_mask=mask, overflow=None)
     scores = record(model, rows, score_at(position), condition=f"tokens at {position}").double()
     return mean_over_heads(scores, heads).reshape(len(tokens), -1).mean(1)
 

@@ -40,7 +40,7 @@ def literal(model, pair, values, curve, block):
 @pytest.mark.parametrize("padded", [False, True])
 def test_every_point_is_that_of_a_full_run_with_an_intervention(model, padded):
     prompts = random_tokens(64, n=5, length=20)
-    prompts = prompts.left_padded([20, 14, 20, 17, 12]) if padded else prompts
+    prompts = prompts.pad_left([20, 14, 20, 17, 12]) if padded else prompts
     pair = shifted_pair(model, prompts, 4)
     curves, values = measure_curves(model, pair), shifted_values(model, pair)
     torch.testing.assert_close(curves.clean.double(), excess_by_head(model, prompts)[0].double(), atol=1e-5, rtol=0)
