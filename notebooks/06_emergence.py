@@ -69,7 +69,9 @@ print(len(traces), "runs:", ", ".join(run.name for run in traces))
 # `p0-nano` comes with its 16 checkpoints. Here is every third of them, the last one included:
 
 # %%
-from p0circuit.training.trace import Trace, checkpoints_of, measure_checkpoint
+from p0circuit.training.checkpoint_measurement import measure_checkpoint
+from p0circuit.training.checkpoints import checkpoints_of
+from p0circuit.training.trace import Trace
 
 rows = []
 for step in checkpoints_of(model)[::-3][::-1]:
@@ -343,7 +345,7 @@ from p0circuit.models import list_models
 from p0circuit.prompts import bos_id, from_ids
 from p0circuit.recording.quantities import SINK_SCORE
 from p0circuit.recording.record import record
-from p0circuit.training.trace import causal_concentration
+from p0circuit.training.checkpoint_measurement import causal_concentration
 
 place, rows = 16, {}
 names = [entry.name for entry in list_models()]

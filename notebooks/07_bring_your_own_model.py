@@ -343,7 +343,8 @@ page.show(pd.DataFrame(logged)[["step", "p0/excess", "p0/sink_rate", "p0/norm_ra
 
 # %%
 from p0circuit.figures.training import trace_panels
-from p0circuit.training.trace import checkpoints_of, trace
+from p0circuit.training.checkpoints import checkpoints_of
+from p0circuit.training.trace import trace
 
 run, probe = runs["behind BOS"], probes["behind BOS"]
 kept = [step for step in checkpoints_of(run) if step in keep]

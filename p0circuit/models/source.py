@@ -32,6 +32,13 @@ CONSTRUCTED_MODELS = {
     "wired-decoy-learned": ("decoy_model", "learned"),
     "wired-two-stages": ("two_stages_model", "rotary"),
 }
+_CONSTRUCTED = {
+    "wired": (455_648, "A sink circuit built weight by weight, so that the truth about it is known"),
+    "wired-learned": (496_608, "The same circuit with learned positions in place of rotary ones"),
+    "wired-decoy": (455_648, "A decoy: P0 has a large norm, and no head attends to it"),
+    "wired-decoy-learned": (496_608, "The decoy with learned positions in place of rotary ones"),
+}
+"""Number of parameters and description of each constructed model."""
 _HUB_FILES = (
     "config.json",
     "generation_config.json",
@@ -61,7 +68,8 @@ class KnownModel:
 
     Attributes:
         name: what to call it.
-        status: "shipped" with the package, "fetched" into the cache folder, or "fetchable" by `p0circuit fetch`.
+        status: "shipped" with the package, "constructed" by its code, "fetched" into the cache folder, or "fetchable"
+            by `p0circuit fetch`.
         parameters: the number of weights.
         quantisation: how they were rounded before they came here; None for plain weights.
         checkpoints: the training steps it keeps.
@@ -70,7 +78,7 @@ class KnownModel:
     """
 
     name: str
-    status: Literal["shipped", "fetched", "fetchable"]
+    status: Literal["shipped", "constructed", "fetched", "fetchable"]
     parameters: int
     quantisation: str | None
     checkpoints: tuple[int, ...]
@@ -102,10 +110,14 @@ def list_models() -> list[ShippedModel]:
 
 
 def known_models() -> list[KnownModel]:
-    """The models that can be loaded by a short name: those that come with the package, then those of the catalog."""
+    """List the models that can be loaded by a short name: shipped, constructed, then those of the catalog."""
     shipped = [
         KnownModel(model.name, "shipped", model.parameters, None, model.checkpoints, "MIT", _first_sentence(model.name))
         for model in list_models()
+    ]
+    constructed = [
+        KnownModel(name, "constructed", parameters, None, (), "MIT", description)
+        for name, (parameters, description) in _CONSTRUCTED.items()
     ]
     named = [
         KnownModel(
@@ -119,7 +131,7 @@ def known_models() -> list[KnownModel]:
         )
         for entry in CATALOG.values()
     ]
-    return shipped + named
+    return shipped + constructed + named
 
 
 def _first_sentence(shipped: str) -> str:
@@ -332,7 +344,9 @@ def _near(name: str) -> str:
     shipped = [*(model.name for model in list_models()), *CONSTRUCTED_MODELS]
     known = {*shipped, *CATALOG, *OFFICIAL_MODEL_NAMES, *(short for names in MODEL_ALIASES.values() for short in names)}
     lowered = {candidate.lower(): candidate for candidate in sorted(known)}
-    near = [lowered[key] for key in difflib.get_close_matches(name.lower(), lowered, n=4)]
+    # A name of the hub may be right, and only out of reach.
+    near = [lowered[key] for key in difflib.get_close_matches(name.lower(), lowered, n=4) if lowered[key] != name]
+    near = [] if name in known else near
     return f"did you mean {listed(near)}?" if near else f"shipped are {listed(shipped) or 'none'}"
 
 

@@ -49,13 +49,13 @@ from p0circuit.recording.record import record
 from p0circuit.sink import CONTROL, TIMES_UNIFORM, sink_heads, uniform_excess
 from p0circuit.training.build import build_model
 from p0circuit.training.callbacks import P0TrainerCallback
+from p0circuit.training.checkpoint_measurement import measure_checkpoint
 from p0circuit.training.decoder import decoder_of
 from p0circuit.training.live_measurement import SHIFT, Measurement
 from p0circuit.training.model_state import preserve_model_state
 from p0circuit.training.monitor import P0Monitor
 from p0circuit.training.readings import COLUMNS, formation_stage, read_readings
 from p0circuit.training.run_files import save_model
-from p0circuit.training.trace import measure_checkpoint
 from p0circuit.training.variants import VARIANTS
 
 VOCAB = 64

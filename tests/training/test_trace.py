@@ -16,17 +16,11 @@ from p0circuit.models import ModelError, describe, forward, load as load_module,
 from p0circuit.prompts import natural_text, random_tokens
 from p0circuit.recording.quantities import RESIDUAL_NORMS, SINK_SCORE
 from p0circuit.recording.record import record
+from p0circuit.training.checkpoint_measurement import INDUCTION, causal_concentration, measure_checkpoint
+from p0circuit.training.checkpoints import checkpoints_of, tokens_seen
 from p0circuit.training.formation import change_points, formation_index, lost_share, observed_concentration, stages
 from p0circuit.training.runs import shipped_runs_by_first
-from p0circuit.training.trace import (
-    INDUCTION,
-    Trace,
-    causal_concentration,
-    checkpoints_of,
-    measure_checkpoint,
-    tokens_seen,
-    trace,
-)
+from p0circuit.training.trace import Trace, trace
 
 STEPS = (0, 4339, 20000)
 
