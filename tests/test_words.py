@@ -63,13 +63,9 @@ ALLOWED_YET: dict[str, str] = {
     "experiments/sink_condition.py": "chosen drawn some why",
     "experiments/sink_under_study.py": "_chosen changed",
     "experiments/surgery.py": "drawable found",
-    "experiments/training/c14_concentration.py": "drawn told",
-    "experiments/training/c15_convergence.py": "found told",
-    "experiments/training/runs_experiment.py": "chosen found",
     "figures/attention_view.py": "place shown",
     "figures/circuit.py": "_place beside place",
     "figures/intervals.py": "place told",
-    "figures/training.py": "_draw_courses place told",
     "interventions/ablation.py": "place",
     "interventions/activation_patching.py": "behind chosen drawn found mix place slots some whole",
     "interventions/attention_edits.py": "changed chosen place",
@@ -108,13 +104,6 @@ ALLOWED_YET: dict[str, str] = {
     "report/documents.py": "changed found",
     "report/published.py": "why",
     "sweep.py": "_told chosen found kept place told whole why",
-    "training/card.py": "told",
-    "training/formation.py": "found",
-    "training/live_measurement.py": "changed found place rate_behind_others whole",
-    "training/monitor.py": "drawn kept told",
-    "training/runs.py": "chosen kept",
-    "training/trace.py": "behind_others beside found kept place told",
-    "training/trainer.py": "drawn",
 }
 
 
