@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -181,3 +183,21 @@ def test_training_runs_have_a_number_at_each_decade_alone() -> None:
     low, high = axis.get_xlim()
     assert [tick for tick in axis.get_xticks() if low <= tick <= high] == [10_000, 100_000]
     assert not any(label.get_text() for label in axis.get_xticklabels(minor=True))
+
+
+def test_runs_of_a_variant_are_one_line_with_the_range_of_its_seeds() -> None:
+    def curve(seed: int, excess: list[float]) -> TrainingCurve:
+        table = pd.DataFrame({"tokens": [0, 12_000, 400_000], "share": [0.0, 0.03, 1.0], "excess": excess})
+        return TrainingCurve(f"a-{seed}", "a", table, formation=2)
+
+    runs = [curve(0, [0.0, 0.1, 0.5]), curve(1, [0.0, 0.3, math.nan])]
+    axis = training_curves({"Sink": ("excess", "score")}, runs, "made up", "share", 0.2).axes[0]
+    mean, *circles, limit = axis.lines
+    assert list(mean.get_ydata()) == [0.0, pytest.approx(0.2), 0.5] and mean.get_label() == "a (n = 2)"
+    (band,) = axis.collections
+    heights = band.get_paths()[0].vertices[:, 1]
+    assert (heights.min(), heights.max()) == (0.0, 0.5) and len(circles) == 2
+    assert list(limit.get_xdata()) == [0.2, 0.2] and axis.get_xlabel() == "share of the run's tokens"
+    other = replace(runs[1], table=runs[1].table.assign(share=[0.0, 0.04, 1.0]))
+    apart = training_curves({"Sink": ("excess", "score")}, [runs[0], other], "made up", "share").axes[0]
+    assert len(apart.lines) == 4 and not apart.collections

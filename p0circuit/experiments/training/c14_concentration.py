@@ -151,9 +151,9 @@ def permuted_trend(series: Sequence[np.ndarray], seed: int = 0) -> tuple[float, 
 
 def _lines(run: Run) -> list[dict[str, object]]:
     columns = ("step", "tokens", "concentration_causal", "concentration_observed", "sink_rate_from_layer_2")
-    formed_at = len(run.table) if run.formation is None else run.formation
+    start = len(run.table) if run.formation is None else run.formation
     return [
-        {"run": run.name, **{name: run[name][i] for name in columns}, "formed": i >= formed_at}
+        {"run": run.name, **{name: run[name][i] for name in columns}, "formed": i >= start}
         for i in range(len(run.table))
     ]
 
