@@ -600,7 +600,7 @@ def cache(
     as_json: JsonOption = False,
 ) -> None:
     """Show what the cache holds, recordings and models converted from GGUF, or clear it (fetched files stay)."""
-    from p0circuit.models.gguf import clear_converted_models, list_converted_models
+    from p0circuit.models.gguf_conversion import clear_converted_models, list_converted_models
     from p0circuit.recording.cache import Cache
 
     store = Cache()
@@ -731,7 +731,9 @@ def _parameters(source: Source, checkpoint: str | None) -> int:
     """The number of a model's weights, from the headers of its files; those of a constructed one are counted."""
     from safetensors import SafetensorError
 
-    from p0circuit.models.source import CONSTRUCTED_MODELS, count_parameters, resolve
+    from p0circuit.models.model_files import count_parameters
+    from p0circuit.models.names import CONSTRUCTED_MODELS
+    from p0circuit.models.source import resolve
 
     if (entry := _named_model(source.name)) is not None:
         return entry.parameters

@@ -526,7 +526,7 @@ def test_two_files_of_one_name_do_not_overwrite_each_other(p0: Run, tiny_model_d
 def test_a_refused_gguf_file_is_one_line(p0: Run, tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(10))
     refused = p0("sink", tmp_path / "model.gguf")
-    assert refused.code == 2 and "no whole GGUF file" in refused.err and "Traceback" not in refused.err
+    assert refused.code == 2 and "not a complete GGUF file" in refused.err and "Traceback" not in refused.err
 
 
 # models and training
@@ -588,7 +588,7 @@ def test_a_trained_model_can_be_measured_and_its_trace_too(p0: Run, tmp_path: Pa
     assert p0("run", "sink-map", "--model", out, "--checkpoint", 0, "--out", results, *QUICK).code == 0
     assert [path.name for path in results.iterdir()] == ["my-model@0"]
     missing = p0("sink", out, "--checkpoint", 5)
-    assert missing.code == 2 and "no checkpoint '5'; it keeps those of steps 0, 6" in missing.err
+    assert missing.code == 2 and "no checkpoint '5'; it has those of steps 0, 6" in missing.err
 
 
 # wrong use

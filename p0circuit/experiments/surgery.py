@@ -19,7 +19,7 @@ from p0circuit.experiments.base import NotApplicable
 from p0circuit.experiments.sink_under_study import ByHead, Heads, excess_by_head, find_sink_heads, listed, over_heads
 from p0circuit.hooked_model import HookedModel
 from p0circuit.models import describe
-from p0circuit.models.forward import hook_points
+from p0circuit.models.hooks import hook_points
 from p0circuit.prompts import PromptSet
 from p0circuit.recording.quantities import residual_at
 from p0circuit.recording.record import record

@@ -36,7 +36,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from p0circuit.errors import P0Error
 from p0circuit.interventions.pairs import shift_prompts
 from p0circuit.io import write_atomically
-from p0circuit.models.info import ModelError
+from p0circuit.models.errors import ModelError
 from p0circuit.prompts import PromptSet, from_ids, natural_text, random_tokens, sampleable_vocabulary_of
 from p0circuit.sink import CONTROL, least_excess
 from p0circuit.training.live_measurement import SHIFT, Measurement, measure, same_randomness, unwrap

@@ -38,8 +38,8 @@ from p0circuit.io import code_fingerprint, write_json
 from p0circuit.log import say
 from p0circuit.models import ModelError, StoredModel, describe, list_checkpoints, load_model, stored_model
 from p0circuit.models.checkpoints import STEP, Label, parse_label
-from p0circuit.models.info import sampleable_vocabulary
 from p0circuit.models.source import is_gguf_model, local_folder
+from p0circuit.models.vocabulary import sampleable_vocabulary
 from p0circuit.prompts import PromptSet, from_ids, random_tokens
 from p0circuit.recording.quantities import (
     NORM_RATIO,

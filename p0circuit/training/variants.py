@@ -28,7 +28,7 @@ from transformers import (
 
 from p0circuit import text
 from p0circuit.errors import P0Error
-from p0circuit.models.architecture_edits import FIELD, ArchitectureEdits, add_gates
+from p0circuit.models.architecture_edits import CONFIG_FIELD, ArchitectureEdits, add_gates
 
 ARCHITECTURES = ("llama", "mistral", "gpt2", "qwen3_moe")
 
@@ -193,7 +193,7 @@ def build_model(config: TrainConfig) -> PreTrainedModel:
         "rms_norm_eps": 1e-5,
     }
     if config.changes:
-        shared[FIELD] = config.changes.to_json()
+        shared[CONFIG_FIELD] = config.changes.to_json()
     if config.architecture == "mistral":
         return MistralForCausalLM(MistralConfig(sliding_window=config.window, **shared))
     if config.architecture == "qwen3_moe":

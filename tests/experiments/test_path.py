@@ -29,7 +29,7 @@ from p0circuit.models.bridge import to_bridge
 from p0circuit.models.constructed.build import decoy_model, wired_huggingface, wired_model
 from p0circuit.models.constructed.truth import wired_truth
 from p0circuit.models.constructed.weights import purity, residual_subspaces
-from p0circuit.models.hooked import has_hooked_transformer, to_hooked
+from p0circuit.models.hooked_transformer import has_hooked_transformer, to_hooked
 from p0circuit.models.passes import count_passes
 from p0circuit.prompts import from_ids, natural_text, random_tokens
 from p0circuit.results import Result

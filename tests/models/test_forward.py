@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from p0circuit.models import ModelError, describe, forward, load_model, resume
-from p0circuit.models.forward import _check_ids, _check_mask, hook_point, hooked
+from p0circuit.models.forward import _check_ids, _check_mask
+from p0circuit.models.hooks import hook_point, hooked
 from tests.families import CASES, LAYERS, VOCAB, Family, write
 
 cases = pytest.mark.parametrize(("family", "backend"), CASES, ids=[f"{name}-{backend}" for name, backend in CASES])

@@ -73,7 +73,7 @@ from p0circuit.interventions.pairs import PromptPair, shifted_pair, values_at
 from p0circuit.interventions.path_patching import PathEffects, path_patch
 from p0circuit.interventions.receiver_inputs import InputPatch, measure_inputs
 from p0circuit.models import ModelInfo, describe, device_of, forward
-from p0circuit.models.forward import Hook
+from p0circuit.models.hooks import Hook
 from p0circuit.prompts import PromptSet, from_ids
 from p0circuit.results import Result
 from p0circuit.stats import Interval, bootstrap, ratio_interval
