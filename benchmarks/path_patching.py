@@ -22,8 +22,7 @@ from benchmarks.models import gpt2_shape
 from p0circuit.interventions.ablation import ablate
 from p0circuit.interventions.closed_form import key_hook, query_hook
 from p0circuit.interventions.edge_search import search_edges
-from p0circuit.interventions.metrics import Metric, loss, sink_score_of
-from p0circuit.interventions.metrics import measure as measure_metric
+from p0circuit.interventions.metrics import Metric, loss, measure as measure_metric, sink_score_of
 from p0circuit.interventions.nodes import Node, components
 from p0circuit.interventions.pairs import PromptPair, patch_values, shift_prompts
 from p0circuit.interventions.path_patching import Receiver, path_patch
@@ -94,7 +93,7 @@ def general(model: Any, prompts: PromptSet, pair: PromptPair, edges: int) -> dic
 def search(model: Any, prompts: PromptSet, pair: PromptPair, edges: int) -> dict[str, Any]:
     """The edges that matter among all there are, for the sink score of the sink heads."""
     clean = clean_outputs(model, prompts)
-    heads, _ = sink_heads(record(model, prompts, SINK_SCORE, cache=None)[SINK_SCORE])
+    heads = sink_heads(record(model, prompts, SINK_SCORE, cache=None))
     info, metric = describe(model), sink_score_of(heads)
     senders = components(model, heads=True)
     receivers = [f"mlp.{layer}" for layer in range(info.n_layers)]

@@ -27,7 +27,7 @@ MODEL, CHECKPOINTS, NAMES = "p0-nano", (0, 941, 4339, 20000), ("sink-map", "norm
 
 
 def prompts_for(model: Any, n: int = 128) -> PromptSet:
-    return natural_text(model.tokenizer, "stdlib", n=n)
+    return natural_text(model, "stdlib", n=n)
 
 
 def measure() -> dict[str, Any]:

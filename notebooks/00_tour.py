@@ -48,7 +48,9 @@ import sys
 
 if importlib.util.find_spec("p0circuit") is None:
     here = pathlib.Path(globals().get("__file__", "notebook")).resolve()
-    checkout = [folder for folder in here.parents if (folder / "p0circuit/cli.py").is_file()]
+    checkout = [
+        folder for folder in here.parents if (folder / "p0circuit/__init__.py").is_file()
+    ]
     if not checkout:
         raise ModuleNotFoundError(
             "p0circuit is not installed here, and it is on no package index. Clone its repository "
@@ -65,7 +67,7 @@ if importlib.util.find_spec("p0circuit") is None:
 # the crop begins with.
 
 # %%
-from p0circuit.teaching import Page, open_model, read_prompts
+from p0circuit.course.page import Page, open_model, read_prompts
 
 page = Page(out)
 lm = open_model(model)
@@ -79,7 +81,7 @@ print(prompts.n, "prompts of", prompts.length, "tokens")
 # The *sink score* of a head is the mean attention that queries give to P0. A head that attends to everything alike has
 # a score of 0.07 here. One head of the last layer gives P0 half of its attention, another a third, and it matters little
 # what the first token is: BOS, a word of the text, a token drawn at random. Only where *all* tokens are the same is P0
-# nothing special. ([`SinkMap`](../p0circuit/experiments/sink_map.py) tests claim C1.)
+# nothing special. ([`SinkMap`](../p0circuit/experiments/paper/c01_sink_map.py) tests claim C1.)
 
 # %%
 from p0circuit.experiments import SinkMap
@@ -92,7 +94,7 @@ page.show(sink_map.figures["map"], "sink scores of every head on five kinds of p
 #
 # The residual stream at P0 is longer than that of the other positions from block 1 on, and its direction is nearly the
 # same for every prompt: the first block still sees different tokens there, the last one sees "first".
-# ([`NormDirection`](../p0circuit/experiments/norm_direction.py) measures it.)
+# ([`NormDirection`](../p0circuit/experiments/exploratory/norm_direction.py) measures it.)
 
 # %%
 from p0circuit.experiments import NormDirection
@@ -107,14 +109,14 @@ page.show(norm_direction.figures["layers"], "norm and direction of the stream at
 # the attention patterns of blocks 0 and 1. Let position 16 attend to itself alone, as if it were first, and it becomes
 # a sink too. Give P0 the mix of tokens that position 16 sees, and it stops being one. The *excess score* is what the sink
 # heads give to a position beyond what they give to position 8, where nothing is special.
-# ([`Structure`](../p0circuit/experiments/structure.py) tests claim C5.)
+# ([`Structure`](../p0circuit/experiments/paper/c05_structure.py) tests claim C5.)
 
 # %% tags=["cover"]
+from p0circuit.course.page import sink_of
 from p0circuit.experiments.sink_under_study import excess_scores
 from p0circuit.figures.intervals import bars
 from p0circuit.interventions.attention_edits import attend_to_self_only, copy_attention_row
 from p0circuit.stats import bootstrap
-from p0circuit.teaching import sink_of
 
 # The sink heads are chosen on one half of the prompts; `sink.prompts` is the other half.
 sink = sink_of(lm, prompts)
@@ -145,7 +147,7 @@ page.show(figure, "excess scores of position zero and position 16 under mask sur
 # same token is *not* first, how much of the sink would go? What is left when the idle ones are erased is the circuit:
 # block 0's attention tells MLP 0 that it was not mixed, MLPs 0 to 2 pass that on and amplify it, and the sink heads
 # read it with their keys. Four prompts are patched here, to save time; with more the strong edges stay, and weak ones
-# come and go. Notebook 04 patches edges by hand. ([`Circuit`](../p0circuit/experiments/circuit.py) draws it.)
+# come and go. Notebook 04 patches edges by hand. ([`Circuit`](../p0circuit/experiments/exploratory/circuit.py) draws it.)
 
 # %%
 from p0circuit.experiments import Circuit, CircuitConfig
@@ -163,26 +165,26 @@ page.show(circuit.figures["graph"], "the circuit of the sink, recovered by path 
 #
 # | claim | verdict | notebook |
 # | --- | --- | --- |
-# | [C1](../p0circuit/experiments/sink_map.py) the sink exists without BOS | reproduced | [01](01_meet_the_sink.ipynb) |
-# | [C2](../p0circuit/experiments/bos_ablation.py) BOS is not needed | reproduced | [01](01_meet_the_sink.ipynb) |
-# | [C3](../p0circuit/experiments/any_token.py) any token becomes a sink | reproduced | [01](01_meet_the_sink.ipynb) |
-# | [C4](../p0circuit/experiments/recognition.py) recognition, as the cone model predicts | **not reproduced** | [02](02_recognition.ipynb) |
-# | [C5](../p0circuit/experiments/structure.py) being alone suffices, and is needed | reproduced | [02](02_recognition.ipynb) |
-# | [C6](../p0circuit/experiments/amplification.py) amplification by MLPs 0 and 1, by few neurons | **not reproduced** | [03](03_amplification.ipynb) |
-# | [C7](../p0circuit/experiments/path.py) the path: blocks 0 and 1, then the keys | reproduced | [04](04_patching_the_circuit.ipynb) |
-# | [C8](../p0circuit/experiments/direction_or_norm.py) direction, not norm | reproduced | [03](03_amplification.ipynb) |
-# | [C9](../p0circuit/experiments/content.py) content is irrelevant | reproduced | [03](03_amplification.ipynb) |
-# | [C10](../p0circuit/experiments/key_side.py) it is the key, whatever the query | reproduced | [04](04_patching_the_circuit.ipynb) |
-# | [C11](../p0circuit/experiments/limits.py) one repeated token breaks it | reproduced | [01](01_meet_the_sink.ipynb) |
-# | [C12](../p0circuit/experiments/function.py) hiding P0 costs loss | reproduced | [90](90_paper_figures.ipynb) |
-# | [C13](../p0circuit/experiments/early.py) the sink forms early in training | **not reproduced** | [06](06_emergence.ipynb) |
-# | [C14](../p0circuit/experiments/concentration.py) it concentrates in blocks 0 and 1 | **not reproduced** | [06](06_emergence.ipynb) |
-# | [C15](../p0circuit/experiments/convergence.py) it tells how far training has come | **not reproduced** | [06](06_emergence.ipynb) |
-# | [C16](../p0circuit/experiments/methods.py) TNLM and Force-sink bring it earlier and higher | **not reproduced** | [06](06_emergence.ipynb) |
-# | [C17](../p0circuit/experiments/streaming.py) a cache must not drop P0 | reproduced | [08](08_practice.ipynb) |
-# | [C18](../p0circuit/experiments/quantisation.py) P0 kept in high precision halves the error of int8 | **not reproduced** | [08](08_practice.ipynb) |
-# | [C19](../p0circuit/experiments/dormant_heads.py) sink heads are dormant | **not reproduced** | [08](08_practice.ipynb) |
-# | [C20](../p0circuit/experiments/first_token.py) a neutral prefix takes the first token's power away | **not reproduced** | [08](08_practice.ipynb) |
+# | [C1](../p0circuit/experiments/paper/c01_sink_map.py) the sink exists without BOS | reproduced | [01](01_meet_the_sink.ipynb) |
+# | [C2](../p0circuit/experiments/paper/c02_bos_ablation.py) BOS is not needed | reproduced | [01](01_meet_the_sink.ipynb) |
+# | [C3](../p0circuit/experiments/paper/c03_any_token.py) any token becomes a sink | reproduced | [01](01_meet_the_sink.ipynb) |
+# | [C4](../p0circuit/experiments/paper/c04_recognition.py) recognition, as the cone model predicts | **not reproduced** | [02](02_recognition.ipynb) |
+# | [C5](../p0circuit/experiments/paper/c05_structure.py) being alone suffices, and is needed | reproduced | [02](02_recognition.ipynb) |
+# | [C6](../p0circuit/experiments/paper/c06_amplification.py) amplification by MLPs 0 and 1, by few neurons | **not reproduced** | [03](03_amplification.ipynb) |
+# | [C7](../p0circuit/experiments/paper/c07_causal_path.py) the path: blocks 0 and 1, then the keys | reproduced | [04](04_patching_the_circuit.ipynb) |
+# | [C8](../p0circuit/experiments/paper/c08_direction_or_norm.py) direction, not norm | reproduced | [03](03_amplification.ipynb) |
+# | [C9](../p0circuit/experiments/paper/c09_content.py) content is irrelevant | reproduced | [03](03_amplification.ipynb) |
+# | [C10](../p0circuit/experiments/paper/c10_key_side.py) it is the key, whatever the query | reproduced | [04](04_patching_the_circuit.ipynb) |
+# | [C11](../p0circuit/experiments/paper/c11_limits.py) one repeated token breaks it | reproduced | [01](01_meet_the_sink.ipynb) |
+# | [C12](../p0circuit/experiments/paper/c12_function.py) hiding P0 costs loss | reproduced | [90](90_paper_figures.ipynb) |
+# | [C13](../p0circuit/experiments/training/c13_early.py) the sink forms early in training | **not reproduced** | [06](06_emergence.ipynb) |
+# | [C14](../p0circuit/experiments/training/c14_concentration.py) it concentrates in blocks 0 and 1 | **not reproduced** | [06](06_emergence.ipynb) |
+# | [C15](../p0circuit/experiments/training/c15_convergence.py) it tells how far training has come | **not reproduced** | [06](06_emergence.ipynb) |
+# | [C16](../p0circuit/experiments/training/c16_methods.py) TNLM and Force-sink bring it earlier and higher | **not reproduced** | [06](06_emergence.ipynb) |
+# | [C17](../p0circuit/experiments/deployment/c17_streaming.py) a cache must not drop P0 | reproduced | [08](08_practice.ipynb) |
+# | [C18](../p0circuit/experiments/deployment/c18_quantisation.py) P0 kept in high precision halves the error of int8 | **not reproduced** | [08](08_practice.ipynb) |
+# | [C19](../p0circuit/experiments/deployment/c19_dormant_heads.py) sink heads are dormant | **not reproduced** | [08](08_practice.ipynb) |
+# | [C20](../p0circuit/experiments/deployment/c20_first_token.py) a neutral prefix takes the first token's power away | **not reproduced** | [08](08_practice.ipynb) |
 #
 # One thing to keep in mind: `p0-nano` was trained so that it would have a sink (half of its training rows begin with
 # BOS and half with a random token, and nothing is predicted at P0; see

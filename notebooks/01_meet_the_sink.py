@@ -31,7 +31,9 @@ import sys
 
 if importlib.util.find_spec("p0circuit") is None:
     here = pathlib.Path(globals().get("__file__", "notebook")).resolve()
-    checkout = [folder for folder in here.parents if (folder / "p0circuit/cli.py").is_file()]
+    checkout = [
+        folder for folder in here.parents if (folder / "p0circuit/__init__.py").is_file()
+    ]
     if not checkout:
         raise ModuleNotFoundError(
             "p0circuit is not installed here, and it is on no package index. Clone its repository "
@@ -43,7 +45,7 @@ if importlib.util.find_spec("p0circuit") is None:
 # %%
 import torch
 
-from p0circuit.teaching import Page, metrics, open_model, read_prompts, verdict
+from p0circuit.course.page import Page, metrics_table, open_model, print_verdict, read_prompts
 
 page = Page(out)
 lm = open_model(model)
@@ -86,7 +88,7 @@ page.show(view_heads(lm, prompts.subset([0]), shown, title))
 
 
 # %%
-from p0circuit.teaching import check_sink_score
+from p0circuit.course.checks import check_sink_score
 
 
 def my_sink_score(pattern):
@@ -124,7 +126,7 @@ with torch.no_grad():
     _, cache = lm.run_with_cache(prompts.ids, names_filter=names)
 scores = torch.stack([sink_score(cache[name], prompts.p0) for name in names], dim=1)
 
-recorded = record(lm, prompts, SINK_SCORE)[SINK_SCORE]
+recorded = record(lm, prompts, SINK_SCORE)
 print("scores of shape [prompt, layer, head]:", list(scores.shape))
 print(f"largest difference from `record`: {float((scores - recorded).abs().max()):.1e}")
 for layer, row in enumerate(scores.mean(0)):
@@ -141,7 +143,7 @@ for layer, row in enumerate(scores.mean(0)):
 # a number (three digits are enough).
 
 # %%
-from p0circuit.teaching import check_uniform_score
+from p0circuit.course.checks import check_uniform_score
 
 my_uniform_score = None
 
@@ -168,7 +170,7 @@ check_uniform_score(my_uniform_score, prompts.length)
 # %%
 from p0circuit.recording.quantities import score_at
 
-control = record(lm, prompts, score_at(8))[score_at(8)]
+control = record(lm, prompts, score_at(8))
 best = divmod(int(scores.mean(0).argmax()), heads)
 to_p0, to_8 = (float(one[:, best[0], best[1]].mean()) for one in (scores, control))
 print(f"best head {best[0]}.{best[1]}")
@@ -199,7 +201,7 @@ print(f"  excess score:     {to_p0 - to_8:.3f}")
 
 
 # %%
-from p0circuit.teaching import check_sink_rate
+from p0circuit.course.checks import check_sink_rate
 
 
 def my_sink_rate(scores, eps):
@@ -231,7 +233,7 @@ rate, rate_of_8 = (float(sink_rate(one, from_layer=2).mean()) for one in (scores
 print(f"Sink[2:] of position zero: {rate:.3f}, of position 8: {rate_of_8:.3f}")
 
 # %% [markdown]
-# **Claim C1**, tested by [`SinkMap`](../p0circuit/experiments/sink_map.py): the sink exists without BOS, beyond doubt
+# **Claim C1**, tested by [`SinkMap`](../p0circuit/experiments/paper/c01_sink_map.py): the sink exists without BOS, beyond doubt
 # and far beyond that of another position. The experiment runs five kinds of prompt; the first is ours.
 
 # %% tags=["cover"]
@@ -239,12 +241,12 @@ from p0circuit.experiments import SinkMap
 
 sink_map = SinkMap().run(lm, prompts)
 page.show(sink_map.figures["map"], "sink scores of every head on five kinds of prompt")
-verdict(sink_map)
+print_verdict(sink_map)
 
 # %% [markdown]
 # The last panel is the circuit's weak spot: if *all* tokens are the same, no position differs from P0 in anything (with
 # rotary positions; learned ones keep the difference, see [07](07_bring_your_own_model.ipynb)), and there is no sink (claim
-# C11, [`Limits`](../p0circuit/experiments/limits.py)). Notebook [02](02_recognition.ipynb) says why.
+# C11, [`Limits`](../p0circuit/experiments/paper/c11_limits.py)). Notebook [02](02_recognition.ipynb) says why.
 #
 # ## 5. Is it BOS?
 #
@@ -263,18 +265,18 @@ try:
         "score_of_position_8_without_bos",
         "loss_difference",
     ]
-    page.show(metrics(bos, chosen))
-    verdict(bos)
+    page.show(metrics_table(bos, chosen))
+    print_verdict(bos)
 except NotApplicable as reason:  # a model without a BOS token
     bos = None
     print(reason)
 
 # %% [markdown]
-# **Claim C2**, [`BosAblation`](../p0circuit/experiments/bos_ablation.py): without BOS the sink heads keep more than
+# **Claim C2**, [`BosAblation`](../p0circuit/experiments/paper/c02_bos_ablation.py): without BOS the sink heads keep more than
 # four fifths of their score. (This model has seen both in training. The paper has a boundary case: the sink of
 # Mistral-7B falls from 87 % to 2 % without BOS, which its authors put down to pre-training with a sliding window.)
 #
-# And if *any* token will do (**claim C3**, [`AnyToken`](../p0circuit/experiments/any_token.py) tries all 1,024 of them),
+# And if *any* token will do (**claim C3**, [`AnyToken`](../p0circuit/experiments/paper/c03_any_token.py) tries all 1,024 of them),
 # we can choose one. Put the same token first in all prompts, and leave the rest as it is:
 
 # %%
@@ -298,13 +300,13 @@ page.show(pd.DataFrame(rows, columns=columns))
 # If half of a head's attention goes to one token, does that token's content flood everything? No: its *value* vector is
 # short. What a sink head reads at P0 is next to nothing, so attending there is a way of doing nothing (Guo et al.,
 # [arXiv 2410.13835](https://arxiv.org/abs/2410.13835), call it value-state drain). That nothing is missed without it takes
-# an intervention: [`Mitigations`](../p0circuit/experiments/remedies.py) sets P0's value to zero in the sink heads, and the
+# an intervention: [`Mitigations`](../p0circuit/experiments/deployment/mitigations.py) sets P0's value to zero in the sink heads, and the
 # loss hardly moves (notebook [08](08_practice.ipynb)).
 
 # %%
 from p0circuit.recording.quantities import VALUE_NORM_RATIO
 
-drain = record(lm, prompts, VALUE_NORM_RATIO)[VALUE_NORM_RATIO].mean(0)
+drain = record(lm, prompts, VALUE_NORM_RATIO).mean(0)
 print("norm of P0's value over the median of the other positions':")
 for layer, row in enumerate(drain):
     print(f"layer {layer}:", " ".join(f"{ratio:.2f}" for ratio in row.tolist()))

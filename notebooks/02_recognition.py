@@ -33,7 +33,9 @@ import sys
 
 if importlib.util.find_spec("p0circuit") is None:
     here = pathlib.Path(globals().get("__file__", "notebook")).resolve()
-    checkout = [folder for folder in here.parents if (folder / "p0circuit/cli.py").is_file()]
+    checkout = [
+        folder for folder in here.parents if (folder / "p0circuit/__init__.py").is_file()
+    ]
     if not checkout:
         raise ModuleNotFoundError(
             "p0circuit is not installed here, and it is on no package index. Clone its repository "
@@ -48,9 +50,9 @@ import pandas as pd
 import torch
 from torch.nn.functional import normalize
 
+from p0circuit.course.page import Page, open_model, print_verdict, read_prompts, sink_of
 from p0circuit.figures.lines import trajectories
 from p0circuit.figures.style import Series
-from p0circuit.teaching import Page, open_model, read_prompts, sink_of, verdict
 
 page = Page(out)
 lm = open_model(model)
@@ -116,7 +118,7 @@ page.show(figure, "sum of squared attention weights by position")
 
 
 # %%
-from p0circuit.teaching import check_cone
+from p0circuit.course.checks import check_cone
 
 
 def my_cone(cosine, weights):
@@ -193,14 +195,14 @@ for block, (heads_alone, behind) in of_p0.items():
 # low, because tokens that are attended to together are more alike than others. Block 1 is not as the model says. There P0
 # is *not* longer than the others, and the prediction is worse than no prediction at all ($R^2 < 0$).
 #
-# **Claim C4**, [`Recognition`](../p0circuit/experiments/recognition.py), asks for both blocks, because the paper speaks
+# **Claim C4**, [`Recognition`](../p0circuit/experiments/paper/c04_recognition.py), asks for both blocks, because the paper speaks
 # of both, and the threshold was fixed before anyone had looked. So the verdict on this model is *not reproduced*:
 
 # %%
 from p0circuit.experiments import Recognition
 
 recognition = Recognition().run(lm, prompts)
-verdict(recognition)
+print_verdict(recognition)
 
 # %% [markdown]
 # **Why?** One assumption fails: that values have the same norm everywhere. Look at the values that block 1 reads.
@@ -241,7 +243,7 @@ page.show(pd.DataFrame(rows, columns=columns))
 
 
 # %%
-from p0circuit.teaching import check_alone
+from p0circuit.course.checks import check_alone
 
 
 def my_surgery(pattern, t):
@@ -324,7 +326,7 @@ title = f"Sink heads while position {t} attends to itself alone in blocks 0 and 
 page.show(view_heads(lm, one, sink.heads, title, [operated]))
 
 # %% [markdown]
-# **Claim C5**, [`Structure`](../p0circuit/experiments/structure.py), does this for several positions and the other way
+# **Claim C5**, [`Structure`](../p0circuit/experiments/paper/c05_structure.py), does this for several positions and the other way
 # round (P0 is given the mix that position $t$ reads, and stops being a sink), with controls.
 
 # %%
@@ -332,7 +334,7 @@ from p0circuit.experiments import Structure
 
 structure = Structure().run(lm, prompts)
 page.show(structure.figures["surgery"], "mask surgery and statistics matching, with controls")
-verdict(structure)
+print_verdict(structure)
 
 # %% [markdown]
 # Two lines of this figure deserve a second look: *statistics of P0* and *norm of P0*. There position $t$ keeps its own
@@ -346,7 +348,7 @@ verdict(structure)
 #
 # The signal has a weak spot. If all tokens are the same, all values are the same, and mixing them changes nothing:
 # every position puts out what P0 does. That is why one repeated token has no sink (claim C11,
-# [`Limits`](../p0circuit/experiments/limits.py)):
+# [`Limits`](../p0circuit/experiments/paper/c11_limits.py)):
 
 # %%
 token = int(half.ids[0, 0])

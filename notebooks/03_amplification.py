@@ -31,7 +31,9 @@ import sys
 
 if importlib.util.find_spec("p0circuit") is None:
     here = pathlib.Path(globals().get("__file__", "notebook")).resolve()
-    checkout = [folder for folder in here.parents if (folder / "p0circuit/cli.py").is_file()]
+    checkout = [
+        folder for folder in here.parents if (folder / "p0circuit/__init__.py").is_file()
+    ]
     if not checkout:
         raise ModuleNotFoundError(
             "p0circuit is not installed here, and it is on no package index. Clone its repository "
@@ -44,7 +46,14 @@ if importlib.util.find_spec("p0circuit") is None:
 import pandas as pd
 import torch
 
-from p0circuit.teaching import Page, metrics, open_model, read_prompts, sink_of, verdict
+from p0circuit.course.page import (
+    Page,
+    metrics_table,
+    open_model,
+    print_verdict,
+    read_prompts,
+    sink_of,
+)
 
 page = Page(out)
 lm = open_model(model)
@@ -133,7 +142,7 @@ page.show(pd.DataFrame(share.items(), columns=["writer", "share of the projectio
 print(f"together: {sum(share.values()):.4f}")
 
 # %% [markdown]
-# **Claim C6**, [`Amplification`](../p0circuit/experiments/amplification.py), has the paper's words as its threshold: the
+# **Claim C6**, [`Amplification`](../p0circuit/experiments/paper/c06_amplification.py), has the paper's words as its threshold: the
 # MLPs of blocks 0 and 1 write at least half of it. Here they write a sixth, and most is written by MLP 2. The small model
 # takes one block more than the paper's large ones, and so the verdict will be *not reproduced*. Before we come to it,
 # look one level deeper: at neurons.
@@ -154,7 +163,7 @@ print(f"together: {sum(share.values()):.4f}")
 
 
 # %%
-from p0circuit.teaching import check_contribution
+from p0circuit.course.checks import check_contribution
 
 
 def my_contribution(activation, w_out, direction):
@@ -206,7 +215,7 @@ page.show(
 )
 if "by_number" in amplification.tables:
     page.show(amplification.tables["by_number"].rename(columns={"neurons": "first neurons"}))
-verdict(amplification)
+print_verdict(amplification)
 
 # %% [markdown]
 # Read the verdict closely: the claim has three parts, and one misses. *Few neurons carry the sink*: yes, six of 672 carry
@@ -229,7 +238,7 @@ verdict(amplification)
 
 
 # %%
-from p0circuit.teaching import check_norm_cut
+from p0circuit.course.checks import check_norm_cut
 
 
 def my_norm_cut(stream):
@@ -283,7 +292,7 @@ for name, value in left.items():
 # Why after block 1? Cut just before the sink heads, the norm could change nothing in any pre-norm model. After block 1 the
 # test says something, because block 2 still adds to the stream: to a short vector as much as to a long one.
 #
-# **Claim C8**, [`DirectionOrNorm`](../p0circuit/experiments/direction_or_norm.py), lets three ordinary positions take
+# **Claim C8**, [`DirectionOrNorm`](../p0circuit/experiments/paper/c08_direction_or_norm.py), lets three ordinary positions take
 # turns, adds the control (the same surgery somewhere else), and repeats it after every block.
 
 # %%
@@ -294,19 +303,19 @@ page.show(
     direction_or_norm.figures["blocks"],
     "what is left of the sink after surgery behind each block",
 )
-verdict(direction_or_norm)
+print_verdict(direction_or_norm)
 
 # %% [markdown]
 # And what about everything *else* in P0's stream, such as which token stands there? **Claim C9**,
-# [`Content`](../p0circuit/experiments/content.py), keeps the one component along the P0 direction and swaps all the rest
+# [`Content`](../p0circuit/experiments/paper/c09_content.py), keeps the one component along the P0 direction and swaps all the rest
 # with that of another prompt.
 
 # %%
 from p0circuit.experiments import Content
 
 content = Content().run(lm, prompts)
-page.show(metrics(content))
-verdict(content)
+page.show(metrics_table(content))
+print_verdict(content)
 
 # %% [markdown]
 # The token does not matter. Two of these lines set limits to that: with the rest taken from an *ordinary* position, only

@@ -33,7 +33,9 @@ import sys
 
 if importlib.util.find_spec("p0circuit") is None:
     here = pathlib.Path(globals().get("__file__", "notebook")).resolve()
-    checkout = [folder for folder in here.parents if (folder / "p0circuit/cli.py").is_file()]
+    checkout = [
+        folder for folder in here.parents if (folder / "p0circuit/__init__.py").is_file()
+    ]
     if not checkout:
         raise ModuleNotFoundError(
             "p0circuit is not installed here, and it is on no package index. Clone its repository "
@@ -48,8 +50,8 @@ import math
 import pandas as pd
 import torch
 
+from p0circuit.course.page import Page, open_model, print_verdict, read_prompts, sink_of
 from p0circuit.interventions.pairs import shifted_pair
-from p0circuit.teaching import Page, open_model, read_prompts, sink_of, verdict
 
 page = Page(out)
 lm = open_model(model)
@@ -119,7 +121,7 @@ print(f"of the head's attention, x gets {clean:.3f} at position 0, and {shifted:
 
 
 # %%
-from p0circuit.teaching import check_patch_hook
+from p0circuit.course.checks import check_patch_hook
 
 
 def my_patch(activation, hook, values):
@@ -145,7 +147,7 @@ check_patch_hook(my_patch)
 # for any position.
 
 # %%
-from p0circuit.teaching import put
+from p0circuit.course.checks import put
 
 with torch.no_grad():
     _, clean_cache = lm.run_with_cache(clean_ids)
@@ -198,7 +200,7 @@ page.show(
 # %% [markdown]
 # ### All of blocks 0 and 1 together
 #
-# **Claim C7**, [`CausalPath`](../p0circuit/experiments/path.py), says: attention and MLPs of blocks 0 and 1, at P0, are
+# **Claim C7**, [`CausalPath`](../p0circuit/experiments/paper/c07_causal_path.py), says: attention and MLPs of blocks 0 and 1, at P0, are
 # necessary and sufficient together. What could they lose at most? As much as if the *whole* stream at P0, before every
 # block, were that of the shifted run. So patch both, and divide.
 
@@ -302,7 +304,7 @@ page.show(table.head(8))
 # that `run` looks at `head`.
 
 # %%
-from p0circuit.teaching import check_edge
+from p0circuit.course.checks import check_edge
 
 other = sink.heads[-1]
 edge_sender = f"mlp.{other[0] - 2}"
@@ -374,7 +376,7 @@ check_edge(my_effect, lm, pair.clean, values, edge_sender, other)
 
 
 # %%
-from p0circuit.teaching import check_closed_form
+from p0circuit.course.checks import check_closed_form
 
 
 def my_closed_form(score, others):
@@ -463,7 +465,7 @@ page.show(figure, "effects of all edges into the keys of P0")
 # ## 5. The circuit
 #
 # Do that for every input of every component (Q, K, V and MLPs), keep the edges that change the sink by 5 % or more, and of
-# those what leads to the sink heads: a circuit. [`Circuit`](../p0circuit/experiments/circuit.py) draws it, and `CausalPath`
+# those what leads to the sink heads: a circuit. [`Circuit`](../p0circuit/experiments/exploratory/circuit.py) draws it, and `CausalPath`
 # gives the verdict on C7, here on few prompts. (The picture is made of eight prompts, that of the tour of four, and they
 # differ: effects are means over prompts, and an edge near the limit is above it with some and below it with others. All
 # edges of the tour are here, too.)
@@ -478,18 +480,18 @@ path = CausalPath(CausalPathConfig(samples=24, runs=768)).run(lm, prompts)
 page.show(
     path.figures["shares"], "shares of blocks 0 and 1, of Q, K and V in the effect on the sink"
 )
-verdict(path)
+print_verdict(path)
 
 # %% [markdown]
 # Why does a key draw *every* query? Because it need not match any: the sink heads' queries have a large part in common,
-# and P0's key lies along it. **Claim C10**, [`KeySide`](../p0circuit/experiments/key_side.py), replaces all queries of a
+# and P0's key lies along it. **Claim C10**, [`KeySide`](../p0circuit/experiments/paper/c10_key_side.py), replaces all queries of a
 # head by their mean, and nearly all of P0's lead in the scores remains.
 
 # %%
 from p0circuit.experiments import KeySide
 
 key_side = KeySide().run(lm, prompts)
-verdict(key_side)
+print_verdict(key_side)
 
 # %% [markdown]
 # You have patched a circuit by hand. If you know a circuit, you should be able to build it:

@@ -17,7 +17,7 @@
 # the package's methods are tested on it. At the end you break it, and compare it with a model that was trained.
 #
 # *About 15 minutes; two exercises. Before: [04](04_patching_the_circuit.ipynb). After: [06](06_emergence.ipynb). The full
-# construction, with its numbers derived: [`wired.py`](../p0circuit/models/wired.py).*
+# construction, with its numbers derived: [`wired.py`](../p0circuit/models/constructed/weights.py).*
 
 # %% tags=["parameters"]
 model = "p0-nano"  # a shipped model, a local Hugging Face directory, or a hub id
@@ -33,7 +33,9 @@ import sys
 
 if importlib.util.find_spec("p0circuit") is None:
     here = pathlib.Path(globals().get("__file__", "notebook")).resolve()
-    checkout = [folder for folder in here.parents if (folder / "p0circuit/cli.py").is_file()]
+    checkout = [
+        folder for folder in here.parents if (folder / "p0circuit/__init__.py").is_file()
+    ]
     if not checkout:
         raise ModuleNotFoundError(
             "p0circuit is not installed here, and it is on no package index. Clone its repository "
@@ -49,6 +51,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from p0circuit.course.page import Page, open_model, read_prompts, sink_of
 from p0circuit.figures.lines import trajectories
 from p0circuit.figures.style import Series
 from p0circuit.models.constructed.build import model_from_weights
@@ -61,7 +64,6 @@ from p0circuit.models.constructed.weights import (
     wired_weights,
 )
 from p0circuit.prompts import random_tokens
-from p0circuit.teaching import Page, open_model, read_prompts, sink_of
 
 page = Page(out)
 trained = open_model(model)  # for the comparison at the end
@@ -182,7 +184,7 @@ print(f"largest difference: {float((recognised['echo'] - predicted).abs().max())
 
 
 # %%
-from p0circuit.teaching import check_detector
+from p0circuit.course.checks import check_detector
 
 
 def my_detector(threshold, at_p0):
@@ -210,7 +212,7 @@ check_detector(my_detector)
 # the exercise.
 
 # %%
-from p0circuit.teaching import ramp
+from p0circuit.course.checks import ramp
 
 MARK = 3.0
 
@@ -270,7 +272,7 @@ page.show(figure, "norm of the stream at position zero and position 8, step by s
 
 
 # %%
-from p0circuit.teaching import check_strength
+from p0circuit.course.checks import check_strength
 
 
 def my_score(strength, length):
@@ -346,7 +348,7 @@ for part, (name, where) in parts.items():
 # Each line sets components to zero at P0.
 
 # %% tags=["cover"]
-from p0circuit.experiments.sink_under_study import scores_of
+from p0circuit.experiments.sink_under_study import sink_scores
 from p0circuit.figures.intervals import intervals
 from p0circuit.interventions.ablation import ablate
 from p0circuit.stats import bootstrap
@@ -363,7 +365,7 @@ parts = {
 lost = {}
 for part, nodes in parts.items():
     without = [ablate(lm, prompts, nodes)] if nodes else []
-    lost[part] = bootstrap(scores_of(lm, prompts, sink_heads, 0, without))
+    lost[part] = bootstrap(sink_scores(lm, prompts, sink_heads, 0, without))
 title = "Sink score of the heads we built, with parts taken out"
 figure = intervals(
     {"Set to zero at P0": lost},
@@ -412,8 +414,8 @@ for n, one in zip(repeats, shared, strict=True):
 # ## 8. What is different in a model that was trained?
 #
 # Run the same two experiments on our model and on a trained one:
-# [`DirectionOrNorm`](../p0circuit/experiments/direction_or_norm.py) asks what later blocks see;
-# [`Structure`](../p0circuit/experiments/structure.py) asks whether position 16 becomes a sink if it attends to itself
+# [`DirectionOrNorm`](../p0circuit/experiments/paper/c08_direction_or_norm.py) asks what later blocks see;
+# [`Structure`](../p0circuit/experiments/paper/c05_structure.py) asks whether position 16 becomes a sink if it attends to itself
 # alone, or if its attention output is merely given the *norm* of P0's.
 
 # %%

@@ -34,7 +34,9 @@ import sys
 
 if importlib.util.find_spec("p0circuit") is None:
     here = pathlib.Path(globals().get("__file__", "notebook")).resolve()
-    checkout = [folder for folder in here.parents if (folder / "p0circuit/cli.py").is_file()]
+    checkout = [
+        folder for folder in here.parents if (folder / "p0circuit/__init__.py").is_file()
+    ]
     if not checkout:
         raise ModuleNotFoundError(
             "p0circuit is not installed here, and it is on no package index. Clone its repository "
@@ -47,8 +49,8 @@ if importlib.util.find_spec("p0circuit") is None:
 import pandas as pd
 import torch
 
+from p0circuit.course.page import Page, open_model, print_verdict, read_prompts
 from p0circuit.figures.training import development
-from p0circuit.teaching import Page, open_model, read_prompts, verdict
 from p0circuit.training.runs import as_trained, of_variant, shipped_runs
 
 page = Page(out)
@@ -133,10 +135,10 @@ page.show(
 )
 columns = ["run", "formation_share", "not_before_share", "induction_share", "final_excess"]
 page.show(early.tables["formation"][columns])
-verdict(early)
+print_verdict(early)
 
 # %% [markdown]
-# **Claim C13**, [`Early`](../p0circuit/experiments/early.py), asks for 20 % of the tokens in every seed. The BOS runs
+# **Claim C13**, [`Early`](../p0circuit/experiments/training/c13_early.py), asks for 20 % of the tokens in every seed. The BOS runs
 # take 26 to 40 %. Two things to take along:
 #
 # - **A threshold in shares is about the budget as much as about the circuit.** In tokens, the sink of these runs is there
@@ -219,7 +221,7 @@ page.show(development(beside), "a dense model and a mixture of experts along tra
 #
 # Which experts make it? P0 is *routed*, like every token; and since its stream is the same in every text, it is always
 # routed alike. Su et al. ([arXiv 2507.23279](https://arxiv.org/abs/2507.23279)) found that a few *super experts* of the
-# first layers write the outlier. [`Experts`](../p0circuit/experiments/experts.py) takes away, at P0 or everywhere, those
+# first layers write the outlier. [`Experts`](../p0circuit/experiments/exploratory/experts.py) takes away, at P0 or everywhere, those
 # that write most there, one by one and together, and random ones of the same blocks for comparison.
 
 # %%
@@ -261,16 +263,16 @@ page.show(experts.tables["alone"][columns])
 # Three seeds are few, and the interval says so.
 
 # %%
+from p0circuit.course.page import metrics_table
 from p0circuit.experiments import Methods
-from p0circuit.teaching import metrics
 
 methods = Methods().run(traces)
 page.show(methods.figures["methods"], "training methods: sink, loss, and sink against outlier")
-page.show(metrics(methods))
-verdict(methods)
+page.show(metrics_table(methods))
+print_verdict(methods)
 
 # %% [markdown]
-# **Claim C16**, [`Methods`](../p0circuit/experiments/methods.py), wants both methods to be earlier and higher. Force-sink
+# **Claim C16**, [`Methods`](../p0circuit/experiments/training/c16_methods.py), wants both methods to be earlier and higher. Force-sink
 # is, beyond doubt: the sink forms earlier, by an eighth of the run's tokens, and ends a quarter higher. TNLM is neither: in one
 # seed it was earlier, in one later, in one the same. At this size leaving one of 127 predictions out of the loss
 # changes little, except for the **outlier**: its norm ratio is larger in every seed.
@@ -321,11 +323,11 @@ verdict(methods)
 page.show(
     concentration.figures["training_curves"], "causal and observed concentration along training"
 )
-page.show(metrics(concentration))
-verdict(concentration)
+page.show(metrics_table(concentration))
+print_verdict(concentration)
 
 # %% [markdown]
-# **Claim C14**, [`Concentration`](../p0circuit/experiments/concentration.py), is where the two part. By the norms the
+# **Claim C14**, [`Concentration`](../p0circuit/experiments/training/c14_concentration.py), is where the two part. By the norms the
 # BOS runs are as concentrated as can be: 0.96. By intervention it is 0.05. (And the trend is "significant": it goes up in
 # every seed, from nothing to 0.05. A small $p$ says that something rises, not that there is much of it.) In `p0-nano` it
 # is the other way round: 0.68 observed, since block 2 still adds a lot, and 1.00 causal.
@@ -335,8 +337,7 @@ verdict(concentration)
 # 16, where nothing is first.
 
 # %%
-from p0circuit.experiments.practice import find_used_sink
-from p0circuit.experiments.sink_under_study import excess_scores
+from p0circuit.experiments.sink_under_study import excess_scores, studied_sink
 from p0circuit.interventions.pairs import shifted_pair, values_at
 from p0circuit.models import list_models
 from p0circuit.prompts import bos_id, from_ids
@@ -350,13 +351,14 @@ for name in [name for name in ("bos-0", "moe-0", "force-sink-0", "p0-nano") if n
     lm = open_model(name)
     plain = read_prompts(lm, samples, seed)
     # The sink heads, and text in which there is a sink: as it is if there is one, else behind BOS.
-    found, condition = find_used_sink(lm, plain)
+    found = studied_sink(lm, plain, in_either_condition=True)
+    condition = found.condition
     pair = shifted_pair(lm, found.prompts, 8, seed)
     (first,) = values_at(lm, pair.clean, ["resid_post.1"]).values()
     (ninth,) = values_at(lm, pair.shifted, ["resid_post.1"], pair.position).values()
     moved = plain.split()[1].ids.clone()
     moved[:, place] = bos_id(lm)
-    clean = record(lm, found.prompts, SINK_SCORE)[SINK_SCORE].double()
+    clean = record(lm, found.prompts, SINK_SCORE).double()
     rows[name] = {
         "prompts": condition,
         "cosine, first and ninth": float(torch.cosine_similarity(first, ninth).mean()),
@@ -401,11 +403,11 @@ convergence = Convergence().run(traces)
 page.show(
     convergence.figures["predictions"], "what the circuit adds to the step as a predictor"
 )
-page.show(metrics(convergence))
-verdict(convergence)
+page.show(metrics_table(convergence))
+print_verdict(convergence)
 
 # %% [markdown]
-# **Claim C15**, [`Convergence`](../p0circuit/experiments/convergence.py), misses: with the circuit the error is the same
+# **Claim C15**, [`Convergence`](../p0circuit/experiments/training/c15_convergence.py), misses: with the circuit the error is the same
 # 0.032 nats as without. A run with more of a sink than its sisters at the same step tends to have less loss still to go (the
 # cloud on the right leans), but not beyond doubt over three seeds (`partial_correlation`), and not by enough to predict a
 # seed that was held out. The sink tells where a run stands about as well as the step counter does, and nothing on top.
@@ -414,10 +416,10 @@ verdict(convergence)
 #
 # | claim | asked for | measured | what we learnt |
 # | --- | --- | --- | --- |
-# | [C13](../p0circuit/experiments/early.py) early | within 20 % of the tokens | 26 to 40 % | after 2 to 4 million tokens, together with induction |
-# | [C14](../p0circuit/experiments/concentration.py) concentration | causal share rises to 0.8 | rises, to 0.05 | the sink of BOS runs hangs on the token; norms do not show it |
-# | [C15](../p0circuit/experiments/convergence.py) convergence | better than the step alone | -0.0004 [-0.013, 0.012] nats: nothing | what a sink says of the loss, the step says too |
-# | [C16](../p0circuit/experiments/methods.py) methods | TNLM and Force-sink earlier and higher | Force-sink is, TNLM is not | sink and outlier are two things |
+# | [C13](../p0circuit/experiments/training/c13_early.py) early | within 20 % of the tokens | 26 to 40 % | after 2 to 4 million tokens, together with induction |
+# | [C14](../p0circuit/experiments/training/c14_concentration.py) concentration | causal share rises to 0.8 | rises, to 0.05 | the sink of BOS runs hangs on the token; norms do not show it |
+# | [C15](../p0circuit/experiments/training/c15_convergence.py) convergence | better than the step alone | -0.0004 [-0.013, 0.012] nats: nothing | what a sink says of the loss, the step says too |
+# | [C16](../p0circuit/experiments/training/c16_methods.py) methods | TNLM and Force-sink earlier and higher | Force-sink is, TNLM is not | sink and outlier are two things |
 #
 # These runs have 0.9 to 2.5 million parameters and 9 million tokens: three to five orders of magnitude below the paper's. What
 # fails here may hold there. What is *not* a matter of size is that observed and causal concentration are different

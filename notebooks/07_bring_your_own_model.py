@@ -35,7 +35,9 @@ import sys
 
 if importlib.util.find_spec("p0circuit") is None:
     here = pathlib.Path(globals().get("__file__", "notebook")).resolve()
-    checkout = [folder for folder in here.parents if (folder / "p0circuit/cli.py").is_file()]
+    checkout = [
+        folder for folder in here.parents if (folder / "p0circuit/__init__.py").is_file()
+    ]
     if not checkout:
         raise ModuleNotFoundError(
             "p0circuit is not installed here, and it is on no package index. Clone its repository "
@@ -58,8 +60,8 @@ import numpy as np
 import pandas as pd
 import torch
 
+from p0circuit.course.page import Page, open_model, read_prompts, try_claim
 from p0circuit.models import ModelError, describe, load_model
-from p0circuit.teaching import Page, attempt, open_model, read_prompts
 
 page = Page(out)
 lm = open_model(model)
@@ -183,7 +185,7 @@ page.show(sink_map.figures["map"], "sink scores of every head on five kinds of p
 
 # %%
 claims = {
-    kind.id: attempt(kind(), lm, prompts) for kind in (BosAblation, DirectionOrNorm, Experts)
+    kind.id: try_claim(kind(), lm, prompts) for kind in (BosAblation, DirectionOrNorm, Experts)
 }
 
 # %% [markdown]
@@ -383,7 +385,7 @@ page.show(
 )
 
 # %%
-own = attempt(DirectionOrNorm(), last, from_ids(as_trained))
+own = try_claim(DirectionOrNorm(), last, from_ids(as_trained))
 
 # %% [markdown]
 # The token does it, wherever it stands. And C8 does not apply once more, for another reason than above: this sink is one of

@@ -35,7 +35,9 @@ import sys
 
 if importlib.util.find_spec("p0circuit") is None:
     here = pathlib.Path(globals().get("__file__", "notebook")).resolve()
-    checkout = [folder for folder in here.parents if (folder / "p0circuit/cli.py").is_file()]
+    checkout = [
+        folder for folder in here.parents if (folder / "p0circuit/__init__.py").is_file()
+    ]
     if not checkout:
         raise ModuleNotFoundError(
             "p0circuit is not installed here, and it is on no package index. Clone its repository "
@@ -48,7 +50,7 @@ if importlib.util.find_spec("p0circuit") is None:
 import pandas as pd
 import torch
 
-from p0circuit.teaching import Page, open_model, read_prompts, statements, verdict
+from p0circuit.course.page import Page, open_model, print_advice, print_verdict, read_prompts
 
 page = Page(out)
 lm = open_model(model)
@@ -77,10 +79,10 @@ from p0circuit.experiments import Streaming, StreamingConfig
 streaming = Streaming(StreamingConfig(other_samples=16, long_tokens=4096)).run(lm, prompts)
 page.show(streaming.figures["costs"], "what it costs to drop each of the first tokens")
 page.show(streaming.figures["positions"], "loss by position, with and without first tokens")
-verdict(streaming)
+print_verdict(streaming)
 
 # %% [markdown]
-# **Claim C17**, [`Streaming`](../p0circuit/experiments/streaming.py): dropping P0 costs about ten times what dropping its
+# **Claim C17**, [`Streaming`](../p0circuit/experiments/deployment/c17_streaming.py): dropping P0 costs about ten times what dropping its
 # neighbours costs. Keeping that one token makes up for most of what the first four do. Keeping position 8 instead, an early
 # token like any other, gains little.
 #
@@ -134,10 +136,10 @@ from p0circuit.experiments import Quantisation, QuantisationConfig
 quantisation = Quantisation(QuantisationConfig(samples=64)).run(lm, prompts)
 page.show(quantisation.figures["inputs"], "error of int8 inputs by block, P0 in and kept")
 page.show(quantisation.figures["loss"], "what int8 adds to the loss")
-verdict(quantisation)
+print_verdict(quantisation)
 
 # %% [markdown]
-# **Claim C18**, [`Quantisation`](../p0circuit/experiments/quantisation.py), is a close call: with P0 kept in high precision
+# **Claim C18**, [`Quantisation`](../p0circuit/experiments/deployment/c18_quantisation.py), is a close call: with P0 kept in high precision
 # about half of the error is left, where it was asked that *at most* half is left beyond doubt. (`p0circuit
 # reproduce p0-nano` has 0.54, on other text.) The mean is over all inputs, and three blocks of four have no outlier to speak
 # of. In use the gain is larger: five sixths of the loss that int8 adds are gone. The cheapest cure is another one, though:
@@ -161,10 +163,10 @@ from p0circuit.experiments import DormantHeads, DormantHeadsConfig
 config = DormantHeadsConfig(samples=32, domain_samples=16, domain_orders=2)
 dormant = DormantHeads(config).run(lm, prompts)
 page.show(dormant.figures["curves"], "loss with heads zeroed in three orders")
-verdict(dormant)
+print_verdict(dormant)
 
 # %% [markdown]
-# **Claim C19**, [`DormantHeads`](../p0circuit/experiments/dormant_heads.py), fails clearly. The strongest sink head is the
+# **Claim C19**, [`DormantHeads`](../p0circuit/experiments/deployment/c19_dormant_heads.py), fails clearly. The strongest sink head is the
 # *wrong* one to cut: without it the loss grows by several per cent. About half of its attention goes elsewhere, and that is
 # what it lives on; a mean over prompts of about half is not rest but a head that works half of the time. And a model of 16
 # heads has none to spare: no order gets as far as a second head. Do not prune by sink score before you have measured.
@@ -185,10 +187,10 @@ from p0circuit.experiments import FirstToken, FirstTokenConfig
 first_token = FirstToken(FirstTokenConfig(samples=32)).run(lm, prompts)
 page.show(first_token.figures["spread"], "spread of the loss over first tokens, by prefix")
 page.show(first_token.figures["recall"], "recall of tokens by where they stood")
-verdict(first_token)
+print_verdict(first_token)
 
 # %% [markdown]
-# **Claim C20**, [`FirstToken`](../p0circuit/experiments/first_token.py), comes out the wrong way round: behind a prefix
+# **Claim C20**, [`FirstToken`](../p0circuit/experiments/deployment/c20_first_token.py), comes out the wrong way round: behind a prefix
 # the spread *grows*. What the claim overlooks is the other half of the job: P0 forgets what it was. Without a prefix the
 # first token becomes "first", and which token it was hardly reaches anybody. Behind a prefix it is a token like any other
 # and has its content back, with its effect on what follows.
@@ -232,7 +234,7 @@ page.show(
 )
 
 # %% [markdown]
-# Read it by rows ([`Mitigations`](../p0circuit/experiments/remedies.py)):
+# Read it by rows ([`Mitigations`](../p0circuit/experiments/deployment/mitigations.py)):
 #
 # - **P0's value zeroed** changes nearly nothing, **P0's key hidden** costs loss. What P0 *says* does not matter, that
 #   attention can *go* there does.
@@ -253,7 +255,7 @@ page.show(
 from p0circuit import advise
 
 advice = advise(lm, prompts)
-statements(advice)
+print_advice(advice)
 
 # %% [markdown]
 # And a model whose sink hangs on BOS, as notebook [06](06_emergence.ipynb) found out: all of its training rows began

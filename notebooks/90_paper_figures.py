@@ -49,7 +49,9 @@ import sys
 
 if importlib.util.find_spec("p0circuit") is None:
     here = pathlib.Path(globals().get("__file__", "notebook")).resolve()
-    checkout = [folder for folder in here.parents if (folder / "p0circuit/cli.py").is_file()]
+    checkout = [
+        folder for folder in here.parents if (folder / "p0circuit/__init__.py").is_file()
+    ]
     if not checkout:
         raise ModuleNotFoundError(
             "p0circuit is not installed here, and it is on no package index. Clone its repository "
@@ -68,6 +70,7 @@ if importlib.util.find_spec("p0circuit") is None:
 # %%
 import tempfile
 
+from p0circuit.course.page import Page, open_model, show_evidence
 from p0circuit.experiments import (
     EXPERIMENTS,
     AmplificationConfig,
@@ -89,7 +92,6 @@ from p0circuit.reproduction import (
     reproduce,
     reproduce_training,
 )
-from p0circuit.teaching import Page, evidence, open_model
 from p0circuit.training.runs import as_trained, shipped_runs
 
 page = Page(out)
@@ -197,13 +199,13 @@ if not run.beside:
 # decided by the key alone.
 
 # %%
-evidence(page, run, "sink-map")
+show_evidence(page, run, "sink-map")
 
 # %%
-evidence(page, run, "norm-direction")
+show_evidence(page, run, "norm-direction")
 
 # %%
-evidence(page, run, "key-side")
+show_evidence(page, run, "key-side")
 
 # %% [markdown]
 # ## The paper on BOS
@@ -212,7 +214,7 @@ evidence(page, run, "key-side")
 # value. *Here:* the heads that are sinks behind BOS, with and without it.
 
 # %%
-evidence(page, run, "bos-ablation")
+show_evidence(page, run, "bos-ablation")
 
 # %% [markdown]
 # ## The paper on recognition
@@ -223,13 +225,13 @@ evidence(page, run, "bos-ablation")
 # it is mixed.
 
 # %%
-evidence(page, run, "any-token")
+show_evidence(page, run, "any-token")
 
 # %%
-evidence(page, run, "recognition")
+show_evidence(page, run, "recognition")
 
 # %%
-evidence(page, run, "structure")
+show_evidence(page, run, "structure")
 
 # %% [markdown]
 # ## The paper on amplification
@@ -239,13 +241,13 @@ evidence(page, run, "structure")
 # direction taken apart; and everything else in P0's stream replaced.
 
 # %%
-evidence(page, run, "amplification")
+show_evidence(page, run, "amplification")
 
 # %%
-evidence(page, run, "direction-or-norm")
+show_evidence(page, run, "direction-or-norm")
 
 # %%
-evidence(page, run, "content")
+show_evidence(page, run, "content")
 
 # %% [markdown]
 # ## The P0 sink circuit as a whole
@@ -255,13 +257,13 @@ evidence(page, run, "content")
 # experts, which experts P0 is routed to.
 
 # %%
-evidence(page, run, "path")
+show_evidence(page, run, "path")
 
 # %%
-evidence(page, run, "circuit")
+show_evidence(page, run, "circuit")
 
 # %%
-evidence(page, run, "experts")
+show_evidence(page, run, "experts")
 
 # %% [markdown]
 # ## The paper on boundary cases
@@ -270,7 +272,7 @@ evidence(page, run, "experts")
 # sequence of one repeated token, where every position is as unmixed as P0, and repeats at the beginning of a text.
 
 # %%
-evidence(page, run, "limits")
+show_evidence(page, run, "limits")
 
 # %% [markdown]
 # ## The paper on training
@@ -280,13 +282,13 @@ evidence(page, run, "limits")
 # from their shipped traces, whatever `model` is ([06](06_emergence.ipynb) goes through them).
 
 # %%
-evidence(page, training, "early")
+show_evidence(page, training, "early")
 
 # %%
-evidence(page, training, "concentration")
+show_evidence(page, training, "concentration")
 
 # %%
-evidence(page, training, "convergence")
+show_evidence(page, training, "convergence")
 
 # %% [markdown]
 # ## The paper's second version on training methods
@@ -295,7 +297,7 @@ evidence(page, training, "convergence")
 # baseline over three seeds, with the size of the outlier and the loss beside them.
 
 # %%
-evidence(page, training, "methods")
+show_evidence(page, training, "methods")
 
 # %% [markdown]
 # ## What follows from it
@@ -305,22 +307,22 @@ evidence(page, training, "methods")
 # can be done without training ([08](08_practice.ipynb)).
 
 # %%
-evidence(page, run, "function")
+show_evidence(page, run, "function")
 
 # %%
-evidence(page, run, "streaming")
+show_evidence(page, run, "streaming")
 
 # %%
-evidence(page, run, "quantisation")
+show_evidence(page, run, "quantisation")
 
 # %%
-evidence(page, run, "dormant-heads")
+show_evidence(page, run, "dormant-heads")
 
 # %%
-evidence(page, run, "first-token")
+show_evidence(page, run, "first-token")
 
 # %%
-evidence(page, run, "remedies")
+show_evidence(page, run, "remedies")
 
 # %% [markdown]
 # ## Key figures

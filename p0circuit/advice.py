@@ -39,7 +39,7 @@ from p0circuit.experiments.deployment.c17_streaming import (
 )
 from p0circuit.experiments.deployment.c19_dormant_heads import ENOUGH, SINK, TOLERANCE, by_sink_score, steps, zeroed
 from p0circuit.experiments.deployment.int8_effects import P0_IN, P0_KEPT, PER_TOKEN, SCHEMES, Int8Effects, int8_effects
-from p0circuit.experiments.sink_under_study import Heads, excess_by_head, over_heads
+from p0circuit.experiments.sink_under_study import Heads, excess_by_head, mean_over_heads
 from p0circuit.hooked_model import HookedModel
 from p0circuit.interventions.nodes import InterventionError
 from p0circuit.io import write_atomically, write_json
@@ -240,7 +240,7 @@ class _Look:
 
     @property
     def excess(self) -> Interval:
-        return bootstrap(over_heads(self.scores, self.heads))
+        return bootstrap(mean_over_heads(self.scores, self.heads))
 
     @property
     def names(self) -> str:
@@ -256,9 +256,9 @@ def _look(model: HookedModel, prompts: PromptSet) -> list[_Look]:
     found = []
     for name, rows in with_and_without_bos(model, prompts).items():
         first, second = rows.split()
-        heads, _ = sink_heads(record(model, first, score_at(0))[score_at(0)])
+        heads = sink_heads(record(model, first, score_at(0)))
         scores = excess_by_head(model, second)[0]
-        verdict = _passes(bootstrap(over_heads(scores, heads)), least_excess(prompts.length))
+        verdict = _passes(bootstrap(mean_over_heads(scores, heads)), least_excess(prompts.length))
         found.append(_Look(name, rows, heads, scores, verdict))
     return found
 
@@ -328,7 +328,7 @@ def _bos(
         advice = "Nothing to do: whatever token stands first takes its place."
         return Statement(topic, text, NO, advice, measured), False
     # The same heads on the same rows.
-    without, with_bos = (over_heads(look.scores, used.heads) for look in looked)
+    without, with_bos = (mean_over_heads(look.scores, used.heads) for look in looked)
     left = ratio_interval(without, with_bos)
     measured = {
         f"excess score {WITHOUT_BOS}": bootstrap(without),
@@ -364,7 +364,7 @@ def _what_bos_does(added: Interval) -> str:
 
 def _added_by_bos(model: HookedModel, without: PromptSet, behind: PromptSet) -> Interval:
     """What BOS adds to the loss of the same predictions."""
-    before, after = (record(model, rows, TOKEN_LOSSES)[TOKEN_LOSSES].double().numpy() for rows in (without, behind))
+    before, after = (record(model, rows, TOKEN_LOSSES).double().numpy() for rows in (without, behind))
     # Behind BOS every token stands one place later, and the last has none.
     return bootstrap((after[:, 1:] - before[:, :-1]).mean(1))
 
@@ -373,7 +373,7 @@ def _layer(used: _Look | None, sink: str) -> tuple[Statement, int | None]:
     topic = FROM_LAYER
     if used is None:
         return _no_sink(topic, sink), None
-    excess = {head: bootstrap(over_heads(used.scores, [head])) for head in used.heads}
+    excess = {head: bootstrap(mean_over_heads(used.scores, [head])) for head in used.heads}
     needed = least_excess(used.prompts.length)
     clear = [head for head in used.heads if excess[head].low > needed]
     measured = {f"excess score of {_listed([head])}": excess[head] for head in used.heads}

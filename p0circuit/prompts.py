@@ -15,7 +15,7 @@ import platform
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -240,29 +240,87 @@ def pooled(parts: Sequence[PromptSet]) -> PromptSet:
     return PromptSet(ids, torch.cat([part.attention_mask for part in parts]), description, parts[0].seed, cut_off)
 
 
+@runtime_checkable
+class HasTokenizer(Protocol):
+    """A model as far as prompts need it: anything with a tokenizer of `transformers`, or None in its place."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer that made the text the model was trained on."""
+        ...
+
+
+@runtime_checkable
+class HasVocabulary(HasTokenizer, Protocol):
+    """A model as far as random tokens need it: a tokenizer, and a configuration with the size of the embedding."""
+
+    @property
+    def cfg(self) -> Any:
+        """TransformerLens's configuration; `d_vocab` is read."""
+        ...
+
+
 def natural_text(
-    tokenizer: PreTrainedTokenizerBase | None,
+    model: HasTokenizer,
     source: str | Path = "english",
     n: int = 64,
     length: int = 64,
     seed: int = 0,
     first_token: str | int = "text",
 ) -> PromptSet:
-    """`n` crops of `length` tokens from texts that people wrote.
+    """Cut `n` prompts of `length` tokens from text that people wrote.
 
     Args:
-        tokenizer: the model's own, from transformers.
+        model: anything with a `tokenizer`, such as what `load_model` returns.
         source: "english" or "code" (shipped), "docs" (the language reference that comes with Python, English prose),
-            "stdlib" (modules of the standard library that our models were not trained on, character tables left out), a
-            text file, or a directory of .txt, .md and .py files.
-        first_token: what stands at position 0: "text" (the crop as it is), "bos", "random" (drawn uniformly, special
-            tokens excepted) or a token id.
+            "stdlib" (modules of the standard library that our models were not trained on, without tables of character
+            codes), a text file, or a directory of .txt, .md and .py files.
+        n: number of prompts.
+        length: tokens per prompt.
+        seed: seed of the random choice of prompts.
+        first_token: the token at position 0: "text" (the prompt as it is), "bos", "random" (drawn uniformly from all
+            tokens that are not special) or a token id.
+
+    Returns:
+        The prompts, without padding. They overlap only if the text is too short for `n` separate ones.
 
     Raises:
         P0Error: there is no tokenizer, no such text or too little of it, no BOS, or `n` or `length` is too small.
+
+    Example:
+        model = p0circuit.load_model("p0-nano")
+        prompts = p0circuit.natural_text(model, "english", n=8, length=32)
+        prompts.ids.shape  # [8, 32]
     """
-    if tokenizer is None:
+    if model.tokenizer is None:
         raise P0Error("text needs a tokenizer and this model has none; give token ids instead: prompts.from_ids(ids)")
+    return tokenized_text(model.tokenizer, source, n, length, seed, first_token)
+
+
+def tokenized_text(
+    tokenizer: PreTrainedTokenizerBase,
+    source: str | Path = "english",
+    n: int = 64,
+    length: int = 64,
+    seed: int = 0,
+    first_token: str | int = "text",
+) -> PromptSet:
+    """Cut prompts from text as `natural_text` does, given a tokenizer alone.
+
+    Args:
+        tokenizer: a tokenizer of `transformers`.
+        source: as in `natural_text`, likewise all other arguments.
+        n: number of prompts.
+        length: tokens per prompt.
+        seed: seed of the random choice of prompts.
+        first_token: the token at position 0.
+
+    Returns:
+        The prompts, without padding.
+
+    Raises:
+        P0Error: as `natural_text`.
+    """
     _require_size(n, length)
     rng = np.random.default_rng(seed)
     files = _source_files(source)
@@ -296,39 +354,57 @@ def natural_text(
 
 
 def random_tokens(
-    vocab_size: int,
+    vocabulary: int | HasVocabulary,
     n: int = 64,
     length: int = 64,
     seed: int = 0,
     bos: int | None = None,
     special: Collection[int] = (),
 ) -> PromptSet:
-    """Tokens drawn uniformly and independently, `special` ones excepted; behind a BOS if one is given.
+    """Draw prompts of random tokens, uniformly and independently.
+
+    Args:
+        vocabulary: a model, whose special tokens are never drawn, or a vocabulary size.
+        n: number of prompts.
+        length: tokens per prompt.
+        seed: seed of the draw.
+        bos: a token id to prepend to every prompt; None for none.
+        special: token ids that are never drawn, besides those of the model.
+
+    Returns:
+        The prompts, without padding.
 
     Raises:
         P0Error: `n` or `length` is too small, `bos` is outside the vocabulary, or no token is left to draw.
     """
-    _require_size(n, length)
-    rows = np.random.default_rng(seed).choice(_drawable(vocab_size, bos, special), (n, length))
-    return _drawn("random_tokens", rows, vocab_size, bos, seed)
+    return _random_prompts("random_tokens", vocabulary, (n, length), length, seed, bos, special)
 
 
 def repeated_token(
-    vocab_size: int,
+    vocabulary: int | HasVocabulary,
     n: int = 64,
     length: int = 64,
     seed: int = 0,
     bos: int | None = None,
     special: Collection[int] = (),
 ) -> PromptSet:
-    """In each row one token drawn uniformly, `special` ones excepted, from end to end; behind a BOS if one is given.
+    """Draw prompts that repeat one token, another one in each prompt.
+
+    Args:
+        vocabulary: a model, whose special tokens are never drawn, or a vocabulary size.
+        n: number of prompts.
+        length: tokens per prompt.
+        seed: seed of the draw.
+        bos: a token id to prepend to every prompt; None for none.
+        special: token ids that are never drawn, besides those of the model.
+
+    Returns:
+        The prompts, without padding.
 
     Raises:
         P0Error: as `random_tokens`.
     """
-    _require_size(n, length)
-    rows = np.random.default_rng(seed).choice(_drawable(vocab_size, bos, special), (n, 1)).repeat(length, axis=1)
-    return _drawn("repeated_token", rows, vocab_size, bos, seed)
+    return _random_prompts("repeated_token", vocabulary, (n, 1), length, seed, bos, special)
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -366,13 +442,30 @@ def _unpadded(rows: Int[np.ndarray, "batch pos"], description: dict[str, Any], s
     return PromptSet(ids, torch.ones_like(ids, dtype=torch.bool), description, seed)
 
 
-def _drawn(builder: str, rows: Int[np.ndarray, "batch pos"], vocab_size: int, bos: int | None, seed: int) -> PromptSet:
-    description = {"builder": builder, "vocab_size": vocab_size, "n": len(rows), "length": rows.shape[1]}
+def _random_prompts(
+    builder: str,
+    vocabulary: int | HasVocabulary,
+    shape: tuple[int, int],
+    length: int,
+    seed: int,
+    bos: int | None,
+    special: Collection[int],
+) -> PromptSet:
+    """Tokens of this shape, drawn uniformly, then repeated along each row up to `length`."""
+    _require_size(shape[0], length)
+    if isinstance(vocabulary, int):
+        vocab_size = vocabulary
+    else:
+        vocab_size, own = sampleable_vocabulary_of(vocabulary.tokenizer, vocabulary.cfg.d_vocab)
+        special = {*special, *own}
+    tokens = np.random.default_rng(seed).choice(_sampleable_tokens(vocab_size, bos, special), shape)
+    rows = np.broadcast_to(tokens, (shape[0], length))
+    description = {"builder": builder, "vocab_size": vocab_size, "n": len(rows), "length": length}
     prompts = _unpadded(rows, description, seed)
     return prompts if bos is None else prompts.prepend(bos)
 
 
-def _drawable(vocab_size: int, bos: int | None, special: Collection[int]) -> Int[np.ndarray, " tokens"]:
+def _sampleable_tokens(vocab_size: int, bos: int | None, special: Collection[int]) -> Int[np.ndarray, " tokens"]:
     if bos is not None and not 0 <= bos < vocab_size:
         raise P0Error(f"BOS {bos} is outside the vocabulary of {vocab_size} tokens")
     tokens = np.setdiff1d(np.arange(vocab_size), [*special, *([] if bos is None else [bos])])
@@ -386,7 +479,7 @@ def _first_tokens(
 ) -> int | Int[Tensor, " batch"]:
     vocab_size = len(tokenizer)
     if first_token == "random":
-        return torch.from_numpy(rng.choice(_drawable(vocab_size, None, special_ids(tokenizer)), n))
+        return torch.from_numpy(rng.choice(_sampleable_tokens(vocab_size, None, special_ids(tokenizer)), n))
     if first_token == "bos":
         bos = tokenizer.bos_token_id
         if not isinstance(bos, int):

@@ -5,7 +5,8 @@
    there already, of the same weights, prompts, settings and code, is read instead of measured again.
 3. The claims run again where they must fail: on the model untrained, on the model with its neurons shuffled, and on
    the decoy, whose P0 has a high norm and no sink. (A random position instead of P0 is a control inside each claim.)
-4. Every claim gets its entry in `claims.json`. One that breaks off is named there and loses none of the others.
+4. Every claim gets its entry in `claims.json`. If an experiment raises, its error is stored there, its traceback in
+   `<experiment>.traceback.txt` beside, and the others go on.
 
     <out>/<model>/<experiment>.json, tables/, figures/      <out>/<model>/claims.json, report.html, report.md
     <out>/<model>/controls/<control>/<experiment>.json      <out>/<model>/manifest.json (last: the run came to its end)
@@ -19,6 +20,7 @@ import inspect
 import json
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -29,13 +31,12 @@ import torch
 
 from p0circuit.experiments import EXPERIMENTS, RUN_EXPERIMENTS
 from p0circuit.experiments.base import Experiment, NotApplicable, is_large
-from p0circuit.experiments.claim import Judgement
 from p0circuit.experiments.clean_recording import CLEAN_PASSES, record_clean
 from p0circuit.experiments.sink_condition import find_condition
 from p0circuit.experiments.training.runs_experiment import RunsExperiment
 from p0circuit.hooked_model import HookedModel
-from p0circuit.io import code_fingerprint, write_json
-from p0circuit.log import say
+from p0circuit.io import code_fingerprint, write_atomically, write_json
+from p0circuit.log import report_progress
 from p0circuit.models import ModelError, describe, device_of, forward, list_checkpoints, load_model
 from p0circuit.models.controls import shuffled_neurons, untrained_weights
 from p0circuit.models.device_map import placement_of
@@ -45,7 +46,7 @@ from p0circuit.prompts import PromptSet, random_tokens
 from p0circuit.recording.batch_size import batch_size_for
 from p0circuit.recording.fingerprint import weights_fingerprint
 from p0circuit.recording.memory import remember_rows
-from p0circuit.results import Result, write_manifest
+from p0circuit.results import Judgement, Result, claim_entry, write_manifest
 from p0circuit.training.runs import Run
 
 SAMPLES = 1024
@@ -81,12 +82,12 @@ def reproduce(
     with count_passes() as count:
         condition = find_condition(model, prompts)
     prompts = condition.prompts
-    say(condition.summary)
+    report_progress(condition.summary)
     used = {"condition": count.passes(prompts.n, prompts.length, info.n_layers)}
     declared = {experiment.id: experiment.passes(model, prompts) for experiment in experiments}
     # What the same experiments take in a run that is not quick.
     full = {name: EXPERIMENTS[name]().passes(model, prompts) for name in declared if name in EXPERIMENTS}
-    say(f"{info.title}: {_estimate(model, prompts, CLEAN_PASSES + sum(declared.values()))}")
+    report_progress(f"{info.title}: {_estimate(model, prompts, CLEAN_PASSES + sum(declared.values()))}")
     entries: list[dict[str, Any]] = []
     left_out: dict[str, str] = {}
     broken: dict[str, str] = {}
@@ -96,7 +97,7 @@ def reproduce(
         for number, experiment in enumerate(experiments, 1):
             measured = partial(run_or_read, experiment, model, prompts, directory)
             with count_passes() as own:
-                entry = _entry(experiment, info.name, measured, f"{number}/{len(experiments)} ")
+                entry = _entry(experiment, info.name, measured, directory, f"{number}/{len(experiments)} ")
             used[experiment.id] = own.passes(prompts.n, prompts.length, info.n_layers)
             if experiment.claim is not None:
                 entries.append(entry | {"quantisation": info.quantisation, "controls": []})
@@ -114,13 +115,13 @@ def reproduce(
                         continue
                     place = directory / "controls" / name.replace(" ", "-")
                     measured = partial(run_or_read, experiment, control, its_prompts, place, figures=False)
-                    found = _entry(experiment, describe(control).name, measured, f"control, {name}: ")
+                    found = _entry(experiment, describe(control).name, measured, place, f"control, {name}: ")
                     entry["controls"].append(_as_control(name, found))
                 # The decoy is another, smaller model, whose blocks are not this one's.
                 if name != DECOY:
                     used[f"control, {name}"] = count.passes(prompts.n, prompts.length, info.n_layers)
         except ModelError as reason:
-            say(f"control, {name}: left out: {reason}")
+            report_progress(f"control, {name}: left out: {reason}")
         _write_claims(directory, entries)
     write_manifest(
         directory,
@@ -146,7 +147,9 @@ def reproduce(
             for name, value in used.items()
         },
     )
-    say(f"{info.title}: {sum(used.values()):.1f} passes over {prompts.n} prompts in {time.time() - started:.0f} s")
+    report_progress(
+        f"{info.title}: {sum(used.values()):.1f} passes over {prompts.n} prompts in {time.time() - started:.0f} s"
+    )
     return entries
 
 
@@ -179,8 +182,14 @@ def reproduce_training(runs: Sequence[Run], directory: Path) -> list[dict[str, A
     (directory / "manifest.json").unlink(missing_ok=True)
     entries: list[dict[str, Any]] = []
     for experiment in (make() for make in RUN_EXPERIMENTS.values()):
-        entry = _entry(experiment, TRAINING, partial(_run_and_save, experiment, runs, directory))
-        control = _entry(experiment, TRAINING, partial(experiment.run, runs, PLAIN), "control, plain text: ")
+        entry = _entry(experiment, TRAINING, partial(_run_and_save, experiment, runs, directory), directory)
+        control = _entry(
+            experiment,
+            TRAINING,
+            partial(experiment.run, runs, PLAIN),
+            directory / "controls" / "plain-text",
+            "control, plain text: ",
+        )
         entries.append(entry | {"quantisation": None, "controls": [_as_control("plain text", control)]})
         _write_claims(directory, entries)
     unmeasured = [entry for entry in entries if entry["verdict"] == "not applicable"]
@@ -226,38 +235,48 @@ def run_or_read(
         kept = Result.load(path)
         if kept.provenance["key"] == key:
             return kept
-    result = experiment.run(model, prompts)
+    result = experiment.run(model, prompts, figures=figures)
     result.provenance["key"] = key
-    if not figures:
-        result.figures = {}
     result.save(directory)
     return result
 
 
 def _entry(
-    experiment: Experiment | RunsExperiment, subject: str, measure: Callable[[], Result], label: str = ""
+    experiment: Experiment | RunsExperiment,
+    subject: str,
+    measure: Callable[[], Result],
+    directory: Path,
+    label: str = "",
 ) -> dict[str, Any]:
-    """The experiment's line in claims.json, whatever becomes of the measurement; `subject` is what it is about."""
+    """Measure, and make the experiment's entry in claims.json, whatever becomes of the measurement.
+
+    An experiment that raises must not lose the others: its error is in the entry, and its traceback in
+    `<id>.traceback.txt` in `directory`. `subject` is what the entry is about: a model or "training".
+    """
     started, error = time.monotonic(), None
+    trace = directory / f"{experiment.id}.traceback.txt"
+    trace.unlink(missing_ok=True)
     return_freed_memory()
-    told = f"{experiment.claim.id} {experiment.id}" if experiment.claim else experiment.id
+    name = f"{experiment.claim.id} {experiment.id}" if experiment.claim else experiment.id
     try:
         result = measure()
     except NotApplicable as reason:
         judgement, measured, notes = Judgement("not applicable", str(reason)), {}, []
-    except (ValueError, RuntimeError, FloatingPointError, KeyError, IndexError) as problem:
-        # One claim that breaks off must not lose the others; what it was is in the entry and in the exit code.
+    except Exception as problem:
+        write_atomically(trace, lambda temporary: temporary.write_text(traceback.format_exc()))
         error = f"{type(problem).__name__}: {problem}"
-        judgement, measured, notes = Judgement("not applicable", f"its measurement broke off: {error}"), {}, []
+        reason = f"its measurement broke off: {error} ({trace.name} has the traceback)"
+        judgement, measured, notes = Judgement("not applicable", reason), {}, []
     else:
         measured, notes = result.metrics, result.notes
-        found = result.claim or {"verdict": "reproduced", "why": ""}
-        judgement = Judgement(found["verdict"], found["why"])
+        judgement = result.judgement or Judgement("reproduced", "")
     verdict = judgement.verdict if experiment.claim or judgement.verdict == "not applicable" else "measured"
-    say(f"{label}{told}: {verdict} ({time.monotonic() - started:.1f} s)" + (f": {judgement.reason}" if error else ""))
-    bare = {"verdict": judgement.verdict, "why": judgement.reason}
-    record = experiment.claim.record(judgement, measured) if experiment.claim else bare
-    return record | {"experiment": experiment.id, "model": subject, "notes": notes, "error": error}
+    report_progress(
+        f"{label}{name}: {verdict} ({time.monotonic() - started:.1f} s)" + (f": {judgement.reason}" if error else "")
+    )
+    claim = experiment.claim
+    entry = claim_entry(claim.to_json(), measured, judgement) if claim else judgement.to_json()
+    return entry | {"experiment": experiment.id, "model": subject, "notes": notes, "error": error}
 
 
 def _as_control(name: str, entry: dict[str, Any]) -> dict[str, Any]:

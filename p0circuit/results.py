@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from p0circuit.errors import P0Error
 from p0circuit.io import write_atomically, write_json
@@ -32,6 +32,26 @@ FIGURE_DPI = 200
 _LIBRARIES = ("p0circuit", "torch", "transformer-lens", "transformers", "numpy", "pandas", "matplotlib")
 
 
+Verdict = Literal["reproduced", "not reproduced", "not applicable"]
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """The verdict on a claim.
+
+    Attributes:
+        verdict: whether the claim's criteria hold on the measured values.
+        reason: the values that decided, in one sentence.
+    """
+
+    verdict: Verdict
+    reason: str
+
+    def to_json(self) -> dict[str, str]:
+        """Return it as it stands in claims.json, where the reason is named "why"."""
+        return {"verdict": self.verdict, "why": self.reason}
+
+
 @dataclass
 class Result:
     """The outcome of one experiment on one model.
@@ -44,7 +64,8 @@ class Result:
         provenance: model, prompts, configuration, seconds, what came from the cache.
         notes: what a reader has to know, such as a condition that could not be measured and why.
         view: attention patterns to click through, for the report and notebooks; None where there are none.
-        claim: the claim that was tested, with its verdict, as it stands in claims.json; None where there is none.
+        claim: the texts of the claim that was tested (`Claim.to_json`); None if the experiment tests none.
+        judgement: the verdict on that claim; None if the experiment tests none.
     """
 
     experiment: str
@@ -55,7 +76,18 @@ class Result:
     provenance: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     view: AttentionView | None = None
-    claim: dict[str, Any] | None = None
+    claim: dict[str, str] | None = None
+    judgement: Judgement | None = None
+
+    @property
+    def model_title(self) -> str:
+        """The measured model's name with the quantisation of its weights; empty before `run` recorded the model."""
+        model = self.provenance.get("model", {})
+        return titled(model.get("name", ""), model.get("quantisation"))
+
+    def claim_entry(self) -> dict[str, Any] | None:
+        """Return the claim's texts, measured values and verdict as they stand in claims.json; None without a claim."""
+        return None if self.claim is None else claim_entry(self.claim, self.metrics, self.judgement)
 
     def save(self, directory: Path) -> Path:
         """Write tables, figures and, last, `<experiment>.json`; returns the path of that file.
@@ -79,7 +111,7 @@ class Result:
             "tables": list(self.tables),
             "figures": list(self.figures),
             "notes": self.notes,
-            "claim": self.claim,
+            "claim": self.claim_entry(),
             "provenance": self.provenance,
         }
         whole = directory / f"{self.experiment}.json"
@@ -109,6 +141,7 @@ class Result:
             raise P0Error(f"no result at {str(path)!r}; this directory holds: {', '.join(found) or 'none'}")
         summary = json.loads(path.read_text())
         name, directory = summary["experiment"], path.parent
+        claim, judgement = _claim_of(summary["claim"])
         tables = {table: directory / "tables" / f"{name}-{table}.csv" for table in summary["tables"]}
         figures = {figure: directory / "figures" / f"{name}-{figure}.png" for figure in summary["figures"]}
         for file in (*tables.values(), *figures.values()):
@@ -124,8 +157,31 @@ class Result:
             provenance=summary["provenance"],
             notes=summary["notes"],
             view=load_view(directory, name),
-            claim=summary["claim"],
+            claim=claim,
+            judgement=judgement,
         )
+
+
+def claim_entry(
+    claim: Mapping[str, str], measured: Mapping[str, Interval], judgement: Judgement | None
+) -> dict[str, Any]:
+    """Return a claim's entry in claims.json.
+
+    Args:
+        claim: the texts of the claim (`Claim.to_json`).
+        measured: the metrics of its experiment.
+        judgement: its verdict.
+    """
+    values = {name: interval.to_json() for name, interval in measured.items()}
+    return {**claim, "measured": values, **(judgement.to_json() if judgement else {})}
+
+
+def _claim_of(entry: dict[str, Any] | None) -> tuple[dict[str, str] | None, Judgement | None]:
+    """Take a claim's entry apart into its texts and its judgement."""
+    if entry is None:
+        return None, None
+    texts = {key: value for key, value in entry.items() if key not in ("measured", "verdict", "why")}
+    return texts, Judgement(entry["verdict"], entry["why"])
 
 
 def drawn(figure: Figure, kind: str) -> bytes:

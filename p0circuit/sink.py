@@ -12,6 +12,8 @@ from torch import Tensor
 
 SINK_THRESHOLD = 0.3
 """eps of the sink rate (Gu et al. 2025, arXiv 2410.10781)."""
+CIRCUIT_BLOCKS = (0, 1)
+"""Blocks in which the paper finds the sink decided: claims about "blocks 0 and 1" are about these."""
 CONTROL = 8
 """The position, counted from P0, whose score stands beside P0's: the excess score is the difference."""
 TIMES_UNIFORM = 2
@@ -167,11 +169,15 @@ FALLBACK_HEADS = 3
 
 def sink_heads(
     scores: Float[Tensor, "sample layer head"], eps: float = SINK_THRESHOLD, fallback: int = FALLBACK_HEADS
-) -> tuple[list[tuple[int, int]], bool]:
-    """The heads whose mean sink score is above `eps`, and True; if there are none the highest few, and False."""
+) -> list[tuple[int, int]]:
+    """The heads whose mean sink score is above `eps`, as (layer, head); if there are none, the highest `fallback`."""
     means = scores.double().mean(0)
-    found = [(int(layer), int(head)) for layer, head in (means > eps).nonzero()]
-    if found:
-        return found, True
+    if any_sink_head(scores, eps):
+        return [(int(layer), int(head)) for layer, head in (means > eps).nonzero()]
     highest = means.flatten().topk(min(fallback, means.numel())).indices.tolist()
-    return sorted(divmod(place, means.shape[1]) for place in highest), False
+    return sorted(divmod(number, means.shape[1]) for number in highest)
+
+
+def any_sink_head(scores: Float[Tensor, "sample layer head"], eps: float = SINK_THRESHOLD) -> bool:
+    """Whether any head's mean sink score is above `eps`."""
+    return bool((scores.double().mean(0) > eps).any())

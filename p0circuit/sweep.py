@@ -30,7 +30,7 @@ from p0circuit.errors import P0Error
 from p0circuit.experiments import find_experiment
 from p0circuit.experiments.base import Experiment, NotApplicable
 from p0circuit.io import data_dir, write_atomically
-from p0circuit.log import say
+from p0circuit.log import report_progress
 from p0circuit.models import ModelError, load_model
 from p0circuit.models.catalog import CATALOG
 from p0circuit.models.hub import revision_of
@@ -175,7 +175,7 @@ def sweep(
                 continue
             if lacking:
                 # A cluster may grow.
-                say(f"{task}: {lacking}; it waits for one that has")
+                report_progress(f"{task}: {lacking}; it waits for one that has")
             options = {"num_cpus": cpus, "num_gpus": gpus, "memory": memory, "max_retries": RETRIES, "name": str(task)}
             running[work.options(**options).remote(task, place.kept(task))] = number
         while running:
@@ -198,7 +198,7 @@ def sweep(
 
 def _told(task: Task, outcome: Outcome, number: int, of: int) -> Outcome:
     why = f": {outcome.why}" if outcome.why else ""
-    say(f"{number}/{of} {task}: {outcome.status} ({outcome.seconds:.1f} s){why}")
+    report_progress(f"{number}/{of} {task}: {outcome.status} ({outcome.seconds:.1f} s){why}")
     return outcome
 
 
@@ -374,7 +374,9 @@ def _ray(address: str | None, models: Sequence[str], cores: int | None) -> Itera
         raise P0Error("a sweep needs Ray, which is not installed: pip install 'p0circuit[ray]'") from None
     if ray.is_initialized():
         if address is not None:
-            say(f"this process is connected to Ray already: {address!r} is not used (ray.shutdown() disconnects it)")
+            report_progress(
+                f"this process is connected to Ray already: {address!r} is not used (ray.shutdown() disconnects it)"
+            )
         yield ray, False
         return
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}

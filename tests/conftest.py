@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ import pytest
 import torch
 
 from p0circuit.io import cache_directory
+from p0circuit.log import show_messages
 from tests.families import family_folder, family_model
 from tests.tiny import tiny_model_dir
 
@@ -45,6 +47,22 @@ def fixed_seeds_and_an_empty_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_fac
     np.random.seed(0)
     torch.manual_seed(0)
     monkeypatch.setenv("P0CIRCUIT_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(autouse=True)
+def messages_as_before() -> Iterator[None]:
+    """A test that runs the command line leaves the package as silent as it was."""
+    logger = logging.getLogger("p0circuit")
+    handlers, level = list(logger.handlers), logger.level
+    yield
+    logger.handlers[:] = handlers
+    logger.setLevel(level)
+
+
+@pytest.fixture
+def shown_messages(messages_as_before: None) -> None:
+    """Messages go to standard error in this test, as they do on the command line."""
+    show_messages()
 
 
 @pytest.fixture(scope="session")

@@ -31,7 +31,7 @@ from p0circuit.advice import (
 from p0circuit.cli import main
 from p0circuit.experiments.base import NotApplicable
 from p0circuit.experiments.deployment.int8_effects import P0_IN, P0_KEPT, PER_TOKEN, Int8Effects
-from p0circuit.experiments.practice import find_used_sink
+from p0circuit.experiments.sink_under_study import studied_sink
 from p0circuit.interventions.attention_edits import remove_heads
 from p0circuit.interventions.int8 import Site
 from p0circuit.models import describe, list_models, load_model
@@ -79,7 +79,7 @@ KNOWN: dict[str, tuple[bool, bool | None]] = {
 def text_for(model: Any, n: int = 32, length: int = 48, source: str = "code") -> PromptSet:
     if model.tokenizer is None:
         return random_tokens(describe(model).vocab_size, n, length)
-    return natural_text(model.tokenizer, source, n, length)
+    return natural_text(model, source, n, length)
 
 
 def checked(advice: Advice) -> dict[str, Any]:
@@ -116,7 +116,7 @@ def test_every_shipped_model(name: str) -> None:
     found = checked(advice)
     assert (found["has_sink"], found["bos_dependent"]) == KNOWN[name]
     try:
-        used_sink, condition = find_used_sink(model, prompts)
+        used_sink = studied_sink(model, prompts, in_either_condition=True)
     except NotApplicable:
         assert not found["has_sink"]
     else:
@@ -124,7 +124,7 @@ def test_every_shipped_model(name: str) -> None:
             assert found["first_sink_layer"] in {layer for layer, _ in used_sink.heads}
         else:
             # Behind a BOS that the model does not know there may be one.
-            assert condition == WITH_BOS and advice.statements[1].measured["loss added by BOS"].low > 0
+            assert used_sink.condition == WITH_BOS and advice.statements[1].measured["loss added by BOS"].low > 0
     if found["has_sink"]:
         # A sink is something to keep; and one that hangs on BOS is behind a BOS that is of use.
         assert found["sink_tokens_to_keep"] in (None, 1, 2, 4)
@@ -137,10 +137,7 @@ def test_every_shipped_model(name: str) -> None:
         used = prompts if "without BOS" in advice.statements[1].text else prompts.prepend(model.tokenizer.bos_token_id)
         other = used.split()[1]
         without = remove_heads(model, other, found["dormant_heads"])
-        losses = [
-            record(model, other, TOKEN_LOSSES, interventions=changes)[TOKEN_LOSSES].mean()
-            for changes in ([], [without])
-        ]
+        losses = [record(model, other, TOKEN_LOSSES, interventions=changes).mean() for changes in ([], [without])]
         assert losses[1] <= 1.01 * losses[0]
 
 
@@ -199,7 +196,7 @@ def test_too_little_text_tells_nothing(tmp_path: Path) -> None:
         assert [statement["verdict"] for statement in found["statements"][1:6]] == [UNKNOWN] * 5
     # One text that is hardly longer than a row: rows overlap, and that is said.
     (tmp_path / "short.txt").write_text("to be read by nobody, and " * 12)
-    short = natural_text(model.tokenizer, tmp_path / "short.txt", FEWEST, 24)
+    short = natural_text(model, tmp_path / "short.txt", FEWEST, 24)
     assert "overlap" in advise(model, short).statements[0].text
 
 
@@ -259,7 +256,7 @@ def test_little_text_is_no_reason_to_keep_nothing() -> None:
     for name in ("p0-nano", "bos-0"):
         model = load_model(name)
         for seed in range(3):
-            prompts = natural_text(model.tokenizer, "stdlib", FEWEST, 36, seed)
+            prompts = natural_text(model, "stdlib", FEWEST, 36, seed)
             found = checked(advise(model, prompts))
             assert found["sink_tokens_to_keep"] != 0
             if found["sink_tokens_to_keep"] is None:

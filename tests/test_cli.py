@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from p0circuit import cli, reproduction
 from p0circuit.cli import main
+from p0circuit.cli.options import First
 from p0circuit.experiments import EXPERIMENTS
 from p0circuit.experiments.sink_summary import sink_summary
 from p0circuit.io import data_dir
@@ -146,7 +147,7 @@ def test_sink_prints_json_and_nothing_else(tiny_model_dir: Path, tmp_path: Path)
     found = json.loads(out)
     assert list(found) == KEYS
     model = load_model(tiny_model_dir)
-    prompts = natural_text(model.tokenizer, "english", n=4, length=12)
+    prompts = natural_text(model, "english", n=4, length=12)
     expected = sink_summary(model, prompts, bos=False) | {"first_token": "text", "text": "english", "after_bos": None}
     for key in KEYS:
         if isinstance(expected[key], list):
@@ -164,7 +165,7 @@ def test_sink_puts_first_what_is_asked_for(p0: Run, tiny_model_dir: Path, first:
     found = json.loads(ended.out)
     assert (found["bos"], found["first_token"]) == (first == "bos", first)
     model = load_model(tiny_model_dir)
-    prompts = natural_text(model.tokenizer, "english", n=4, length=12, seed=3, first_token=first)
+    prompts = natural_text(model, "english", n=4, length=12, seed=3, first_token=first)
     np.testing.assert_allclose(found["sink_score"], sink_summary(model, prompts, bos=False)["sink_score"])
 
 
@@ -180,7 +181,7 @@ def test_sink_without_json_is_a_table(p0: Run, tiny_model_dir: Path) -> None:
 def test_one_default_for_what_stands_first_and_for_the_text() -> None:
     commands = [command.callback for command in cli.app.registered_commands if command.callback is not None]
     defaults = [inspect.signature(command).parameters for command in commands]
-    assert [of["first"].default for of in defaults if "first" in of] == [cli.First.text] * 2
+    assert [of["first"].default for of in defaults if "first" in of] == [First.text] * 2
     assert [of["text"].default for of in defaults if "text" in of] == [None] * 6
 
 
@@ -188,7 +189,7 @@ def test_sink_says_what_would_be_after_bos_where_the_sink_depends_on_it(p0: Run)
     options = ("--samples", 40, "--length", 40, "--seed", 1)
     found = json.loads(p0("sink", "bos-0", "--json", *options).out)
     model = load_model("bos-0")
-    text = natural_text(model.tokenizer, "stdlib", n=40, length=40, seed=1)
+    text = natural_text(model, "stdlib", n=40, length=40, seed=1)
     rows = text.prepend(model.tokenizer.bos_token_id).subset(slice(0, 32))
     expected = sink_summary(model, rows, bos=True)
     assert found["sink_rate"] < 0.05 and (found["condition"], expected["condition"]) == ("without BOS", "with BOS")
@@ -354,7 +355,7 @@ def test_one_experiment_runs_in_the_condition_of_the_sink(p0: Run, tmp_path: Pat
 def test_a_claim_runs_by_its_number(p0: Run, tmp_path: Path) -> None:
     ended = p0("run", "c1", "--model", "wired", "--out", tmp_path, "--samples", 6, "--length", 12)
     assert ended.code == 0 and "C1 reproduced" in ended.err
-    assert Result.load(tmp_path / "wired" / "sink-map.json").claim["verdict"] == "reproduced"
+    assert Result.load(tmp_path / "wired" / "sink-map.json").judgement.verdict == "reproduced"
 
 
 def test_claims_about_training_need_no_model(p0: Run, tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def test_it_reaches_its_target_on_held_out_code_without_bos(summary):
 
 def test_p0_is_more_consistent_than_other_positions():
     model = load_model("p0-nano")
-    prompts = natural_text(model.tokenizer, "stdlib", n=128, length=64, first_token="random")
+    prompts = natural_text(model, "stdlib", n=128, length=64, first_token="random")
     at = {offset: residual_at(offset) for offset in (0, 8, 16, 32)}
     recording = record(model, prompts, list(at.values()))
     consistency = {offset: direction_cosines(recording[quantity]).mean(0) for offset, quantity in at.items()}
@@ -57,7 +57,7 @@ def test_p0_is_more_consistent_than_other_positions():
 def test_the_numbers_are_those_of_a_plain_eager_forward(summary):
     plain = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32, attn_implementation="eager").eval()
     model = load_model("p0-nano")
-    ids = natural_text(model.tokenizer, "stdlib", n=128, length=64, first_token="random").ids
+    ids = natural_text(model, "stdlib", n=128, length=64, first_token="random").ids
     streams: list[torch.Tensor] = []
     for block in plain.model.layers:
         block.register_forward_hook(lambda block, args, output: streams.append(output))
@@ -96,5 +96,5 @@ def test_the_trace_is_about_16_log_spaced_checkpoints_of_at_most_4_mb():
 @torch.no_grad()
 def test_the_last_checkpoint_is_the_model():
     model, last = load_model("p0-nano"), load_model("p0-nano", checkpoint=20_000)
-    prompts = natural_text(model.tokenizer, "code", n=4, length=32)
-    assert torch.equal(record(model, prompts, SINK_SCORE)[SINK_SCORE], record(last, prompts, SINK_SCORE)[SINK_SCORE])
+    prompts = natural_text(model, "code", n=4, length=32)
+    assert torch.equal(record(model, prompts, SINK_SCORE), record(last, prompts, SINK_SCORE))

@@ -9,12 +9,12 @@ import platform
 from dataclasses import replace
 from pathlib import Path
 from pydoc_data.topics import topics
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
@@ -32,6 +32,7 @@ from p0circuit.prompts import (
     random_tokens,
     repeated_token,
     special_ids,
+    tokenized_text,
 )
 from p0circuit.sink import sink_score
 from p0circuit.text import standard_library_files
@@ -66,7 +67,7 @@ def places(ids: Tensor, documents: list[list[int]]) -> list[tuple[int, int]]:
 def test_crops_are_stretches_of_single_files_that_do_not_overlap(tokenizer: PreTrainedTokenizerFast) -> None:
     documents = [tokens_of(tokenizer, path) for path in sorted(ENGLISH.iterdir())]
     most = sum(len(document) // 24 for document in documents)
-    prompts = natural_text(tokenizer, "english", n=most, length=24, seed=3)
+    prompts = tokenized_text(tokenizer, "english", n=most, length=24, seed=3)
     found = sorted(places(prompts.ids, documents))
     assert len(found) == most
     for (document, start), (following, next_start) in itertools.pairwise(found):
@@ -79,7 +80,7 @@ def test_crops_are_stretches_of_single_files_that_do_not_overlap(tokenizer: PreT
 def test_more_crops_than_fit_overlap_as_little_as_possible(tokenizer: PreTrainedTokenizerFast) -> None:
     documents = [tokens_of(tokenizer, path) for path in sorted(ENGLISH.iterdir())]
     n = 2 * sum(len(document) // 24 for document in documents)
-    prompts = natural_text(tokenizer, "english", n=n, length=24)
+    prompts = tokenized_text(tokenizer, "english", n=n, length=24)
     stride = prompts.description["new_tokens_per_crop"]
     found = sorted(places(prompts.ids, documents))
     gaps = [b - a for (x, a), (y, b) in itertools.pairwise(found) if x == y]
@@ -96,7 +97,7 @@ def test_every_start_is_reachable_and_none_is_preferred(tokenizer: PreTrainedTok
     document = tokens_of(tokenizer, tmp_path / "one.txt")
     last = len(document) - len(document) // 2 - 1
     sets = [
-        natural_text(tokenizer, tmp_path, n=1, length=len(document) // 2 + 1, seed=seed) for seed in range(60 * last)
+        tokenized_text(tokenizer, tmp_path, n=1, length=len(document) // 2 + 1, seed=seed) for seed in range(60 * last)
     ]
     counts = np.bincount([places(prompts.ids, [document])[0][1] for prompts in sets], minlength=last + 1)
     assert counts.min() > 30 and counts.max() < 100
@@ -105,7 +106,7 @@ def test_every_start_is_reachable_and_none_is_preferred(tokenizer: PreTrainedTok
 def test_the_same_seed_gives_the_same_prompts_and_another_others(tokenizer: PreTrainedTokenizerFast) -> None:
     def made(seed: int) -> list[str]:
         return [
-            natural_text(tokenizer, "code", n=8, length=16, seed=seed, first_token="random").fingerprint(),
+            tokenized_text(tokenizer, "code", n=8, length=16, seed=seed, first_token="random").fingerprint(),
             random_tokens(50, n=8, length=16, seed=seed).fingerprint(),
             repeated_token(50, n=8, length=16, seed=seed).fingerprint(),
         ]
@@ -116,8 +117,8 @@ def test_the_same_seed_gives_the_same_prompts_and_another_others(tokenizer: PreT
 
 @pytest.mark.parametrize("first_token", ["bos", "random", 7])
 def test_a_first_token_stands_before_the_same_crop(tokenizer: PreTrainedTokenizerFast, first_token: str | int) -> None:
-    plain = natural_text(tokenizer, "english", n=200, length=16, seed=5)
-    prompts = natural_text(tokenizer, "english", n=200, length=16, seed=5, first_token=first_token)
+    plain = tokenized_text(tokenizer, "english", n=200, length=16, seed=5)
+    prompts = tokenized_text(tokenizer, "english", n=200, length=16, seed=5, first_token=first_token)
     assert torch.equal(prompts.ids[:, 1:], plain.ids[:, :-1])
     first = prompts.ids[:, 0]
     if first_token == "random":
@@ -129,7 +130,7 @@ def test_a_first_token_stands_before_the_same_crop(tokenizer: PreTrainedTokenize
 
 
 def test_the_standard_library_source_is_the_held_out_part(tokenizer: PreTrainedTokenizerFast) -> None:
-    prompts = natural_text(tokenizer, "stdlib", n=12, length=48)
+    prompts = tokenized_text(tokenizer, "stdlib", n=12, length=48)
     held_out = [
         tokens_of(tokenizer, file.path)
         for file in standard_library_files()
@@ -140,7 +141,7 @@ def test_the_standard_library_source_is_the_held_out_part(tokenizer: PreTrainedT
 
 
 def test_the_language_reference_is_a_text_of_many_documents(tokenizer: PreTrainedTokenizerFast) -> None:
-    prompts = natural_text(tokenizer, "docs", n=1024, length=64)
+    prompts = tokenized_text(tokenizer, "docs", n=1024, length=64)
     # Every row is new text, and a stretch of one topic.
     assert prompts.description["new_tokens_per_crop"] == 64
     assert prompts.description["python"] == platform.python_version()
@@ -154,8 +155,8 @@ def test_a_tokenizer_that_puts_bos_before_text_is_not_let(tokenizer: PreTrainedT
     inner.post_processor = TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", 0)])
     eager = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<|bos|>", eos_token="<|eos|>")
     assert eager("A lock")["input_ids"][0] == eager.bos_token_id == 0
-    plain, after = (natural_text(eager, "english", n=20, length=16, first_token=first) for first in ("text", "bos"))
-    assert plain.fingerprint() == natural_text(tokenizer, "english", n=20, length=16).fingerprint()
+    plain, after = (tokenized_text(eager, "english", n=20, length=16, first_token=first) for first in ("text", "bos"))
+    assert plain.fingerprint() == tokenized_text(tokenizer, "english", n=20, length=16).fingerprint()
     assert not bool((plain.ids == 0).any())
     assert after.leading(0).tolist() == [1] * 20
 
@@ -165,8 +166,8 @@ def test_a_file_and_a_directory_are_sources(tokenizer: PreTrainedTokenizerFast, 
     (tmp_path / "deep" / "a.txt").write_text((ENGLISH / "10-compost.txt").read_text())
     (tmp_path / "b.md").write_text((ENGLISH / "12-market-day.txt").read_text())
     (tmp_path / "c.bin").write_bytes(bytes(range(256)))
-    one = natural_text(tokenizer, tmp_path / "b.md", n=4, length=16)
-    both = natural_text(tokenizer, str(tmp_path), n=4, length=16)
+    one = tokenized_text(tokenizer, tmp_path / "b.md", n=4, length=16)
+    both = tokenized_text(tokenizer, str(tmp_path), n=4, length=16)
     assert one.description["text_files"] == 1
     assert both.description["text_files"] == 2
     assert both.description["text_tokens"] > one.description["text_tokens"]
@@ -176,7 +177,7 @@ def test_what_looks_like_a_special_token_in_the_text_is_text(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     (tmp_path / "sly.txt").write_text("before <|bos|> after <|eos|> " * 20)
-    prompts = natural_text(tokenizer, tmp_path, n=8, length=32)
+    prompts = tokenized_text(tokenizer, tmp_path, n=8, length=32)
     assert not set(prompts.ids.flatten().tolist()) & special_ids(tokenizer)
     assert "<|bos|>" in tokenizer.decode(prompts.ids[0])
 
@@ -187,7 +188,7 @@ def test_reading_stops_at_the_limit(
     for number in range(4):
         (tmp_path / f"{number}.txt").write_text("all work and no play " * 10)
     monkeypatch.setattr(prompts_module, "LONGEST_TEXT", 300)
-    prompts = natural_text(tokenizer, tmp_path, n=2, length=8)
+    prompts = tokenized_text(tokenizer, tmp_path, n=2, length=8)
     assert prompts.description["text_files"] == 2
     whole = len(tokens_of(tokenizer, tmp_path / "0.txt"))
     assert whole < prompts.description["text_tokens"] < 2 * whole
@@ -201,10 +202,10 @@ def test_too_little_text_says_how_much_there_is_and_how_much_is_needed(
     with pytest.raises(
         ValueError, match=rf"{available} tokens in 1 files.*5 crops of 64 need 320 tokens.*or 68 in one"
     ):
-        natural_text(tokenizer, tmp_path, n=5, length=64)
-    assert natural_text(tokenizer, tmp_path, n=2, length=available - 1).description["new_tokens_per_crop"] == 1
+        tokenized_text(tokenizer, tmp_path, n=5, length=64)
+    assert tokenized_text(tokenizer, tmp_path, n=2, length=available - 1).description["new_tokens_per_crop"] == 1
     with pytest.raises(ValueError, match="too little text"):
-        natural_text(tokenizer, tmp_path, n=3, length=available - 1)
+        tokenized_text(tokenizer, tmp_path, n=3, length=available - 1)
 
 
 @pytest.mark.parametrize(
@@ -222,23 +223,38 @@ def test_wrong_arguments_are_refused(
     tokenizer: PreTrainedTokenizerFast, arguments: dict[str, int | str], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        natural_text(tokenizer, **({"n": 4, "length": 16} | arguments))
+        tokenized_text(tokenizer, **({"n": 4, "length": 16} | arguments))
 
 
 def test_an_empty_directory_a_missing_tokenizer_and_a_missing_bos_are_refused(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=r"expected a text file, or a directory holding \.txt"):
-        natural_text(tokenizer, tmp_path)
+        tokenized_text(tokenizer, tmp_path)
     with pytest.raises(ValueError, match=r"needs a tokenizer.*from_ids"):
-        natural_text(None, "english")
+        natural_text(SimpleNamespace(tokenizer=None), "english")
     without_bos = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
     with pytest.raises(ValueError, match=r"no BOS token; give the id"):
-        natural_text(without_bos, "english", first_token="bos")
-    assert natural_text(without_bos, "english", first_token=3).ids[0, 0] == 3
+        tokenized_text(without_bos, "english", first_token="bos")
+    assert tokenized_text(without_bos, "english", first_token=3).ids[0, 0] == 3
+
+
+def test_a_model_gives_its_tokenizer(tokenizer: PreTrainedTokenizerFast) -> None:
+    prompts = natural_text(SimpleNamespace(tokenizer=tokenizer), "code", n=4, length=16, seed=3, first_token="bos")
+    again = tokenized_text(tokenizer, "code", n=4, length=16, seed=3, first_token="bos")
+    assert prompts.fingerprint() == again.fingerprint() and prompts.description == again.description
 
 
 # random and repeated tokens
+
+
+def test_random_tokens_of_a_model_leave_out_its_special_ones(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = SimpleNamespace(tokenizer=tokenizer, cfg=SimpleNamespace(d_vocab=len(tokenizer) + 50))
+    for draw in (random_tokens, repeated_token):
+        prompts = draw(model, n=300, length=16)
+        again = draw(len(tokenizer), n=300, length=16, special=special_ids(tokenizer))
+        assert prompts.fingerprint() == again.fingerprint() and prompts.description == again.description
+        assert not special_ids(tokenizer) & set(prompts.ids.flatten().tolist())
 
 
 def test_random_tokens_are_uniform_over_all_but_the_special_ones() -> None:
@@ -463,7 +479,7 @@ def test_impossible_splits_are_refused_and_halves_are_not_the_order_of_the_rows(
 
 
 def test_descriptions_go_to_json(tokenizer: PreTrainedTokenizerFast) -> None:
-    natural = natural_text(tokenizer, Path(ENGLISH), n=6, length=8, first_token="random")
+    natural = tokenized_text(tokenizer, Path(ENGLISH), n=6, length=8, first_token="random")
     several = (natural.split()[0], natural.left_padded(), random_tokens(9, bos=1), natural.prepend(1).prepend(2))
     for prompts in (natural, *several, from_ids([[1, 2]])):
         assert json.loads(json.dumps(prompts.description)) == prompts.description

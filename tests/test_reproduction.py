@@ -34,10 +34,15 @@ class Times:
     seen: list[str]
 
 
-class Breaks(Experiment):
+@dataclass(frozen=True)
+class NoSettings:
+    """The configuration of an experiment that has nothing to configure."""
+
+
+class Breaks(Experiment[NoSettings]):
     """An experiment whose arithmetic fails."""
 
-    id, title, claim = "breaks", "Breaks", CLAIM
+    id, title, claim, config_type = "breaks", "Breaks", CLAIM, NoSettings
 
     def passes(self, model, prompts):
         return 0.0
@@ -46,7 +51,7 @@ class Breaks(Experiment):
         raise RuntimeError("a matrix is singular")
 
 
-class Counts(Experiment):
+class Counts(Experiment[Times]):
     """An experiment that tells how often it ran, and that a decoy is nothing for it."""
 
     id, title, claim = "counts", "Counts", CLAIM
@@ -120,9 +125,11 @@ def test_the_size_of_a_model_decides_the_prompts_of_a_quick_run(parameters, samp
 
 def test_a_claim_that_breaks_off_loses_none_of_the_others(wired, tmp_path):
     model, prompts = wired
-    entries = reproduce(model, prompts, tmp_path, [Breaks(None), SinkMap()])
+    entries = reproduce(model, prompts, tmp_path, [Breaks(), SinkMap()])
     assert entries[0]["verdict"] == "not applicable" and "a matrix is singular" in entries[0]["why"]
     assert entries[0]["error"] == "RuntimeError: a matrix is singular"
+    trace = (tmp_path / "breaks.traceback.txt").read_text()
+    assert trace.startswith("Traceback") and trace.endswith("RuntimeError: a matrix is singular\n")
     assert entries[1]["verdict"] == "reproduced" and failed(entries) == ["C99"]
     assert json.loads((tmp_path / "manifest.json").read_text())["broken"] == {
         "breaks": "RuntimeError: a matrix is singular"
@@ -176,7 +183,7 @@ def test_a_damaged_result_is_measured_anew(wired, tmp_path):
     run_or_read(SinkMap(), model, prompts, tmp_path)
     path: Path = tmp_path / "sink-map.json"
     path.write_text(path.read_text()[:100])
-    assert run_or_read(SinkMap(), model, prompts, tmp_path).claim["verdict"] == "reproduced"
+    assert run_or_read(SinkMap(), model, prompts, tmp_path).judgement.verdict == "reproduced"
     assert json.loads(path.read_text())["experiment"] == "sink-map"
 
 

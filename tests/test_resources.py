@@ -70,7 +70,7 @@ def test_the_readme_tells_what_the_command_would(thirty_billion: Callable[[str],
         f"| {hardware} | `{HARDWARE[hardware][0]}` | {planned.required_bytes['cuda:0'] / G:.0f} GB | {waits} | "
         f"{loading:.0f} s | {one:.0f} s |"
     )
-    readme = (repository() / "docs" / "your-model.md").read_text()
+    readme = (repository() / "docs" / "guides" / "large-models.md").read_text()
     assert row in readme, row
     if planned.rewritten_bytes:
         assert f"{planned.rewritten_bytes / G:.0f} GB are written" in readme

@@ -54,7 +54,7 @@ class Story:
     waits_for: str = ""
 
 
-class Tells(Experiment):
+class Tells(Experiment[Story]):
     """An experiment that tells how often it was begun."""
 
     id, title = "tells", "Tells"
@@ -205,6 +205,7 @@ def test_checkpoints_are_tasks_of_their_own(cluster, tmp_path):
     assert memory_of("wired", None) == BESIDE_WEIGHTS
 
 
+@pytest.mark.usefixtures("shown_messages")
 def test_a_result_that_cannot_be_written_is_that_of_its_task_alone(cluster, tmp_path, capsys):
     story, out = Tells(Story(str(tmp_path / "diary"))), tmp_path / "out"
     out.mkdir()
@@ -221,6 +222,7 @@ def test_a_result_that_cannot_be_written_is_that_of_its_task_alone(cluster, tmp_
     ]
 
 
+@pytest.mark.usefixtures("shown_messages")
 def test_a_task_larger_than_any_node_waits_for_one_that_has_room(cluster, tmp_path, capsys):
     assert _lacking(ray, {"CPU": 1, "GPU": 0, "memory": BESIDE_WEIGHTS}) is None
     lacking = _lacking(ray, {"CPU": 1, "GPU": 0.5, "memory": 2**50})

@@ -12,8 +12,9 @@ import pandas as pd
 import pytest
 import torch
 
-from p0circuit import teaching
 from p0circuit.advice import Advice, Statement
+from p0circuit.course import checks, page as course_page
+from p0circuit.course.page import Page, read_prompts
 from p0circuit.experiments.base import NotApplicable
 from p0circuit.figures.maps import heat_maps
 from p0circuit.interventions.ablation import ablate
@@ -24,7 +25,6 @@ from p0circuit.models import load_model
 from p0circuit.models.vocabulary import sampleable_vocabulary
 from p0circuit.report.contents import find_runs
 from p0circuit.stats import Interval
-from p0circuit.teaching import Page, read_prompts
 from tests.report.made_up import claim, result, view, write_run
 
 UNIFORM = sum(1 / (t + 1) for t in range(64)) / 64
@@ -208,7 +208,7 @@ CASES: list[tuple[str, Any, str]] = [
     ("patch_hook", patch_added, "takes its place"),
     ("patch_hook", patch_forgotten, "returns nothing"),
     ("patch_hook", lambda activation, hook, values: activation * 0, "of the 12 given values 0 stand at P0"),
-    ("patch_hook", lambda activation, hook, values: teaching.put(0, values)(activation, hook), "✓"),
+    ("patch_hook", lambda activation, hook, values: checks.put(0, values)(activation, hook), "✓"),
     ("patch_hook", lambda activation, hook, values: activation, "nothing has changed"),
     ("closed_form", lambda score, others: torch.sigmoid(score - others.logsumexp(-1)), "✓"),
     ("closed_form", lambda score, others: torch.cat([score[:, None], others], 1).softmax(-1)[:, 0], "✓"),
@@ -218,7 +218,7 @@ CASES: list[tuple[str, Any, str]] = [
     ("closed_form", lambda score, others: score.exp() / others.exp().sum(-1), "not finite"),
     ("closed_form", lambda score, others: score.exp() / (score.exp() + others.exp().mean(-1)), "softmax gives P0"),
     ("detector", detector, "✓"),
-    ("detector", teaching.ramp, "✓"),
+    ("detector", checks.ramp, "✓"),
     ("detector", lambda threshold, at_p0: tuple(-part for part in detector(threshold, at_p0)), "looks short"),
     ("detector", lambda threshold, at_p0: (-1.0, 1.0), "at the threshold already"),
     ("detector", lambda threshold, at_p0: (-1.0, at_p0), "does not fire at P0"),
@@ -241,14 +241,14 @@ CASES: list[tuple[str, Any, str]] = [
 
 @pytest.mark.parametrize(("name", "answer", "told"), CASES, ids=[f"{name}-{told[:20]}" for name, _, told in CASES])
 def test_checkers(capsys: pytest.CaptureFixture[str], name: str, answer: Any, told: str) -> None:
-    getattr(teaching, f"check_{name}")(answer)
+    getattr(checks, f"check_{name}")(answer)
     said = " ".join(capsys.readouterr().out.split())
     assert re.search(told, said), said
     assert said.startswith(told[0] if told[0] in "✓○" else "✗")
 
 
 def test_every_checker_is_tried_with_right_and_several_wrong_answers() -> None:
-    checkers = {name.removeprefix("check_") for name in dir(teaching) if name.startswith("check_")}
+    checkers = {name.removeprefix("check_") for name in dir(checks) if name.startswith("check_")}
     for name in checkers - {"edge"}:
         told = [told for one, _, told in CASES if one == name]
         assert "✓" in told and len([one for one in told if one[0] not in "✓○"]) >= 3, name
@@ -287,7 +287,7 @@ def test_the_edge_checker_knows_the_neighbours_of_the_right_answer(
     if name == "p0-nano":
         tried += [(float(through.effect.mean()), ": MLPs between"), (elsewhere, "the edge into head 3.1")]
     for answer, told in tried:
-        teaching.check_edge(answer, model, prompts, values, sender, head)
+        checks.check_edge(answer, model, prompts, values, sender, head)
         assert told in " ".join(capsys.readouterr().out.split()), answer
 
 
@@ -313,7 +313,7 @@ def test_statements_are_printed_with_their_answer_and_advice(capsys: pytest.Capt
     told = [("Is it?", "It is, " + "very " * 30, "cannot tell", "Wait."), ("Measured on", "Text.", "text", "")]
     lost = Interval(0.25, 0.2, 0.3, 8)
     made = Advice("mine", True, None, 3, 1, lost, "high", (), tuple(Statement(*one) for one in told))
-    teaching.statements(made)
+    course_page.print_advice(made)
     shown = capsys.readouterr().out.splitlines()
     assert shown[0] == "mine: what the first token does, and what to do about it"
     assert shown[2] == "Is it? CANNOT TELL" and shown[3].startswith("  It is, very") and "  -> Wait." in shown
@@ -324,19 +324,19 @@ def test_statements_are_printed_with_their_answer_and_advice(capsys: pytest.Capt
 def test_a_verdict_comes_with_what_is_to_know_of_it(capsys: pytest.CaptureFixture[str]) -> None:
     found = result("kept", 0.6, claim("C2", "What is kept"))
     found.notes = ["a note that needs more room than there is " * 4, "another"]
-    teaching.verdict(found)
+    course_page.print_verdict(found)
     shown = capsys.readouterr().out.splitlines()
     assert shown[0] == "C2 What is kept: REPRODUCED" and max(map(len, shown)) <= 92
     assert sum(line.startswith("  note: a note") for line in shown) == 1 and shown[-1] == "  note: another"
     with pytest.raises(ValueError, match="kept tests no claim"):
-        teaching.verdict(result("kept", 0.6, None))
+        course_page.print_verdict(result("kept", 0.6, None))
 
 
 def test_evidence_names_figures_by_what_stands_above_them(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     write_run(tmp_path)
     (run,) = find_runs(tmp_path)
     for experiment in ("kept", "circuit", "broken", "nowhere"):
-        teaching.evidence(Page(), run, experiment)
+        course_page.show_evidence(Page(), run, experiment)
     shown = capsys.readouterr().out
     assert "C2 What is kept: REPRODUCED" in shown and "C12 What broke: BROKE OFF" in shown
     assert shown.count("  note: A note on <b>nothing</b>.") == 2
@@ -345,17 +345,17 @@ def test_evidence_names_figures_by_what_stands_above_them(capsys: pytest.Capture
     assert "nowhere: no figures: this run has not come to it" in shown
     # Without its drawing a figure is named by its experiment.
     (tmp_path / "figures" / "kept-map.svg").unlink()
-    teaching.evidence(Page(), run, "kept")
+    course_page.show_evidence(Page(), run, "kept")
     assert "[figure: kept, map: About kept]" in capsys.readouterr().out
 
 
 def test_models_without_a_sink_are_told_which_have_one() -> None:
-    for name in teaching.WITH_A_SINK:
+    for name in course_page.WITH_A_SINK:
         model = load_model(name)
-        assert teaching.sink_of(model, read_prompts(model, 32)).heads
+        assert course_page.sink_of(model, read_prompts(model, 32)).heads
     model = load_model("bos-0")
     with pytest.raises(NotApplicable, match=r"no sink to explain: .*p0-nano, force-sink-0 and wired have one"):
-        teaching.sink_of(model, read_prompts(model, 32))
+        course_page.sink_of(model, read_prompts(model, 32))
 
 
 def test_a_page_refuses_what_it_cannot_show() -> None:

@@ -10,11 +10,11 @@ import math
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
+from p0circuit.results import Judgement
 from p0circuit.stats import Interval
 
-Verdict = Literal["reproduced", "not reproduced", "not applicable"]
 Op = Literal[">", ">=", "<", "<="]
 
 _COMPARE: dict[str, Callable[[float, float], bool]] = {
@@ -48,14 +48,6 @@ class Criterion:
 
     def __str__(self) -> str:
         return f"{self.metric}{_ENDS[self.at]} {self.op} {self.threshold:g}"
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """A verdict and the reason for it in one sentence."""
-
-    verdict: Verdict
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -105,8 +97,8 @@ class Claim:
             return Judgement("not reproduced", f"{told}; needed {' and '.join(map(str, missed))}")
         return Judgement("reproduced", told)
 
-    def record(self, judgement: Judgement, measured: Mapping[str, Interval]) -> dict[str, Any]:
-        """The claim's entry in claims.json."""
+    def to_json(self) -> dict[str, str]:
+        """Return the texts of the claim, which stand in its entry of claims.json."""
         return {
             "id": self.id,
             "title": self.title,
@@ -115,7 +107,4 @@ class Claim:
             "measure": self.measure,
             "threshold": self.threshold,
             "control": self.control,
-            "measured": {name: interval.to_json() for name, interval in measured.items()},
-            "verdict": judgement.verdict,
-            "why": judgement.reason,
         }

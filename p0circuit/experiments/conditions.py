@@ -111,7 +111,7 @@ def prompts_for(
         size = model.vocab_size if isinstance(model, StoredModel) else describe(model).vocab_size
         return random_tokens(size, n=n, length=length, seed=seed)
     source = default_text(model) if text is None else text
-    prompts = natural_text(model.tokenizer, source, n=n, length=length, seed=seed, first_token=first_token)
+    prompts = natural_text(model, source, n=n, length=length, seed=seed, first_token=first_token)
     chosen_by = "the model" if text is None else "the caller"
     return replace(prompts, description=prompts.description | {"text_chosen_by": chosen_by})
 
@@ -131,7 +131,7 @@ def text_like(model: HookedModel, prompts: PromptSet, length: int, count: int) -
     about = prompts.description
     if about.get("builder") == "natural_text" and model.tokenizer is not None:
         first = about.get("first_token", "text")
-        text = natural_text(model.tokenizer, about["source"], count, length, prompts.seed, first)
+        text = natural_text(model, about["source"], count, length, prompts.seed, first)
     else:
         size, special = sampleable_vocabulary(model)
         text = random_tokens(size, count, length, prompts.seed, special=special)

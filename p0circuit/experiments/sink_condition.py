@@ -2,7 +2,7 @@
 
 1. *Rows to choose on*: up to 32 rows of the same text by another seed, of which none shares 8 tokens in a row with the
    prompts that are measured on. Where the text has too few of those, the first prompts themselves; that is said.
-2. *Rule*, fixed before any model was measured and the same as everywhere (`heads.find_sink_heads`): sink heads are
+2. *Rule*, fixed before any model was measured and the same as everywhere (`heads.studied_sink`): sink heads are
    chosen on one half of these rows; on the other the lower end of their excess score is above twice that of uniform
    attention.
 3. *Choice*: text as it is where the model has a sink there; else after BOS where it has one there; else text as it is.
@@ -19,7 +19,7 @@ from typing import Any
 from p0circuit.errors import P0Error
 from p0circuit.experiments.base import NotApplicable
 from p0circuit.experiments.conditions import with_and_without_bos
-from p0circuit.experiments.sink_under_study import find_sink_heads
+from p0circuit.experiments.sink_under_study import studied_sink
 from p0circuit.hooked_model import HookedModel
 from p0circuit.models import describe
 from p0circuit.prompts import WITH_BOS, WITHOUT_BOS, PromptSet, bos_id, condition_of, natural_text
@@ -76,7 +76,7 @@ def find_condition(model: HookedModel, prompts: PromptSet, rows: PromptSet | Non
     excess: dict[str, Interval] = {}
     for name, condition in with_and_without_bos(model, rows).items():
         try:
-            excess[name] = find_sink_heads(model, condition).excess
+            excess[name] = studied_sink(model, condition).excess
             break
         except NotApplicable:
             continue
@@ -98,7 +98,7 @@ def rows_to_choose_on(model: HookedModel, prompts: PromptSet) -> tuple[PromptSet
         # Of a text that is mostly in use, few rows are left.
         for count in (8 * ROWS, ROWS):
             try:
-                drawn = natural_text(model.tokenizer, about["source"], count, prompts.length, seed)
+                drawn = natural_text(model, about["source"], count, prompts.length, seed)
             except P0Error:
                 continue
             unused = unused_rows(drawn, prompts)[:ROWS]

@@ -10,7 +10,7 @@ from torch import Tensor
 from p0circuit import sink
 from p0circuit.experiments.base import NotApplicable, mean_over_samples
 from p0circuit.experiments.conditions import with_and_without_bos
-from p0circuit.experiments.sink_under_study import find_sink_heads
+from p0circuit.experiments.sink_under_study import studied_sink
 from p0circuit.hooked_model import HookedModel
 from p0circuit.models import describe
 from p0circuit.prompts import WITH_BOS, WITHOUT_BOS, PromptSet, condition_of
@@ -69,12 +69,12 @@ def after_bos(model: HookedModel, prompts: PromptSet) -> dict[str, Any] | None:
     if WITH_BOS not in sets or _has_sink(model, sets[WITHOUT_BOS]) or not _has_sink(model, sets[WITH_BOS]):
         return None
     rows = sets[WITH_BOS]
-    return {"n": rows.n, **sink_rates(record(model, rows, SINK_SCORE)[SINK_SCORE], rows.length)}
+    return {"n": rows.n, **sink_rates(record(model, rows, SINK_SCORE), rows.length)}
 
 
 def _has_sink(model: HookedModel, prompts: PromptSet) -> bool:
     try:
-        find_sink_heads(model, prompts)
+        studied_sink(model, prompts)
     except NotApplicable:
         return False
     return True

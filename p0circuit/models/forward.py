@@ -53,7 +53,7 @@ def forward(
     Example:
         ```python
         model = load_model("p0-nano")
-        prompts = natural_text(model.tokenizer, "english", n=4)
+        prompts = natural_text(model, "english", n=4)
         stream = forward(model, prompts.ids, stop_at_layer=1)  # after block 0
         ```
     """

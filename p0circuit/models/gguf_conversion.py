@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from p0circuit.io import cache_directory, cache_limit, write_atomically, write_json
-from p0circuit.log import say, track
+from p0circuit.log import progress_bar, report_progress
 from p0circuit.models.download import locked, sha256_of
 from p0circuit.models.errors import ModelError
 from p0circuit.models.gguf import GgufHeader, read_header
@@ -160,7 +160,9 @@ def _convert(name: str, path: Path, sha256: str, folder: Path) -> None:
             "contexts; the model is computed without this scaling",
             stacklevel=2,
         )
-    say(f"converting {name} ({header.quantisation}) to float32, once: {header.parameters / 1e6:.0f} M parameters")
+    report_progress(
+        f"converting {name} ({header.quantisation}) to float32, once: {header.parameters / 1e6:.0f} M parameters"
+    )
     _remove_leftovers(folder)
 
     def write(temporary: Path) -> None:
@@ -280,7 +282,7 @@ def _progress_bar_of_dequantising() -> Iterator[None]:
 
     bar, enabled = reading.__dict__["tqdm"], logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
-    reading.__dict__["tqdm"] = lambda items, **_: track(items, "de-quantising")
+    reading.__dict__["tqdm"] = lambda items, **_: progress_bar(items, "de-quantising")
     try:
         yield
     finally:

@@ -13,7 +13,7 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, overload, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from p0circuit import __version__
 from p0circuit.errors import P0Error
 from p0circuit.hooked_model import HookedModel
 from p0circuit.io import code_fingerprint
-from p0circuit.log import track
+from p0circuit.log import progress_bar
 from p0circuit.models import describe, device_of, forward
 from p0circuit.models.hooks import Hook
 from p0circuit.prompts import PromptSet
@@ -109,6 +109,30 @@ class Recording:
         return self.values[quantity.name]
 
 
+@overload
+def record(
+    model: HookedModel,
+    prompts: PromptSet,
+    what: Quantity,
+    batch_size: int | None = None,
+    cache: Cache | Literal["default"] | None = "default",
+    interventions: Sequence[BatchIntervention] = (),
+    condition: str | None = None,
+) -> Tensor: ...
+
+
+@overload
+def record(
+    model: HookedModel,
+    prompts: PromptSet,
+    what: Sequence[Quantity],
+    batch_size: int | None = None,
+    cache: Cache | Literal["default"] | None = "default",
+    interventions: Sequence[BatchIntervention] = (),
+    condition: str | None = None,
+) -> Recording: ...
+
+
 @torch.no_grad()
 def record(
     model: HookedModel,
@@ -118,8 +142,8 @@ def record(
     cache: Cache | Literal["default"] | None = "default",
     interventions: Sequence[BatchIntervention] = (),
     condition: str | None = None,
-) -> Recording:
-    """Run the prompts through the model once and keep the quantities asked for.
+) -> Tensor | Recording:
+    """Run the prompts through the model once and record one quantity (as a tensor) or several (as a `Recording`).
 
     A model with hooks on it (an intervention is under way) is recorded as it behaves, and the cache is left alone;
     likewise with `interventions`, whose hooks go before those that record. `cache=None` computes without reading or
@@ -166,7 +190,7 @@ def record(
         size = batch_size or batch_size_for(model, prompts.length, bool(reading), row_by_row)
         layers, device = describe(model).n_layers, device_of(model)
         parts: dict[str, list[Tensor]] = {quantity.name: [] for quantity in missing}
-        for start in track(range(0, prompts.n, size), "recording"):
+        for start in progress_bar(range(0, prompts.n, size), "recording"):
             part = slice(start, start + size)
             batch = Batch(*(whole[part].to(device) for whole in (prompts.ids, prompts.attention_mask, prompts.p0)))
             edits = [hook for intervention in interventions for hook in intervention.hooks(part)]
@@ -184,7 +208,8 @@ def record(
                 store.write(keys[quantity.name], value, about)
             if quantity.name in row_keys and memory is not None:
                 memory.write(row_keys[quantity.name], rows, value)
-    return Recording(values, cached_names)
+    recording = Recording(values, cached_names)
+    return recording[what] if isinstance(what, Quantity) else recording
 
 
 def cached(model: HookedModel, prompts: PromptSet, what: str, compute: Callable[[], Tensor]) -> Tensor:

@@ -15,8 +15,10 @@ import numpy as np
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-EARLY_BLOCKS = 2
-"""Recognition and amplification are said to be done by these many blocks."""
+from p0circuit.sink import CIRCUIT_BLOCKS
+
+EARLY_BLOCKS = len(CIRCUIT_BLOCKS)
+"""Number of blocks that recognise and amplify P0, according to the paper."""
 LEAST_GAIN = 1.1
 """Where P0's norm does not grow by this factor, there is no gain to share out."""
 LEAST_RATE = 1e-3

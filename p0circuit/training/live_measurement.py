@@ -428,7 +428,7 @@ def measure(model: nn.Module, ids: Int[Tensor, "batch pos"], prefix: Int[Tensor,
         clean = _observe(decoder, ids)
         later = clean.sink_rate(EARLY_BLOCKS)
         causal = lost_share(later or 0.0, rate_behind_others)
-    heads, _ = sink_heads(clean.scores[::2])
+    heads = sink_heads(clean.scores[::2])
     layers, numbers = (list(part) for part in zip(*heads, strict=True))
     return Measurement(
         sink_rate=clean.sink_rate() or 0.0,

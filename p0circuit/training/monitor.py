@@ -37,7 +37,7 @@ from p0circuit.errors import P0Error
 from p0circuit.interventions.pairs import shift_prompts
 from p0circuit.io import write_atomically
 from p0circuit.models.errors import ModelError
-from p0circuit.prompts import PromptSet, from_ids, natural_text, random_tokens, sampleable_vocabulary_of
+from p0circuit.prompts import PromptSet, from_ids, random_tokens, sampleable_vocabulary_of, tokenized_text
 from p0circuit.sink import CONTROL, least_excess
 from p0circuit.training.live_measurement import SHIFT, Measurement, measure, same_randomness, unwrap
 
@@ -246,7 +246,7 @@ class P0Monitor:
         return reading
 
     def _text_probe(self, tokenizer: PreTrainedTokenizerBase) -> PromptSet:
-        return natural_text(tokenizer, self._text, *self._size, self.seed, self._first)
+        return tokenized_text(tokenizer, self._text, *self._size, self.seed, self._first)
 
     def _set_probe(self, probe: PromptSet) -> None:
         if not bool(probe.attention_mask.all()):

@@ -35,7 +35,7 @@ from p0circuit.interventions.ablation import ablate
 from p0circuit.interventions.nodes import InterventionError
 from p0circuit.interventions.pairs import patch_values, shifted_pair
 from p0circuit.io import code_fingerprint, write_json
-from p0circuit.log import say
+from p0circuit.log import report_progress
 from p0circuit.models import ModelError, StoredModel, describe, list_checkpoints, load_model, stored_model
 from p0circuit.models.checkpoints import STEP, Label, parse_label
 from p0circuit.models.source import is_gguf_model, local_folder
@@ -100,7 +100,7 @@ class Trace:
     @property
     def heads(self) -> list[tuple[int, int]]:
         """The sink heads of the last checkpoint, chosen on the first half of the prompts."""
-        return sink_heads(torch.tensor(self.rows[-1]["scores_first_half"])[None])[0]
+        return sink_heads(torch.tensor(self.rows[-1]["scores_first_half"])[None])
 
     @property
     def excess(self) -> Float[np.ndarray, " checkpoint"]:
@@ -218,7 +218,7 @@ def causal_concentration(
         pair = shifted_pair(model, prompts, SHIFT, prompts.seed)
         node = f"resid_post.{EARLY_BLOCKS - 1}"
         change = ablate(model, prompts, [node], patch_values(model, pair, [node]))
-        return rate(record(model, prompts, SINK_SCORE, cache=None, interventions=[change])[SINK_SCORE])
+        return rate(record(model, prompts, SINK_SCORE, cache=None, interventions=[change]))
 
     return lost_share(rate(clean), behind_others)
 
@@ -233,7 +233,7 @@ def induction_score(model: HookedModel, prompts: PromptSet, rows: int = 32) -> f
     once = random_tokens(vocabulary, n=rows, length=half, seed=prompts.seed, special=special).ids
     twice = torch.cat([once, once], dim=1)
     repeated = from_ids(twice, torch.ones_like(twice, dtype=torch.bool), vocabulary)
-    return float(record(model, repeated, INDUCTION, cache=None)[INDUCTION].mean(0).max())
+    return float(record(model, repeated, INDUCTION, cache=None).mean(0).max())
 
 
 def _induction(pattern: Float[Tensor, "batch head query key"], batch: Batch) -> Float[Tensor, "batch head"]:
@@ -289,13 +289,15 @@ def trace(
                     write_json(kept, row | {"key": key})
         except (ModelError, InterventionError, FloatingPointError) as reason:
             missing[str(checkpoint)] = str(reason)
-            say(f"{checkpoint}: left out: {reason}")
+            report_progress(f"{checkpoint}: left out: {reason}")
             continue
         finally:
             # A large model has to be gone before the next one comes.
             gc.collect()
         rows.append({"step": told.step, "tokens": tokens_seen(stored, told.step), **row})
-        say(f"{name} {checkpoint}: loss {row['loss']:.3f}, sink rate from layer 2 {row['sink_rate_from_layer_2']:.3f}")
+        report_progress(
+            f"{name} {checkpoint}: loss {row['loss']:.3f}, sink rate from layer 2 {row['sink_rate_from_layer_2']:.3f}"
+        )
     if not rows:
         raise ModelError(f"none of the checkpoints of {source} could be measured: {missing}")
     return Trace(name, rows, missing, length)

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from p0circuit import notebooks
-from p0circuit.report.notebook_page import notebook_page
+from p0circuit.course import build as notebooks
+from p0circuit.course.export import notebook_page
 
 pytestmark = pytest.mark.browser
 

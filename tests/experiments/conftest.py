@@ -19,4 +19,4 @@ def tiny(tiny_model_dir: Path) -> Any:
 
 @pytest.fixture(scope="session")
 def text(tiny: Any) -> PromptSet:
-    return natural_text(tiny.tokenizer, "english", n=5, length=12, seed=2)
+    return natural_text(tiny, "english", n=5, length=12, seed=2)

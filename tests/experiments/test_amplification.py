@@ -19,7 +19,7 @@ from p0circuit.experiments.paper.c06_amplification import (
     _projections,
     _two_tokens,
 )
-from p0circuit.experiments.sink_under_study import excess_scores, find_sink_heads
+from p0circuit.experiments.sink_under_study import excess_scores, studied_sink
 from p0circuit.interventions.experts import experts_at_p0
 from p0circuit.interventions.nodes import Node
 from p0circuit.interventions.pairs import patch_values, shift_prompts
@@ -51,7 +51,7 @@ def excess_kept(length: int) -> float:
 @pytest.mark.parametrize("positions", ["rotary", "learned"])
 def test_the_wired_neurons_are_found_and_carry_the_sink(positions: Any) -> None:
     result = Amplification(QUICK).run(wired_model(positions), random_tokens(64, n=24, length=LENGTH))
-    assert result.claim is not None and result.claim["verdict"] == "reproduced"
+    assert result.judgement is not None and result.judgement.verdict == "reproduced"
     truth = wired_truth()
     expected = {f"neuron.{layer}.{index}" for layer, index in (*truth.detector_neurons, *truth.sink_neurons)}
     # 1 % of 256 neurons are two.
@@ -115,7 +115,7 @@ def test_two_tokens_of_padded_rows() -> None:
 
 def test_the_share_carried_against_an_edit_by_hand() -> None:
     model = wired_model()
-    found = find_sink_heads(model, random_tokens(64, n=8, length=16))
+    found = studied_sink(model, random_tokens(64, n=8, length=16))
     node = Node("mlp", 1)
     clean = excess_scores(model, found.prompts, found.heads)
 
@@ -169,14 +169,14 @@ def test_a_mixture_has_a_table_of_experts_and_no_neurons(
     monkeypatch.setattr(sink, "TIMES_UNIFORM", -1e9)
     model, prompts = family_model("qwen3-moe", "bridge"), random_tokens(96, n=8, length=12)
     result = Amplification(QUICK).run(model, prompts)
-    assert result.claim is not None and "neurons" not in result.claim["why"]
+    assert result.judgement is not None and "neurons" not in result.judgement.reason
     assert "neurons" not in result.tables and not any("neurons" in name for name in result.metrics)
     table = result.tables["experts"]
     assert [table.loc[table["block"] == block, "routed"].sum() for block in (0, 1)] == pytest.approx([2, 2])
 
     # Taking an expert away is taking what it writes away, at P0, where it is chosen.
     line = table.iloc[0]
-    found = find_sink_heads(model, prompts)
+    found = studied_sink(model, prompts)
     experts = experts_at_p0(model, found.prompts, int(line["block"]))
     assert experts is not None
 

@@ -40,7 +40,7 @@ def result() -> Result:
 @pytest.mark.parametrize("positions", ["rotary", "learned"])
 def test_every_token_of_the_wired_model_is_a_sink(positions: Any) -> None:
     result = AnyToken(QUICK).run(wired_model(positions), random_tokens(64, n=16, length=LENGTH))
-    assert result.claim is not None and result.claim["verdict"] == "reproduced"
+    assert result.judgement is not None and result.judgement.verdict == "reproduced"
     assert result.metrics["share_of_tokens_with_half_the_median_score"].value == 1
     assert result.metrics["share_in_full_runs"].value == 1
     assert result.metrics["share_at_position_8_in_full_runs"].value == 0
@@ -75,7 +75,7 @@ def test_scores_by_token(family_model: Callable[[str, str], Any], case: tuple[st
     found, norms = scores_by_token(model, prompts, tokens, heads, chunk=2)
     torch.testing.assert_close(norms, vocabulary_sweep(model, tokens).norms)
     # Each prompt's own first token leaves the prompt as it is.
-    own = record(model, prompts, SINK_SCORE, cache=None)[SINK_SCORE][:, layers, numbers].double().mean(1)
+    own = record(model, prompts, SINK_SCORE, cache=None)[:, layers, numbers].double().mean(1)
     np.testing.assert_allclose(found[:3].diagonal(), own, atol=1e-5)
     by_head = sink_scores_by_token(model, prompts, tokens)[:, layers, numbers].double().mean(1)
     np.testing.assert_allclose(found.mean(1), by_head, atol=1e-5)

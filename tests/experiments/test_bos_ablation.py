@@ -76,7 +76,7 @@ def test_the_heads_of_both_conditions(result: Result, literal: dict[str, dict[st
 def test_an_untrained_model_has_no_sink_to_lose(tiny: Any) -> None:
     from p0circuit.prompts import natural_text
 
-    result = BosAblation().run(tiny, natural_text(tiny.tokenizer, "english", n=4, length=64))
+    result = BosAblation().run(tiny, natural_text(tiny, "english", n=4, length=64))
     for name in ("sink_rate_without_bos", "sink_rate_difference"):
         assert (result.metrics[name].low, result.metrics[name].high) == (0, 0)
     # It predicts no better than chance, with BOS or without.
@@ -97,6 +97,7 @@ def test_too_short_prompts_are_not_applicable(tiny: Any, text: PromptSet) -> Non
     assert np.isfinite(BosAblation().run(tiny, first(4)).metrics["loss_without_bos"].value)
 
 
+@pytest.mark.usefixtures("shown_messages")
 def test_a_second_run_says_what_it_read(tiny: Any, text: PromptSet, capsys: pytest.CaptureFixture[str]) -> None:
     first = BosAblation().run(tiny, text)
     capsys.readouterr()

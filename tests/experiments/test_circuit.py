@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from p0circuit.experiments.exploratory.circuit import Circuit, CircuitConfig
-from p0circuit.experiments.sink_under_study import find_sink_heads
+from p0circuit.experiments.sink_under_study import studied_sink
 from p0circuit.models import describe, load_model
 from p0circuit.models.constructed.build import decoy_model, wired_model
 from p0circuit.models.constructed.truth import wired_truth
 from p0circuit.models.passes import count_passes
 from p0circuit.prompts import natural_text, random_tokens
-from p0circuit.sink import sink_heads
+from p0circuit.sink import any_sink_head, sink_heads
 
 
 def auroc(positive: list[float], negative: list[float]) -> float:
@@ -44,7 +44,7 @@ def test_the_decoy_has_no_circuit():
 
 def test_the_circuit_of_p0_nano_runs_from_block_0_through_mlps_into_k():
     model = load_model("p0-nano")
-    prompts = natural_text(model.tokenizer, "stdlib", n=24, length=32, first_token="random")
+    prompts = natural_text(model, "stdlib", n=24, length=32, first_token="random")
     result = Circuit(CircuitConfig(samples=8)).run(model, prompts)
     arrows = [note.split(":")[0] for note in result.notes if " -> " in note]
     assert "mlp.0 -> mlp.1" in arrows
@@ -71,7 +71,7 @@ def test_with_too_many_edges_they_are_searched_and_the_wired_circuit_is_the_same
 
 def test_the_search_finds_what_patching_every_edge_of_p0_nano_finds():
     model = load_model("p0-nano")
-    prompts = natural_text(model.tokenizer, "stdlib", n=24, length=32)
+    prompts = natural_text(model, "stdlib", n=24, length=32)
     every = Circuit(CircuitConfig(samples=8)).run(model, prompts).tables["edges"]
     config = CircuitConfig(samples=8, most_edges=0, screening_rows=8, budget=30.0)
     search = Circuit(config).run(model, prompts)
@@ -91,9 +91,9 @@ def test_the_search_finds_what_patching_every_edge_of_p0_nano_finds():
 @pytest.mark.parametrize("most_edges", [0, 2000])
 def test_what_it_takes_is_declared(most_edges):
     model = load_model("p0-nano")
-    prompts = natural_text(model.tokenizer, "stdlib", n=16, length=64)
+    prompts = natural_text(model, "stdlib", n=16, length=64)
     experiment = Circuit(CircuitConfig(most_edges=most_edges, samples=8))
-    find_sink_heads(model, prompts)
+    studied_sink(model, prompts)
     with count_passes() as counted:
         experiment.run(model, prompts)
     assert counted.passes(prompts.n, prompts.length, describe(model).n_layers) == pytest.approx(
@@ -103,5 +103,5 @@ def test_what_it_takes_is_declared(most_edges):
 
 def test_sink_heads_are_those_above_the_threshold_or_else_the_highest():
     scores = torch.tensor([[0.1, 0.4], [0.2, 0.35]]).expand(3, 2, 2)
-    assert sink_heads(scores) == ([(0, 1), (1, 1)], True)
-    assert sink_heads(scores, eps=0.9, fallback=2) == ([(0, 1), (1, 1)], False)
+    assert sink_heads(scores) == [(0, 1), (1, 1)] and any_sink_head(scores)
+    assert sink_heads(scores, eps=0.9, fallback=2) == [(0, 1), (1, 1)] and not any_sink_head(scores, eps=0.9)

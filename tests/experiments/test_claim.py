@@ -8,6 +8,7 @@ import pytest
 
 from p0circuit.experiments import EXPERIMENTS, RUN_EXPERIMENTS
 from p0circuit.experiments.claim import Claim, Criterion
+from p0circuit.results import claim_entry
 from p0circuit.stats import Interval
 
 TENTH = Interval(0.1, 0.05, 0.15, 20)
@@ -65,7 +66,7 @@ def test_a_clause_about_other_models_does_not_count():
 
 def test_the_entry_of_claims_json():
     one = claim(Criterion("rate", ">", 0.02, "low"))
-    entry = one.record(one.judge({"rate": TENTH}), {"rate": TENTH})
+    entry = claim_entry(one.to_json(), {"rate": TENTH}, one.judge({"rate": TENTH}))
     assert entry["id"] == "C0" and entry["verdict"] == "reproduced"
     assert entry["threshold"] == "rate, lower end of the interval, > 0.02"
     assert entry["measured"] == {"rate": {"value": 0.1, "low": 0.05, "high": 0.15, "n": 20}}

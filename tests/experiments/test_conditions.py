@@ -24,10 +24,9 @@ from p0circuit.experiments.conditions import (
     text_like,
     with_and_without_bos,
 )
-from p0circuit.experiments.practice import find_used_sink, under
 from p0circuit.experiments.sink_condition import ROWS, SHARED, find_condition, rows_to_choose_on, unused_rows
 from p0circuit.experiments.sink_summary import after_bos
-from p0circuit.experiments.sink_under_study import find_sink_heads
+from p0circuit.experiments.sink_under_study import studied_sink
 from p0circuit.models import load_model
 from p0circuit.models.controls import untrained_weights
 from p0circuit.prompts import (
@@ -97,7 +96,7 @@ def test_the_pair_is_the_same_whatever_it_is_made_from(nano: Any) -> None:
 
 def test_new_text_has_as_many_bos_as_the_prompts(nano: Any) -> None:
     text = text_of(nano, n=6)
-    begun = natural_text(nano.tokenizer, "stdlib", n=6, length=40, first_token="bos")
+    begun = natural_text(nano, "stdlib", n=6, length=40, first_token="bos")
     for prompts, count in ((text, 0), (begun, 1), (text.prepend(BOS), 1), (text.prepend(BOS).prepend(BOS), 2)):
         assert text_like(nano, prompts, 24, 3).leading(BOS).tolist() == [count] * 3
 
@@ -111,11 +110,11 @@ def test_the_condition_is_the_first_in_which_there_is_a_sink(nano: Any, on_bos: 
     assert after.name == WITH_BOS and condition_of(on_bos, after.prompts) == WITH_BOS
     assert after.prompts.description["behind"] == BOS
     assert "bos-0 has its sink in text after BOS" in after.summary and "none in text as it is" in after.summary
-    # By the rule of `find_sink_heads`, on the rows that it says.
+    # By the rule of `studied_sink`, on the rows that it says.
     rows, _ = rows_to_choose_on(on_bos, text_of(on_bos))
     with pytest.raises(NotApplicable, match="no sink to explain"):
-        find_sink_heads(on_bos, rows)
-    assert after.excess == {WITH_BOS: find_sink_heads(on_bos, rows.prepend(BOS)).excess}
+        studied_sink(on_bos, rows)
+    assert after.excess == {WITH_BOS: studied_sink(on_bos, rows.prepend(BOS)).excess}
     # A choice that was made is not made again.
     again = find_condition(on_bos, after.prompts)
     assert again.prompts is after.prompts and again.excess == {} and "given with BOS" in again.summary
@@ -153,7 +152,7 @@ def test_c2_measures_the_same_in_either_condition(on_bos: Any) -> None:
     plain, after = (BosAblation().run(on_bos, prompts) for prompts in (text, text.prepend(BOS)))
     assert plain.metrics == after.metrics
     assert plain.tables["heads"].equals(after.tables["heads"]) and plain.notes == after.notes
-    assert plain.claim is not None and plain.claim["verdict"] == "not reproduced"
+    assert plain.judgement is not None and plain.judgement.verdict == "not reproduced"
     assert any("the sink depends on BOS" in note for note in after.notes)
     assert any("does not depend on BOS" in note for note in BosAblation().run(load_model("p0-nano"), text).notes)
     # Rows that were given with BOS have a token less without it: the same targets all the same.
@@ -166,7 +165,7 @@ def test_c2_measures_the_same_in_either_condition(on_bos: Any) -> None:
 def test_c3_fails_where_only_bos_is_the_sink(on_bos: Any, nano: Any) -> None:
     config = AnyTokenConfig(continuations=8, full_tokens=16, full_continuations=2, probe_tokens=16)
     bound = AnyToken(config).run(on_bos, text_of(on_bos, n=24).prepend(BOS))
-    assert bound.claim is not None and bound.claim["verdict"] == "not reproduced"
+    assert bound.judgement is not None and bound.judgement.verdict == "not reproduced"
     assert bound.metrics["median_score_over_that_of_bos"].high < 0.5
     assert any("the sink is bound to BOS" in note for note in bound.notes)
     # By hand: every token's score as a row of the same table, BOS's among them.
@@ -180,15 +179,16 @@ def test_c3_fails_where_only_bos_is_the_sink(on_bos: Any, nano: Any) -> None:
 def test_what_chooses_its_condition_itself_goes_with_that_of_the_prompts(on_bos: Any, nano: Any) -> None:
     for model, expected in ((on_bos, WITH_BOS), (nano, WITHOUT_BOS)):
         text = text_of(model)
-        found, condition = find_used_sink(model, text)
-        assert condition == expected
-        again, same = find_used_sink(model, find_condition(model, text).prompts)
-        assert (again.heads, same) == (found.heads, condition) and torch.equal(again.prompts.ids, found.prompts.ids)
+        sink = studied_sink(model, text, in_either_condition=True)
+        assert sink.condition == expected
+        again = studied_sink(model, find_condition(model, text).prompts, in_either_condition=True)
+        assert (again.heads, again.condition) == (sink.heads, expected)
+        assert torch.equal(again.prompts.ids, sink.prompts.ids)
     # Chosen by whoever put BOS there, though the text alone has a sink.
-    assert find_used_sink(nano, text_of(nano).prepend(BOS))[1] == WITH_BOS
+    assert studied_sink(nano, text_of(nano).prepend(BOS), in_either_condition=True).condition == WITH_BOS
     for prompts in (text_of(nano), text_of(nano).prepend(BOS)):
-        assert torch.equal(under(nano, prompts, WITHOUT_BOS).ids, text_of(nano).ids)
-        assert torch.equal(under(nano, prompts, WITH_BOS).ids, text_of(nano).prepend(BOS).ids)
+        assert torch.equal(with_and_without_bos(nano, prompts)[WITHOUT_BOS].ids, text_of(nano).ids)
+        assert torch.equal(with_and_without_bos(nano, prompts)[WITH_BOS].ids, text_of(nano).prepend(BOS).ids)
 
 
 def test_remedies_are_the_same_from_either_condition(on_bos: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from p0circuit.experiments.base import NotApplicable
 from p0circuit.experiments.paper.c09_content import Content, ContentConfig
-from p0circuit.experiments.surgery import Sink
+from p0circuit.experiments.sink_under_study import StudiedSink
 from p0circuit.models import load_model
 from p0circuit.models.constructed.build import decoy_model, wired_model
 from p0circuit.prompts import from_ids, natural_text, random_tokens
@@ -27,7 +28,7 @@ CONFIG = ContentConfig(ordinary=LENDERS, scan_samples=4)
 @pytest.mark.parametrize("positions", ["rotary", "learned"])
 def test_the_wired_sink_does_not_care_for_content(positions: Any) -> None:
     result = Content().run(wired_model(positions), distinct(16, 48))
-    assert result.claim is not None and result.claim["verdict"] == "reproduced"
+    assert result.judgement is not None and result.judgement.verdict == "reproduced"
     assert result.metrics["left_with_content_replaced"].value == pytest.approx(1, abs=1e-4)
     # Nothing but the P0 direction is read, so an ordinary position's content will do as well.
     assert result.metrics["left_with_content_of_an_ordinary_position"].value == pytest.approx(1, abs=1e-3)
@@ -40,18 +41,17 @@ def test_the_wired_sink_does_not_care_for_content(positions: Any) -> None:
         assert_legible(figure)
 
 
-@pytest.fixture(scope="module")
-def sink() -> Sink:
+def sink_of(model: Any) -> StudiedSink:
     others, prompts = random_tokens(VOCAB, 8, T, seed=3).split()
     assert len(set(prompts.ids[:, 0].tolist())) == 4
-    return Sink(HEADS, prompts, others)
+    return StudiedSink(model, HEADS, prompts, others)
 
 
-def test_surgery_against_a_stream_edited_by_hand(family_model: Any, sink: Sink) -> None:
+def test_surgery_against_a_stream_edited_by_hand(family_model: Any) -> None:
     """Row by row, with the P0 direction from whole rows and TransformerLens's own hooks."""
     model = family_model("llama-grouped", "hooked")
-    result = Content(CONFIG).measure_on(model, sink)
-    ids = sink.prompts.ids
+    result = Content(CONFIG).measure_on(sink_of(model))
+    ids = sink_of(model).prompts.ids
 
     def streams(rows: Tensor, block: int) -> list[Tensor]:
         return [run_with_cache(model, row)[1][f"blocks.{block}.hook_resid_post"][0] for row in rows]
@@ -76,7 +76,7 @@ def test_surgery_against_a_stream_edited_by_hand(family_model: Any, sink: Sink) 
     clean = sum(excess(row) for row in range(4))
     blocks = result.tables["blocks"].set_index(["surgery", "after_block"])
     for block in (0, 1):
-        units = [stream[0] / norm(stream[0]) for stream in streams(sink.others.ids, block)]
+        units = [stream[0] / norm(stream[0]) for stream in streams(sink_of(model).chosen_on.ids, block)]
         mean = sum(units[1:], units[0])
         direction = mean / norm(mean)
         own = streams(ids, block)
@@ -107,22 +107,22 @@ def test_surgery_against_a_stream_edited_by_hand(family_model: Any, sink: Sink) 
 
 
 @pytest.mark.parametrize("case", [("neox", "hooked"), ("mixtral", "bridge"), ("gemma2", "bridge")])
-def test_other_architectures_are_measured_too(case: tuple[str, str], family_model: Any, sink: Sink) -> None:
-    result = Content(CONFIG).measure_on(family_model(*case), sink)
+def test_other_architectures_are_measured_too(case: tuple[str, str], family_model: Any) -> None:
+    result = Content(CONFIG).measure_on(sink_of(family_model(*case)))
     assert all(np.isfinite(interval.value) for interval in result.metrics.values())
 
 
 def test_where_there_is_no_sink_nothing_is_claimed() -> None:
     untrained = load_model("p0-nano", checkpoint=0)
-    text = natural_text(untrained.tokenizer, "english", n=8, length=32)
+    text = natural_text(untrained, "english", n=8, length=32)
     for model, prompts in ((untrained, text), (decoy_model(), random_tokens(64, 8, 32))):
         with pytest.raises(NotApplicable, match="no sink to explain"):
             Content().run(model, prompts)
 
 
-def test_one_token_at_p0_in_all_samples_leaves_nothing_to_replace(family_model: Any, sink: Sink) -> None:
+def test_one_token_at_p0_in_all_samples_leaves_nothing_to_replace(family_model: Any) -> None:
+    sink = sink_of(family_model("llama-grouped", "hooked"))
     ids = sink.prompts.ids.clone()
     ids[:, 0] = 7
-    same = Sink(HEADS, from_ids(ids), sink.others)
     with pytest.raises(NotApplicable, match="all 4 rows have the token 7"):
-        Content(CONFIG).measure_on(family_model("llama-grouped", "hooked"), same)
+        Content(CONFIG).measure_on(replace(sink, prompts=from_ids(ids)))

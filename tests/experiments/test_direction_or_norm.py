@@ -12,7 +12,7 @@ from torch import Tensor
 
 from p0circuit.experiments.base import NotApplicable
 from p0circuit.experiments.paper.c08_direction_or_norm import DirectionOrNorm, DirectionOrNormConfig
-from p0circuit.experiments.surgery import Sink
+from p0circuit.experiments.sink_under_study import StudiedSink
 from p0circuit.models import load_model
 from p0circuit.models.constructed.build import decoy_model, wired_model
 from p0circuit.models.constructed.truth import wired_truth
@@ -40,7 +40,7 @@ def clean_excess(length: int) -> float:
 @pytest.mark.parametrize("positions", ["rotary", "learned"])
 def test_the_wired_sink_is_direction_by_construction(positions: Any) -> None:
     result = DirectionOrNorm().run(wired_model(positions), distinct(16, 48))
-    assert result.claim is not None and result.claim["verdict"] == "reproduced"
+    assert result.judgement is not None and result.judgement.verdict == "reproduced"
     metrics = result.metrics
     assert metrics["left_with_norm_cut"].value == pytest.approx(1, abs=1e-4)
     # Without the direction attention is uniform: what is left of the excess is that of being visible to all.
@@ -59,17 +59,16 @@ def test_the_wired_sink_is_direction_by_construction(positions: Any) -> None:
         assert_legible(figure)
 
 
-@pytest.fixture(scope="module")
-def sink() -> Sink:
+def sink_of(model: Any) -> StudiedSink:
     others, prompts = random_tokens(VOCAB, 8, T, seed=3).split()
-    return Sink(HEADS, prompts, others)
+    return StudiedSink(model, HEADS, prompts, others)
 
 
-def test_surgery_against_a_stream_edited_by_hand(family_model: Any, sink: Sink) -> None:
+def test_surgery_against_a_stream_edited_by_hand(family_model: Any) -> None:
     """Row by row, with norms and medians in plain Python and TransformerLens's own hooks."""
     model = family_model("llama-grouped", "hooked")
-    result = DirectionOrNorm(CONFIG).measure_on(model, sink)
-    ids = sink.prompts.ids
+    result = DirectionOrNorm(CONFIG).measure_on(sink_of(model))
+    ids = sink_of(model).prompts.ids
     streams = [[run_with_cache(model, row)[1][f"blocks.{block}.hook_resid_post"][0] for block in (0, 1)] for row in ids]
 
     def excess(row: int, block: int = 0, vector: Tensor | None = None) -> float:
@@ -111,19 +110,21 @@ def test_surgery_against_a_stream_edited_by_hand(family_model: Any, sink: Sink) 
 
 
 @pytest.mark.parametrize("case", [("neox", "hooked"), ("mixtral", "bridge"), ("gemma2", "bridge")])
-def test_other_architectures_are_measured_too(case: tuple[str, str], family_model: Any, sink: Sink) -> None:
-    result = DirectionOrNorm(CONFIG).measure_on(family_model(*case), sink)
+def test_other_architectures_are_measured_too(case: tuple[str, str], family_model: Any) -> None:
+    result = DirectionOrNorm(CONFIG).measure_on(sink_of(family_model(*case)))
     assert all(np.isfinite(interval.value) for interval in result.metrics.values())
 
 
 def test_where_there_is_no_sink_nothing_is_claimed() -> None:
     untrained = load_model("p0-nano", checkpoint=0)
-    text = natural_text(untrained.tokenizer, "english", n=8, length=32)
+    text = natural_text(untrained, "english", n=8, length=32)
     for model, prompts in ((untrained, text), (decoy_model(), random_tokens(64, 8, 32))):
         with pytest.raises(NotApplicable, match="no sink to explain"):
             DirectionOrNorm().run(model, prompts)
 
 
-def test_rows_without_an_ordinary_position(family_model: Any, sink: Sink) -> None:
+def test_rows_without_an_ordinary_position(family_model: Any) -> None:
     with pytest.raises(NotApplicable, match="no position 20"):
-        DirectionOrNorm(DirectionOrNormConfig(ordinary=(20,))).measure_on(family_model("llama-grouped", "hooked"), sink)
+        DirectionOrNorm(DirectionOrNormConfig(ordinary=(20,))).measure_on(
+            sink_of(family_model("llama-grouped", "hooked"))
+        )

@@ -36,7 +36,7 @@ def dormant() -> Result:
     model = load_model("p0-nano", backend="bridge")
     with torch.no_grad():
         model.blocks[3].attn.o.weight[:, 32:96] = 0
-    return DormantHeads(QUICK).run(model, natural_text(model.tokenizer, "stdlib", n=40, length=64))
+    return DormantHeads(QUICK).run(model, natural_text(model, "stdlib", n=40, length=64))
 
 
 def test_zeroing_against_hooks_by_hand(family_model: Any) -> None:
@@ -129,7 +129,7 @@ def test_random_orders_are_orders_and_differ(family_model: Any) -> None:
 
 def test_heads_that_are_dormant_by_construction_go_first(dormant: Result) -> None:
     """The two sink heads say nothing: the loss without them is that of the whole model."""
-    assert dormant.claim is not None and dormant.claim["verdict"] == "reproduced"
+    assert dormant.judgement is not None and dormant.judgement.verdict == "reproduced"
     assert dormant.metrics["heads_in_sink_order"].value >= 2 > dormant.metrics["heads_in_random_order"].value
     # Their output has no norm either.
     assert dormant.metrics["heads_in_norm_order"].value >= 2
@@ -165,7 +165,7 @@ def test_figures_are_legible(dormant: Result) -> None:
 
 def test_without_a_sink_there_is_nothing_to_claim() -> None:
     untrained = load_model("p0-nano", checkpoint=0)
-    text = natural_text(untrained.tokenizer, "english", n=8, length=32)
+    text = natural_text(untrained, "english", n=8, length=32)
     for model, prompts in ((untrained, text), (decoy_model(), random_tokens(64, 8, 32))):
         with pytest.raises(NotApplicable, match="no sink to explain"):
             DormantHeads().run(model, prompts)

@@ -15,7 +15,7 @@ import torch
 from p0circuit import sink
 from p0circuit.experiments import NotApplicable
 from p0circuit.experiments.exploratory.experts import Experts, ExpertsConfig, _in_use, _random_order
-from p0circuit.experiments.sink_under_study import excess_scores, find_sink_heads
+from p0circuit.experiments.sink_under_study import excess_scores, studied_sink
 from p0circuit.models import load_model
 from p0circuit.models.hooked_transformer import has_hooked_transformer
 from p0circuit.prompts import PromptSet, natural_text, random_tokens
@@ -111,7 +111,7 @@ def test_numbers_against_weights_set_to_zero(
 ) -> None:
     monkeypatch.setattr(sink, "TIMES_UNIFORM", -1e9)
     model, prompts = family_model("qwen3-moe", "bridge"), random_tokens(96, n=24, length=12)
-    found = find_sink_heads(model, prompts)
+    found = studied_sink(model, prompts)
     clean = excess_scores(model, found.prompts, found.heads)
     together = random_result.tables["together"].set_index(["removed", "which"])
     alone = random_result.tables["alone"]
@@ -168,7 +168,7 @@ def test_the_shipped_mixture_as_the_command_for_a_large_one_loads_it(tmp_path: P
     found = []
     for given in ({}, {"device_map": "disk", "offload_folder": tmp_path}):
         model = load_model("moe-0", device="cpu", dtype=torch.bfloat16, **given)
-        found.append(Experts(config).run(model, natural_text(model.tokenizer, "code", n=16, length=64)))
+        found.append(Experts(config).run(model, natural_text(model, "code", n=16, length=64)))
     here, waiting = (result.metrics for result in found)
     assert here == waiting and here["norm_ratio"].value > 5
     assert here["excess_left_without_4_top_experts_at_p0"].value < here["excess_left_without_4_random_experts"].low

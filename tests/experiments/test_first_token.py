@@ -123,7 +123,7 @@ def test_recall_by_place(family_model: Any) -> None:
 
 def test_the_register_is_learned_on_a_frozen_model() -> None:
     model = load_model("p0-nano")
-    text, held_out = natural_text(model.tokenizer, "stdlib", n=48, length=32).split()
+    text, held_out = natural_text(model, "stdlib", n=48, length=32).split()
     before = {name: weight.clone() for name, weight in model.named_parameters()}
     neutral = neutral_token(model, text)
     config = FirstTokenConfig(steps=15, batch=16)
@@ -170,9 +170,9 @@ def test_the_neutral_token(tiny: Any, text: Any) -> None:
 def test_the_shipped_model_hides_its_first_token() -> None:
     """What stands at P0 is half lost, so a prefix gives it back: the opposite of what the claim says."""
     model = load_model("p0-nano")
-    prompts = natural_text(model.tokenizer, "stdlib", n=40, length=40)
+    prompts = natural_text(model, "stdlib", n=40, length=40)
     result = FirstToken(FirstTokenConfig(tokens=6, steps=5)).run(model, prompts)
-    assert result.claim is not None and result.claim["verdict"] == "not reproduced"
+    assert result.judgement is not None and result.judgement.verdict == "not reproduced"
     metrics = result.metrics
     assert metrics["spread_left_with_neutral_prefix_all_predictions"].low > 1.3
     assert metrics["spread_left_with_bos"].value > 1
@@ -189,7 +189,7 @@ def test_the_shipped_model_hides_its_first_token() -> None:
 
 def test_where_there_is_nothing_to_vary_nothing_is_claimed() -> None:
     untrained = load_model("p0-nano", checkpoint=0)
-    text = natural_text(untrained.tokenizer, "english", n=8, length=32)
+    text = natural_text(untrained, "english", n=8, length=32)
     for model, prompts in ((untrained, text), (decoy_model(), random_tokens(64, 8, 32))):
         with pytest.raises(NotApplicable, match="no sink to explain"):
             FirstToken().run(model, prompts)
@@ -202,7 +202,7 @@ def test_where_there_is_nothing_to_vary_nothing_is_claimed() -> None:
 
 def test_a_model_without_a_tokenizer_reads_random_tokens() -> None:
     result = FirstToken(FirstTokenConfig(tokens=3, steps=2)).run(wired_model(), random_tokens(64, 16, 26))
-    assert result.claim is not None and result.claim["verdict"] == "not reproduced"
+    assert result.judgement is not None and result.judgement.verdict == "not reproduced"
     assert any("most frequent" in note for note in result.notes) and any("random" in note for note in result.notes)
     assert "spread_left_with_bos" not in result.metrics
     for figure in result.figures.values():

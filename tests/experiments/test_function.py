@@ -12,12 +12,11 @@ from torch import Tensor
 
 from p0circuit.experiments.base import NotApplicable
 from p0circuit.experiments.paper.c12_function import Function, FunctionConfig
-from p0circuit.experiments.sink_under_study import SinkHeads
+from p0circuit.experiments.sink_under_study import StudiedSink
 from p0circuit.experiments.surgery import random_offsets, row_of_another_token
 from p0circuit.models import load_model
 from p0circuit.models.constructed.build import decoy_model, wired_model
 from p0circuit.prompts import natural_text, random_tokens
-from p0circuit.stats import Interval
 from tests.experiments.test_structure import distinct
 from tests.families import VOCAB
 from tests.literal import loss, norm
@@ -28,10 +27,9 @@ HEADS = ((0, 1), (2, 0), (2, 3))
 CONFIG = FunctionConfig(draws=DRAWS)
 
 
-@pytest.fixture(scope="module")
-def found() -> SinkHeads:
+def sink_of(model: Any) -> StudiedSink:
     prompts = random_tokens(VOCAB, 4, T, seed=3)
-    return SinkHeads(HEADS, True, prompts, Interval(0.4, 0.3, 0.5, 4))
+    return StudiedSink(model, HEADS, prompts, prompts)
 
 
 def edited(model: Any, ids: Tensor, hooks: list[Any]) -> tuple[Tensor, list[Tensor]]:
@@ -71,9 +69,10 @@ def moving(target: int) -> list[Any]:
     return [(f"blocks.{layer}.attn.hook_pattern", move) for layer in (0, 2)]
 
 
-def test_losses_of_the_same_predictions_in_all_runs(family_model: Any, found: SinkHeads) -> None:
-    model, ids = family_model("gpt2", "hooked"), found.prompts.ids
-    metrics = Function(CONFIG).measure_on(model, found).metrics
+def test_losses_of_the_same_predictions_in_all_runs(family_model: Any) -> None:
+    model = family_model("gpt2", "hooked")
+    ids = sink_of(model).prompts.ids
+    metrics = Function(CONFIG).measure_on(sink_of(model)).metrics
 
     def losses(row: int, hooks: list[Any]) -> float:
         return float(np.mean(loss(edited(model, ids[row], hooks)[0], ids[row])[HALF:]))
@@ -98,9 +97,10 @@ def test_losses_of_the_same_predictions_in_all_runs(family_model: Any, found: Si
     assert (p0 - beside).min() - 1e-5 <= interval.low <= interval.high <= (p0 - beside).max() + 1e-5
 
 
-def test_zeroed_values_leave_attention_alone(family_model: Any, found: SinkHeads) -> None:
+def test_zeroed_values_leave_attention_alone(family_model: Any) -> None:
     """GPT-2 has a value of its own for each head: it can be zeroed where it is made, for the queries of the half."""
-    model, ids = family_model("gpt2", "hooked"), found.prompts.ids
+    model = family_model("gpt2", "hooked")
+    ids = sink_of(model).prompts.ids
 
     def zero(values: Tensor, hook: Any) -> Tensor:
         for layer, head in HEADS:
@@ -113,13 +113,14 @@ def test_zeroed_values_leave_attention_alone(family_model: Any, found: SinkHeads
         np.mean(loss(edited(model, row, hooks)[0], row)[HALF:]) - np.mean(loss(edited(model, row, [])[0], row)[HALF:])
         for row in ids
     ]
-    metrics = Function(CONFIG).measure_on(model, found).metrics
+    metrics = Function(CONFIG).measure_on(sink_of(model)).metrics
     assert metrics["loss_added_by_zeroing_p0_value"].value == pytest.approx(np.mean(added), abs=1e-5)
 
 
-def test_how_far_a_changed_token_reaches(family_model: Any, found: SinkHeads) -> None:
-    model, ids = family_model("gpt2", "hooked"), found.prompts.ids
-    tables = Function(CONFIG).measure_on(model, found).tables
+def test_how_far_a_changed_token_reaches(family_model: Any) -> None:
+    model = family_model("gpt2", "hooked")
+    ids = sink_of(model).prompts.ids
+    tables = Function(CONFIG).measure_on(sink_of(model)).tables
     other, place = ids[row_of_another_token(ids[:, HALF]), HALF], random_offsets(4, 4, 1, HALF)
     spread: dict[str, list[Any]] = {"with the sink": [], "P0 hidden": [], "random hidden": []}
     for row in range(4):
@@ -145,23 +146,23 @@ def test_how_far_a_changed_token_reaches(family_model: Any, found: SinkHeads) ->
             assert by_distance["relative change", name, label] == pytest.approx(expected, rel=1e-4)
 
 
-def test_before_the_first_sink_head_nothing_is_different(family_model: Any, found: SinkHeads) -> None:
-    late = replace(found, heads=((2, 0),))
-    table = Function(CONFIG).measure_on(family_model("llama-grouped", "bridge"), late).tables["spread_by_block"]
+def test_before_the_first_sink_head_nothing_is_different(family_model: Any) -> None:
+    late = replace(sink_of(family_model("llama-grouped", "bridge")), heads=((2, 0),))
+    table = Function(CONFIG).measure_on(late).tables["spread_by_block"]
     ratios = table[(table["measured"] == "over with the sink") & (table["run"] == "P0 hidden")]
     assert ratios["value"].tolist()[:2] == [1, 1] and ratios["value"].iloc[2] != 1
 
 
 @pytest.mark.parametrize("case", [("neox", "hooked"), ("olmoe", "bridge"), ("bloom", "bridge"), ("mistral", "hooked")])
-def test_other_architectures_are_measured_too(case: tuple[str, str], family_model: Any, found: SinkHeads) -> None:
-    result = Function(FunctionConfig(draws=1)).measure_on(family_model(*case), found)
+def test_other_architectures_are_measured_too(case: tuple[str, str], family_model: Any) -> None:
+    result = Function(FunctionConfig(draws=1)).measure_on(sink_of(family_model(*case)))
     assert all(np.isfinite(interval.value) for interval in result.metrics.values())
 
 
 def test_the_sink_of_the_wired_model_is_of_no_use() -> None:
     """Its values are drained and its logits say the token again: by construction nothing gains from the sink."""
     result = Function().run(wired_model(), distinct(12, 32))
-    assert result.claim is not None and result.claim["verdict"] == "not reproduced"
+    assert result.judgement is not None and result.judgement.verdict == "not reproduced"
     assert abs(result.metrics["loss_added_by_zeroing_p0_value"].value) < 1e-3
     assert any("random tokens" in note for note in result.notes)
     for figure in result.figures.values():
@@ -170,16 +171,16 @@ def test_the_sink_of_the_wired_model_is_of_no_use() -> None:
 
 def test_where_there_is_no_sink_nothing_is_claimed() -> None:
     untrained = load_model("p0-nano", checkpoint=0)
-    text = natural_text(untrained.tokenizer, "english", n=8, length=32)
+    text = natural_text(untrained, "english", n=8, length=32)
     for model, prompts in ((untrained, text), (decoy_model(), random_tokens(64, 8, 32))):
         with pytest.raises(NotApplicable, match="no sink to explain"):
             Function().run(model, prompts)
 
 
-def test_padded_and_short_rows_are_declined(family_model: Any, found: SinkHeads) -> None:
-    model = family_model("gpt2", "hooked")
+def test_padded_and_short_rows_are_declined(family_model: Any) -> None:
+    found = sink_of(family_model("gpt2", "hooked"))
     padded = replace(found, prompts=found.prompts.left_padded(seed=1))
     with pytest.raises(NotApplicable, match="without padding"):
-        Function().measure_on(model, padded)
+        Function().measure_on(padded)
     with pytest.raises(NotApplicable, match="at least 8 tokens, got 7"):
-        Function().measure_on(model, replace(found, prompts=random_tokens(VOCAB, 4, 7)))
+        Function().measure_on(replace(found, prompts=random_tokens(VOCAB, 4, 7)))

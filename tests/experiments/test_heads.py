@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from p0circuit.experiments.base import NotApplicable
-from p0circuit.experiments.sink_under_study import excess_scores, find_sink_heads, listed, scores_of
+from p0circuit.experiments.sink_under_study import excess_scores, head_list, sink_scores, studied_sink
 from p0circuit.interventions.attention_edits import mask_key
 from p0circuit.models import describe, forward
 from p0circuit.models.constructed.build import decoy_model, wired_model
@@ -26,15 +26,15 @@ def wired():
 
 def test_the_wired_heads_are_found_and_measured_on_other_prompts(wired):
     model, prompts = wired
-    found = find_sink_heads(model, prompts)
-    assert set(found.heads) == set(wired_truth().sink_heads) and found.above
+    found = studied_sink(model, prompts)
+    assert set(found.heads) == set(wired_truth().sink_heads) and "highest" not in found.note
     assert found.prompts.fingerprint() == prompts.split()[1].fingerprint()
-    expected = record(model, found.prompts, SINK_SCORE)[SINK_SCORE].double()
+    expected = record(model, found.prompts, SINK_SCORE).double()
     layers, heads = zip(*found.heads, strict=True)
-    scores = scores_of(model, found.prompts, found.heads)
+    scores = sink_scores(model, found.prompts, found.heads)
     np.testing.assert_allclose(scores, expected[:, layers, heads].mean(1).numpy(), atol=1e-6)
     excess = excess_scores(model, found.prompts, found.heads)
-    np.testing.assert_allclose(excess, scores - scores_of(model, found.prompts, found.heads, 8), atol=1e-6)
+    np.testing.assert_allclose(excess, scores - sink_scores(model, found.prompts, found.heads, 8), atol=1e-6)
     assert found.excess.value == pytest.approx(excess.mean(), abs=1e-9)
     assert "attn.2" in found.note and "highest" not in found.note
 
@@ -45,16 +45,16 @@ def test_scores_under_an_intervention(wired):
     masked = mask_key(model, prompts, [f"attn.{layer}.{head}" for layer, head in heads])
     # What is left is the attention P0 pays to itself, one query of twenty.
     np.testing.assert_allclose(
-        scores_of(model, prompts, heads, interventions=[masked]), np.full(prompts.n, 1 / 20), atol=1e-5
+        sink_scores(model, prompts, heads, interventions=[masked]), np.full(prompts.n, 1 / 20), atol=1e-5
     )
 
 
 def test_where_there_is_no_sink_there_is_nothing_to_explain():
     model = decoy_model("rotary")
     with pytest.raises(NotApplicable, match="no sink to explain"):
-        find_sink_heads(model, random_tokens(describe(model).vocab_size, n=24, length=20))
+        studied_sink(model, random_tokens(describe(model).vocab_size, n=24, length=20))
     with pytest.raises(NotApplicable, match="too few"):
-        find_sink_heads(model, random_tokens(describe(model).vocab_size, n=24, length=8))
+        studied_sink(model, random_tokens(describe(model).vocab_size, n=24, length=8))
 
 
 def test_uniform_attention_has_the_excess_it_is_said_to_have(wired):
@@ -73,6 +73,6 @@ def test_uniform_attention_has_the_excess_it_is_said_to_have(wired):
 
 
 def test_few_heads_are_named_and_many_are_counted_by_layer():
-    assert listed([(2, 0), (3, 1)]) == "attn.2.0, attn.3.1"
+    assert head_list([(2, 0), (3, 1)]) == "attn.2.0, attn.3.1"
     many = [(layer, head) for layer in (2, 3, 4, 7) for head in range(4)]
-    assert listed(many) == "16 heads in layers 2 to 4, 7"
+    assert head_list(many) == "16 heads in layers 2 to 4, 7"

@@ -79,7 +79,7 @@ def test_every_part_against_plain_loops(
     prompts = random_tokens(96, n=2, length=9)
     mean = torch.randn(len(HEADS), describe(model).d_head)
     quantity = _parts_at(model, LAYER, HEADS, mean, offset)
-    found = record(model, prompts, quantity, cache=None)[quantity]
+    found = record(model, prompts, quantity, cache=None)
     expected = torch.tensor([literal(model, ids, mean, offset) for ids in prompts.ids])
     torch.testing.assert_close(found.double(), expected.double(), rtol=2e-4, atol=2e-4)
 
@@ -90,12 +90,10 @@ def test_padding_is_neither_query_nor_key(family_model: Callable[[str, str], Any
     padded = prompts.left_padded([6, 8])
     mean = torch.randn(len(HEADS), describe(model).d_head)
     quantity = _parts_at(model, LAYER, HEADS, mean, 0)
-    found = record(model, padded, quantity, cache=None)[quantity]
+    found = record(model, padded, quantity, cache=None)
     for row, length in enumerate((6, 8)):
         alone = from_ids(prompts.ids[row : row + 1, :length])
-        torch.testing.assert_close(
-            found[row], record(model, alone, quantity, cache=None)[quantity][0], rtol=1e-4, atol=1e-4
-        )
+        torch.testing.assert_close(found[row], record(model, alone, quantity, cache=None)[0], rtol=1e-4, atol=1e-4)
 
 
 def test_the_mean_query_leaves_out_p0_and_padding() -> None:
@@ -110,7 +108,7 @@ def test_the_mean_query_leaves_out_p0_and_padding() -> None:
 @pytest.mark.parametrize("positions", ["rotary", "learned"])
 def test_the_wired_query_is_a_constant_so_the_key_side_is_everything(positions: Any) -> None:
     result = KeySide().run(wired_model(positions), random_tokens(64, n=16, length=32))
-    assert result.claim is not None and result.claim["verdict"] == "reproduced"
+    assert result.judgement is not None and result.judgement.verdict == "reproduced"
     metrics, strengths = result.metrics, wired_truth().sink_strengths
     for name in ("query_independent_share", "query_independent_share_of_the_mean_gap", "excess_kept_with_mean_query"):
         assert metrics[name].value == pytest.approx(1, abs=1e-4)

@@ -48,13 +48,13 @@ def test_one_repeated_token_leaves_what_uniform_attention_gives(wired: Result) -
     text = table["repeated", 1, "excess"]
     assert text == pytest.approx(shared_score(1, LENGTH), abs=2e-3)
     assert wired.metrics["excess_on_one_repeated_token"].value == pytest.approx(uniform_excess(LENGTH), abs=1e-5)
-    assert wired.claim is not None
+    assert wired.judgement is not None
     left = "excess_left_of_one_repeated_token"
     if left in wired.metrics:
-        assert wired.claim["verdict"] == "reproduced"
+        assert wired.judgement.verdict == "reproduced"
     else:
         left = "excess_kept_with_learned_positions"
-        assert wired.claim["verdict"] == "not reproduced"
+        assert wired.judgement.verdict == "not reproduced"
     assert wired.metrics[left].value == pytest.approx(uniform_excess(LENGTH) / text, rel=1e-4)
     assert wired.metrics["excess_left_of_different_tokens"].value == pytest.approx(1, abs=1e-3)
 
@@ -106,7 +106,7 @@ def test_the_figure_has_a_panel_for_each_sweep(wired: Result) -> None:
 
 def test_learned_positions_that_make_the_sink_keep_it() -> None:
     result = Limits(QUICK).run(embedded_sink(), distinct(12, LENGTH))
-    assert result.claim is not None and result.claim["verdict"] == "reproduced"
+    assert result.judgement is not None and result.judgement.verdict == "reproduced"
     assert result.metrics["excess_kept_with_learned_positions"].value == pytest.approx(1, abs=1e-2)
     assert "P0 is never imitated: no copy of its token has half of P0's score" in result.notes
     assert "however often its token stands there, more than half of its excess score stays" in result.notes
@@ -117,7 +117,7 @@ def test_a_window_that_hides_p0_has_no_sink_at_it(layers: tuple[int, ...]) -> No
     """All blocks windowed, or all but the one of the sink heads, or that one alone."""
     window = 14
     result = Limits(QUICK).run(windowed(window, layers), distinct(12, LENGTH))
-    assert result.claim is not None and result.claim["verdict"] == "reproduced"
+    assert result.judgement is not None and result.judgement.verdict == "reproduced"
     metric = result.metrics["attention_to_p0_from_queries_that_cannot_see_it"]
     assert (metric.value, metric.low, metric.high) == (0, 0, 0)
     oldest = result.metrics.get("attention_of_windowed_sink_heads_to_the_oldest_key_in_view")
@@ -153,7 +153,7 @@ def test_blind_queries_against_a_loop(family_model: Any, backend: str) -> None:
     model = family_model("mistral", backend)
     prompts = random_tokens(VOCAB, n=3, length=15)
     for size in (6, 4):
-        found = record(model, prompts, blind_queries(size))[blind_queries(size)]
+        found = record(model, prompts, blind_queries(size))
         for row, ids in enumerate(prompts.ids):
             patterns = model.run_with_cache(ids[None])[1]
             for layer in range(3):
@@ -178,7 +178,7 @@ def test_opened_replaces_the_second_to_the_last_of_so_many_tokens() -> None:
 
 
 def test_different_tokens_are_different_and_not_the_first(tiny: Any) -> None:
-    prompts = natural_text(tiny.tokenizer, "english", n=6, length=40)
+    prompts = natural_text(tiny, "english", n=6, length=40)
     drawn = different_tokens(tiny, prompts)
     for row, first in zip(drawn.tolist(), prompts.ids[:, 0].tolist(), strict=True):
         assert len({first, *row}) == 41
@@ -190,9 +190,9 @@ def test_different_tokens_are_different_and_not_the_first(tiny: Any) -> None:
 
 def test_a_trained_rotary_model_on_texts_it_has_and_has_not_seen() -> None:
     model = load_model("p0-nano")
-    prompts = natural_text(model.tokenizer, "stdlib", n=24, length=32, first_token="random")
+    prompts = natural_text(model, "stdlib", n=24, length=32, first_token="random")
     result = Limits(LimitsConfig(lengths=(16, 96, 2048), tokens=400)).run(model, prompts)
-    assert result.claim is not None and result.claim["verdict"] == "reproduced"
+    assert result.judgement is not None and result.judgement.verdict == "reproduced"
     assert result.tables["texts"]["text"].tolist() == ["the same text", "english", "code", "random tokens"]
     assert set(result.tables["lengths"]["length"]) == {16, 32, 96, 2048}
     assert result.metrics["excess_left_of_different_tokens"].value > 0.5
@@ -202,7 +202,7 @@ def test_a_trained_rotary_model_on_texts_it_has_and_has_not_seen() -> None:
 def test_nothing_to_explain_is_not_applicable(family_model: Any) -> None:
     model = load_model("p0-nano", checkpoint=0)
     with pytest.raises(NotApplicable, match="no sink to explain"):
-        Limits().run(model, natural_text(model.tokenizer, "stdlib", n=16, length=32))
+        Limits().run(model, natural_text(model, "stdlib", n=16, length=32))
     with pytest.raises(NotApplicable, match="no sink to explain"):
         Limits().run(decoy_model(), distinct(12, LENGTH))
     with pytest.raises(NotApplicable, match="6 tokens are in view at once"):

@@ -105,6 +105,7 @@ def test_short_prompts_are_compared_with_their_last_position(tiny: Any, text: Pr
     assert (NormDirection(NormDirectionConfig((1,))).run(tiny, pair).tables["layers"]).equals(table)
 
 
+@pytest.mark.usefixtures("shown_messages")
 def test_a_second_run_says_what_it_read(tiny: Any, text: PromptSet, capsys: pytest.CaptureFixture[str]) -> None:
     first = NormDirection().run(tiny, text)
     capsys.readouterr()

@@ -55,7 +55,7 @@ def made_up(variant, seed, at=0.1, final=0.5, causal=None, loss=0.0, ratio=0.0):
 
 
 def verdict(experiment, runs, reference="bos"):
-    return experiment.run(runs, reference).claim["verdict"]
+    return experiment.run(runs, reference).judgement.verdict
 
 
 def test_early_is_judged_by_the_latest_seed():
@@ -64,7 +64,7 @@ def test_early_is_judged_by_the_latest_seed():
     # The checkpoint at or after 0.15 of 9,000 steps; the half of it that the excess has to pass comes with it.
     first = STEPS[np.argmax(STEPS / 9000 >= 0.15)] / 9000
     assert result.metrics["latest_formation_share"].value == pytest.approx(first)
-    assert result.claim["verdict"] == "reproduced"
+    assert result.judgement.verdict == "reproduced"
     assert verdict(Early(), [*runs, made_up("bos", 3, 0.5)]) == "not reproduced"
     assert verdict(Early(), [*runs, made_up("bos", 3, final=0.02)]) == "not reproduced", "one without a sink"
     with pytest.raises(NotApplicable, match="0 of 0 runs of 'baseline'"):
@@ -76,7 +76,7 @@ def test_concentration_needs_a_trend_and_a_high_end():
     result = Concentration().run(runs)
     assert result.metrics["causal_spearman"].value == pytest.approx(1)
     assert result.metrics["causal_final"].value == pytest.approx(0.9)
-    assert result.claim["verdict"] == "reproduced"
+    assert result.judgement.verdict == "reproduced"
     assert verdict(Concentration(), [made_up("bos", seed, 0.05, causal=0.9) for seed in range(3)]) == "not reproduced"
     low = [made_up("bos", seed, 0.05, causal=np.linspace(0.1, 0.5, len(STEPS))) for seed in range(3)]
     assert verdict(Concentration(), low) == "not reproduced"
@@ -112,9 +112,9 @@ def test_the_circuit_tells_more_than_the_step_only_where_it_does():
             yield made_up(variant, seed, 0.05, ratio=moved, loss=moved if tells else noise)
 
     told, silent = Convergence().run(list(runs(True))), Convergence().run(list(runs(False)))
-    assert told.claim["verdict"] == "reproduced" and told.metrics["error_step_and_circuit"].value < 1e-6
+    assert told.judgement.verdict == "reproduced" and told.metrics["error_step_and_circuit"].value < 1e-6
     assert told.metrics["error_difference_shuffled"].low > told.metrics["error_difference"].high
-    assert silent.claim["verdict"] == "not reproduced"
+    assert silent.judgement.verdict == "not reproduced"
     with pytest.raises(NotApplicable, match="this needs 3"):
         Convergence().run([made_up("bos", seed, 0.05) for seed in range(2)])
 
@@ -192,7 +192,7 @@ def test_methods_are_compared_by_pairs_of_seeds():
     baseline = [made_up("bos", seed, 0.3, 0.4 + 0.01 * seed) for seed in range(3)]
     better = [made_up(name, seed, 0.05, 0.6 + 0.01 * seed) for name in ("tnlm", "force-sink") for seed in range(3)]
     result = Methods().run([*baseline, *better])
-    assert result.claim["verdict"] == "reproduced"
+    assert result.judgement.verdict == "reproduced"
     assert result.metrics["tnlm_excess_difference"].value == pytest.approx(0.2)
     # Equal seeds, equal differences: the spread of the seeds themselves is no part of the interval.
     assert result.metrics["tnlm_excess_difference"].low == pytest.approx(0.2)
@@ -224,5 +224,5 @@ def test_experiments_over_runs_are_found_by_name_and_told_apart():
 def test_on_the_shipped_traces_each_has_a_verdict_and_is_kept(name, tmp_path):
     runs = as_trained(shipped_runs())
     result = RUN_EXPERIMENTS[name]().run(runs)
-    assert result.claim["verdict"] in ("reproduced", "not reproduced")
+    assert result.judgement.verdict in ("reproduced", "not reproduced")
     assert Result.load(result.save(tmp_path)).metrics == result.metrics

@@ -20,7 +20,7 @@ from p0circuit.experiments.paper.c07_causal_path import (
     at_p0,
     joint_changes,
 )
-from p0circuit.experiments.sink_under_study import find_sink_heads
+from p0circuit.experiments.sink_under_study import studied_sink
 from p0circuit.interventions.metrics import measure, sink_score_of
 from p0circuit.interventions.pairs import shift_prompts
 from p0circuit.interventions.path_patching import PathEffects
@@ -69,7 +69,7 @@ def wired(request: pytest.FixtureRequest) -> Result:
 
 
 def test_the_wired_path_is_reproduced_and_the_control_shows_nothing(wired: Result) -> None:
-    assert wired.claim is not None and wired.claim["verdict"] == "reproduced"
+    assert wired.judgement is not None and wired.judgement.verdict == "reproduced"
     for direction in ("noising", "denoising"):
         # Blocks from 2 on write nothing that a sink head reads, so blocks 0-1 are all there is.
         assert wired.metrics[f"share_of_blocks_0_1_in_{direction}"].value == pytest.approx(1, abs=1e-3)
@@ -121,7 +121,7 @@ def test_both_figures_are_drawn_with_labels(wired: Result) -> None:
 def test_a_sink_made_by_the_position_embedding_takes_another_path() -> None:
     """Learned positions can carry the sink: then the embedding has it, blocks 0-1 none, and the claim is missed."""
     result = CausalPath(QUICK).run(embedded_sink(), distinct(12, LENGTH))
-    assert result.claim is not None and result.claim["verdict"] == "not reproduced"
+    assert result.judgement is not None and result.judgement.verdict == "not reproduced"
     for direction in ("noising", "denoising"):
         assert result.metrics[f"share_of_blocks_0_1_in_{direction}"].value == pytest.approx(0, abs=1e-3)
         table = result.tables["components"].set_index(["direction", "node"])["share"]
@@ -238,9 +238,9 @@ def test_rows_are_dealt_out_to_the_shifts_and_bounded_by_the_runs(wired: Result)
 
 def test_the_trained_model_runs_through_blocks_0_and_1() -> None:
     model = load_model("p0-nano")
-    prompts = natural_text(model.tokenizer, "stdlib", n=24, length=32, first_token="random")
+    prompts = natural_text(model, "stdlib", n=24, length=32, first_token="random")
     result = CausalPath(CausalPathConfig(shifts=(8,), runs=600)).run(model, prompts)
-    assert result.claim is not None and result.claim["verdict"] == "reproduced"
+    assert result.judgement is not None and result.judgement.verdict == "reproduced"
     assert abs(result.metrics["share_of_random_position_in_noising"].value) < 0.05
 
 
@@ -248,7 +248,7 @@ def test_the_trained_model_runs_through_blocks_0_and_1() -> None:
 def test_a_bounded_run_says_of_the_wired_model_what_a_thorough_one_says(wired: Result, positions: Any) -> None:
     config = CausalPathConfig(shifts=SHIFTS, most_edges=0)
     result = CausalPath(config).run(wired_model(positions), distinct(12, LENGTH))
-    assert result.claim is not None and result.claim["verdict"] == "reproduced"
+    assert result.judgement is not None and result.judgement.verdict == "reproduced"
     for name, interval in wired.metrics.items():
         # Denoising differs between the shifts, and a bounded run has each row at one of them.
         tolerance = 0.05 if "denoising" in name and "total" in name else 2e-3
@@ -268,7 +268,7 @@ def test_a_bounded_run_on_a_bridge_with_padded_rows() -> None:
     model = to_bridge(wired_huggingface("rotary"), "wired")
     prompts = distinct(12, LENGTH).left_padded([LENGTH - row for row in range(12)])
     result = CausalPath(CausalPathConfig(shifts=SHIFTS, most_edges=0)).run(model, prompts)
-    assert result.claim is not None and result.claim["verdict"] == "reproduced"
+    assert result.judgement is not None and result.judgement.verdict == "reproduced"
     assert result.metrics["share_of_k_in_total_effect"].value == pytest.approx(1, abs=2e-3)
     assert result.metrics["edges_at_random_position_over_those_at_p0"].value == pytest.approx(0, abs=2e-3)
 
@@ -287,7 +287,7 @@ def test_the_map_of_a_bounded_run_has_every_layer_in_its_place() -> None:
 
 def test_a_bounded_run_of_p0_nano_is_near_the_thorough_one() -> None:
     model = load_model("p0-nano")
-    prompts = natural_text(model.tokenizer, "stdlib", n=24, length=32, first_token="random")
+    prompts = natural_text(model, "stdlib", n=24, length=32, first_token="random")
     config = {"shifts": (8,), "rows": 12, "row_runs": 30}
     thorough = CausalPath(CausalPathConfig(shifts=(8,), runs=3072)).run(model, prompts)
     bounded = CausalPath(CausalPathConfig(**config, most_edges=0)).run(model, prompts)
@@ -316,9 +316,9 @@ def test_a_few_prompts_are_enough_to_run_it(n: int, most_edges: int) -> None:
 @pytest.mark.parametrize("most_edges", [0, 2000])
 def test_what_it_takes_is_declared(most_edges: int) -> None:
     model = load_model("p0-nano")
-    prompts = natural_text(model.tokenizer, "stdlib", n=24, length=64)
+    prompts = natural_text(model, "stdlib", n=24, length=64)
     experiment = CausalPath(CausalPathConfig(most_edges=most_edges, row_runs=24))
-    find_sink_heads(model, prompts)
+    studied_sink(model, prompts)
     with count_passes() as counted:
         experiment.run(model, prompts)
     assert counted.passes(prompts.n, prompts.length, describe(model).n_layers) == pytest.approx(
@@ -329,7 +329,7 @@ def test_what_it_takes_is_declared(most_edges: int) -> None:
 def test_nothing_to_explain_is_not_applicable() -> None:
     model = load_model("p0-nano", checkpoint=0)
     with pytest.raises(NotApplicable, match="no sink to explain"):
-        CausalPath().run(model, natural_text(model.tokenizer, "stdlib", n=16, length=32))
+        CausalPath().run(model, natural_text(model, "stdlib", n=16, length=32))
     with pytest.raises(NotApplicable, match="no sink to explain"):
         CausalPath().run(decoy_model(), distinct(12, LENGTH))
 

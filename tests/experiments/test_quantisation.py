@@ -30,7 +30,7 @@ from p0circuit.experiments.deployment.int8_effects import (
     int8_effects,
     over_draws,
 )
-from p0circuit.experiments.practice import find_used_sink
+from p0circuit.experiments.sink_under_study import studied_sink
 from p0circuit.experiments.surgery import random_offsets
 from p0circuit.interventions.int8 import Site
 from p0circuit.models import load_model
@@ -236,7 +236,7 @@ def test_both_backends_agree(family_model: Any, effects: Int8Effects) -> None:
 
 def test_the_shipped_model() -> None:
     model = load_model("p0-nano")
-    prompts = natural_text(model.tokenizer, "stdlib", n=24, length=48)
+    prompts = natural_text(model, "stdlib", n=24, length=48)
     result = Quantisation(QuantisationConfig(draws=3)).run(model, prompts)
     metrics = result.metrics
     assert metrics["error_left_with_p0_kept"].low > 0.35 and metrics["error_left_with_p0_kept"].high < 0.7
@@ -259,7 +259,7 @@ def test_the_shipped_model() -> None:
 def test_what_a_calibrated_grid_has_to_hold_is_told() -> None:
     """In a few texts the second token is as large as P0."""
     model = load_model("p0-nano")
-    prompts = natural_text(model.tokenizer, "stdlib", n=128, length=48)
+    prompts = natural_text(model, "stdlib", n=128, length=48)
     notes = Quantisation(QuantisationConfig(draws=1, draw_samples=2)).run(model, prompts).notes
     assert any("position 1" in note and "block 2, MLP, out of hidden" in note for note in notes)
 
@@ -268,7 +268,7 @@ def test_two_seeds_of_prompts_agree() -> None:
     model = load_model("p0-nano")
     left = []
     for seed in (0, 1):
-        prompts = natural_text(model.tokenizer, "stdlib", n=48, length=64, seed=seed)
+        prompts = natural_text(model, "stdlib", n=48, length=64, seed=seed)
         effects = int8_effects(model, prompts, {name: SCHEMES[name] for name in (P0_IN, P0_KEPT)})
         left.append(effects.error_left(P0_KEPT))
     assert left[0].low < left[1].high and left[1].low < left[0].high
@@ -277,16 +277,16 @@ def test_two_seeds_of_prompts_agree() -> None:
 def test_a_sink_that_hangs_on_bos_is_measured_behind_it() -> None:
     """Early in its training p0-nano had a sink at BOS and hardly any without."""
     model = load_model("p0-nano", checkpoint=1567)
-    prompts = natural_text(model.tokenizer, "stdlib", n=24, length=32)
-    found, condition = find_used_sink(model, prompts)
-    assert condition == "with BOS" and set(found.prompts.ids[:, 0].tolist()) == {model.tokenizer.bos_token_id}
+    prompts = natural_text(model, "stdlib", n=24, length=32)
+    found = studied_sink(model, prompts, in_either_condition=True)
+    assert found.condition == "with BOS" and set(found.prompts.ids[:, 0].tolist()) == {model.tokenizer.bos_token_id}
     result = Quantisation().run(model, prompts)
     assert "measured on text with BOS, 12 rows" in result.notes
 
 
 def test_without_a_sink_or_enough_tokens_nothing_is_claimed(family_model: Any) -> None:
     untrained = load_model("p0-nano", checkpoint=0)
-    text = natural_text(untrained.tokenizer, "english", n=8, length=32)
+    text = natural_text(untrained, "english", n=8, length=32)
     with pytest.raises(NotApplicable, match=r"no sink to explain.*behind BOS: there is no sink to explain"):
         Quantisation().run(untrained, text)
     with pytest.raises(NotApplicable, match="no sink to explain"):

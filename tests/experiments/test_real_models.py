@@ -56,7 +56,7 @@ def test_the_sink_rate_is_that_of_a_plain_eager_pass(
 ) -> None:
     model = request.getfixturevalue({"smollm2-135m": "smollm2", "gemma3-270m": "gemma3"}[name])
     assert default_text(model) == "docs"
-    prompts = natural_text(model.tokenizer, "docs", n=16, length=64, first_token=first)
+    prompts = natural_text(model, "docs", n=16, length=64, first_token=first)
     assert condition_of(model, prompts) == (WITH_BOS if first == "bos" else WITHOUT_BOS)
     found = sink_summary(model, prompts, bos=first == "bos")
     with own_cache():
@@ -69,14 +69,14 @@ def test_the_sink_rate_is_that_of_a_plain_eager_pass(
 
 
 def test_smollm2_has_its_sink_in_text_as_it_is(smollm2: Any) -> None:
-    text = natural_text(smollm2.tokenizer, "docs", n=16, length=48)
+    text = natural_text(smollm2, "docs", n=16, length=48)
     condition = find_condition(smollm2, text)
     assert condition.name == WITHOUT_BOS and condition.excess[WITHOUT_BOS].low > 0.3
     assert after_bos(smollm2, text) is None
 
 
 def test_the_sink_of_gemma_depends_on_bos(gemma3: Any) -> None:
-    text = natural_text(gemma3.tokenizer, "docs", n=16, length=48)
+    text = natural_text(gemma3, "docs", n=16, length=48)
     condition = find_condition(gemma3, text)
     assert condition.name == WITH_BOS and condition.prompts.leading(bos_id(gemma3) or -1).tolist() == [1] * 16
     bare, after = (sink_summary(gemma3, rows, bos) for rows, bos in ((text, False), (condition.prompts, True)))
@@ -88,13 +88,13 @@ def test_the_sink_of_gemma_depends_on_bos(gemma3: Any) -> None:
 
 def test_text_that_spells_bos_has_none(gemma3: Any, tmp_path: Path) -> None:
     (tmp_path / "spelt.txt").write_text("<bos> is a word like any other here. " * 20)
-    prompts = natural_text(gemma3.tokenizer, tmp_path / "spelt.txt", n=4, length=16)
+    prompts = natural_text(gemma3, tmp_path / "spelt.txt", n=4, length=16)
     assert condition_of(gemma3, prompts) == WITHOUT_BOS
     assert not bool((prompts.ids == bos_id(gemma3)).any())
 
 
 def test_the_advice_names_a_few_of_many_heads(smollm2: Any) -> None:
-    text = natural_text(smollm2.tokenizer, "docs", n=16, length=48)
+    text = natural_text(smollm2, "docs", n=16, length=48)
     bare, after = _look(smollm2, text)
     assert (bare.verdict, after.verdict) == (YES, YES)
     assert len(bare.heads) > 150 and bare.names.startswith(f"{len(bare.heads)} heads (attn.") and len(bare.names) < 120

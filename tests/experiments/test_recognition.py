@@ -142,8 +142,8 @@ def test_block_0_of_the_wired_model_recognises_and_block_1_does_not(result: Resu
     assert metrics["random_position_over_others_block_0"].value == pytest.approx(1, abs=0.3)
     # P0 is recognised already: its values in block 1 are drained, and its output there is the shorter.
     assert metrics["squared_norm_over_others_block_1"].value < 1
-    assert result.claim is not None and result.claim["verdict"] == "not reproduced"
-    assert "block_1" in result.claim["why"] and "block_0" not in result.claim["why"].split("needed")[1]
+    assert result.judgement is not None and result.judgement.verdict == "not reproduced"
+    assert "block_1" in result.judgement.reason and "block_0" not in result.judgement.reason.split("needed")[1]
 
 
 def test_the_tables(result: Result) -> None:

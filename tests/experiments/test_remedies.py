@@ -131,7 +131,7 @@ def test_what_a_model_cannot_take_is_left_out() -> None:
     assert base == AS_IS and BEHIND_BOS not in remedies and BEHIND_REGISTER not in remedies
     assert any("BOS" in note for note in notes) and any("register" in note for note in notes)
     model = load_model("p0-nano")
-    prompts = natural_text(model.tokenizer, "code", n=4, length=40)
+    prompts = natural_text(model, "code", n=4, length=40)
     base, remedies = mitigations_for(model, prompts, ["attn.3.1"], "with BOS", torch.zeros(128), [])
     bos = model.tokenizer.bos_token_id
     assert base == BEHIND_BOS and remedies[KEY_HIDDEN].prefix == bos and remedies[AS_IS].prefix is None
@@ -142,7 +142,7 @@ def test_what_a_model_cannot_take_is_left_out() -> None:
 
 def test_the_shipped_model_with_every_remedy() -> None:
     model = load_model("p0-nano")
-    prompts = natural_text(model.tokenizer, "stdlib", n=48, length=48)
+    prompts = natural_text(model, "stdlib", n=48, length=48)
     result = Mitigations(SMALL).run(model, prompts)
     table = result.tables["remedies"]
     assert set(table["remedy"]) == {
@@ -164,7 +164,7 @@ def test_the_shipped_model_with_every_remedy() -> None:
 
 def test_where_there_is_no_sink_there_is_nothing_to_remedy() -> None:
     untrained = load_model("p0-nano", checkpoint=0)
-    text = natural_text(untrained.tokenizer, "english", n=8, length=32)
+    text = natural_text(untrained, "english", n=8, length=32)
     for model, prompts in ((untrained, text), (decoy_model(), random_tokens(64, 8, 32))):
         with pytest.raises(NotApplicable, match="no sink to explain"):
             Mitigations().run(model, prompts)

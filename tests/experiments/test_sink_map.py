@@ -114,7 +114,7 @@ def test_the_best_head_is_that_of_the_mean(tiny: Any, text: PromptSet, result: R
 def test_an_untrained_model_has_no_sink(tiny: Any) -> None:
     from p0circuit.prompts import natural_text
 
-    result = SinkMap().run(tiny, natural_text(tiny.tokenizer, "english", n=8, length=64))
+    result = SinkMap().run(tiny, natural_text(tiny, "english", n=8, length=64))
     assert result.tables["rates"]["sink_rate"].tolist() == [0] * 20
     assert result.metrics["sink_rate"].high == 0
 
@@ -130,6 +130,7 @@ def test_the_sinks_of_the_wired_model_are_found_and_only_they() -> None:
     assert SinkMap().run(decoy_model(), prompts).metrics["sink_rate"].value == 0
 
 
+@pytest.mark.usefixtures("shown_messages")
 def test_a_second_run_says_what_it_read(tiny: Any, text: PromptSet, capsys: pytest.CaptureFixture[str]) -> None:
     first = SinkMap().run(tiny, text)
     assert "cache" not in capsys.readouterr().err and first.provenance["from_cache"] == []
@@ -148,7 +149,7 @@ def test_a_second_run_says_what_it_read(tiny: Any, text: PromptSet, capsys: pyte
 
 def test_the_provenance_is_complete_and_json(tiny: Any, text: PromptSet, result: Result) -> None:
     provenance = json.loads(json.dumps(result.provenance))
-    assert provenance["model"]["name"] == "tiny" and provenance["model"]["layers"] == LAYERS
+    assert provenance["model"]["name"] == "tiny" and provenance["model"]["n_layers"] == LAYERS
     assert provenance["prompts"]["fingerprint"] == text.fingerprint()
     assert (provenance["prompts"]["source"], provenance["prompts"]["seed"]) == ("english", 2)
     assert (provenance["samples"], provenance["length"]) == (5, 12)

@@ -26,7 +26,7 @@ TINY = StreamingConfig(other_samples=4, long_windows=2, long_tokens=128)
 @pytest.fixture(scope="module")
 def nano() -> Result:
     model = load_model("p0-nano")
-    return Streaming(SHORT).run(model, natural_text(model.tokenizer, "stdlib", n=48, length=64))
+    return Streaming(SHORT).run(model, natural_text(model, "stdlib", n=48, length=64))
 
 
 def test_losses_and_costs_against_token_by_token(family_model: Any) -> None:
@@ -79,7 +79,7 @@ def test_a_gain_does_not_pass_for_a_ratio() -> None:
 
 
 def test_p0_is_worth_more_than_its_neighbours_where_there_is_a_sink(nano: Result) -> None:
-    assert nano.claim is not None and nano.claim["verdict"] == "reproduced"
+    assert nano.judgement is not None and nano.judgement.verdict == "reproduced"
     metrics = nano.metrics
     assert metrics["dropping_p0_over_dropping_another"].value > 5
     assert metrics["dropping_p0_beyond_5_times_another_with_bos"].n == 8
@@ -108,10 +108,10 @@ def test_figures_are_legible(nano: Result) -> None:
 
 def test_without_a_sink_the_first_token_is_one_of_many() -> None:
     untrained = load_model("p0-nano", checkpoint=0)
-    text = natural_text(untrained.tokenizer, "english", n=12, length=32)
+    text = natural_text(untrained, "english", n=12, length=32)
     for model, prompts in ((untrained, text), (decoy_model(), random_tokens(64, 12, 32))):
         result = Streaming(TINY).run(model, prompts)
-        assert result.claim is not None and result.claim["verdict"] == "not reproduced"
+        assert result.judgement is not None and result.judgement.verdict == "not reproduced"
         assert result.notes[0].endswith("here this is a control")
 
 
@@ -127,7 +127,7 @@ def test_the_long_stream_stands_behind_bos_like_the_prompts() -> None:
     from p0circuit.experiments.conditions import text_like
 
     model = load_model("p0-nano")
-    prompts = natural_text(model.tokenizer, "english", n=4, length=16)
+    prompts = natural_text(model, "english", n=4, length=16)
     assert set(text_like(model, prompts.prepend(0), 24, 3).ids[:, 0].tolist()) == {0}
     plain = text_like(model, prompts, 24, 3)
     assert plain.ids.shape == (3, 24) and 0 not in plain.ids

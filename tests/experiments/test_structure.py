@@ -12,7 +12,7 @@ from torch import Tensor
 
 from p0circuit.experiments.base import NotApplicable
 from p0circuit.experiments.paper.c05_structure import Structure, StructureConfig
-from p0circuit.experiments.surgery import Sink
+from p0circuit.experiments.sink_under_study import StudiedSink
 from p0circuit.models import load_model
 from p0circuit.models.constructed.build import decoy_model, wired_model
 from p0circuit.models.constructed.truth import wired_truth
@@ -50,7 +50,7 @@ def predicted(strength: float, t: int, length: int) -> tuple[float, float]:
 def test_the_wired_sink_is_structure_by_construction(positions: Any, chosen: tuple[int, ...]) -> None:
     config = StructureConfig(positions=chosen, samples_beside=8)
     result = Structure(config).run(wired_model(positions), distinct(16, 48))
-    assert result.claim is not None and result.claim["verdict"] == "reproduced"
+    assert result.judgement is not None and result.judgement.verdict == "reproduced"
     pairs = [
         np.mean([predicted(strength, t, 48) for strength in wired_truth().sink_strengths], axis=0)
         for t in config.positions
@@ -76,16 +76,15 @@ def test_the_wired_sink_is_structure_by_construction(positions: Any, chosen: tup
         assert_legible(figure)
 
 
-@pytest.fixture(scope="module")
-def sink() -> Sink:
+def sink_of(model: Any) -> StudiedSink:
     others, prompts = random_tokens(VOCAB, 8, T, seed=3).split()
-    return Sink(HEADS, prompts, others, ("made by hand",))
+    return StudiedSink(model, HEADS, prompts, others, ("made by hand",))
 
 
-def test_surgery_against_attention_edited_by_hand(family_model: Any, sink: Sink) -> None:
+def test_surgery_against_attention_edited_by_hand(family_model: Any) -> None:
     """Row by row: the pattern of blocks 0 and 1 at t, or at P0, replaced in TransformerLens's own hooks."""
     model = family_model("llama-grouped", "hooked")
-    metrics = Structure(FEW).measure_on(model, sink).metrics
+    metrics = Structure(FEW).measure_on(sink_of(model)).metrics
 
     def excess(ids: Tensor, offset: int, edit: Any = None) -> float:
         seen: dict[str, Tensor] = {}
@@ -109,7 +108,7 @@ def test_surgery_against_attention_edited_by_hand(family_model: Any, sink: Sink)
 
         return edit
 
-    runs = [(ids, t) for ids in sink.prompts.ids for t in FEW.positions]
+    runs = [(ids, t) for ids in sink_of(model).prompts.ids for t in FEW.positions]
     at_t = [excess(ids, t, lambda pattern, t=t: alone(pattern, t)) for ids, t in runs]
     beside = [excess(ids, 0, lambda pattern, t=t: alone(pattern, t)) for ids, t in runs]
     left = [excess(ids, 0, mixed(t)) for ids, t in runs]
@@ -123,8 +122,8 @@ def test_surgery_against_attention_edited_by_hand(family_model: Any, sink: Sink)
 
 
 @pytest.mark.parametrize("case", [("neox", "hooked"), ("olmoe", "bridge"), ("bloom", "bridge")])
-def test_other_architectures_are_measured_too(case: tuple[str, str], family_model: Any, sink: Sink) -> None:
-    result = Structure(StructureConfig(positions=(4,), samples_beside=2)).measure_on(family_model(*case), sink)
+def test_other_architectures_are_measured_too(case: tuple[str, str], family_model: Any) -> None:
+    result = Structure(StructureConfig(positions=(4,), samples_beside=2)).measure_on(sink_of(family_model(*case)))
     assert result.notes[0] == "made by hand"
     assert set(result.tables["scan"]["block"]) == {0, 1}
     assert all(np.isfinite(interval.value) for interval in result.metrics.values())
@@ -132,17 +131,17 @@ def test_other_architectures_are_measured_too(case: tuple[str, str], family_mode
 
 def test_where_there_is_no_sink_nothing_is_claimed() -> None:
     untrained = load_model("p0-nano", checkpoint=0)
-    text = natural_text(untrained.tokenizer, "english", n=8, length=32)
+    text = natural_text(untrained, "english", n=8, length=32)
     for model, prompts in ((untrained, text), (decoy_model(), random_tokens(64, 8, 32))):
         with pytest.raises(NotApplicable, match="no sink to explain"):
             Structure().run(model, prompts)
 
 
-def test_positions_that_do_not_fit(family_model: Any, sink: Sink) -> None:
+def test_positions_that_do_not_fit(family_model: Any) -> None:
     model = family_model("llama-grouped", "hooked")
-    result = Structure(StructureConfig(positions=(4, 40), samples_beside=2)).measure_on(model, sink)
+    result = Structure(StructureConfig(positions=(4, 40), samples_beside=2)).measure_on(sink_of(model))
     assert result.notes[-1] == f"rows of {T} tokens have no place for t = 40"
     with pytest.raises(NotApplicable, match="too short for t"):
-        Structure(StructureConfig(positions=(13, 40))).measure_on(model, sink)
+        Structure(StructureConfig(positions=(13, 40))).measure_on(sink_of(model))
     with pytest.raises(ValueError, match="t cannot be 8"):
-        Structure(StructureConfig(positions=(4, 8))).measure_on(model, sink)
+        Structure(StructureConfig(positions=(4, 8))).measure_on(sink_of(model))

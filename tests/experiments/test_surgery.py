@@ -8,16 +8,15 @@ import pytest
 import torch
 
 from p0circuit.experiments.base import NotApplicable
-from p0circuit.experiments.sink_under_study import excess_by_head, over_heads
-from p0circuit.experiments.surgery import (
-    Sink,
-    find_sink,
+from p0circuit.experiments.sink_under_study import (
+    StudiedSink,
+    excess_by_head,
     heads_above,
-    left_of,
-    ordinary_streams,
-    random_offsets,
-    row_of_another_token,
+    mean_over_heads,
+    share_left,
+    studied_sink,
 )
+from p0circuit.experiments.surgery import ordinary_streams, random_offsets, row_of_another_token
 from p0circuit.models.constructed.build import decoy_model, wired_model
 from p0circuit.models.constructed.truth import wired_truth
 from p0circuit.prompts import random_tokens
@@ -26,21 +25,21 @@ from tests.literal import run_with_cache, score
 
 def test_the_sink_of_the_wired_model_is_found_and_the_halves_are_disjoint() -> None:
     prompts = random_tokens(64, n=16, length=32, seed=4)
-    sink = find_sink(wired_model(), prompts)
+    sink = studied_sink(wired_model(), prompts, above_block=1)
     assert sink.heads == wired_truth().sink_heads
-    rows = [tuple(row) for part in (sink.prompts, sink.others) for row in part.ids.tolist()]
+    rows = [tuple(row) for part in (sink.prompts, sink.chosen_on) for row in part.ids.tolist()]
     assert sorted(rows) == sorted(map(tuple, prompts.ids.tolist()))
     assert len(sink.notes) == 1 and "attn.2.0, attn.2.2, attn.2.3" in sink.notes[0]
 
 
 def test_there_is_no_sink_in_the_decoy() -> None:
     with pytest.raises(NotApplicable, match="no sink to explain"):
-        find_sink(decoy_model(), random_tokens(64, n=16, length=32))
+        studied_sink(decoy_model(), random_tokens(64, n=16, length=32), above_block=1)
 
 
 def test_sink_heads_in_the_blocks_of_the_surgery_are_left_out() -> None:
     with pytest.raises(NotApplicable, match=r"attn\.2\.0, attn\.2\.2, attn\.2\.3.* are in blocks 0 to 2"):
-        find_sink(wired_model(), random_tokens(64, n=16, length=32), last=2)
+        studied_sink(wired_model(), random_tokens(64, n=16, length=32), above_block=2)
     assert heads_above([(0, 1), (1, 0), (2, 3)], 0) == ((1, 0), (2, 3))
 
 
@@ -56,9 +55,9 @@ def test_excess_scores_are_those_of_the_patterns(tiny: Any, text: Any) -> None:
                 assert excess[offset][row, layer].tolist() == pytest.approx(expected, abs=1e-6)
     heads = [(0, 1), (2, 3)]
     expected = (excess[0][:, 0, 1] + excess[0][:, 2, 3]) / 2
-    assert over_heads(excess[0], heads).tolist() == pytest.approx(expected.tolist())
-    left = left_of(excess[5], excess[0], heads)
-    ratio = sum(over_heads(excess[5], heads)) / sum(over_heads(excess[0], heads))
+    assert mean_over_heads(excess[0], heads).tolist() == pytest.approx(expected.tolist())
+    left = share_left(excess[5], excess[0], heads)
+    ratio = sum(mean_over_heads(excess[5], heads)) / sum(mean_over_heads(excess[0], heads))
     assert left.value == pytest.approx(ratio) and left.n == text.n
 
 
@@ -88,4 +87,4 @@ def test_random_offsets_are_in_range_and_drawn_by_the_seed() -> None:
 @pytest.mark.parametrize(("last", "expected"), [(3, [0, 1, 2]), (8, [*range(8)]), (31, [0, 1, 2, 3, 4, 13, 21, 30])])
 def test_deep_models_are_scanned_in_a_few_blocks(last: int, expected: list[int]) -> None:
     prompts = random_tokens(64, n=2, length=12)
-    assert Sink(((2, 0), (last, 0)), prompts, prompts).scanned(8) == expected
+    assert StudiedSink(wired_model(), ((2, 0), (last, 0)), prompts, prompts).blocks_to_scan(8) == expected

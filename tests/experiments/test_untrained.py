@@ -23,10 +23,10 @@ def beginner(request):
 
 @pytest.mark.parametrize("claim", CLAIMS)
 def test_no_claim_is_reproduced_on_untrained_weights(claim, beginner):
-    prompts = natural_text(beginner.tokenizer, "stdlib", n=48, length=64)
+    prompts = natural_text(beginner, "stdlib", n=48, length=64)
     try:
         result = CLAIMS[claim]().run(beginner, prompts)
     except NotApplicable as reason:
         assert "no sink to explain" in str(reason)
     else:
-        assert result.claim is not None and result.claim["verdict"] != "reproduced"
+        assert result.judgement is not None and result.judgement.verdict != "reproduced"

@@ -573,11 +573,11 @@ def test_what_an_intervention_gives_is_never_cached_or_read_from_the_cache(
 ) -> None:
     model = family_model("llama-grouped", backend)
     cut = ablate(model, prompts, [node])
-    first = record(model, prompts, SINK_SCORE)
+    first = record(model, prompts, [SINK_SCORE])
     with cut:
-        under = record(model, prompts, SINK_SCORE)
-    given = record(model, prompts, SINK_SCORE, interventions=[cut])
-    again = record(model, prompts, SINK_SCORE)
+        under = record(model, prompts, [SINK_SCORE])
+    given = record(model, prompts, [SINK_SCORE], interventions=[cut])
+    again = record(model, prompts, [SINK_SCORE])
     assert (first.cached, under.cached, given.cached) == (frozenset(),) * 3
     assert again.cached == {"sink_score"} and torch.equal(again[SINK_SCORE], first[SINK_SCORE])
     assert torch.equal(under[SINK_SCORE], given[SINK_SCORE])
@@ -628,7 +628,7 @@ def test_the_p0_direction_is_that_of_full_prompts(
     family: str, backend: str, family_model: Any, prompts: PromptSet
 ) -> None:
     model = family_model(family, backend)
-    streams = record(model, prompts, residual_at(0))[residual_at(0)]
+    streams = record(model, prompts, residual_at(0))
     for layer in range(describe(model).n_layers + 1):
         mean = normalize(streams[:, layer], dim=-1).mean(0)
         assert close(p0_direction(model, prompts, layer), mean / mean.norm(), 1e-4)

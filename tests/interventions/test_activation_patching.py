@@ -9,8 +9,7 @@ import jaxtyping
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from benchmarks.memory import PeakMemory
 from p0circuit.interventions import activation_patching as ap

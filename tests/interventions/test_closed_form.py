@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from p0circuit.interventions.closed_form import key_edges, p0_keys
 from p0circuit.interventions.nodes import InterventionError, Node, components

@@ -36,7 +36,7 @@ def studied(name):
     """A model, prompts, and the heads whose score is the metric."""
     if name == "p0-nano":
         model = load_model("p0-nano")
-        return model, natural_text(model.tokenizer, "stdlib", n=16, length=64), [(3, 1), (3, 2)]
+        return model, natural_text(model, "stdlib", n=16, length=64), [(3, 1), (3, 2)]
     return wired_model(name), random_tokens(64, n=8, length=24, seed=5), list(wired_truth().sink_heads)
 
 

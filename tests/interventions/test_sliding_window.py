@@ -180,9 +180,7 @@ def test_a_window_over_the_whole_row_changes_nothing(
 def test_batches_of_any_size(family_model: Callable[[str, str], Any], prompts: PromptSet) -> None:
     model = family_model("qwen3", "bridge")
     change = streamed(model, prompts, (0, 1), WINDOW)
-    one, all_of_them = (
-        record(model, prompts, TOKEN_LOSSES, size, interventions=[change])[TOKEN_LOSSES] for size in (1, 2)
-    )
+    one, all_of_them = (record(model, prompts, TOKEN_LOSSES, size, interventions=[change]) for size in (1, 2))
     torch.testing.assert_close(one, all_of_them, rtol=1e-5, atol=1e-5)
 
 

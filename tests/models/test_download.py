@@ -79,6 +79,7 @@ def everything(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
+@pytest.mark.usefixtures("shown_messages")
 def test_parts_are_joined_in_order_and_nothing_else_stays(entry: NamedModel, capsys: pytest.CaptureFixture) -> None:
     path = fetched_file(entry)
     assert not is_fetched(entry)
@@ -91,6 +92,7 @@ def test_parts_are_joined_in_order_and_nothing_else_stays(entry: NamedModel, cap
     assert "licence: Terms of the test, https://example.org/terms" in said.err
 
 
+@pytest.mark.usefixtures("shown_messages")
 def test_what_is_there_is_not_fetched_again(entry: NamedModel, index: Path, capsys: pytest.CaptureFixture) -> None:
     path = fetch(entry)
     for file in index.iterdir():
@@ -102,6 +104,7 @@ def test_what_is_there_is_not_fetched_again(entry: NamedModel, index: Path, caps
 
 
 @pytest.mark.parametrize("damage", [b"", CONTENT[:-1], CONTENT[:-1] + b"\0"], ids=["empty", "short", "one byte"])
+@pytest.mark.usefixtures("shown_messages")
 def test_a_damaged_file_is_fetched_again(entry: NamedModel, damage: bytes, capsys: pytest.CaptureFixture) -> None:
     path = fetched_file(entry)
     path.parent.mkdir(parents=True)
@@ -197,8 +200,11 @@ def test_a_cache_that_cannot_be_written_is_an_error_of_ours(
 
 
 def program(entry: NamedModel, before: str = "") -> list[str]:
-    imports = "from p0circuit.models.catalog import *\nfrom p0circuit.models.download import fetch"
-    return [sys.executable, "-c", f"{before}\n{imports}\nfetch({entry!r})"]
+    imports = (
+        "from p0circuit.log import show_messages\nfrom p0circuit.models.catalog import *\n"
+        "from p0circuit.models.download import fetch"
+    )
+    return [sys.executable, "-c", f"{before}\n{imports}\nshow_messages()\nfetch({entry!r})"]
 
 
 @pytest.mark.parametrize("moment", ["pip", "between parts", "joining", "before the rename"])

@@ -20,10 +20,10 @@ from p0circuit.models import (
     forward,
     list_checkpoints,
     list_models,
+    load as load_module,
     load_model,
     stored_model,
 )
-from p0circuit.models import load as load_module
 from p0circuit.models.hooked_transformer import has_hooked_transformer
 from tests.families import FAMILIES, Family, build, write
 

@@ -20,12 +20,13 @@ import numpy as np
 import pytest
 import torch
 
-from p0circuit import experiments, notebooks
+from p0circuit import experiments
 from p0circuit.advice import advise
+from p0circuit.course import build as notebooks
+from p0circuit.course.page import read_prompts
 from p0circuit.experiments.conditions import pooled_prompts_for
 from p0circuit.experiments.paper.c07_causal_path import JOINT, WHOLE, joint_changes
-from p0circuit.experiments.practice import find_used_sink
-from p0circuit.experiments.surgery import find_sink
+from p0circuit.experiments.sink_under_study import studied_sink
 from p0circuit.interventions.activation_patching import patch_components
 from p0circuit.interventions.metrics import sink_score_of
 from p0circuit.interventions.pairs import patch_values, shift_prompts
@@ -37,7 +38,7 @@ from p0circuit.prompts import random_tokens
 from p0circuit.recording.quantities import SINK_SCORE
 from p0circuit.recording.record import record
 from p0circuit.results import Result
-from p0circuit.teaching import read_prompts
+from p0circuit.sink import CIRCUIT_BLOCKS
 from p0circuit.training.runs import as_trained, shipped_runs
 from p0circuit.training.trace import Trace, causal_concentration, measure_checkpoint
 from tests.notebooks.command import ROOT, p0circuit
@@ -130,7 +131,7 @@ def amplification(left: Path) -> Figures:
 
 def patching(left: Path) -> Figures:
     model = p0_nano()
-    sink = find_sink(model, read_prompts(model, SAMPLES))
+    sink = studied_sink(model, read_prompts(model, SAMPLES), above_block=CIRCUIT_BLOCKS[-1])
     vocabulary, special = sampleable_vocabulary(model)
     pair = shift_prompts(sink.prompts.subset(slice(0, 16)), 8, vocabulary, 0, tuple(special))
     head = sink.heads[0]
@@ -179,7 +180,7 @@ def emergence(left: Path) -> Figures:
     experts = experiments.Experts(config).run(mixture, read_prompts(mixture, SAMPLES)).metrics
     lm = load_model("bos-0")
     plain = read_prompts(lm, SAMPLES)
-    heads = find_used_sink(lm, plain)[0].heads
+    heads = studied_sink(lm, plain, in_either_condition=True).heads
     behind = plain.prepend(lm.tokenizer.bos_token_id).split()[1]
     moved = plain.split()[1].ids.clone()
     moved[:, 16] = lm.tokenizer.bos_token_id
@@ -192,7 +193,7 @@ def emergence(left: Path) -> Figures:
         "observed_final": concentration["observed_final"].value,
         "causal_final": concentration["causal_final"].value,
         "excess_left_without_4_experts": experts["excess_left_without_4_top_experts_at_p0"].value,
-        "causal_of_bos_0_here": causal_concentration(lm, behind, record(lm, behind, SINK_SCORE)[SINK_SCORE]) or 0,
+        "causal_of_bos_0_here": causal_concentration(lm, behind, record(lm, behind, SINK_SCORE)) or 0,
         "excess_of_bos_in_the_middle": float(
             sum(one[:, 16:, 16].mean() - one[:, 8:, 8].mean() for one in patterns) / len(heads)
         ),

@@ -14,12 +14,12 @@ import nbformat
 import pytest
 import torch
 
-from p0circuit import notebooks, teaching
+from p0circuit.course import build as notebooks
+from p0circuit.course.page import read_prompts
 from p0circuit.interventions.closed_form import key_hook
 from p0circuit.interventions.pairs import patch_values, shift_prompts
 from p0circuit.models import load_model
 from p0circuit.models.vocabulary import sampleable_vocabulary
-from p0circuit.teaching import read_prompts
 from p0circuit.training.runs import as_trained, of_variant, shipped_runs
 from tests.notebooks.command import ROOT, p0circuit
 
@@ -141,7 +141,7 @@ def test_folded_solutions_pass_their_checkers(name: str, capsys: pytest.CaptureF
         if checker == "check_edge":
             arguments = edge_room(room)
         exec(code, room)
-        getattr(teaching, checker)(room[answer], *arguments)
+        getattr(checks, checker)(room[answer], *arguments)
         assert capsys.readouterr().out.startswith(f"✓ {number}"), number
 
 
@@ -153,7 +153,7 @@ def edge_room(room: dict[str, Any]) -> list[Any]:
     pair = shift_prompts(prompts, m, vocabulary, 0, tuple(special))
     caches = (lm.run_with_cache(one.ids)[1] for one in (pair.clean, pair.shifted))
     room |= dict(zip(("clean_cache", "shifted_cache"), caches, strict=True))
-    room |= {"lm": lm, "m": m, "other": other, "clean_ids": pair.clean.ids, "key_hook": key_hook, "put": teaching.put}
+    room |= {"lm": lm, "m": m, "other": other, "clean_ids": pair.clean.ids, "key_hook": key_hook, "put": checks.put}
     return [lm, pair.clean, patch_values(lm, pair, [sender]), sender, other]
 
 
@@ -216,14 +216,14 @@ def test_wrong_use_is_refused(
 
 def test_what_is_not_installed_is_named() -> None:
     with pytest.raises(ValueError, match=r"no_such_module missing: pip install 'p0circuit\[notebooks\]'"):
-        notebooks._require("papermill", "no_such_module")
+        commands._require("papermill", "no_such_module")
 
 
 def test_a_failing_cell_is_named(tmp_path: Path) -> None:
     done = p0circuit("run", "tour", "-p", "samples", "0", "--out", "here", cwd=tmp_path)
     assert done.returncode == 1
     said = " ".join(done.stderr.split())
-    assert "error: 00_tour: cell 4 (from p0circuit.teaching import Page, open_model, read_prompts) failed" in said
+    assert "error: 00_tour: cell 4 (from p0circuit.course.page import Page, open_model, read_prompts) failed" in said
     assert "P0Error: prompts need at least 1 row, got n = 0" in said
     assert (tmp_path / "here" / "00_tour.ipynb").is_file()
 

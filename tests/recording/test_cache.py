@@ -51,8 +51,8 @@ def temporaries(cache: Cache) -> list[Path]:
 
 def fresh(model: Any, prompts: PromptSet, what: Any) -> bool:
     """Whether recording computes, and what it gives is what a run without a cache gives."""
-    recording = record(model, prompts, what)
-    assert torch.equal(recording[what], record(model, prompts, what, cache=None)[what])
+    recording = record(model, prompts, [what])
+    assert torch.equal(recording[what], record(model, prompts, what, cache=None))
     return not recording.cached
 
 
@@ -132,13 +132,13 @@ def test_a_truncated_file_is_noticed(cache: Cache, kept: int) -> None:
 
 
 def test_a_damaged_recording_is_computed_again(model: Any, prompts: PromptSet) -> None:
-    expected = record(model, prompts, SINK_SCORE)[SINK_SCORE]
+    expected = record(model, prompts, SINK_SCORE)
     (path,) = cache_directory().glob("*.safetensors")
     path.write_bytes(path.read_bytes()[:-1] + b"\x07")
     with pytest.warns(UserWarning, match="is damaged"):
-        again = record(model, prompts, SINK_SCORE)
+        again = record(model, prompts, [SINK_SCORE])
     assert not again.cached and torch.equal(again[SINK_SCORE], expected)
-    assert record(model, prompts, SINK_SCORE).cached == {"sink_score"}
+    assert record(model, prompts, [SINK_SCORE]).cached == {"sink_score"}
 
 
 def test_a_folder_that_cannot_be_written_to_stops_nothing(
@@ -147,8 +147,8 @@ def test_a_folder_that_cannot_be_written_to_stops_nothing(
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("P0CIRCUIT_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.warns(UserWarning, match="nothing is kept in the cache"):
-        recording = record(model, prompts, SINK_SCORE)
-    assert recording[SINK_SCORE].shape == (3, 3, 5)
+        recorded = record(model, prompts, SINK_SCORE)
+    assert recorded.shape == (3, 3, 5)
 
 
 def test_where_it_lies_and_how_large_it_may_grow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ def test_the_second_time_is_read(model: Any, prompts: PromptSet) -> None:
     assert first.cached == frozenset() and again.cached == {"sink_score", "norm_ratio"}
     for quantity in (SINK_SCORE, NORM_RATIO):
         assert torch.equal(first[quantity], again[quantity])
-    assert record(wired_model(), prompts, SINK_SCORE).cached
+    assert record(wired_model(), prompts, [SINK_SCORE]).cached
 
 
 @pytest.mark.parametrize("backend", ["auto", "bridge"])

@@ -49,22 +49,22 @@ def test_parts_that_were_recorded_make_up_the_whole(model, prompts):
         for half in prompts.split():
             record(model, half, SINK_SCORE)
         with count_passes() as count:
-            whole = record(model, prompts, SINK_SCORE)[SINK_SCORE]
+            whole = record(model, prompts, SINK_SCORE)
     assert count.token_blocks == 0
-    torch.testing.assert_close(whole, record(model, prompts, SINK_SCORE, cache=None)[SINK_SCORE])
+    torch.testing.assert_close(whole, record(model, prompts, SINK_SCORE, cache=None))
 
 
 def test_interventions_other_weights_and_other_quantities_are_recorded_anew(model, prompts):
     half = prompts.split()[0]
     with remember_rows():
-        clean = record(model, prompts, SINK_SCORE)[SINK_SCORE]
+        clean = record(model, prompts, SINK_SCORE)
         with count_passes() as count:
-            changed = record(model, half, SINK_SCORE, interventions=[ablate(model, half, ["mlp.0"])])[SINK_SCORE]
+            changed = record(model, half, SINK_SCORE, interventions=[ablate(model, half, ["mlp.0"])])
             record(model, half, score_at(3))
         assert passes(count, prompts, model) == pytest.approx(1.0)
-        assert not torch.allclose(changed, record(model, half, SINK_SCORE)[SINK_SCORE], atol=1e-3)
+        assert not torch.allclose(changed, record(model, half, SINK_SCORE), atol=1e-3)
         other = load_model("p0-nano", checkpoint=0)
-        assert not torch.allclose(record(other, prompts, SINK_SCORE)[SINK_SCORE], clean, atol=1e-3)
+        assert not torch.allclose(record(other, prompts, SINK_SCORE), clean, atol=1e-3)
     # Outside there is no memory: the half is recorded.
     with count_passes() as count:
         record(model, half, SINK_SCORE)

@@ -27,7 +27,7 @@ from tests.families import LAYERS, VOCAB, write
 from tests.literal import cosine, loss, norm, over_others, run_with_cache, score
 
 LENGTH = 9
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 # Grouped-query attention with rotation, a window, and learned positions with biases.
 CASES = [(family, backend) for family in ("llama-grouped", "mistral", "gpt2") for backend in ("hooked", "bridge")]
 
@@ -171,13 +171,13 @@ def halve(activation: Tensor, hook: Any) -> Tensor:
 def test_a_hooked_model_is_recorded_as_it_is_and_the_cache_left_alone(
     model: Any, prompts: PromptSet, permanent: bool
 ) -> None:
-    clean = record(model, prompts, quantities.NORM_RATIO)
+    clean = record(model, prompts, [quantities.NORM_RATIO])
     before = Cache().entries()
     point = hook_point(model, "blocks.1.hook_mlp_out")
     point.add_hook(halve, is_permanent=permanent)
     try:
         assert fingerprint.has_hooks(model)
-        edited = record(model, prompts, quantities.NORM_RATIO)
+        edited = record(model, prompts, [quantities.NORM_RATIO])
         _, cache = run_with_cache(model, prompts.ids[0])
     finally:
         point.remove_hooks(including_permanent=True)
@@ -187,7 +187,7 @@ def test_a_hooked_model_is_recorded_as_it_is_and_the_cache_left_alone(
     same, other = edited[quantities.NORM_RATIO][:, :2], edited[quantities.NORM_RATIO][:, 2:]
     assert torch.equal(same, clean[quantities.NORM_RATIO][:, :2])
     assert (other - clean[quantities.NORM_RATIO][:, 2:]).abs().min() > 1e-4
-    again = record(model, prompts, quantities.NORM_RATIO)
+    again = record(model, prompts, [quantities.NORM_RATIO])
     assert again.cached and torch.equal(again[quantities.NORM_RATIO], clean[quantities.NORM_RATIO])
 
 
@@ -205,9 +205,9 @@ class Scale:
 def test_an_intervention_meets_its_own_rows_before_they_are_recorded(llama: Any, prompts: PromptSet) -> None:
     factors = torch.tensor([1.0, 2.0, 0.5, 3.0])
     quantity = quantities.ATTENTION_OUT_NORMS
-    clean = record(llama, prompts, quantity)[quantity][:, 0]
+    clean = record(llama, prompts, quantity)[:, 0]
     for size in (1, 3, 4):
-        edited = record(llama, prompts, quantity, batch_size=size, interventions=[Scale(prompts, factors)])
+        edited = record(llama, prompts, [quantity], batch_size=size, interventions=[Scale(prompts, factors)])
         assert not edited.cached
         torch.testing.assert_close(edited[quantity][:, 0], clean * factors[:, None])
     with pytest.raises(ValueError, match="made for other prompts"):
@@ -290,7 +290,7 @@ def test_a_reduction_without_source_is_refused_unless_nothing_is_cached(llama: A
     quantity = Quantity("sum", ("hook_mlp_out",), eval("lambda activation, batch: activation.sum((1, 2))"))
     with pytest.raises(ValueError, match=r"'sum' cannot be told from another.*cache=None"):
         record(llama, prompts, quantity)
-    assert record(llama, prompts, quantity, cache=None)[quantity].shape == (4, LAYERS)
+    assert record(llama, prompts, quantity, cache=None).shape == (4, LAYERS)
 
 
 @pytest.mark.parametrize(

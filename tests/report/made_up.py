@@ -49,7 +49,7 @@ def result(experiment: str, share: float, tested: Claim | None) -> Result:
         ["A note on <b>nothing</b>."],
     )
     if tested is not None:
-        found.claim = tested.record(tested.judge(metrics), metrics)
+        found.claim, found.judgement = tested.to_json(), tested.judge(metrics)
     return found
 
 
@@ -68,7 +68,8 @@ def write_run(directory: Path, model: str = "made-up") -> list[dict[str, Any]]:
     for experiment, (one, share) in tested.items():
         found = result(experiment, share, one)
         found.save(directory)
-        entries.append(dict(found.claim or {}, experiment=experiment, model=model, notes=found.notes, error=None))
+        about = {"experiment": experiment, "model": model, "notes": found.notes, "error": None}
+        entries.append((found.claim_entry() or {}) | about)
     entries.append(entries[1] | {"id": "C11", "title": "Also lost"})
     entries.append(
         entries[0]

@@ -215,11 +215,12 @@ def test_the_command_without_a_result() -> None:
 
 def test_a_real_experiment(tmp_path: Path) -> None:
     model = load_model("p0-nano")
-    found = SinkMap().run(model, natural_text(model.tokenizer, "stdlib", n=4))
+    found = SinkMap().run(model, natural_text(model, "stdlib", n=4))
     found.save(tmp_path)
-    assert found.claim is not None
-    (tmp_path / "claims.json").write_text(json.dumps([found.claim | {"experiment": "sink-map", "model": "p0-nano"}]))
+    entry = found.claim_entry()
+    assert found.judgement is not None and entry is not None
+    (tmp_path / "claims.json").write_text(json.dumps([entry | {"experiment": "sink-map", "model": "p0-nano"}]))
     write_report(tmp_path)
     page = Reader((tmp_path / "report.html").read_text())
-    assert found.claim["verdict"] in page.text and len(page.images) == len(found.figures)
+    assert found.judgement.verdict in page.text and len(page.images) == len(found.figures)
     assert "p0circuit run sink-map --model p0-nano --text stdlib --samples 4" in page.text

@@ -43,7 +43,7 @@ from p0circuit.io import data_dir
 from p0circuit.models import ModelError, forward, load_model
 from p0circuit.models.architecture_edits import edit_hf_model, gates_of
 from p0circuit.models.vocabulary import sampleable_vocabulary
-from p0circuit.prompts import from_ids, natural_text, random_tokens
+from p0circuit.prompts import from_ids, random_tokens, tokenized_text
 from p0circuit.recording.quantities import NORM_RATIO, SINK_SCORE, residual_at, score_at
 from p0circuit.recording.record import record
 from p0circuit.sink import CONTROL, TIMES_UNIFORM, sink_heads, uniform_excess
@@ -102,7 +102,7 @@ def variant(name: str) -> nn.Module:
 
 def by_the_package(model, prompts):
     """A reading's numbers from `record`, the pair and the sink functions, on a hooked model."""
-    scores = record(model, prompts, SINK_SCORE, cache=None)[SINK_SCORE]
+    scores = record(model, prompts, SINK_SCORE, cache=None)
     recording = record(model, prompts, [NORM_RATIO, residual_at(), score_at(CONTROL)], cache=None)
     at_p0, ratios = recording[residual_at()].float(), recording[NORM_RATIO]
     vocabulary, special = sampleable_vocabulary(model)
@@ -123,7 +123,7 @@ def by_the_package(model, prompts):
     with torch.no_grad():
         forward(model, prompts.ids, hooks=hooks)
     later, kept = (float(sink.sink_rate(s, from_layer=2).mean()) for s in (scores, torch.stack(without, dim=1)))
-    heads, _ = sink_heads(scores[::2])
+    heads = sink_heads(scores[::2])
     excess = (scores - recording[score_at(CONTROL)])[1::2]
     log_norms = at_p0.norm(dim=-1).log().mean(0)
     gain = float(log_norms.max() - log_norms[0])
@@ -158,7 +158,7 @@ def test_the_numbers_of_p0_nano_are_those_of_the_package():
     tokenizer = AutoTokenizer.from_pretrained(folder)
     monitor = P0Monitor(tokenizer=tokenizer, seed=5)
     reading = monitor.read(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train(), 0)
-    prompts = natural_text(tokenizer, "english", n=32, length=64, seed=5)
+    prompts = tokenized_text(tokenizer, "english", n=32, length=64, seed=5)
     same_numbers(reading, by_the_package(load_model("p0-nano"), prompts))
     assert reading.sink_rate_from_layer_2 > 0.2 and reading.concentration_causal > 0.8
     assert reading.probe == prompts.fingerprint()[:12]
@@ -170,7 +170,7 @@ def test_a_reading_is_the_row_of_a_trace(step):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder / "trace" / f"step-{step:06d}", dtype=torch.float32)
     reading = asdict(P0Monitor(tokenizer=tokenizer, rows=8, seed=5).read(model, step))
-    prompts = natural_text(tokenizer, "english", n=8, length=64, seed=5)
+    prompts = tokenized_text(tokenizer, "english", n=8, length=64, seed=5)
     row = measure_checkpoint(load_model("p0-nano", checkpoint=step), prompts)
     both = reading.keys() & row.keys()
     assert both == {field.name for field in fields(Measurement)} - {"excess"}
@@ -701,7 +701,7 @@ def test_the_trainers_tokenizer_makes_the_probe(tiny_model_dir, tmp_path):
     monitor = P0Monitor(rows=4, length=16, seed=2)
     monitor.attach(trainer)
     assert any(isinstance(callback, P0TrainerCallback) for callback in trainer.callback_handler.callbacks)
-    assert monitor.read(model, 0).probe == natural_text(tokenizer, "english", 4, 16, 2).fingerprint()[:12]
+    assert monitor.read(model, 0).probe == tokenized_text(tokenizer, "english", 4, 16, 2).fingerprint()[:12]
 
 
 @pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])

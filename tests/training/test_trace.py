@@ -32,7 +32,7 @@ STEPS = (0, 4339, 20000)
 
 
 def prompts_for(model):
-    return natural_text(model.tokenizer, "english", n=8, length=24)
+    return natural_text(model, "english", n=8, length=24)
 
 
 @pytest.mark.parametrize(
@@ -85,12 +85,12 @@ def test_stages_tell_means_of_what_is_defined():
 def test_the_wired_circuit_is_concentrated_in_its_first_blocks():
     model = load_model("wired")
     prompts = random_tokens(describe(model).vocab_size, n=16, length=24)
-    scores = record(model, prompts, SINK_SCORE, cache=None)[SINK_SCORE]
+    scores = record(model, prompts, SINK_SCORE, cache=None)
     assert causal_concentration(model, prompts, scores) == pytest.approx(1.0)
     assert causal_concentration(model, prompts, torch.zeros_like(scores)) is None
     row = measure_checkpoint(model, prompts)
     assert row["concentration_causal"] == pytest.approx(1.0)
-    norms = record(model, prompts, RESIDUAL_NORMS, cache=None)[RESIDUAL_NORMS][:, :, 0].double()
+    norms = record(model, prompts, RESIDUAL_NORMS, cache=None)[:, :, 0].double()
     assert row["concentration_observed"] == pytest.approx(observed_concentration(norms))
 
 
@@ -103,7 +103,7 @@ def test_induction_is_attention_to_what_followed_before():
     keep = "blocks.1.attn.hook_pattern", lambda pattern, hook: seen.append(pattern.detach())
     forward(model, ids, hooks=[keep])
     expected = [[sum(float(seen[0][r, h, q, q - 4]) for q in range(5, 10)) / 5 for h in range(4)] for r in range(2)]
-    found = record(model, prompts, INDUCTION, cache=None)[INDUCTION][:, 1, :4]
+    found = record(model, prompts, INDUCTION, cache=None)[:, 1, :4]
     np.testing.assert_allclose(found.numpy(), expected, atol=1e-6)
 
 
@@ -119,7 +119,7 @@ def test_rows_tell_step_tokens_and_what_was_measured(nano):
     assert nano.rows[0]["sink_rate_from_layer_2"] == 0 and nano.rows[0]["concentration_causal"] is None
     assert nano.rows[-1]["loss"] < nano.rows[1]["loss"] < nano.rows[0]["loss"]
     model = load_model("p0-nano")
-    scores = record(model, prompts_for(model), SINK_SCORE)[SINK_SCORE]
+    scores = record(model, prompts_for(model), SINK_SCORE)
     assert nano.rows[-1]["sink_rate_from_layer_2"] == pytest.approx(float((scores[:, 2:] > 0.3).double().mean()))
     found = nano.to_json()
     assert set(found) == {"model", "checkpoints", "formation_step", "stages", "missing"}

@@ -89,7 +89,7 @@ def test_the_change_matters_and_is_part_of_the_fingerprint(tmp_path):
             assert (forward(changed, IDS) - forward(plain, IDS)).abs().max() > 0.01
         assert weights_fingerprint(changed) != weights_fingerprint(plain)
         prompts = from_ids(IDS, torch.ones_like(IDS, dtype=torch.bool), 64)
-        scores = [record(model, prompts, SINK_SCORE)[SINK_SCORE] for model in (changed, plain)]
+        scores = [record(model, prompts, SINK_SCORE) for model in (changed, plain)]
         assert not torch.equal(*scores)
 
 

@@ -32,8 +32,8 @@ from p0circuit.errors import P0Error
 from p0circuit.experiments.base import Experiment, NotApplicable, is_large
 from p0circuit.experiments.claim import Claim, Criterion
 from p0circuit.experiments.conditions import text_like, with_and_without_bos
-from p0circuit.experiments.practice import find_used_sink
-from p0circuit.experiments.surgery import lines
+from p0circuit.experiments.sink_under_study import studied_sink
+from p0circuit.figures.lines import series_by
 from p0circuit.hooked_model import HookedModel
 from p0circuit.interventions.nodes import InterventionError
 from p0circuit.interventions.sliding_window import streamed, why_not_streamed
@@ -109,11 +109,12 @@ class Costs:
         return ratio_interval(self.each[0], self.each[1:].mean(0)) if self.another.low > 0 else None
 
 
-class Streaming(Experiment):
+class Streaming(Experiment[StreamingConfig]):
     """What keeping the first tokens is worth when a window moves over the text."""
 
     id = "streaming"
     title = "Streaming"
+    config_type = StreamingConfig
     claim = Claim(
         id="C17",
         title="Streaming",
@@ -125,9 +126,6 @@ class Streaming(Experiment):
         criteria=(Criterion("dropping_p0_beyond_5_times_another", ">", 0, "low"),),
         control="Positions 1, 2 and 3, dropped in the same way; position 8 kept in P0's place.",
     )
-
-    def __init__(self, config: StreamingConfig = StreamingConfig()) -> None:
-        super().__init__(config)
 
     def passes(self, model: HookedModel, prompts: PromptSet) -> float:
         config, n, length, info = self.config, prompts.n, prompts.length, describe(model)
@@ -236,10 +234,10 @@ def decoded(model: HookedModel, prompts: PromptSet, window: int, kept: Sequence[
     for places in kept:
         try:
             changes = [] if places is None else [streamed(model, prompts, places, window)]
-            recording = record(model, prompts, TOKEN_LOSSES, interventions=changes)
+            recorded = record(model, prompts, TOKEN_LOSSES, interventions=changes)
         except InterventionError as reason:
             raise NotApplicable(str(reason)) from reason
-        losses[places] = recording[TOKEN_LOSSES].double().numpy()
+        losses[places] = recorded.double().numpy()
     return losses
 
 
@@ -269,8 +267,8 @@ def _conditions(model: HookedModel, prompts: PromptSet, most: int) -> tuple[Prom
     The conditions are the text as it is and, where there is a BOS token, behind it.
     """
     try:
-        found, condition = find_used_sink(model, prompts)
-        note = f"{condition}; {found.note}"
+        sink = studied_sink(model, prompts, in_either_condition=True)
+        condition, note = sink.condition, f"{sink.condition}; {sink.note}"
     except NotApplicable as reason:
         note = f"{reason}: here this is a control"
         condition = WITH_BOS if condition_of(model, prompts) == WITH_BOS else WITHOUT_BOS
@@ -315,7 +313,7 @@ def _draw_positions(panels: Mapping[str, pd.DataFrame], model: str) -> Figure:
     from p0circuit.figures.lines import sweeps
 
     drawn = {
-        name: (lines(table, "kept"), [str(tokens) for tokens in table["tokens"].unique()])
+        name: (series_by(table, "kept"), [str(tokens) for tokens in table["tokens"].unique()])
         for name, table in panels.items()
     }
     title = f"{model}: decoding with a window and the first tokens kept"

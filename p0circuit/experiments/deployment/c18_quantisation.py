@@ -34,7 +34,7 @@ import numpy as np
 
 from p0circuit.experiments.base import Experiment, is_large, second_half
 from p0circuit.experiments.claim import Claim, Criterion
-from p0circuit.experiments.practice import find_used_sink, under
+from p0circuit.experiments.sink_under_study import studied_sink
 from p0circuit.hooked_model import HookedModel
 from p0circuit.interventions.int8 import (
     INPUTS,
@@ -79,11 +79,12 @@ class QuantisationConfig:
     draw_samples: int = 32
 
 
-class Quantisation(Experiment):
+class Quantisation(Experiment[QuantisationConfig]):
     """The error and the loss of int8 with P0 in, clipped, or kept in high precision."""
 
     id = "quantisation"
     title = "Int8 and P0's outlier"
+    config_type = QuantisationConfig
     needs_control = False
     claim = Claim(
         id="C18",
@@ -100,9 +101,6 @@ class Quantisation(Experiment):
         control="Another position kept in high precision instead of P0.",
     )
 
-    def __init__(self, config: QuantisationConfig = QuantisationConfig()) -> None:
-        super().__init__(config)
-
     def passes(self, model: HookedModel, prompts: PromptSet) -> float:
         config, rows = self.config, second_half(prompts)
         measured, calibrated_on = (min(config.samples, half) for half in (rows, prompts.n - rows))
@@ -115,10 +113,8 @@ class Quantisation(Experiment):
         return Quantisation(QuantisationConfig(samples=8, draws=2, draw_samples=4)) if is_large(info) else self
 
     def measure(self, model: HookedModel, prompts: PromptSet) -> Result:
-        found, condition = find_used_sink(model, prompts)
-        # The rows that the sink heads were chosen on, and the others.
-        halves = under(model, prompts, condition).split()
-        others, chosen = (half.subset(slice(0, self.config.samples)) for half in halves)
+        sink = studied_sink(model, prompts, in_either_condition=True)
+        others, chosen = (half.subset(slice(0, self.config.samples)) for half in (sink.chosen_on, sink.prompts))
         calibration = calibrated(model, others)
         effects = int8_effects(model, chosen, SCHEMES | calibration.schemes())
         draws = over_draws(model, chosen.subset(slice(0, self.config.draw_samples)), calibration, self.config.draws)
@@ -139,8 +135,8 @@ class Quantisation(Experiment):
         }
         name = describe(model).title
         notes = [
-            found.note,
-            f"measured on text {condition}, {chosen.n} rows",
+            sink.note,
+            f"measured on text {sink.condition}, {chosen.n} rows",
             _worst_input(effects),
             f"in use, P0 kept leaves {metrics['logit_error_left_with_p0_kept']} of the error of the logits",
             f"added later and no part of the verdict: a calibrated grid, made on {others.n} other rows, has an error "

@@ -32,7 +32,7 @@ from p0circuit.errors import P0Error
 from p0circuit.experiments.base import Experiment, is_large, second_half
 from p0circuit.experiments.claim import Claim, Criterion
 from p0circuit.experiments.conditions import with_and_without_bos
-from p0circuit.experiments.practice import find_used_sink, under
+from p0circuit.experiments.sink_under_study import studied_sink
 from p0circuit.hooked_model import HookedModel
 from p0circuit.interventions.attention_edits import remove_heads
 from p0circuit.models import ModelInfo, describe, forward
@@ -98,11 +98,12 @@ class Zeroing:
         return ratio_interval(self.losses[:, place] - self.losses[:, 0], self.losses[:, 0])
 
 
-class DormantHeads(Experiment):
+class DormantHeads(Experiment[DormantHeadsConfig]):
     """How many heads can be zeroed, the sink heads first."""
 
     id = "dormant-heads"
     title = "Dormant heads"
+    config_type = DormantHeadsConfig
     needs_control = False
     claim = Claim(
         id="C19",
@@ -115,9 +116,6 @@ class DormantHeads(Experiment):
         criteria=(Criterion("heads_beyond_random_order", ">", 0, "low"),),
         control="Random orders; beside them the order of the norm of what heads add to the stream.",
     )
-
-    def __init__(self, config: DormantHeadsConfig = DormantHeadsConfig()) -> None:
-        super().__init__(config)
 
     def passes(self, model: HookedModel, prompts: PromptSet) -> float:
         config, info = self.config, describe(model)
@@ -140,27 +138,25 @@ class DormantHeads(Experiment):
         import pandas as pd
 
         config, info = self.config, describe(model)
-        found, condition = find_used_sink(model, prompts)
-        given = under(model, prompts, condition)
-        # Those that the sink heads were chosen on, and the others.
-        made_on, measured_on = (half.subset(slice(0, config.samples)) for half in given.split())
+        sink = studied_sink(model, prompts, in_either_condition=True)
+        made_on, measured_on = (half.subset(slice(0, config.samples)) for half in (sink.chosen_on, sink.prompts))
         orders = _orders(model, made_on, config.orders)
         runs = zeroed(model, measured_on, orders, coarse=config.coarse)
         metrics = _metrics(runs)
         notes = [
-            f"{condition}; {found.note}",
+            f"{sink.condition}; {sink.note}",
             f"of {info.n_layers * info.n_heads} heads {_told(metrics)} can be zeroed at {TOLERANCE:.0%} more loss",
             f"orders made on {made_on.n} prompts, losses measured on {measured_on.n} others",
         ]
         if model.tokenizer is None:
             notes.append("the prompts are random tokens: their losses say nothing about a use of the heads")
-        counts, scores = {GIVEN: metrics}, {GIVEN: record(model, measured_on, SINK_SCORE)[SINK_SCORE]}
-        texts = _other_texts(model, prompts, condition, 2 * config.domain_samples, notes) if config.domains else {}
+        counts, scores = {GIVEN: metrics}, {GIVEN: record(model, measured_on, SINK_SCORE)}
+        texts = _other_texts(model, prompts, sink.condition, 2 * config.domain_samples, notes) if config.domains else {}
         for name, text in texts.items():
             first, second = text.split()
             own = _orders(model, first, config.domain_orders)
             counts[name] = _metrics(zeroed(model, second, own, until=ENOUGH * TOLERANCE))
-            scores[name] = record(model, second, SINK_SCORE)[SINK_SCORE]
+            scores[name] = record(model, second, SINK_SCORE)
         dormant = _dormant(scores)
         turning = dormant["head"][dormant["dormant_somewhere"] & dormant["active_somewhere"]]
         notes.append(
@@ -200,7 +196,7 @@ class DormantHeads(Experiment):
 
 def by_sink_score(model: HookedModel, prompts: PromptSet) -> Order:
     """All heads, the highest mean sink score first."""
-    return _sorted(-record(model, prompts, SINK_SCORE)[SINK_SCORE].double().mean(0))
+    return _sorted(-record(model, prompts, SINK_SCORE).double().mean(0))
 
 
 def by_output_norm(model: HookedModel, prompts: PromptSet) -> Order:
@@ -261,7 +257,7 @@ def zeroed(
         if heads not in known:
             names = [f"attn.{layer}.{head}" for layer, head in sorted(heads)]
             changes = [remove_heads(model, prompts, names)] if names else []
-            losses = record(model, prompts, TOKEN_LOSSES, interventions=changes)[TOKEN_LOSSES]
+            losses = record(model, prompts, TOKEN_LOSSES, interventions=changes)
             # Predictions made at padding have no loss.
             known[heads] = losses.double().nanmean(1).numpy()
         return known[heads]
@@ -355,14 +351,14 @@ def _other_texts(
     texts: dict[str, PromptSet] = {}
     for source in SHIPPED_TEXTS:
         try:
-            texts[source] = natural_text(model.tokenizer, source, count, prompts.length, prompts.seed)
+            texts[source] = natural_text(model, source, count, prompts.length, prompts.seed)
         except P0Error as reason:
             notes.append(f"{source}: left out, {reason}")
     size, special = sampleable_vocabulary(model)
     texts[RANDOM_TOKENS] = random_tokens(size, count, prompts.length, prompts.seed + 1, special=special)
     others = with_and_without_bos(model, prompts.subset(slice(0, count)))
     del others[condition]
-    return others | {name: under(model, text, condition) for name, text in texts.items()}
+    return others | {name: with_and_without_bos(model, text)[condition] for name, text in texts.items()}
 
 
 def _told(metrics: Mapping[str, Interval]) -> str:

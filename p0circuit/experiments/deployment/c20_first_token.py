@@ -35,7 +35,8 @@ from torch.nn.functional import cross_entropy
 
 from p0circuit.experiments.base import Experiment, NotApplicable, is_large, second_half
 from p0circuit.experiments.claim import Claim, Criterion
-from p0circuit.experiments.practice import find_used_sink, under
+from p0circuit.experiments.conditions import text_as_it_is
+from p0circuit.experiments.sink_under_study import studied_sink
 from p0circuit.hooked_model import HookedModel
 from p0circuit.interventions.ablation import ablate
 from p0circuit.interventions.attribution import rows_with_gradients
@@ -43,7 +44,7 @@ from p0circuit.models import ModelInfo, describe, forward
 from p0circuit.models.device_map import placement_of
 from p0circuit.models.passes import WITH_GRADIENT
 from p0circuit.models.vocabulary import sampleable_vocabulary
-from p0circuit.prompts import WITHOUT_BOS, PromptSet, bos_id, from_ids
+from p0circuit.prompts import PromptSet, bos_id, from_ids
 from p0circuit.recording.quantities import TOKEN_LOSSES
 from p0circuit.recording.record import cached, record
 from p0circuit.results import Result, metric_name
@@ -85,11 +86,12 @@ class FirstTokenConfig:
     places: int = 5
 
 
-class FirstToken(Experiment):
+class FirstToken(Experiment[FirstTokenConfig]):
     """The spread of the loss over first tokens, and the recall of the start, with and without a prefix."""
 
     id = "first-token"
     title = "What hangs on the first token"
+    config_type = FirstTokenConfig
     needs_control = False
     claim = Claim(
         id="C20",
@@ -105,9 +107,6 @@ class FirstToken(Experiment):
         ),
         control="The neutral token behind the varied one; a token in the middle varied.",
     )
-
-    def __init__(self, config: FirstTokenConfig = FirstTokenConfig()) -> None:
-        super().__init__(config)
 
     def passes(self, model: HookedModel, prompts: PromptSet) -> float:
         config = self.config
@@ -126,14 +125,14 @@ class FirstToken(Experiment):
 
     def measure(self, model: HookedModel, prompts: PromptSet) -> Result:
         """Raises NotApplicable without a sink, and where rows are padded or too short."""
-        found, condition = find_used_sink(model, prompts)
+        sink = studied_sink(model, prompts, in_either_condition=True)
         if not bool(prompts.attention_mask.all()):
             raise NotApplicable("needs rows without padding: something has to be put before them")
         if prompts.length < SHORTEST:
             raise NotApplicable(f"needs rows of at least {SHORTEST} tokens, got {prompts.length}")
         config = self.config
-        # The halves of `find_used_sink`, without BOS before them.
-        others, chosen = under(model, prompts, WITHOUT_BOS).split()
+        # The halves of `studied_sink`, without BOS before them.
+        others, chosen = text_as_it_is(model, prompts).split()
         text = chosen.subset(slice(0, config.samples))
         prefixes = prefixes_of(model, others, config)
         sensitivity = first_token_losses(model, text, prefixes, config.tokens)
@@ -170,8 +169,8 @@ class FirstToken(Experiment):
         }
         neutral = prefixes[NEUTRAL]
         notes = [
-            found.note,
-            f"that sink is in text {condition}; measured on {text.n} rows",
+            sink.note,
+            f"that sink is in text {sink.condition}; measured on {text.n} rows",
             f"the neutral token is {neutral}"
             + (f" ({model.tokenizer.decode([neutral])!r})" if model.tokenizer is not None else ", the most frequent"),
         ]
@@ -351,7 +350,7 @@ def _losses(model: HookedModel, ids: Int[Tensor, "sample token pos"], prefix: Pr
     # A vector takes the place of some token's embedding.
     rows = _rows(ids.flatten(0, 1), 0 if isinstance(prefix, Tensor) else prefix, place)
     registers = [ablate(model, rows, ["embed"], prefix)] if isinstance(prefix, Tensor) else []
-    losses = record(model, rows, TOKEN_LOSSES, interventions=registers)[TOKEN_LOSSES].double()
+    losses = record(model, rows, TOKEN_LOSSES, interventions=registers).double()
     # The prediction of, or from, what was inserted is none of the text's.
     return losses[:, rows.length - ids.shape[2] :].unflatten(0, ids.shape[:2]).numpy()
 

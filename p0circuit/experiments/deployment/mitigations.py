@@ -32,6 +32,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from p0circuit.experiments.base import Experiment, NotApplicable, is_large, second_half
+from p0circuit.experiments.conditions import text_as_it_is
 from p0circuit.experiments.deployment.c17_streaming import FIRST, WINDOWS_PER_ROW
 from p0circuit.experiments.deployment.c20_first_token import (
     FAR,
@@ -44,8 +45,7 @@ from p0circuit.experiments.deployment.c20_first_token import (
     prefixes_of,
     spread,
 )
-from p0circuit.experiments.practice import find_used_sink, under
-from p0circuit.experiments.sink_under_study import Heads, over_heads
+from p0circuit.experiments.sink_under_study import Heads, mean_over_heads, studied_sink
 from p0circuit.experiments.surgery import require_attention
 from p0circuit.hooked_model import HookedModel
 from p0circuit.interventions.ablation import ablate
@@ -56,7 +56,7 @@ from p0circuit.interventions.sliding_window import streamed, why_not_streamed
 from p0circuit.models import ModelInfo, describe, forward
 from p0circuit.models.device_map import placement_of
 from p0circuit.models.passes import WITH_GRADIENT
-from p0circuit.prompts import WITH_BOS, WITHOUT_BOS, PromptSet, bos_id, from_ids
+from p0circuit.prompts import WITH_BOS, PromptSet, bos_id, from_ids
 from p0circuit.recording.batch_size import batch_size_for
 from p0circuit.recording.quantities import NORM_RATIO, TOKEN_LOSSES, score_at
 from p0circuit.recording.record import record
@@ -115,14 +115,12 @@ class MitigationsConfig:
     register_steps: int = 40
 
 
-class Mitigations(Experiment):
+class Mitigations(Experiment[MitigationsConfig]):
     """What can be done about the sink without training, measured on the same rows."""
 
     id = "remedies"
     title = "Mitigations side by side"
-
-    def __init__(self, config: MitigationsConfig = MitigationsConfig()) -> None:
-        super().__init__(config)
+    config_type = MitigationsConfig
 
     def passes(self, model: HookedModel, prompts: PromptSet) -> float:
         config, half = self.config, second_half(prompts)
@@ -141,22 +139,22 @@ class Mitigations(Experiment):
 
     def measure(self, model: HookedModel, prompts: PromptSet) -> Result:
         """Raises NotApplicable without a sink, where attention cannot be edited, and where rows are padded or short."""
-        found, condition = find_used_sink(model, prompts)
+        sink = studied_sink(model, prompts, in_either_condition=True)
         if not bool(prompts.attention_mask.all()):
             raise NotApplicable("needs rows without padding: something has to be put before them")
         if prompts.length < SHORTEST:
             raise NotApplicable(f"needs rows of at least {SHORTEST} tokens, got {prompts.length}")
         require_attention(model)
         config, name = self.config, describe(model).title
-        # The halves of `find_used_sink`, without BOS before them.
-        others, chosen = under(model, prompts, WITHOUT_BOS).split()
+        # The halves of `studied_sink`, without BOS before them.
+        others, chosen = text_as_it_is(model, prompts).split()
         rows = chosen.subset(slice(0, config.samples))
         register = prefixes_of(model, others, FirstTokenConfig(steps=config.register_steps)).get(REGISTER)
-        notes = [found.note, f"that sink is in text {condition}; measured on {rows.n} rows"]
-        base, remedies = mitigations_for(model, rows, found.names, condition, register, notes)
+        notes = [sink.note, f"that sink is in text {sink.condition}; measured on {rows.n} rows"]
+        base, remedies = mitigations_for(model, rows, sink.names, sink.condition, register, notes)
         if model.tokenizer is None:
             notes.append("the prompts are random tokens: their losses tell little about text")
-        measured = {each: measured_with(model, rows, remedy, found.heads, config) for each, remedy in remedies.items()}
+        measured = {each: measured_with(model, rows, remedy, sink.heads, config) for each, remedy in remedies.items()}
         metrics = {
             f"{quantity}_with_{metric_name(each)}": bootstrap(values)
             for each, of in measured.items()
@@ -222,7 +220,7 @@ def measured_with(
     excess = recording[score_at(0)].double() - recording[score_at(CONTROL)].double()
     return {
         "loss": _of_text(recording[TOKEN_LOSSES].double().numpy(), text).mean(1),
-        "excess": over_heads(excess, heads),
+        "excess": mean_over_heads(excess, heads),
         "norm_ratio": recording[NORM_RATIO].double().amax(1).numpy(),
         "int8_error": int8_errors(model, text[: config.int8_samples], remedy),
         "spread": _spread(model, prompts.subset(slice(0, config.spread_samples)), remedy, config.tokens),
@@ -234,7 +232,7 @@ def text_losses(
 ) -> Float[np.ndarray, "row prediction"]:
     """The losses of the predictions made from 8 tokens into the text on."""
     rows, changes = remedy.applied(model, text)
-    return _of_text(record(model, rows, TOKEN_LOSSES, interventions=changes)[TOKEN_LOSSES].double().numpy(), text)
+    return _of_text(record(model, rows, TOKEN_LOSSES, interventions=changes).double().numpy(), text)
 
 
 def _of_text(

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from p0circuit.experiments.base import Experiment, NotApplicable
 from p0circuit.experiments.edges import input_shares
-from p0circuit.experiments.sink_under_study import listed, scores_of
+from p0circuit.experiments.sink_under_study import head_list, sink_scores
 from p0circuit.hooked_model import HookedModel
 from p0circuit.interventions.circuit import circuit_graph, owner
 from p0circuit.interventions.closed_form import KeyEdges, NotOfTheClosedForm
@@ -31,8 +31,9 @@ from p0circuit.interventions.path_patching import TOKENS_AT_ONCE, edges_into_key
 from p0circuit.models import ModelInfo, describe
 from p0circuit.prompts import PromptSet
 from p0circuit.recording.quantities import SINK_SCORE
+from p0circuit.recording.record import record
 from p0circuit.results import Result
-from p0circuit.sink import FALLBACK_HEADS, SINK_THRESHOLD, sink_heads
+from p0circuit.sink import FALLBACK_HEADS, SINK_THRESHOLD, any_sink_head, sink_heads
 from p0circuit.stats import Interval, bootstrap
 
 if TYPE_CHECKING:
@@ -60,25 +61,24 @@ class CircuitConfig:
     budget: float = 15.0
 
 
-class Circuit(Experiment):
+class Circuit(Experiment[CircuitConfig]):
     """Path patching between all components at P0: the edge table, the pruned circuit and its drawing."""
 
     id = "circuit"
     title = "The P0 circuit"
-
-    def __init__(self, config: CircuitConfig = CircuitConfig()) -> None:
-        super().__init__(config)
+    config_type = CircuitConfig
 
     def measure(self, model: HookedModel, prompts: PromptSet) -> Result:
         info, config = describe(model), self.config
         first, second = prompts.split()
-        scores = self.record(model, first, [SINK_SCORE], "first half")[SINK_SCORE]
-        heads, above = sink_heads(scores, config.eps, config.fallback_heads)
+        scores = record(model, first, [SINK_SCORE], condition="first half")[SINK_SCORE]
+        heads = sink_heads(scores, config.eps, config.fallback_heads)
+        above = any_sink_head(scores, config.eps)
         names = [f"attn.{layer}.{head}" for layer, head in heads]
         chosen = second.subset(slice(0, config.samples))
         layers = range(max(layer for layer, _ in heads) + 1)
         pair = shifted_pair(model, chosen, config.shift, prompts.seed)
-        which = f"sink heads: {listed(heads)}" + ("" if above else " (the highest; none is above the threshold)")
+        which = f"sink heads: {head_list(heads)}" + ("" if above else " (the highest; none is above the threshold)")
         study = _Study(model, pair, heads, names, layers, which)
         edges = _edges_up_to(info, layers[-1])
         return self._search(study, edges) if edges > config.most_edges else self._patch_all(study)
@@ -131,7 +131,7 @@ class Circuit(Experiment):
         receivers += [f"attn.{layer}.{part}" for layer in study.layers for part in "kv"]
         sets = {f"sink.{part}": [f"{name}.{part}" for name in study.names] for part in "kv"}
         values = patch_values(model, study.pair, senders)
-        clean = bootstrap(scores_of(model, chosen, heads))
+        clean = bootstrap(sink_scores(model, chosen, heads))
         threshold = config.share * clean.value
         try:
             search = search_edges(

@@ -31,8 +31,7 @@ from torch import Tensor
 
 from p0circuit import sink
 from p0circuit.experiments.base import Experiment, NotApplicable, second_half
-from p0circuit.experiments.practice import find_used_sink, under
-from p0circuit.experiments.sink_under_study import SinkHeads, over_heads
+from p0circuit.experiments.sink_under_study import StudiedSink, mean_over_heads, studied_sink
 from p0circuit.hooked_model import HookedModel
 from p0circuit.interventions.experts import experts_at, mixture_layers, remove_experts, routing
 from p0circuit.models import ModelInfo, describe
@@ -40,15 +39,15 @@ from p0circuit.prompts import PromptSet
 from p0circuit.recording.quantities import NORM_RATIO, SINK_SCORE, TOKEN_LOSSES, score_at
 from p0circuit.recording.record import record
 from p0circuit.results import Result
-from p0circuit.sink import CONTROL
+from p0circuit.sink import CIRCUIT_BLOCKS, CONTROL
 from p0circuit.stats import Interval, bootstrap, ratio_interval
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-EARLY = 2
-"""The blocks in which the paper has the sink decided, and the first layer of the sink rate."""
+FIRST_LATER_BLOCK = CIRCUIT_BLOCKS[-1] + 1
+"""The first block above those in which the paper has the sink decided."""
 _AT_P0, _EVERYWHERE, _RANDOM = "at P0", "everywhere", "random ones of the same blocks"
 _EXCESS, _NORM, _LOSS, _RATE = "excess_left", "norm_ratio", "loss_added", "sink_rate_from_layer_2"
 
@@ -80,14 +79,12 @@ class Left(NamedTuple):
     loss: Float[np.ndarray, " sample"]
 
 
-class Experts(Experiment):
+class Experts(Experiment[ExpertsConfig]):
     """Which experts P0 is routed to, and the sink without those that write most at P0, one by one and together."""
 
     id = "experts"
     title = "The experts of P0"
-
-    def __init__(self, config: ExpertsConfig = ExpertsConfig()) -> None:
-        super().__init__(config)
+    config_type = ExpertsConfig
 
     def passes(self, model: HookedModel, prompts: PromptSet) -> float:
         config, info, rows = self.config, describe(model), second_half(prompts)
@@ -105,17 +102,16 @@ class Experts(Experiment):
         info, layers = describe(model), mixture_layers(model)
         if not layers:
             raise NotApplicable(f"{info.title} is no mixture of experts that can be taken apart")
-        found, condition = find_used_sink(model, prompts)
-        text = under(model, prompts, condition)
+        found = studied_sink(model, prompts, in_either_condition=True)
         routed = routing(model, found.prompts)
-        norms = _norms(model, text.split()[0].subset(slice(0, self.config.samples)), layers)
+        norms = _norms(model, found.chosen_on.subset(slice(0, self.config.samples)), layers)
         heard = [layer for layer in layers if layer < max(layer for layer, _ in found.heads)]
         order = _order(norms[0], layers, heard)
         if not order:
             raise NotApplicable(f"{info.title} has no mixture of experts below its last sink head ({found.note})")
         few = found.prompts.subset(slice(0, self.config.samples))
         # Where the sink heads read; those of blocks 0 and 1 read before there is a norm to speak of.
-        reader = min(info.n_layers, max(EARLY, min(layer for layer, _ in found.heads)))
+        reader = min(info.n_layers, max(FIRST_LATER_BLOCK, min(layer for layer, _ in found.heads)))
 
         def without(experts: Sequence[Expert], offset: int | None = None) -> Left:
             return _left(model, few, found, reader, experts, offset)
@@ -134,7 +130,7 @@ class Experts(Experiment):
         tables = {"routing": _routing_table(shares, norms, layers), "alone": alone, "together": together}
         notes = [
             found.note,
-            f"text {condition}; norm ratio before block {reader}",
+            f"text {found.condition}; norm ratio before block {reader}",
             f"P0 uses {metrics['experts_in_use_at_p0']} of {info.experts} experts in a block, position {CONTROL} "
             f"{metrics[f'experts_in_use_at_position_{CONTROL}']}",
             "experts by what they write at P0: " + "; ".join(_told(line) for line in alone.head(4).to_dict("records")),
@@ -235,16 +231,25 @@ def _random_order(
 
 
 def _left(
-    model: HookedModel, prompts: PromptSet, found: SinkHeads, reader: int, experts: Sequence[Expert], offset: int | None
+    model: HookedModel,
+    prompts: PromptSet,
+    found: StudiedSink,
+    reader: int,
+    experts: Sequence[Expert],
+    offset: int | None,
 ) -> Left:
     """Step 6 on a run without some experts."""
     changes = [remove_experts(model, prompts, experts, offset)] if experts else []
     beside = score_at(CONTROL)
     recording = record(model, prompts, [SINK_SCORE, beside, NORM_RATIO, TOKEN_LOSSES], interventions=changes)
     scores = recording[SINK_SCORE].double()
-    rate = sink.sink_rate(scores, from_layer=EARLY) if scores.shape[1] > EARLY else torch.full((prompts.n,), torch.nan)
+    rate = (
+        sink.sink_rate(scores, from_layer=FIRST_LATER_BLOCK)
+        if scores.shape[1] > FIRST_LATER_BLOCK
+        else torch.full((prompts.n,), torch.nan)
+    )
     return Left(
-        over_heads(scores - recording[beside].double(), found.heads),
+        mean_over_heads(scores - recording[beside].double(), found.heads),
         rate.double().numpy(),
         recording[NORM_RATIO][:, reader].double().numpy(),
         recording[TOKEN_LOSSES].double().nanmean(1).numpy(),

@@ -30,6 +30,7 @@ from p0circuit.recording.quantities import (
     component_at,
     residual_at,
 )
+from p0circuit.recording.record import record
 from p0circuit.results import Result
 from p0circuit.stats import Interval, bootstrap
 
@@ -49,14 +50,12 @@ class NormDirectionConfig:
     others: tuple[int, ...] = (8, 16, 32)
 
 
-class NormDirection(Experiment):
+class NormDirection(Experiment[NormDirectionConfig]):
     """Norm ratio and direction consistency of P0, by layer and by component."""
 
     id = "norm-direction"
     title = "Norm and direction of P0"
-
-    def __init__(self, config: NormDirectionConfig = NormDirectionConfig()) -> None:
-        super().__init__(config)
+    config_type = NormDirectionConfig
 
     def passes(self, model: HookedModel, prompts: PromptSet) -> float:
         return 0.0  # all of it is in the clean recording
@@ -68,7 +67,7 @@ class NormDirection(Experiment):
         places = [0, *others]
         what = [NORM_RATIO, *_COMPONENTS.values(), *(residual_at(offset) for offset in places)]
         what += [component_at(component, offset) for component in _COMPONENTS for offset in places]
-        recording = self.record(model, prompts, what, "text")
+        recording = record(model, prompts, what, condition="text")
 
         def row(component: str, layer: int, ratios: Tensor, at: Callable[[int], Quantity]) -> dict[str, Any]:
             at_p0, *beside = (sink.direction_cosines(recording[at(offset)][:, layer]) for offset in places)

@@ -42,11 +42,12 @@ class SinkMapConfig:
     control: int = CONTROL
 
 
-class SinkMap(Experiment):
+class SinkMap(Experiment[SinkMapConfig]):
     """Sink score per layer and head, on text with and without BOS, on random tokens and on one repeated token."""
 
     id = "sink-map"
     title = "Where the sink is"
+    config_type = SinkMapConfig
     claim = Claim(
         id="C1",
         title="The sink",
@@ -60,9 +61,6 @@ class SinkMap(Experiment):
         ),
         control="The same rate of position 8.",
     )
-
-    def __init__(self, config: SinkMapConfig = SinkMapConfig()) -> None:
-        super().__init__(config)
 
     def passes(self, model: HookedModel, prompts: PromptSet) -> float:
         # A random first token, random tokens, one repeated token; and one prompt for the attention view.
@@ -80,7 +78,7 @@ class SinkMap(Experiment):
         maps, rows, rates, metrics = {}, [], [], {}
         late = starts[-1]
         for name, condition in conditions(model, prompts).items():
-            recording = self.record(model, condition, [SINK_SCORE, control], name)
+            recording = record(model, condition, [SINK_SCORE, control], condition=name)
             scores = recording[SINK_SCORE]
             maps[name] = mean_over_samples(scores)
             spread = scores.double().std(0).numpy()
@@ -156,8 +154,8 @@ def view_heads(
     start, length = int(prompt.p0[0]), min(VIEWED_TOKENS, prompt.length - int(prompt.p0[0]))
     shown = slice(start, start + length)
     layers, numbers = map(list, zip(*heads, strict=True))
-    recording = record(model, prompt, PATTERNS, cache=None, interventions=interventions)
-    patterns = recording[PATTERNS][0][layers, numbers][:, shown, shown]
+    recorded = record(model, prompt, PATTERNS, cache=None, interventions=interventions)
+    patterns = recorded[0][layers, numbers][:, shown, shown]
     ids, tokenizer = prompt.ids[0, shown].tolist(), getattr(model, "tokenizer", None)
     tokens = [f"{token} " if tokenizer is None else tokenizer.decode([token]) for token in ids]
     return attention_view(tokens, patterns, [f"{layer}.{head}" for layer, head in heads], title)

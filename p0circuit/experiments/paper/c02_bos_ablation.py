@@ -15,11 +15,12 @@ from p0circuit import sink
 from p0circuit.experiments.base import Experiment, NotApplicable, mean_over_samples
 from p0circuit.experiments.claim import Claim, Criterion
 from p0circuit.experiments.conditions import with_and_without_bos
-from p0circuit.experiments.sink_under_study import find_sink_heads, scores_of
+from p0circuit.experiments.sink_under_study import sink_scores, studied_sink
 from p0circuit.hooked_model import HookedModel
 from p0circuit.models import describe
 from p0circuit.prompts import WITH_BOS, WITHOUT_BOS, PromptSet, bos_id
 from p0circuit.recording.quantities import SINK_SCORE, TOKEN_LOSSES
+from p0circuit.recording.record import record
 from p0circuit.results import Result
 from p0circuit.sink import CONTROL
 from p0circuit.stats import Interval, bootstrap, ratio_interval
@@ -36,11 +37,12 @@ class BosAblationConfig:
     from_layer: int = 2
 
 
-class BosAblation(Experiment):
+class BosAblation(Experiment[BosAblationConfig]):
     """Sink rate, `Sink[2:]` and loss with and without BOS."""
 
     id = "bos-ablation"
     title = "With and without BOS"
+    config_type = BosAblationConfig
     claim = Claim(
         id="C2",
         title="No BOS needed",
@@ -54,9 +56,6 @@ class BosAblation(Experiment):
         ),
         control="The same heads' score of position 8 without BOS.",
     )
-
-    def __init__(self, config: BosAblationConfig = BosAblationConfig()) -> None:
-        super().__init__(config)
 
     def passes(self, model: HookedModel, prompts: PromptSet) -> float:
         return 0.0  # all of it is in the clean recording
@@ -82,7 +81,7 @@ class BosAblation(Experiment):
         info = describe(model)
         start = min(self.config.from_layer, info.n_layers - 1)
         for name, condition in sets.items():
-            recording = self.record(model, condition, [SINK_SCORE, TOKEN_LOSSES], name)
+            recording = record(model, condition, [SINK_SCORE, TOKEN_LOSSES], condition=name)
             scores, losses = recording[SINK_SCORE], recording[TOKEN_LOSSES]
             common = losses[:, 1 + shift[name] :][:, :shared]
             values[name] = {
@@ -104,16 +103,16 @@ class BosAblation(Experiment):
         heads = [f"head_{head}" for head in range(len(layers[0]) - 2)]
         notes = _first_layers(layers, self.config.eps)
         try:
-            found = find_sink_heads(model, sets[WITH_BOS])
+            found = studied_sink(model, sets[WITH_BOS])
         except NotApplicable as reason:
             # The rest of the comparison is worth having also where there is no sink.
             notes.append(f"with BOS, {reason}")
         else:
             # `split` draws by the seed: the same rows of the same text, without BOS before them.
             bare = sets[WITHOUT_BOS].split()[1]
-            with_bos, without = scores_of(model, found.prompts, found.heads), scores_of(model, bare, found.heads)
+            with_bos, without = sink_scores(model, found.prompts, found.heads), sink_scores(model, bare, found.heads)
             metrics["score_without_over_with_bos"] = left = ratio_interval(without, with_bos)
-            metrics["score_of_position_8_without_bos"] = bootstrap(scores_of(model, bare, found.heads, CONTROL))
+            metrics["score_of_position_8_without_bos"] = bootstrap(sink_scores(model, bare, found.heads, CONTROL))
             notes += [found.note, _depends(left)]
         tables = {
             "summary": pd.DataFrame(rows, columns=["quantity", "condition", "value", "low", "high", "n"]),

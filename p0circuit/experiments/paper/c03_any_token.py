@@ -3,7 +3,7 @@
 1. Choose the sink heads on one half of the samples; the first rows of the other half are the continuations.
 2. P0 sees itself alone, so a row of one token gives the exact key that the token has at P0. Put the key of every token
    before the queries of the fixed continuations: the sink score that each token draws (`vocabulary_sweep`).
-3. The share of tokens that draw at least half of what the median token draws; the others are listed.
+3. The share of tokens that draw at least half of what the median token draws; the others are head_list.
 4. Some tokens drawn at random are put into full runs as well, where the queries may answer to them, once at P0 and, as
    the control, once at position 8.
 5. Where the prompts begin with BOS, other tokens take its place, and the median of what they draw has to be at least
@@ -41,7 +41,7 @@ from torch.nn.functional import normalize
 
 from p0circuit.experiments.base import Experiment, NotApplicable, is_large, second_half
 from p0circuit.experiments.claim import Claim, Criterion
-from p0circuit.experiments.sink_under_study import find_sink_heads
+from p0circuit.experiments.sink_under_study import studied_sink
 from p0circuit.hooked_model import HookedModel
 from p0circuit.interventions.closed_form import NotOfTheClosedForm, QueryScores, query_side
 from p0circuit.interventions.vocabulary import CHUNK, vocabulary_sweep
@@ -50,6 +50,7 @@ from p0circuit.models import ModelError, ModelInfo, describe
 from p0circuit.models.vocabulary import sampleable_vocabulary
 from p0circuit.prompts import WITH_BOS, PromptSet, bos_id, condition_of, random_tokens
 from p0circuit.recording.quantities import residual_at, score_at
+from p0circuit.recording.record import record
 from p0circuit.results import Result, metric_name
 from p0circuit.sink import CONTROL
 from p0circuit.stats import LEVEL, Interval, bootstrap, ratio_interval
@@ -82,11 +83,12 @@ class AnyTokenConfig:
     sample: int | None = None
 
 
-class AnyToken(Experiment):
+class AnyToken(Experiment[AnyTokenConfig]):
     """Every token of the vocabulary at P0: the sink score it draws, and a probe of what P0's stream keeps of it."""
 
     id = "any-token"
     title = "Any token becomes the sink"
+    config_type = AnyTokenConfig
     claim = Claim(
         id="C3",
         title="No semantics needed",
@@ -101,9 +103,6 @@ class AnyToken(Experiment):
         ),
         control="The same tokens at position 8 of full runs, held against the same median.",
     )
-
-    def __init__(self, config: AnyTokenConfig = AnyTokenConfig()) -> None:
-        super().__init__(config)
 
     def passes(self, model: HookedModel, prompts: PromptSet) -> float:
         config, rows, vocabulary = self.config, second_half(prompts), sampleable_vocabulary(model)[0]
@@ -129,7 +128,7 @@ class AnyToken(Experiment):
         from p0circuit.figures.lines import trajectories
 
         info, config = describe(model), self.config
-        found = find_sink_heads(model, prompts)
+        found = studied_sink(model, prompts)
         generator = torch.Generator().manual_seed(prompts.seed)
         vocabulary = torch.arange(sampleable_vocabulary(model)[0])
         sampled = config.sample is not None and config.sample < len(vocabulary)
@@ -233,7 +232,7 @@ class AnyToken(Experiment):
         mask = prompts.attention_mask.repeat(len(tokens), 1)
         quantity = score_at(place)
         rows = replace(prompts, ids=ids, attention_mask=mask, cut_off=None)
-        scores = self.record(model, rows, [quantity], f"tokens at {place}")[quantity].double()
+        scores = record(model, rows, [quantity], condition=f"tokens at {place}")[quantity].double()
         layers, numbers = map(list, zip(*heads, strict=True))
         return scores[:, layers, numbers].mean(1).view(len(tokens), -1).mean(1).numpy()
 
@@ -246,7 +245,7 @@ class AnyToken(Experiment):
         rows = random_tokens(size, len(tokens), control + 1, seed, special=special)
         rows.ids[:, control] = tokens
         quantity = residual_at(control)
-        beside = self.record(model, rows, [quantity], "probe")[quantity]
+        beside = record(model, rows, [quantity], condition="probe")[quantity]
         streams = vocabulary_sweep(model, tokens, residual_layers=range(info.n_layers + 1)).residual
         # The tokens come in random order already.
         train = torch.arange(len(tokens)) < len(tokens) // 2

@@ -43,20 +43,20 @@ from torch.nn.functional import normalize
 
 from p0circuit.experiments.base import Experiment, NotApplicable, second_half
 from p0circuit.experiments.claim import Claim, Criterion
-from p0circuit.experiments.sink_under_study import find_sink_heads
+from p0circuit.experiments.sink_under_study import studied_sink
 from p0circuit.hooked_model import HookedModel
 from p0circuit.models import ModelError, describe
 from p0circuit.models.hooks import hook_point
 from p0circuit.prompts import PromptSet
 from p0circuit.recording.quantities import Batch, Quantity
+from p0circuit.recording.record import record
 from p0circuit.results import Result
-from p0circuit.sink import CONTROL
+from p0circuit.sink import CIRCUIT_BLOCKS, CONTROL
 from p0circuit.stats import Interval, bootstrap, ratio_interval
 
 if TYPE_CHECKING:
     import pandas as pd
 
-BLOCKS = (0, 1)
 _BESIDE = " (resamples, noisier than the samples, vary more over positions: the interval lies beside the value)"
 _HEAD_HOOKS = ("attn.hook_v", "attn.hook_pattern", "attn.hook_z")
 
@@ -112,11 +112,12 @@ class Cone:
         }
 
 
-class Recognition(Experiment):
+class Recognition(Experiment[RecognitionConfig]):
     """Attention output of blocks 0 and 1 by position: norm, variance, and the cone model's prediction."""
 
     id = "recognition"
     title = "How P0 is recognised"
+    config_type = RecognitionConfig
     claim = Claim(
         id="C4",
         title="Recognition",
@@ -127,7 +128,7 @@ class Recognition(Experiment):
         "on; the share of its variance over positions that the cone model predicts from cosine and attention weights.",
         criteria=tuple(
             criterion
-            for block in BLOCKS
+            for block in CIRCUIT_BLOCKS
             for criterion in (
                 Criterion(f"squared_norm_over_others_block_{block}", ">", 1, "low"),
                 Criterion(f"variance_explained_by_the_cone_block_{block}", ">=", 0.8),
@@ -136,11 +137,8 @@ class Recognition(Experiment):
         control="A random position from 8 on in P0's place.",
     )
 
-    def __init__(self, config: RecognitionConfig = RecognitionConfig()) -> None:
-        super().__init__(config)
-
     def passes(self, model: HookedModel, prompts: PromptSet) -> float:
-        blocks = sum(block + 1 for block in BLOCKS)
+        blocks = sum(block + 1 for block in CIRCUIT_BLOCKS)
         return blocks / describe(model).n_layers * second_half(prompts) / prompts.n
 
     def measure(self, model: HookedModel, prompts: PromptSet) -> Result:
@@ -151,14 +149,14 @@ class Recognition(Experiment):
         from p0circuit.figures.style import Series
 
         info, start = describe(model), self.config.others
-        if info.n_layers <= max(BLOCKS):
+        if info.n_layers <= max(CIRCUIT_BLOCKS):
             raise NotApplicable(f"{info.title} has {info.n_layers} block: there are no blocks 0 and 1")
         if not bool(prompts.attention_mask.all()):
             raise NotApplicable("these prompts are padded, and a profile over positions needs rows of one length")
-        found = find_sink_heads(model, prompts)
+        found = studied_sink(model, prompts)
         metrics, profiles, isotropy, panels, notes = {}, [], [], {}, [found.note]
         drawn = np.random.default_rng(prompts.seed).integers(start, prompts.length, found.prompts.n)
-        for block in BLOCKS:
+        for block in CIRCUIT_BLOCKS:
             outputs, cone_of, values = self._record(model, found.prompts, block)
             squared, variance = outputs[..., 0], outputs[..., 1]
             others = squared[:, start:].mean(1)
@@ -221,7 +219,7 @@ class Recognition(Experiment):
                     hook_point(model, hook)
         except ModelError as error:
             raise NotApplicable(f"the attention of {describe(model).title} cannot be read: {error}") from error
-        recording = self.record(model, prompts, [outputs, mixing, about, some], "measured on")
+        recording = record(model, prompts, [outputs, mixing, about, some], condition="measured on")
         parts = recording[mixing].double().numpy()
         group = parts.shape[2] // recording[about].shape[1]
         values = recording[about].double().repeat_interleave(group, dim=1).numpy()

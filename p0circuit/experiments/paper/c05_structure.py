@@ -25,16 +25,17 @@ import numpy as np
 from p0circuit.errors import P0Error
 from p0circuit.experiments.base import Experiment, NotApplicable, is_large, second_half
 from p0circuit.experiments.claim import Claim, Criterion
-from p0circuit.experiments.sink_under_study import ByHead, Heads, excess_by_head, over_heads
-from p0circuit.experiments.surgery import (
-    LAST_BLOCK,
-    Sink,
-    find_sink,
+from p0circuit.experiments.sink_under_study import (
+    ByHead,
+    Heads,
+    StudiedSink,
+    excess_by_head,
     heads_above,
-    lines,
-    random_offsets,
-    require_attention,
+    mean_over_heads,
+    studied_sink,
 )
+from p0circuit.experiments.surgery import random_offsets, require_attention
+from p0circuit.figures.lines import series_by
 from p0circuit.hooked_model import HookedModel
 from p0circuit.interventions.ablation import match_statistics
 from p0circuit.interventions.attention_edits import attend_to_self_only, copy_attention_row
@@ -42,7 +43,7 @@ from p0circuit.interventions.intervention import Intervention
 from p0circuit.models import ModelInfo, describe
 from p0circuit.prompts import PromptSet
 from p0circuit.results import Result
-from p0circuit.sink import CONTROL
+from p0circuit.sink import CIRCUIT_BLOCKS, CONTROL
 from p0circuit.stats import Interval, bootstrap, ratio_interval
 
 if TYPE_CHECKING:
@@ -91,11 +92,12 @@ _AT_P0: dict[str, Surgery] = {
 }
 
 
-class Structure(Experiment):
+class Structure(Experiment[StructureConfig]):
     """Mask surgery and statistics matching in blocks 0 and 1: does t become a sink, does P0 stop being one?"""
 
     id = "structure"
     title = "Structure suffices and is needed"
+    config_type = StructureConfig
     claim = Claim(
         id="C5",
         title="Structure suffices and is needed",
@@ -111,9 +113,6 @@ class Structure(Experiment):
         control="t attends as a random position does; a random position is mixed instead of P0; t without surgery.",
     )
 
-    def __init__(self, config: StructureConfig = StructureConfig()) -> None:
-        super().__init__(config)
-
     def passes(self, model: HookedModel, prompts: PromptSet) -> float:
         rows, config = second_half(prompts), self.config
         few = min(rows, config.samples_beside)
@@ -126,16 +125,17 @@ class Structure(Experiment):
         return Structure(replace(self.config, samples_beside=5, scan_blocks=3)) if is_large(info) else self
 
     def measure(self, model: HookedModel, prompts: PromptSet) -> Result:
-        return self.measure_on(model, find_sink(model, prompts))
+        return self.measure_on(studied_sink(model, prompts, above_block=CIRCUIT_BLOCKS[-1]))
 
-    def measure_on(self, model: HookedModel, sink: Sink) -> Result:
-        """The measurement on a sink that has been found.
+    def measure_on(self, sink: StudiedSink) -> Result:
+        """Measure a given sink.
 
         Raises:
             NotApplicable: rows are too short for every t, or the attention cannot be edited.
         """
         import pandas as pd
 
+        model = sink.model
         require_attention(model)
         if CONTROL in self.config.positions:
             raise P0Error(f"t cannot be {CONTROL}, the position whose score is subtracted")
@@ -143,11 +143,11 @@ class Structure(Experiment):
         if not positions:
             raise NotApplicable(f"rows of {sink.prompts.length} tokens are too short for t = {self.config.positions}")
         some = slice(0, self.config.samples_beside)
-        few, nodes = sink.prompts.subset(some), [f"attn.{layer}" for layer in range(LAST_BLOCK + 1)]
+        few, nodes = sink.prompts.subset(some), [f"attn.{layer}" for layer in range(CIRCUIT_BLOCKS[-1] + 1)]
         clean = excess_by_head(model, sink.prompts, offsets=(0, *positions))
         became, lost, rows = _Ratios(), _Ratios(), []
         for t in positions:
-            became.add(_NONE, t, *(over_heads(clean[offset], sink.heads) for offset in (t, 0)))
+            became.add(_NONE, t, *(mean_over_heads(clean[offset], sink.heads) for offset in (t, 0)))
             for name, surgery in _AT_T.items():
                 prompts = sink.prompts if name == _ALONE else few
                 became.add(name, t, *_at_t(model, prompts, sink.heads, surgery, nodes, t))
@@ -155,7 +155,7 @@ class Structure(Experiment):
                 prompts, before = (sink.prompts, clean[0]) if name == _MIXED else (few, clean[0][some])
                 lost.add(name, t, *_at_p0(model, prompts, sink.heads, surgery, nodes, t, before))
         metrics = {
-            "p0_excess": bootstrap(over_heads(clean[0], sink.heads)),
+            "p0_excess": bootstrap(mean_over_heads(clean[0], sink.heads)),
             "t_over_p0_when_alone": became.pooled(_ALONE),
             "t_over_p0_with_statistics_of_p0": became.pooled("statistics of P0"),
             "t_over_p0_with_norm_of_p0": became.pooled("norm of P0"),
@@ -181,14 +181,14 @@ class Structure(Experiment):
         figures = {"surgery": _draw_surgery(became, lost, name), "scan": _draw_scan(scan, t, name)}
         return Result(self.id, self.title, metrics, {"surgery": table, "scan": scan}, figures, notes=notes)
 
-    def _scan(self, model: HookedModel, sink: Sink, t: int) -> pd.DataFrame:
+    def _scan(self, model: HookedModel, sink: StudiedSink, t: int) -> pd.DataFrame:
         """Both surgeries in each block alone and in all up to it, measured on the sink heads above."""
         import pandas as pd
 
         prompts = sink.prompts.subset(slice(0, self.config.samples_beside))
         clean = excess_by_head(model, prompts)[0]
         rows = []
-        for last in sink.scanned(self.config.scan_blocks):
+        for last in sink.blocks_to_scan(self.config.scan_blocks):
             heads = heads_above(sink.heads, last)
             for kind, chosen in (("this block alone", [last]), ("blocks up to it", range(last + 1))):
                 nodes = [f"attn.{layer}" for layer in chosen]
@@ -236,7 +236,7 @@ def _at_t(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Excess scores of t and of P0 in the same run, with surgery at t."""
     excess = excess_by_head(model, prompts, [surgery(model, prompts, nodes, t)], (t, 0))
-    return over_heads(excess[t], heads), over_heads(excess[0], heads)
+    return mean_over_heads(excess[t], heads), mean_over_heads(excess[0], heads)
 
 
 def _at_p0(
@@ -244,7 +244,7 @@ def _at_p0(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Excess scores of P0 with surgery at it, and without."""
     excess = excess_by_head(model, prompts, [surgery(model, prompts, nodes, t)])[0]
-    return over_heads(excess, heads), over_heads(clean, heads)
+    return mean_over_heads(excess, heads), mean_over_heads(clean, heads)
 
 
 def _same(interval: Interval) -> Interval:
@@ -262,7 +262,7 @@ _LABELS = ["excess of t / excess of P0", "share of P0's excess taken"]
 def _draw_surgery(became: _Ratios, lost: _Ratios, model: str) -> Figure:
     from p0circuit.figures.intervals import intervals
 
-    title = f"{model}: attention of blocks 0 and {LAST_BLOCK} changed at t, or at P0"
+    title = f"{model}: attention of blocks 0 and {CIRCUIT_BLOCKS[-1]} changed at t, or at P0"
     panels = {
         name: {surgery: turn(ratios.pooled(surgery)) for surgery in ratios.names}
         for name, ratios, turn in zip(_PANELS.values(), (became, lost), (_same, _one_minus), strict=True)
@@ -274,7 +274,7 @@ def _draw_surgery(became: _Ratios, lost: _Ratios, model: str) -> Figure:
 def _draw_scan(scan: pd.DataFrame, t: int, model: str) -> Figure:
     from p0circuit.figures.lines import trajectories
 
-    panels = {title: lines(scan[scan["measured"] == name], "blocks") for name, title in _PANELS.items()}
+    panels = {title: series_by(scan.loc[scan["measured"] == name], "blocks") for name, title in _PANELS.items()}
     blocks = [str(block) for block in scan["block"].unique()]
     about = f"{model}: in which blocks is it decided? (t = {t})"
     return trajectories(panels, blocks, about, "block with surgery", _LABELS, reference=0.5)

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from p0circuit.experiments.base import Experiment, NotApplicable, is_large, second_half
 from p0circuit.experiments.claim import Claim, Criterion
-from p0circuit.experiments.sink_under_study import SinkHeads, excess_scores, find_sink_heads
+from p0circuit.experiments.sink_under_study import StudiedSink, excess_scores, studied_sink
 from p0circuit.hooked_model import HookedModel
 from p0circuit.interventions.ablation import ablate
 from p0circuit.interventions.attribution import Attribution, attribute, patch_values_at_p0
@@ -51,13 +51,11 @@ from p0circuit.models.hooks import hook_point
 from p0circuit.models.passes import WITH_GRADIENT
 from p0circuit.prompts import PromptSet
 from p0circuit.results import Result
-from p0circuit.sink import CONTROL
+from p0circuit.sink import CIRCUIT_BLOCKS, CONTROL
 from p0circuit.stats import Interval, bootstrap, ratio_interval
 
 if TYPE_CHECKING:
     import pandas as pd
-
-BLOCKS = (0, 1)
 
 
 @dataclass(frozen=True)
@@ -78,11 +76,12 @@ class AmplificationConfig:
     shown_samples: int = 64
 
 
-class Amplification(Experiment):
+class Amplification(Experiment[AmplificationConfig]):
     """Who writes the P0 direction: MLPs 0 and 1 and their neurons (or experts), ablated against random ones."""
 
     id = "amplification"
     title = "Who writes the P0 direction"
+    config_type = AmplificationConfig
     claim = Claim(
         id="C6",
         title="Amplification",
@@ -99,23 +98,22 @@ class Amplification(Experiment):
         control="As many random neurons of the same blocks; the same neurons at position 8.",
     )
 
-    def __init__(self, config: AmplificationConfig = AmplificationConfig()) -> None:
-        super().__init__(config)
-
     def passes(self, model: HookedModel, prompts: PromptSet) -> float:
         info, config, rows = describe(model), self.config, second_half(prompts)
         few = min(rows, config.shown_samples)
-        runs = len(BLOCKS) + 1  # rows with each whole MLP replaced, and with both
+        runs = len(CIRCUIT_BLOCKS) + 1  # rows with each whole MLP replaced, and with both
         if info.experts:
-            return (runs * rows + len(BLOCKS) * 2 * few) / prompts.n
-        neurons = len(BLOCKS) * info.d_mlp
+            return (runs * rows + len(CIRCUIT_BLOCKS) * 2 * few) / prompts.n
+        neurons = len(CIRCUIT_BLOCKS) * info.d_mlp
         count = _count(config.share, neurons)
         groups = min(config.draws, neurons // count)
         singles = min(config.shown, neurons) + len(_numbers(count, neurons))
         measured = (runs + 2) * rows + groups * config.draw_samples + singles * few
         # The ranking of neurons: gradients in rows of two tokens, below the first sink heads.
-        ranked = 2 * min(config.choosing, prompts.n - rows) * (1 + len(BLOCKS) * config.steps) * WITH_GRADIENT
-        return measured / prompts.n + ranked / (prompts.n * prompts.length) * min(1, (max(BLOCKS) + 2) / info.n_layers)
+        ranked = 2 * min(config.choosing, prompts.n - rows) * (1 + len(CIRCUIT_BLOCKS) * config.steps) * WITH_GRADIENT
+        return measured / prompts.n + ranked / (prompts.n * prompts.length) * min(
+            1, (max(CIRCUIT_BLOCKS) + 2) / info.n_layers
+        )
 
     def quick(self, info: ModelInfo) -> Amplification:
         if not is_large(info):
@@ -127,18 +125,18 @@ class Amplification(Experiment):
         from p0circuit.figures.intervals import bars
 
         info = describe(model)
-        if info.n_layers <= max(BLOCKS):
+        if info.n_layers <= max(CIRCUIT_BLOCKS):
             raise NotApplicable(f"{info.title} has {info.n_layers} block: there are no blocks 0 and 1")
-        found = find_sink_heads(model, prompts)
+        found = studied_sink(model, prompts)
         first = prompts.split()[0]
-        layer = max(max(BLOCKS) + 1, min(layer for layer, _ in found.heads))
+        layer = max(max(CIRCUIT_BLOCKS) + 1, min(layer for layer, _ in found.heads))
         direction = p0_direction(model, first, layer)
         writers, total = _projections(model, found.prompts, direction, layer)
-        mlps = _sum(writers[f"mlp.{block}"] for block in BLOCKS)
+        mlps = _sum(writers[f"mlp.{block}"] for block in CIRCUIT_BLOCKS)
         shares = {name: ratio_interval(value, total) for name, value in writers.items()}
         metrics = {
             "share_of_mlps_0_and_1": ratio_interval(mlps, total),
-            **{f"share_of_mlp_{block}": shares[f"mlp.{block}"] for block in BLOCKS},
+            **{f"share_of_mlp_{block}": shares[f"mlp.{block}"] for block in CIRCUIT_BLOCKS},
             "projection": bootstrap(total),
         }
         where = f"before block {layer}" if layer < info.n_layers else "at the end"
@@ -183,9 +181,9 @@ class Amplification(Experiment):
         figure.set_size_inches(7.0, 2.9)
         return Result(self.id, self.title, metrics, tables, {"writers": figure}, notes=notes)
 
-    def _whole_mlps(self, model: HookedModel, found: SinkHeads, clean: np.ndarray) -> dict[str, Interval]:
+    def _whole_mlps(self, model: HookedModel, found: StudiedSink, clean: np.ndarray) -> dict[str, Interval]:
         """The share of the excess that goes with each whole MLP, and with both."""
-        nodes = [Node("mlp", block) for block in BLOCKS]
+        nodes = [Node("mlp", block) for block in CIRCUIT_BLOCKS]
         values = self._shifted(model, found.prompts, nodes)
         groups = {"mlp.0": nodes[:1], "mlp.1": nodes[1:], "both MLPs": nodes}
         return {name: _carried(model, found, some, values, clean) for name, some in groups.items()}
@@ -202,7 +200,7 @@ class Amplification(Experiment):
         self,
         model: HookedModel,
         first: PromptSet,
-        found: SinkHeads,
+        found: StudiedSink,
         direction: Tensor,
         layer: int,
         clean: np.ndarray,
@@ -247,7 +245,7 @@ class Amplification(Experiment):
         return table, _interval_table("neurons", "excess_carried", by_number), shares, note
 
     def _all_shifted(self, model: HookedModel, prompts: PromptSet) -> dict[Node, Tensor]:
-        return patch_values_at_p0(model, self._pair(model, prompts), ("neuron",), layers=BLOCKS)
+        return patch_values_at_p0(model, self._pair(model, prompts), ("neuron",), layers=CIRCUIT_BLOCKS)
 
     def _rank(
         self, model: HookedModel, prompts: PromptSet, direction: Tensor, layer: int
@@ -267,7 +265,7 @@ class Amplification(Experiment):
     def _random(
         self,
         model: HookedModel,
-        found: SinkHeads,
+        found: StudiedSink,
         nodes: Sequence[Node],
         count: int,
         values: Mapping[Node, Tensor],
@@ -287,14 +285,14 @@ class Amplification(Experiment):
         return bootstrap(np.array(shares))
 
     def _experts(
-        self, model: HookedModel, found: SinkHeads, direction: Tensor, clean: np.ndarray
+        self, model: HookedModel, found: StudiedSink, direction: Tensor, clean: np.ndarray
     ) -> tuple[pd.DataFrame, dict[str, Interval]]:
         """Step 5: a line for every expert that P0 is routed to; and what goes without the three that write most."""
         import pandas as pd
 
         few = _part(found, slice(0, self.config.shown_samples))
         rows, carried = [], {}
-        for block in BLOCKS:
+        for block in CIRCUIT_BLOCKS:
             here = experts_at_p0(model, few.prompts, block)
             if here is None:
                 continue
@@ -344,7 +342,7 @@ def _two_tokens(prompts: PromptSet) -> PromptSet:
     return replace(prompts, ids=ids, attention_mask=torch.ones_like(ids, dtype=torch.bool), cut_off=None)
 
 
-def _part(found: SinkHeads, rows: slice | Sequence[int]) -> SinkHeads:
+def _part(found: StudiedSink, rows: slice | Sequence[int]) -> StudiedSink:
     return replace(found, prompts=found.prompts.subset(rows))
 
 
@@ -360,14 +358,14 @@ def _projections(
 
 
 def _carried(
-    model: HookedModel, found: SinkHeads, nodes: Sequence[Node], values: Mapping[Node, Tensor], clean: np.ndarray
+    model: HookedModel, found: StudiedSink, nodes: Sequence[Node], values: Mapping[Node, Tensor], clean: np.ndarray
 ) -> Interval:
     """The share of the excess score that goes when nodes have other values at P0."""
     return ratio_interval(clean - _excess_without(model, found, nodes, values), clean)
 
 
 def _excess_without(
-    model: HookedModel, found: SinkHeads, nodes: Sequence[Node], values: Mapping[Node, Tensor]
+    model: HookedModel, found: StudiedSink, nodes: Sequence[Node], values: Mapping[Node, Tensor]
 ) -> Float[np.ndarray, " sample"]:
     ablation = ablate(model, found.prompts, nodes, {node: values[node] for node in nodes})
     return excess_scores(model, found.prompts, found.heads, interventions=[ablation])
@@ -376,7 +374,7 @@ def _excess_without(
 def _no_neurons(model: HookedModel) -> str:
     """Why neurons cannot be ablated in this model; empty if they can."""
     try:
-        for block in BLOCKS:
+        for block in CIRCUIT_BLOCKS:
             hook_point(model, Node("neuron", block, 0).hook)
     except ModelError as error:
         return f"neurons are left out: {error}"

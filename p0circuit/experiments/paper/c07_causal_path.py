@@ -54,7 +54,7 @@ from torch import Tensor
 from p0circuit.experiments.base import Experiment, NotApplicable
 from p0circuit.experiments.claim import Claim, Criterion
 from p0circuit.experiments.edges import input_shares
-from p0circuit.experiments.sink_under_study import SinkHeads, find_sink_heads, scores_of
+from p0circuit.experiments.sink_under_study import StudiedSink, sink_scores, studied_sink
 from p0circuit.hooked_model import HookedModel
 from p0circuit.interventions.ablation import ablate
 from p0circuit.interventions.activation_patching import (
@@ -76,13 +76,13 @@ from p0circuit.models import ModelInfo, describe, device_of, forward
 from p0circuit.models.hooks import Hook
 from p0circuit.prompts import PromptSet, from_ids
 from p0circuit.results import Result
+from p0circuit.sink import CIRCUIT_BLOCKS
 from p0circuit.stats import Interval, bootstrap, ratio_interval
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-_BLOCKS = (0, 1)
 _DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
 JOINT, WHOLE, BESIDE = "blocks 0-1", "whole stream", "blocks 0-1 at a random position"
 """What is patched: the names in the tables."""
@@ -109,11 +109,12 @@ class CausalPathConfig:
     row_runs: int = 72
 
 
-class CausalPath(Experiment):
+class CausalPath(Experiment[CausalPathConfig]):
     """Activation patching in both directions, and path patching into Q, K and V of the sink heads."""
 
     id = "path"
     title = "The path of the sink"
+    config_type = CausalPathConfig
     claim = Claim(
         id="C7",
         title="The path",
@@ -131,9 +132,6 @@ class CausalPath(Experiment):
         control="The same joint patches at a random position, and edges from there.",
     )
 
-    def __init__(self, config: CausalPathConfig = CausalPathConfig()) -> None:
-        super().__init__(config)
-
     def measure(self, model: HookedModel, prompts: PromptSet) -> Result:
         """Raises NotApplicable without blocks 0-1 or a sink, and where P0's whole stream has no effect on it."""
         info = describe(model)
@@ -145,7 +143,7 @@ class CausalPath(Experiment):
                 f"{info.title} has {info.n_ctx} positions: no room for a prefix of {min(self.config.shifts)} tokens "
                 f"before prompts of {prompts.length}; shorten them"
             )
-        found = find_sink_heads(model, prompts)
+        found = studied_sink(model, prompts)
         chosen = found.prompts.subset(slice(0, self.config.samples))
         pairs = [shifted_pair(model, chosen, shift, prompts.seed + number) for number, shift in enumerate(shifts)]
         # From 1 on: the position after P0 is the first that is not P0.
@@ -218,7 +216,7 @@ class CausalPath(Experiment):
         self,
         model: HookedModel,
         pairs: Sequence[PromptPair],
-        found: SinkHeads,
+        found: StudiedSink,
         changes: Sequence[dict[tuple[str, str], np.ndarray]],
     ) -> pd.DataFrame:
         """Each component of each block by itself, both ways: its share of the total effect in the same rows."""
@@ -248,14 +246,14 @@ class CausalPath(Experiment):
         self,
         model: HookedModel,
         pairs: Sequence[PromptPair],
-        found: SinkHeads,
+        found: StudiedSink,
         changes: Sequence[dict[tuple[str, str], np.ndarray]],
         beside: Int[Tensor, " batch"],
     ) -> _Edges:
         """Steps 5 and 6, every edge exactly."""
         last = max(layer for layer, _ in found.heads)
         # What the block of the last sink heads writes, none of them reads.
-        senders = components(model, range(max(last, _BLOCKS[-1] + 1)))
+        senders = components(model, range(max(last, CIRCUIT_BLOCKS[-1] + 1)))
         inputs = [f"{name}.{part}" for name in found.names for part in "qkv"]
         most = max(len(pairs), self.config.runs // (2 * len(senders) * len(inputs)))
         streams = {layer: Node("resid_pre", layer) for layer in sorted({layer for layer, _ in found.heads})}
@@ -263,7 +261,7 @@ class CausalPath(Experiment):
             model, pairs, beside, most, [*senders, *streams.values()]
         )
         metric, of_p0 = sink_score_of(found.heads), at_p0(sink_score_of(found.heads))
-        mlps = [f"mlp.{layer}" for layer in _BLOCKS]
+        mlps = [f"mlp.{layer}" for layer in CIRCUIT_BLOCKS]
         effects = path_patch(model, clean, senders, [*mlps, *inputs], first, metric)
         beside_effects = path_patch(model, clean, senders, inputs, elsewhere, of_p0, away)
 
@@ -291,7 +289,9 @@ class CausalPath(Experiment):
 
     def _bounded(self, info: ModelInfo) -> bool:
         """Whether there are too many edges between components and single heads to patch each of them."""
-        return (2 * info.n_layers + 1) * (3 * info.n_layers * info.n_heads + len(_BLOCKS)) // 2 > self.config.most_edges
+        return (2 * info.n_layers + 1) * (
+            3 * info.n_layers * info.n_heads + len(CIRCUIT_BLOCKS)
+        ) // 2 > self.config.most_edges
 
     def passes(self, model: HookedModel, prompts: PromptSet) -> float:
         """The passes over all `n` prompts that a run takes beside the recordings that choose the sink heads."""
@@ -299,7 +299,7 @@ class CausalPath(Experiment):
         config, chosen, layers = self.config, min(self.config.samples, n - n // 2), info.n_layers
         shifts = [m for m in config.shifts if info.n_ctx is None or length + m <= info.n_ctx] or [0]
         longer = 1 + sum(shifts) / len(shifts) / length
-        few = len(_BLOCKS) / layers
+        few = len(CIRCUIT_BLOCKS) / layers
         if self._bounded(info):
             rows, least = min(chosen, config.rows), min(chosen, max(len(shifts), _FEWEST_ROWS))
             joint = chosen * (longer + 3 + 3 * longer + 2 * few)
@@ -317,14 +317,16 @@ class CausalPath(Experiment):
         senders, inputs = 2 * layers - 1, 3 * sink_heads
         rows = min(chosen, max(len(shifts), config.runs // (2 * senders * inputs)))
         # Edges into Q have no effect at P0 and are run at the random position only.
-        edges = rows * (2 * longer + 3 * senders + 5 / 3 * senders * inputs / layers + senders * len(_BLOCKS) / 2)
+        edges = rows * (
+            2 * longer + 3 * senders + 5 / 3 * senders * inputs / layers + senders * len(CIRCUIT_BLOCKS) / 2
+        )
         return (joint + singles + edges) / n
 
     def _few_singles(
         self,
         model: HookedModel,
         pairs: Sequence[PromptPair],
-        found: SinkHeads,
+        found: StudiedSink,
         changes: Sequence[dict[tuple[str, str], np.ndarray]],
     ) -> tuple[pd.DataFrame, list[str]]:
         """Step 3, bounded: estimates of all noising patches, exact ones of as many as `row_runs` allows."""
@@ -399,13 +401,13 @@ class CausalPath(Experiment):
         self,
         model: HookedModel,
         pairs: Sequence[PromptPair],
-        found: SinkHeads,
+        found: StudiedSink,
         changes: Sequence[dict[tuple[str, str], np.ndarray]],
         beside: Int[Tensor, " batch"],
     ) -> _Edges:
         """Steps 5 and 6, bounded: the sink heads of a block are one receiver, those of all blocks another."""
         last = max(layer for layer, _ in found.heads)
-        senders = components(model, range(max(last, _BLOCKS[-1] + 1)))
+        senders = components(model, range(max(last, CIRCUIT_BLOCKS[-1] + 1)))
         by_layer: dict[int, list[int]] = {}
         for layer, head in found.heads:
             by_layer.setdefault(layer, []).append(head)
@@ -425,7 +427,7 @@ class CausalPath(Experiment):
             model,
             clean,
             senders,
-            [*(f"mlp.{layer}" for layer in _BLOCKS), *inputs["k"], *inputs["q"], *inputs["v"]],
+            [*(f"mlp.{layer}" for layer in CIRCUIT_BLOCKS), *inputs["k"], *inputs["q"], *inputs["v"]],
             first,
             found.heads,
             # A hundredth: shares are of summed sizes, in which many small edges count.
@@ -624,7 +626,7 @@ def _stream_table(stream: dict[tuple[str, str], np.ndarray]) -> pd.DataFrame:
 
 def _patched_nodes(model: HookedModel) -> list[Node]:
     """What the joint patches put in: the components of blocks 0-1, then the stream before every block."""
-    blocks = [node for node in components(model, _BLOCKS) if node.kind != "embed"]
+    blocks = [node for node in components(model, CIRCUIT_BLOCKS) if node.kind != "embed"]
     return [*blocks, *(Node("resid_pre", layer) for layer in range(describe(model).n_layers))]
 
 
@@ -663,14 +665,14 @@ def joint_changes(
         elif direction == "denoising" and shifted_run is not None:
             before = before_shifted
         else:
-            before = scores_of(model, prompts, heads, place)
+            before = sink_scores(model, prompts, heads, place)
         patches = {
             JOINT: ablate(model, prompts, blocks, values, place),
             WHOLE: ablate(model, prompts, stream, values, place),
             BESIDE: ablate(model, prompts, blocks, elsewhere[direction], place + beside),
         }
         for name, patch in patches.items():
-            found[direction, name] = scores_of(model, prompts, heads, place, [patch]) - before
+            found[direction, name] = sink_scores(model, prompts, heads, place, [patch]) - before
     return found
 
 
@@ -679,7 +681,7 @@ def _dealt_changes(
 ) -> list[dict[tuple[str, str], Float[np.ndarray, " sample"]]]:
     """Steps 1, 2 and 4, bounded: as `joint_changes` for each shift, not a number in rows dealt out to another one."""
     clean, last = pairs[0].clean, max(layer for layer, _ in heads)
-    before = scores_of(model, clean, heads, 0)
+    before = sink_scores(model, clean, heads, 0)
     # The stream above the last sink heads changes no score.
     nodes = [node for node in _patched_nodes(model) if node.kind != "resid_pre" or node.layer <= last]
     index = torch.arange(clean.n)
@@ -773,7 +775,7 @@ def _joint_table(pairs: Sequence[PromptPair], changes: Sequence[dict[tuple[str, 
     return pd.DataFrame(rows, columns=["direction", "shift", "patched", *names])
 
 
-def _inputs_told(info: ModelInfo, found: SinkHeads) -> list[str]:
+def _inputs_told(info: ModelInfo, found: StudiedSink) -> list[str]:
     """What a reader of the shares of Q and V has to know about this model."""
     layers = {layer for layer, _ in found.heads}
     told = ["an edge into Q at P0 has no effect in any model: P0's query sees P0 alone"]

@@ -20,17 +20,9 @@ from torch import Tensor
 
 from p0circuit.experiments.base import ORDINARY, Experiment, NotApplicable, is_large, second_half
 from p0circuit.experiments.claim import Claim, Criterion
-from p0circuit.experiments.sink_under_study import excess_by_head
-from p0circuit.experiments.surgery import (
-    LAST_BLOCK,
-    Sink,
-    find_sink,
-    heads_above,
-    left_of,
-    lines,
-    ordinary_streams,
-    random_offsets,
-)
+from p0circuit.experiments.sink_under_study import StudiedSink, excess_by_head, heads_above, share_left, studied_sink
+from p0circuit.experiments.surgery import ordinary_streams, random_offsets
+from p0circuit.figures.lines import series_by
 from p0circuit.hooked_model import HookedModel
 from p0circuit.interventions.ablation import replace_direction, replace_norm
 from p0circuit.interventions.intervention import Offset
@@ -39,7 +31,7 @@ from p0circuit.prompts import PromptSet
 from p0circuit.recording.quantities import NORM_RATIO, residual_at
 from p0circuit.recording.record import record
 from p0circuit.results import Result
-from p0circuit.sink import CONTROL
+from p0circuit.sink import CIRCUIT_BLOCKS, CONTROL
 from p0circuit.stats import bootstrap
 
 if TYPE_CHECKING:
@@ -63,11 +55,12 @@ class DirectionOrNormConfig:
     scan_blocks: int = 8
 
 
-class DirectionOrNorm(Experiment):
+class DirectionOrNorm(Experiment[DirectionOrNormConfig]):
     """P0's residual after block 1 with its norm cut, or with another direction: what is left of the sink?"""
 
     id = "direction-or-norm"
     title = "Direction or norm"
+    config_type = DirectionOrNormConfig
     claim = Claim(
         id="C8",
         title="Direction or norm",
@@ -83,9 +76,6 @@ class DirectionOrNorm(Experiment):
         control="The same surgery at a random position.",
     )
 
-    def __init__(self, config: DirectionOrNormConfig = DirectionOrNormConfig()) -> None:
-        super().__init__(config)
-
     def passes(self, model: HookedModel, prompts: PromptSet) -> float:
         rows, config = second_half(prompts), self.config
         few, blocks = min(rows, config.scan_samples), min(config.scan_blocks, describe(model).n_layers - 1)
@@ -95,16 +85,17 @@ class DirectionOrNorm(Experiment):
         return DirectionOrNorm(replace(self.config, scan_samples=8, scan_blocks=4)) if is_large(info) else self
 
     def measure(self, model: HookedModel, prompts: PromptSet) -> Result:
-        return self.measure_on(model, find_sink(model, prompts))
+        return self.measure_on(studied_sink(model, prompts, above_block=CIRCUIT_BLOCKS[-1]))
 
-    def measure_on(self, model: HookedModel, sink: Sink) -> Result:
-        """The measurement on a sink that has been found.
+    def measure_on(self, sink: StudiedSink) -> Result:
+        """Measure a given sink.
 
         Raises:
             NotApplicable: rows are too short for an ordinary position.
         """
         import pandas as pd
 
+        model = sink.model
         prompts = sink.prompts
         donor_positions = [offset for offset in self.config.ordinary if offset < prompts.length]
         if not donor_positions:
@@ -115,10 +106,10 @@ class DirectionOrNorm(Experiment):
         rows, left = [], {}
         for place, offset in ((_AT_P0, 0), (_ELSEWHERE, elsewhere)):
             for surgery in (_CUT, _TURNED):
-                changed = _changed(model, prompts, surgery, LAST_BLOCK, streams, offset)
-                left[place, surgery] = left_of(changed, clean, sink.heads)
+                changed = _changed(model, prompts, surgery, CIRCUIT_BLOCKS[-1], streams, offset)
+                left[place, surgery] = share_left(changed, clean, sink.heads)
                 rows.append({"place": place, "surgery": surgery, **left[place, surgery].to_json()})
-        norms = record(model, prompts, NORM_RATIO)[NORM_RATIO][:, LAST_BLOCK + 1].numpy()
+        norms = record(model, prompts, NORM_RATIO)[:, CIRCUIT_BLOCKS[-1] + 1].numpy()
         metrics = {
             "left_with_norm_cut": left[_AT_P0, _CUT],
             "left_with_direction_replaced": left[_AT_P0, _TURNED],
@@ -136,31 +127,33 @@ class DirectionOrNorm(Experiment):
         figures = {"blocks": _draw_scan(scan, name), "doses": _draw_doses(doses, name)}
         return Result(self.id, self.title, metrics, tables, figures, notes=notes)
 
-    def _scan(self, model: HookedModel, sink: Sink, prompts: PromptSet, clean: Tensor, streams: Tensor) -> pd.DataFrame:
+    def _scan(
+        self, model: HookedModel, sink: StudiedSink, prompts: PromptSet, clean: Tensor, streams: Tensor
+    ) -> pd.DataFrame:
         """Both surgeries after each block, measured on the sink heads above it."""
         import pandas as pd
 
-        norms = record(model, prompts, NORM_RATIO)[NORM_RATIO]
+        norms = record(model, prompts, NORM_RATIO)
         rows = []
-        for block in sink.scanned(self.config.scan_blocks):
+        for block in sink.blocks_to_scan(self.config.scan_blocks):
             heads = heads_above(sink.heads, block)
             for surgery in (_CUT, _TURNED):
-                left = left_of(_changed(model, prompts, surgery, block, streams, 0), clean, heads)
+                left = share_left(_changed(model, prompts, surgery, block, streams, 0), clean, heads)
                 row = {"surgery": surgery, "after_block": block, "heads": len(heads), **left.to_json()}
                 rows.append(row | {"norm_over_median_of_others": float(norms[:, block + 1].double().mean())})
         return pd.DataFrame(rows)
 
-    def _doses(self, model: HookedModel, sink: Sink, prompts: PromptSet, clean: Tensor) -> pd.DataFrame:
+    def _doses(self, model: HookedModel, sink: StudiedSink, prompts: PromptSet, clean: Tensor) -> pd.DataFrame:
         """P0's norm after block 1 times each dose."""
         import pandas as pd
 
-        own = record(model, prompts, residual_at())[residual_at()][:, LAST_BLOCK + 1].float().norm(dim=-1)
+        own = record(model, prompts, residual_at())[:, CIRCUIT_BLOCKS[-1] + 1].float().norm(dim=-1)
         rows = []
         for dose in self.config.doses:
             numerator, _, denominator = dose.partition("/")
             factor = float(numerator) / float(denominator or 1)
-            scaled = replace_norm(model, prompts, [f"resid_post.{LAST_BLOCK}"], factor * own)
-            left = left_of(excess_by_head(model, prompts, [scaled])[0], clean, sink.heads)
+            scaled = replace_norm(model, prompts, [f"resid_post.{CIRCUIT_BLOCKS[-1]}"], factor * own)
+            left = share_left(excess_by_head(model, prompts, [scaled])[0], clean, sink.heads)
             rows.append({"dose": dose, "factor": factor, **left.to_json()})
         return pd.DataFrame(rows)
 
@@ -182,7 +175,7 @@ def _draw_scan(scan: pd.DataFrame, model: str) -> Figure:
 
     title = f"{model}: P0's stream with another norm or direction"
     blocks = [str(block) for block in scan["after_block"].unique()]
-    panels = {"What is left of the sink": lines(scan, "surgery")}
+    panels = {"What is left of the sink": series_by(scan, "surgery")}
     return trajectories(panels, blocks, title, "surgery after block", ["share of the excess left"], reference=1)
 
 
@@ -190,7 +183,7 @@ def _draw_doses(doses: pd.DataFrame, model: str) -> Figure:
     from p0circuit.figures.lines import trajectories
 
     title = f"{model}: P0's direction kept, its norm changed"
-    panels = {f"After block {LAST_BLOCK}": lines(doses.assign(surgery="norm"), "surgery")}
+    panels = {f"After block {CIRCUIT_BLOCKS[-1]}": series_by(doses.assign(surgery="norm"), "surgery")}
     labels = ["share of the excess left"]
     figure = trajectories(panels, doses["dose"].tolist(), title, "norm of P0, times its own", labels, reference=1)
     # From nothing left on: a fall by a tenth should look like one.

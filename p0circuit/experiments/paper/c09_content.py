@@ -25,17 +25,9 @@ from torch import Tensor
 
 from p0circuit.experiments.base import ORDINARY, Experiment, NotApplicable, is_large, second_half
 from p0circuit.experiments.claim import Claim, Criterion
-from p0circuit.experiments.sink_under_study import excess_by_head
-from p0circuit.experiments.surgery import (
-    LAST_BLOCK,
-    Sink,
-    find_sink,
-    heads_above,
-    left_of,
-    lines,
-    ordinary_streams,
-    row_of_another_token,
-)
+from p0circuit.experiments.sink_under_study import StudiedSink, excess_by_head, heads_above, share_left, studied_sink
+from p0circuit.experiments.surgery import ordinary_streams, row_of_another_token
+from p0circuit.figures.lines import series_by
 from p0circuit.hooked_model import HookedModel
 from p0circuit.interventions.ablation import replace_orthogonal, set_component
 from p0circuit.interventions.edits import component
@@ -45,6 +37,7 @@ from p0circuit.prompts import PromptSet
 from p0circuit.recording.quantities import residual_at
 from p0circuit.recording.record import record
 from p0circuit.results import Result
+from p0circuit.sink import CIRCUIT_BLOCKS
 from p0circuit.stats import Interval, bootstrap
 
 if TYPE_CHECKING:
@@ -70,11 +63,12 @@ class ContentConfig:
     scan_blocks: int = 8
 
 
-class Content(Experiment):
+class Content(Experiment[ContentConfig]):
     """Everything at P0 but its component along the P0 direction replaced: what is left of the sink?"""
 
     id = "content"
     title = "Content is irrelevant"
+    config_type = ContentConfig
     claim = Claim(
         id="C9",
         title="Content is irrelevant",
@@ -87,9 +81,6 @@ class Content(Experiment):
         control="The component along the direction replaced by that of an ordinary position, the content kept.",
     )
 
-    def __init__(self, config: ContentConfig = ContentConfig()) -> None:
-        super().__init__(config)
-
     def passes(self, model: HookedModel, prompts: PromptSet) -> float:
         rows, config = second_half(prompts), self.config
         few, blocks = min(rows, config.scan_samples), min(config.scan_blocks, describe(model).n_layers - 1)
@@ -100,33 +91,34 @@ class Content(Experiment):
         return Content(replace(self.config, scan_samples=8, scan_blocks=2)) if is_large(info) else self
 
     def measure(self, model: HookedModel, prompts: PromptSet) -> Result:
-        return self.measure_on(model, find_sink(model, prompts))
+        return self.measure_on(studied_sink(model, prompts, above_block=CIRCUIT_BLOCKS[-1]))
 
-    def measure_on(self, model: HookedModel, sink: Sink) -> Result:
-        """The measurement on a sink that has been found.
+    def measure_on(self, sink: StudiedSink) -> Result:
+        """Measure a given sink.
 
         Raises:
             NotApplicable: all samples have the same token at P0, or rows are too short for an ordinary position.
         """
         import pandas as pd
 
+        model = sink.model
         prompts = sink.prompts
         donor_positions = [offset for offset in self.config.ordinary if offset < prompts.length]
         if not donor_positions:
             raise NotApplicable(f"rows of {prompts.length} tokens have no position {self.config.ordinary[0]}")
-        own = record(model, prompts, residual_at())[residual_at()]
+        own = record(model, prompts, residual_at())
         first = prompts.ids[torch.arange(prompts.n), prompts.p0]
         ordinary = ordinary_streams(model, prompts, donor_positions)
         donor = {_TOKEN: own[row_of_another_token(first)], _ORDINARY: ordinary, _ALONG: ordinary}
         donor[_REMOVED] = torch.zeros_like(own)
         clean = excess_by_head(model, prompts)[0]
-        direction = p0_direction(model, sink.others, LAST_BLOCK + 1).cpu()
+        direction = p0_direction(model, sink.chosen_on, CIRCUIT_BLOCKS[-1] + 1).cpu()
         left = {
-            name: left_of(_changed(model, prompts, name, LAST_BLOCK, direction, streams), clean, sink.heads)
+            name: share_left(_changed(model, prompts, name, CIRCUIT_BLOCKS[-1], direction, streams), clean, sink.heads)
             for name, streams in donor.items()
         }
-        content, along = _parts(own[:, LAST_BLOCK + 1], direction)
-        given = _parts(ordinary[:, LAST_BLOCK + 1], direction)[1]
+        content, along = _parts(own[:, CIRCUIT_BLOCKS[-1] + 1], direction)
+        given = _parts(ordinary[:, CIRCUIT_BLOCKS[-1] + 1], direction)[1]
         metrics = {
             "left_with_content_replaced": left[_TOKEN],
             "left_with_content_of_an_ordinary_position": left[_ORDINARY],
@@ -145,7 +137,7 @@ class Content(Experiment):
         return Result(self.id, self.title, metrics, tables, figures, notes=notes)
 
     def _scan(
-        self, model: HookedModel, sink: Sink, clean: Tensor, own: Tensor, donor: dict[str, Tensor]
+        self, model: HookedModel, sink: StudiedSink, clean: Tensor, own: Tensor, donor: dict[str, Tensor]
     ) -> pd.DataFrame:
         """All surgeries after each block, measured on the sink heads above it."""
         import pandas as pd
@@ -153,12 +145,12 @@ class Content(Experiment):
         some = slice(0, self.config.scan_samples)
         prompts = sink.prompts.subset(some)
         rows = []
-        for block in sink.scanned(self.config.scan_blocks):
-            heads, direction = heads_above(sink.heads, block), p0_direction(model, sink.others, block + 1).cpu()
+        for block in sink.blocks_to_scan(self.config.scan_blocks):
+            heads, direction = heads_above(sink.heads, block), p0_direction(model, sink.chosen_on, block + 1).cpu()
             content, along = _parts(own[some, block + 1], direction)
             share = float((content**2 / (content**2 + along**2)).mean())
             for name, streams in donor.items():
-                left = left_of(_changed(model, prompts, name, block, direction, streams[some]), clean[some], heads)
+                left = share_left(_changed(model, prompts, name, block, direction, streams[some]), clean[some], heads)
                 row = {"surgery": name, "after_block": block, "heads": len(heads), **left.to_json()}
                 rows.append(row | {"orthogonal_share": share})
         return pd.DataFrame(rows)
@@ -183,7 +175,7 @@ def _caveats(metrics: dict[str, Interval]) -> list[str]:
     if ordinary.low < BOUND <= metrics["left_with_content_replaced"].value:
         told.append(
             f"the token is irrelevant, but not all that is orthogonal: with that of an ordinary position after block "
-            f"{LAST_BLOCK}, {ordinary} is left; being first shows outside this direction too"
+            f"{CIRCUIT_BLOCKS[-1]}, {ordinary} is left; being first shows outside this direction too"
         )
     if control.high > 0.5:
         told.append(
@@ -208,5 +200,5 @@ def _draw(scan: pd.DataFrame, model: str) -> Figure:
 
     title = f"{model}: P0's stream with other content"
     blocks = [str(block) for block in scan["after_block"].unique()]
-    panels = {"What is left of the sink": lines(scan, "surgery")}
+    panels = {"What is left of the sink": series_by(scan, "surgery")}
     return trajectories(panels, blocks, title, "surgery after block", ["share of the excess left"], reference=BOUND)

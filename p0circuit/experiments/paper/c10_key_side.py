@@ -34,7 +34,7 @@ from torch.nn.functional import normalize
 from p0circuit import sink
 from p0circuit.experiments.base import Experiment, NotApplicable, second_half
 from p0circuit.experiments.claim import Claim, Criterion
-from p0circuit.experiments.sink_under_study import find_sink_heads
+from p0circuit.experiments.sink_under_study import studied_sink
 from p0circuit.hooked_model import HookedModel
 from p0circuit.interventions.closed_form import (
     MASKED,
@@ -47,7 +47,7 @@ from p0circuit.interventions.closed_form import (
 from p0circuit.models import ModelError, describe
 from p0circuit.prompts import PromptSet
 from p0circuit.recording.quantities import VALUE_NORM_RATIO, Batch, Quantity
-from p0circuit.recording.record import Recording
+from p0circuit.recording.record import Recording, record
 from p0circuit.results import Result
 from p0circuit.sink import CONTROL
 from p0circuit.stats import Interval, bootstrap, ratio_interval
@@ -75,11 +75,12 @@ class KeySideConfig:
     tested: int = 8
 
 
-class KeySide(Experiment):
+class KeySide(Experiment[KeySideConfig]):
     """The sink heads' scores of P0, taken apart: mean query and deviations, norm and direction of the key."""
 
     id = "key-side"
     title = "The key side of the sink"
+    config_type = KeySideConfig
     claim = Claim(
         id="C10",
         title="Key side",
@@ -94,9 +95,6 @@ class KeySide(Experiment):
         control="The gap of position 8 over that of P0.",
     )
 
-    def __init__(self, config: KeySideConfig = KeySideConfig()) -> None:
-        super().__init__(config)
-
     def passes(self, model: HookedModel, prompts: PromptSet) -> float:
         # The mean query on one half of the prompts, all else on the other.
         return 1 + min(self.config.tested, second_half(prompts)) / prompts.n
@@ -108,7 +106,7 @@ class KeySide(Experiment):
         from p0circuit.figures.intervals import bars
 
         info, config = describe(model), self.config
-        found = find_sink_heads(model, prompts)
+        found = studied_sink(model, prompts)
         by_layer: dict[int, list[int]] = {}
         for layer, head in found.heads:
             by_layer.setdefault(layer, []).append(head)
@@ -120,7 +118,7 @@ class KeySide(Experiment):
             layer: Quantity(f"mean_query_{layer}", (query_hook(model, layer),), mean_query, "model")
             for layer in by_layer
         }
-        chosen = self.record(model, prompts.split()[0], list(queries.values()), "chosen on")
+        chosen = record(model, prompts.split()[0], list(queries.values()), condition="chosen on")
         what = [VALUE_NORM_RATIO]
         parts: dict[tuple[int, int], Quantity] = {}
         keys: dict[int, Quantity] = {}
@@ -129,7 +127,7 @@ class KeySide(Experiment):
             for offset in (0, config.control):
                 parts[layer, offset] = _parts_at(model, layer, heads, mean, offset)
             keys[layer] = Quantity(f"key_at_p0_{layer}", (key_hook(model, layer),), key_at_p0, "model")
-        recording = self.record(model, found.prompts, [*what, *parts.values(), *keys.values()], "measured on")
+        recording = record(model, found.prompts, [*what, *parts.values(), *keys.values()], condition="measured on")
 
         at_p0, beside = (_of_heads(recording, parts, by_layer, offset) for offset in (0, config.control))
         pooled, control = ({name: value.mean(1) for name, value in one.items()} for one in (at_p0, beside))

@@ -38,7 +38,7 @@ from p0circuit.errors import P0Error
 from p0circuit.experiments.base import Experiment, NotApplicable, is_large, second_half
 from p0circuit.experiments.claim import Claim, Criterion
 from p0circuit.experiments.conditions import text_like
-from p0circuit.experiments.sink_under_study import SinkHeads, find_sink_heads
+from p0circuit.experiments.sink_under_study import StudiedSink, studied_sink
 from p0circuit.hooked_model import HookedModel
 from p0circuit.interventions.pairs import shifted_pair
 from p0circuit.models import ModelInfo, describe
@@ -46,6 +46,7 @@ from p0circuit.models.vocabulary import sampleable_vocabulary
 from p0circuit.prompts import SHIPPED_TEXTS, PromptSet, natural_text, random_tokens
 from p0circuit.recording.batch_size import ATTENTION_COPIES
 from p0circuit.recording.quantities import Batch, Quantity, score_at
+from p0circuit.recording.record import record
 from p0circuit.results import Result
 from p0circuit.sink import CONTROL, uniform_excess
 from p0circuit.stats import Interval, bootstrap, ratio_interval
@@ -75,11 +76,12 @@ class LimitsConfig:
     tokens: int = 16_384
 
 
-class Limits(Experiment):
+class Limits(Experiment[LimitsConfig]):
     """What breaks the sink and what does not."""
 
     id = "limits"
     title = "The limits of the sink"
+    config_type = LimitsConfig
     claim = Claim(
         id="C11",
         title="Limits",
@@ -95,9 +97,6 @@ class Limits(Experiment):
         ),
         control="Rows of the same length whose tokens are all different.",
     )
-
-    def __init__(self, config: LimitsConfig = LimitsConfig()) -> None:
-        super().__init__(config)
 
     def passes(self, model: HookedModel, prompts: PromptSet) -> float:
         config, rows, length, info = self.config, second_half(prompts), prompts.length, describe(model)
@@ -126,7 +125,7 @@ class Limits(Experiment):
                 f"{in_view} tokens are in view at once; P0 and position {CONTROL}, which it is compared with, need at "
                 f"least {CONTROL + 2}"
             )
-        found = find_sink_heads(model, _beginning(prompts, in_view))
+        found = studied_sink(model, _beginning(prompts, in_view))
         chosen = found.prompts
         notes = [found.note]
         if in_view < prompts.length:
@@ -163,7 +162,7 @@ class Limits(Experiment):
         )
 
     def _repetitions(
-        self, model: HookedModel, found: SinkHeads, notes: list[str]
+        self, model: HookedModel, found: StudiedSink, notes: list[str]
     ) -> tuple[pd.DataFrame, dict[str, Interval]]:
         """Steps 1 and 2: the table, and the metrics of the criterion that is about this model's positions."""
         import pandas as pd
@@ -206,7 +205,7 @@ class Limits(Experiment):
         ]
         return pd.DataFrame(rows, columns=["tokens", "count", "quantity", *_ENDS]), metrics
 
-    def _prefixes(self, model: HookedModel, prompts: PromptSet, found: SinkHeads) -> pd.DataFrame:
+    def _prefixes(self, model: HookedModel, prompts: PromptSet, found: StudiedSink) -> pd.DataFrame:
         """Step 3."""
         import pandas as pd
 
@@ -222,7 +221,7 @@ class Limits(Experiment):
         return pd.DataFrame(rows, columns=["prefix", "score_of", *_ENDS])
 
     def _texts(
-        self, model: HookedModel, chosen: PromptSet, found: SinkHeads, prompts: PromptSet, notes: list[str]
+        self, model: HookedModel, chosen: PromptSet, found: StudiedSink, prompts: PromptSet, notes: list[str]
     ) -> pd.DataFrame:
         """Step 4: the excess score on each kind of text."""
         import pandas as pd
@@ -231,7 +230,7 @@ class Limits(Experiment):
         sets = {"the same text": chosen}
         for source in SHIPPED_TEXTS if model.tokenizer is not None else ():
             try:
-                sets[source] = natural_text(model.tokenizer, source, chosen.n, chosen.length, prompts.seed)
+                sets[source] = natural_text(model, source, chosen.n, chosen.length, prompts.seed)
             except P0Error as reason:
                 notes.append(f"{source}: left out, {reason}")
         sets["random tokens"] = random_tokens(size, chosen.n, chosen.length, prompts.seed + 1, special=special)
@@ -242,7 +241,7 @@ class Limits(Experiment):
         return pd.DataFrame(rows, columns=["text", *_ENDS])
 
     def _lengths(
-        self, model: HookedModel, found: SinkHeads, prompts: PromptSet, notes: list[str]
+        self, model: HookedModel, found: StudiedSink, prompts: PromptSet, notes: list[str]
     ) -> tuple[pd.DataFrame, dict[int, dict[str, np.ndarray]]]:
         """Steps 5 and 6: the scores by length, and at lengths whose windows hide P0 what comes of it, by row."""
         import pandas as pd
@@ -275,12 +274,12 @@ class Limits(Experiment):
         return pd.DataFrame(rows, columns=["length", "score_of", *_ENDS]), windows
 
     def _hidden(
-        self, model: HookedModel, text: PromptSet, found: SinkHeads, info: ModelInfo, length: int
+        self, model: HookedModel, text: PromptSet, found: StudiedSink, info: ModelInfo, length: int
     ) -> dict[str, Float[np.ndarray, " sample"]]:
         """Step 6 at one length, for each row."""
         sizes = sorted({window for window in info.window if window and window < length})
         quantities = {size: blind_queries(size) for size in sizes}
-        recording = self.record(model, text, list(quantities.values()), f"length {length}")
+        recording = record(model, text, list(quantities.values()), condition=f"length {length}")
         values = {size: recording[quantity].double().numpy() for size, quantity in quantities.items()}
         layers = [(layer, window) for layer, window in enumerate(info.window) if window in values]
         measured = {_HIDDEN: np.mean([values[w][:, layer, :, 0].mean(1) for layer, w in layers], axis=0)}
@@ -298,10 +297,10 @@ class Limits(Experiment):
         return measured
 
     def _scores(
-        self, model: HookedModel, prompts: PromptSet, found: SinkHeads, places: Sequence[int], condition: str
+        self, model: HookedModel, prompts: PromptSet, found: StudiedSink, places: Sequence[int], condition: str
     ) -> dict[int, Float[np.ndarray, " sample"]]:
         """The mean score of some positions, counted from P0, over the sink heads."""
-        recording = self.record(model, prompts, [score_at(place) for place in sorted(set(places))], condition)
+        recording = record(model, prompts, [score_at(place) for place in sorted(set(places))], condition=condition)
         layers, heads = map(list, zip(*found.heads, strict=True))
         return {place: recording[score_at(place)].double()[:, layers, heads].mean(1).numpy() for place in places}
 
@@ -378,7 +377,7 @@ def different_tokens(model: HookedModel, prompts: PromptSet) -> Tensor:
     return drawn.repeat(1, -(-prompts.length // drawn.shape[1]))[:, : prompts.length]
 
 
-def _of_length(model: HookedModel, found: SinkHeads, prompts: PromptSet, length: int, count: int) -> PromptSet:
+def _of_length(model: HookedModel, found: StudiedSink, prompts: PromptSet, length: int, count: int) -> PromptSet:
     """Text like that of the prompts: their beginning, or where they are shorter new text from the same source.
 
     Raises:

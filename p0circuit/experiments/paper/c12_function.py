@@ -27,8 +27,9 @@ from torch import Tensor
 
 from p0circuit.experiments.base import Experiment, NotApplicable, is_large, second_half
 from p0circuit.experiments.claim import Claim, Criterion
-from p0circuit.experiments.sink_under_study import SinkHeads, find_sink_heads
-from p0circuit.experiments.surgery import lines, random_offsets, require_attention, row_of_another_token
+from p0circuit.experiments.sink_under_study import StudiedSink, studied_sink
+from p0circuit.experiments.surgery import random_offsets, require_attention, row_of_another_token
+from p0circuit.figures.lines import series_by
 from p0circuit.hooked_model import HookedModel
 from p0circuit.interventions.attention_edits import mask_key, redirect_attention, zero_value
 from p0circuit.interventions.intervention import Intervention
@@ -59,11 +60,12 @@ class FunctionConfig:
     spread_samples: int = 256
 
 
-class Function(Experiment):
+class Function(Experiment[FunctionConfig]):
     """The loss without the sink, and how far a perturbed token spreads with and without it."""
 
     id = "function"
     title = "What the sink does"
+    config_type = FunctionConfig
     claim = Claim(
         id="C12",
         title="Function",
@@ -79,9 +81,6 @@ class Function(Experiment):
         control="A random position hidden from the same heads.",
     )
 
-    def __init__(self, config: FunctionConfig = FunctionConfig()) -> None:
-        super().__init__(config)
-
     def passes(self, model: HookedModel, prompts: PromptSet) -> float:
         rows, config = second_half(prompts), self.config
         # P0 or a random position hidden, either value zeroed, attention moved; then pairs of rows in three runs.
@@ -91,9 +90,9 @@ class Function(Experiment):
         return Function(replace(self.config, spread_samples=8)) if is_large(info) else self
 
     def measure(self, model: HookedModel, prompts: PromptSet) -> Result:
-        return self.measure_on(model, find_sink_heads(model, prompts))
+        return self.measure_on(studied_sink(model, prompts))
 
-    def measure_on(self, model: HookedModel, found: SinkHeads) -> Result:
+    def measure_on(self, found: StudiedSink) -> Result:
         """The measurement on sink heads that have been found.
 
         Raises:
@@ -101,6 +100,7 @@ class Function(Experiment):
         """
         import pandas as pd
 
+        model = found.model
         prompts = found.prompts
         if not bool(prompts.attention_mask.all()):
             raise NotApplicable("needs rows without padding: the halves of padded rows are not the same positions")
@@ -148,14 +148,14 @@ class Function(Experiment):
         }
         return Result(self.id, self.title, metrics, tables, figures, notes=notes)
 
-    def _losses_added(self, model: HookedModel, found: SinkHeads) -> dict[str, np.ndarray]:
+    def _losses_added(self, model: HookedModel, found: StudiedSink) -> dict[str, np.ndarray]:
         """The loss of each sample with surgery minus that without, over the same predictions."""
         prompts, names = found.prompts, found.names
         half = prompts.length // 2
         places = [random_offsets(prompts.n, prompts.seed + draw, 1, half) for draw in range(1, self.config.draws + 1)]
 
         def loss(*interventions: Intervention) -> np.ndarray:
-            losses = record(model, prompts, TOKEN_LOSSES, interventions=interventions)[TOKEN_LOSSES]
+            losses = record(model, prompts, TOKEN_LOSSES, interventions=interventions)
             return losses[:, half:].double().mean(1).numpy()
 
         clean = loss()
@@ -169,7 +169,7 @@ class Function(Experiment):
         }
 
     def _spread(
-        self, model: HookedModel, found: SinkHeads
+        self, model: HookedModel, found: StudiedSink
     ) -> dict[str, Float[np.ndarray, "sample layers_and_one later"]]:
         """The relative change of the stream after the middle, where the token in the middle is another one."""
         prompts = found.prompts.subset(slice(0, self.config.spread_samples))
@@ -185,7 +185,7 @@ class Function(Experiment):
         # The rows of a pair must meet in one batch.
         size = max(2, batch_size_for(model, pairs.length, with_logits=False) // 2 * 2)
         return {
-            name: record(model, pairs, quantity, size, interventions=change)[quantity][::2].double().numpy()
+            name: record(model, pairs, quantity, size, interventions=change)[::2].double().numpy()
             for name, change in hidden.items()
         }
 
@@ -270,8 +270,8 @@ def _draw_spread(table: pd.DataFrame, column: str, x_label: str, model: str) -> 
     from p0circuit.figures.lines import trajectories
 
     names = {_CHANGED: "Relative change", _OVER: "Over that with the sink"}
-    parts = {name: table[table["measured"] == measured] for measured, name in names.items()}
-    panels = {name: lines(part, "run") for name, part in parts.items() if len(part)}
+    parts = {name: table.loc[table["measured"] == measured] for measured, name in names.items()}
+    panels = {name: series_by(part, "run") for name, part in parts.items() if len(part)}
     title = f"{model}: how far a changed token reaches"
     labels = ["|x' - x| / |x|", "ratio"][: len(panels)]
     return trajectories(panels, table[column].unique().tolist(), title, x_label, labels)

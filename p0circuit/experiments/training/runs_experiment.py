@@ -43,7 +43,7 @@ class RunsExperiment(ABC):
         """
         started = time.monotonic()
         result = self.measure(runs, reference)
-        result.claim = self.claim.record(self.claim.judge(result.metrics), result.metrics)
+        result.claim, result.judgement = self.claim.to_json(), self.claim.judge(result.metrics)
         digest = hashlib.sha256()
         for run in runs:
             digest.update(run.table.to_csv().encode())

@@ -1,29 +1,24 @@
-"""The course in notebooks: list, run, build and export them (`p0circuit notebooks`).
+"""The notebooks of the course: find, run and build them.
 
 1. A notebook is written as plain Python, `notebooks/NN_name.py` (jupytext's percent format), and that is its source.
 2. `build` runs it in a fresh kernel and writes `notebooks/NN_name.ipynb` with its outputs, without anything that would
    differ from build to build but the outputs themselves; a picture of it goes to `docs/notebooks/`.
-3. `run` executes the shipped notebooks with other parameters by papermill; `export` makes pages of them that open
-   offline. They live in the repository and are no part of the installed package.
+3. `run` executes the shipped notebooks with other parameters by papermill. They live in the repository and are no part
+   of the installed package.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
-from typer.core import TyperCommand
+from typing import Any
 
 from p0circuit.errors import P0Error
-from p0circuit.log import say
 
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 COVER = "cover"
@@ -41,7 +36,7 @@ def folder() -> Path:
     Raises:
         P0Error: the package is installed without the repository.
     """
-    found = Path(__file__).resolve().parent.parent / "notebooks"
+    found = Path(__file__).resolve().parents[2] / "notebooks"
     if not any(found.glob("*.ipynb")) and not any(found.glob("*.py")):
         raise P0Error(
             f"there are no notebooks at {found}: they come with the repository of p0circuit and are no part of the "
@@ -114,7 +109,7 @@ def build(name: str) -> Path:
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
             if output.get("name") == "stderr":
-                raise P0Error(f"{name}: {_first_line(cell.source)!r} wrote to standard error:\n{output.text}")
+                raise P0Error(f"{name}: {first_line(cell.source)!r} wrote to standard error:\n{output.text}")
     picture = folder().parent / "docs" / "notebooks" / f"{name}.png"
     picture.parent.mkdir(parents=True, exist_ok=True)
     picture.write_bytes(_small(_cover(notebook, name)))
@@ -175,7 +170,7 @@ def _execute(source: Path, target: Path, parameters: Mapping[str, Any]) -> Path:
             )
     except PapermillExecutionError as error:
         raise NotebookFailed(
-            f"{source.stem}: cell {error.exec_count} ({_first_line(error.source)}) failed: {error.ename}: "
+            f"{source.stem}: cell {error.exec_count} ({first_line(error.source)}) failed: {error.ename}: "
             f"{error.evalue}; the notebook up to there is {target}"
         ) from None
     except DeadKernelError as error:
@@ -247,124 +242,5 @@ def _small(png: bytes) -> bytes:
     return buffer.getvalue()
 
 
-def _first_line(source: str) -> str:
+def first_line(source: str) -> str:
     return source.strip().partition("\n")[0]
-
-
-# The command
-
-app = typer.Typer(
-    help="The paper as a course: list, run, build and export the notebooks of the repository.", no_args_is_help=True
-)
-
-
-class _Pairs(TyperCommand):
-    """Takes `-p NAME VALUE` as papermill does, and `-p NAME=VALUE`."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        rest, joined = iter(args), []
-        for arg in rest:
-            joined.append(arg)
-            if arg in ("-p", "--parameter") and (name := next(rest, None)) is not None:
-                joined.append(name if "=" in name else f"{name}={next(rest, '')}")
-        return super().parse_args(ctx, joined)
-
-
-NamesArgument = Annotated[
-    list[str] | None, typer.Argument(help="Numbers or names, as in 04 or patching.", show_default=False)
-]
-AllOption = Annotated[bool, typer.Option("--all", help="Every notebook, in the order of the course.")]
-
-
-@app.command("list")
-def list_notebooks(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """List the notebooks in the order of the course."""
-    found = {name: title(name) for name in names()}
-    if as_json:
-        typer.echo(json.dumps(found, indent=2))
-        return
-    for name, heading in found.items():
-        typer.echo(f"{name:24} {heading}")
-
-
-@app.command("run", cls=_Pairs)
-def run_notebooks(
-    name: NamesArgument = None,
-    every: AllOption = False,
-    parameter: Annotated[
-        list[str] | None,
-        typer.Option("-p", "--parameter", metavar="NAME VALUE", help="As in -p model wired -p samples 32."),
-    ] = None,
-    out: Annotated[Path, typer.Option(file_okay=False, help="Where executed notebooks go.")] = Path("out/notebooks"),
-) -> None:
-    """Execute notebooks by papermill; exits with 1 and names the cell if one fails."""
-    _require("papermill", "ipykernel")
-    chosen = _chosen(name, every)
-    given = dict(_parameter(pair) for pair in parameter or [])
-    failed = 0
-    for number, one in enumerate(chosen, start=1):
-        say(f"{number}/{len(chosen)} {one}: {title(one)}")
-        try:
-            say(f"{one}: executed, in {run(one, out, given)}")
-        except NotebookFailed as failure:
-            failed += 1
-            say(f"error: {failure}")
-    if failed:
-        raise typer.Exit(1)
-
-
-@app.command("build")
-def build_notebooks(name: NamesArgument = None, every: AllOption = False) -> None:
-    """Make the shipped notebooks anew from their Python sources, with outputs (for those who edit them)."""
-    _require("papermill", "ipykernel", "jupytext")
-    for one in _chosen(name, every):
-        say(f"building {one}")
-        try:
-            say(f"{one}: {build(one).stat().st_size / 2**20:.1f} MiB")
-        except NotebookFailed as failure:
-            say(f"error: {failure}")
-            raise typer.Exit(1) from None
-
-
-@app.command("export")
-def export_notebooks(
-    name: NamesArgument = None,
-    every: AllOption = False,
-    out: Annotated[Path, typer.Option(file_okay=False, help="Where the pages go.")] = Path("out/notebooks"),
-) -> None:
-    """Make HTML pages of the shipped notebooks that open offline, formulas and attention views included."""
-    _require("nbconvert", "latex2mathml")
-    from p0circuit.io import write_atomically
-    from p0circuit.report.notebook_page import notebook_page
-
-    for one in _chosen(name, every):
-        page = notebook_page(folder() / f"{one}.ipynb")
-        path = write_atomically(out / f"{one}.html", lambda file, page=page: file.write_text(page, encoding="utf-8"))
-        say(f"{one}: {path}")
-
-
-def _require(*modules: str) -> None:
-    """Make sure that what notebooks need beside the package is there.
-
-    Raises:
-        P0Error: it is not.
-    """
-    if missing := [module for module in modules if importlib.util.find_spec(module) is None]:
-        raise P0Error(f"{', '.join(missing)} missing: pip install 'p0circuit[notebooks]'")
-
-
-def _chosen(given: Sequence[str] | None, every: bool) -> list[str]:
-    if bool(given) == every:
-        raise P0Error(f"name one or more notebooks, or give --all; there are: {', '.join(names())}")
-    return names() if every else [find(name) for name in given or []]
-
-
-def _parameter(pair: str) -> tuple[str, Any]:
-    """A parameter and its value: a number, true, false or null as in JSON, or else the text itself."""
-    name, sign, value = pair.partition("=")
-    if not (name and sign and value):
-        raise P0Error(f"-p {name}: expected a name and a value, as in -p samples 32")
-    try:
-        return name, json.loads(value)
-    except json.JSONDecodeError:
-        return name, value

@@ -1,0 +1,442 @@
+"""The checkers of the exercises, one for each.
+
+Each has the number of its exercise. `put` and `ramp` are two of the solutions: the cells after a task take them from
+here, so that nobody reads the solution by accident.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize, one_hot
+
+from p0circuit.hooked_model import HookedModel
+from p0circuit.interventions.nodes import Node
+from p0circuit.prompts import PromptSet
+from p0circuit.sink import SINK_THRESHOLD
+
+if TYPE_CHECKING:
+    pass
+from p0circuit.course.exercise import Wrong, as_number, as_tensor, ask, compare, exercise
+
+# Exercises
+
+
+def put(position: int, values: Tensor) -> Callable[[Tensor, Any], Tensor]:
+    """A hook that puts values [batch, ...] at one position of an activation [batch, pos, ...]."""
+
+    def hook_function(activation: Tensor, hook: Any) -> Tensor:
+        changed = activation.clone()
+        changed[:, position] = values
+        return changed
+
+    return hook_function
+
+
+def ramp(off: float, on: float) -> tuple[float, float]:
+    """(gain, bias) of a neuron whose input before the non-linearity is 0 at `off` and 1 at `on`."""
+    gain = 1 / (on - off)
+    return gain, -gain * off
+
+
+def _generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _pattern(*shape: int, seed: int = 0) -> Tensor:
+    """Causal attention patterns [*shape, query, key] drawn at random, in float64; the last of `shape` is the length."""
+    length = shape[-1]
+    scores = 2 * torch.randn(*shape, length, generator=_generator(seed), dtype=torch.float64)
+    hidden = torch.ones(length, length).triu(1).bool()
+    return scores.masked_fill(hidden, -torch.inf).softmax(-1)
+
+
+@exercise("1.1 sink score")
+def check_sink_score(answer: Any) -> None:
+    """`answer(pattern)`: the sink scores [head] of attention patterns [head, query, key]."""
+    pattern = _pattern(3, 6)
+    to_p0 = pattern[:, :, 0]
+    found = as_tensor(ask(answer, pattern), (3,))
+    compare(
+        found,
+        to_p0.mean(-1),
+        [
+            (to_p0.sum(-1), "that is the sum over queries, which grows with the length of the prompt."),
+            (to_p0[:, 1:].mean(-1), "the query at position zero is a query too, and was left out."),
+            (to_p0[:, -1], "that is what the last query alone gives to position zero."),
+            (to_p0.max(-1).values, "that is the most that any query gives to position zero, not the mean."),
+            (
+                pattern.mean((1, 2)),
+                "that is a mean over keys, and 1/T for any pattern, because every row adds up to 1; the sink score is "
+                "about one key, and all queries that see it.",
+            ),
+            (pattern[:, :, 1].mean(-1), "that is the score of position 1."),
+        ],
+        f"on a random pattern of 3 heads the scores should lie between 0 and 1 and differ from head to head; yours are "
+        f"{[round(value, 3) for value in found.tolist()]}.",
+    )
+
+
+@exercise("1.2 attention everywhere alike")
+def check_uniform_score(answer: Any, length: int = 64) -> None:
+    """`answer`: the sink score of a head that attends to all it sees alike, on `length` tokens."""
+    compare(
+        as_number(answer),
+        sum(1 / (t + 1) for t in range(length)) / length,
+        [
+            (
+                1 / length,
+                f"1/{length} would be right if every query saw all {length} tokens; which does the first one see?",
+            ),
+            (sum(1 / (t + 1) for t in range(length)), "that is the sum over queries; the sink score is their mean."),
+            (
+                sum(1 / t for t in range(1, length)) / length,
+                "there the first query is left out, or no query sees its own position.",
+            ),
+            (2 / (length + 1), "that is the median query's, not the mean over queries."),
+        ],
+        "take the queries one by one: how many keys does each see, and what does it give to the first of them?",
+        # Three digits are enough.
+        2e-4,
+    )
+
+
+@exercise("1.3 sink rate")
+def check_sink_rate(answer: Any) -> None:
+    """`answer(scores, eps)`: the sink rate, one number, of sink scores [sample, layer, head]."""
+    scores = torch.rand(5, 3, 4, generator=_generator(), dtype=torch.float64)
+    eps = 0.45
+    found = as_number(ask(answer, scores, eps))
+    if abs(found - float((scores > SINK_THRESHOLD).double().mean())) < 1e-6:
+        raise Wrong(f"your function counts scores above {SINK_THRESHOLD} whatever eps it is given.")
+    compare(
+        found,
+        float((scores > eps).double().mean()),
+        [
+            (
+                float((scores.mean(0) > eps).double().mean()),
+                "averaging over samples comes first there: that asks which heads are sinks on average.",
+            ),
+            (float((scores > eps).sum()), "that is a count, not a share."),
+            (float(scores.mean()), "that is the mean score; where is the threshold?"),
+            (float((scores <= eps).double().mean()), "those are the heads that are no sinks."),
+            (
+                float((scores > eps).any(2).any(1).double().mean()),
+                "that is the share of samples that have a sink head at all.",
+            ),
+        ],
+        f"of 60 (sample, head) pairs your function finds a share of {found:.3f} above {eps}; count a few by hand.",
+    )
+
+
+@exercise("2.1 the cone model")
+def check_cone(answer: Any) -> None:
+    """`answer(cosine, weights)`: the predicted squared norm [query] of mixes of unit values by weights [query, key]."""
+    weights, cosine = _pattern(6), 0.4
+    purity = weights.square().sum(-1)
+    found = as_tensor(ask(answer, cosine, weights), (6,))
+    if abs(float(found[0]) - 1) > 1e-6:
+        told = (
+            f"the first query attends to itself alone, so its mix is one unit vector; yours has {float(found[0]):.3f}."
+        )
+        raise Wrong(told)
+    right = cosine**2 + (1 - cosine**2) * purity
+    compare(
+        found,
+        right,
+        [
+            (
+                cosine + (1 - cosine) * purity,
+                "the cosine of two values is not the cosine of each with the common direction: one of them is the "
+                "square of the other.",
+            ),
+            (right.sqrt(), "that is the norm; the model is about its square."),
+            (purity, "that is what is left where values share nothing (cosine 0)."),
+            (torch.ones(6), "the weights add up to 1, however a query attends: they say nothing of how mixed it is."),
+            (purity * cosine**2 + (1 - cosine**2), "there mixing wears off what the values share, and not the rest."),
+        ],
+        "your prediction should fall from 1 the more evenly a query attends, and never below what all values share; at "
+        f"the last query (sum of squared weights {float(purity[-1]):.3f}) it is {float(found[-1]):.3f}.",
+    )
+
+
+@exercise("2.2 mask surgery")
+def check_alone(answer: Any) -> None:
+    """`answer(pattern, t)`: patterns [batch, head, query, key] in which query t attends to itself alone."""
+    pattern, t = _pattern(2, 3, 7), 4
+    found = as_tensor(ask(answer, pattern, t), pattern.shape)
+    right = pattern.clone()
+    right[:, :, t] = one_hot(torch.tensor(t), 7).double()
+    others = [query for query in range(7) if query != t]
+    if torch.allclose(found, pattern):
+        raise Wrong("nothing has changed.")
+    if not torch.allclose(found[:, :, others], right[:, :, others], atol=1e-6):
+        changed = [query for query in others if not torch.allclose(found[:, :, query], right[:, :, query], atol=1e-6)]
+        raise Wrong(f"only query {t} should attend otherwise, but so do queries {changed}: rows are queries.")
+    if not torch.allclose(found[:, :, t].sum(-1), torch.ones(2, 3, dtype=torch.float64), atol=1e-6):
+        total = float(found[0, 0, t].sum())
+        raise Wrong(f"the attention of query {t} adds up to {total:.3f}; what becomes of its other keys?")
+    compare(
+        found,
+        right,
+        [
+            (_with_row(pattern, t, 0), f"query {t} attends to position zero alone; that is not itself."),
+            (_in_one_head(pattern, right, t), "in the other heads, or the other samples, nothing has changed."),
+        ],
+        f"query {t} should give all of its attention to key {t}; in the first head it gives it "
+        f"{float(found[0, 0, t, t]):.3f}.",
+    )
+
+
+def _with_row(pattern: Tensor, query: int, key: int) -> Tensor:
+    changed = pattern.clone()
+    changed[:, :, query] = one_hot(torch.tensor(key), pattern.shape[-1]).to(pattern)
+    return changed
+
+
+def _in_one_head(pattern: Tensor, right: Tensor, query: int) -> Tensor:
+    changed = pattern.clone()
+    changed[:, 0, query] = right[:, 0, query]
+    return changed
+
+
+@exercise("3.2 cut the norm")
+def check_norm_cut(answer: Any) -> None:
+    """`answer(stream)`: streams [batch, pos, d] in which position 0 has the median norm of the others."""
+    stream = torch.randn(3, 6, 8, generator=_generator(), dtype=torch.float64)
+    stream *= torch.rand(3, 6, 1, generator=_generator(1), dtype=torch.float64) + 0.5
+    stream[:, 0] *= torch.tensor([12, 9, 0.01])[:, None]
+    found = as_tensor(ask(answer, stream), stream.shape)
+    if not torch.allclose(found[:, 1:], stream[:, 1:], atol=1e-6):
+        raise Wrong("positions other than 0 have changed.")
+    if torch.allclose(found[:, 0], stream[:, 0]):
+        raise Wrong("position 0 is as it was.")
+    cosine = (normalize(found[:, 0], dim=-1) * normalize(stream[:, 0], dim=-1)).sum(-1)
+    if float(cosine.min()) < 1 - 1e-5:
+        raise Wrong(f"position 0 points elsewhere now: its cosine with what it was is {float(cosine.min()):.3f}.")
+    norms = stream.norm(dim=-1)
+    others = norms[:, 1:]
+    compare(
+        found[:, 0].norm(dim=-1),
+        others.median(-1).values,
+        [
+            (torch.ones(3), "the norm is 1 now, whatever the others' is."),
+            (others.mean(-1), "that is the mean of the others' norms; one large one among them would move it."),
+            (norms.median(-1).values, "position 0 itself was counted among the others."),
+            (others.median().expand(3), "all samples got the same norm; each has its own others."),
+            (
+                norms[:, 0].square() / others.median(-1).values,
+                "the factor is the wrong way round.",
+            ),
+            (
+                others.median(-1).values / norms[:, 0],
+                "its norm is now the ratio of two norms.",
+            ),
+        ],
+        f"in the first sample the norm is {float(found[0, 0].norm()):.3f}, and the others' are "
+        f"{[round(norm, 3) for norm in others[0].tolist()]}.",
+    )
+
+
+@exercise("3.1 what a neuron writes")
+def check_contribution(answer: Any) -> None:
+    """`answer(activation, w_out, direction)`: what each neuron writes along a direction, [neuron]."""
+    activation, w_out = (torch.randn(*shape, generator=_generator(), dtype=torch.float64) for shape in ((5,), (5, 8)))
+    direction = 3 * torch.randn(8, generator=_generator(2), dtype=torch.float64)
+    unit = normalize(direction, dim=-1)
+    found = as_tensor(ask(answer, activation, w_out, direction), (5,))
+    right = activation * (w_out @ unit)
+    compare(
+        found,
+        right,
+        [
+            (
+                activation * (w_out @ direction),
+                "the answer grows with the length of the direction, which is not 1 here.",
+            ),
+            (w_out @ unit, "that is what each neuron would write if all fired alike; how much does it fire?"),
+            (right.abs(), "the sign is lost: neurons can also write against the direction."),
+            (
+                normalize(w_out, dim=-1) @ unit,
+                "those are cosines: a neuron that writes little counts as much as one that writes a lot.",
+            ),
+            (
+                activation.abs() * w_out.norm(dim=-1),
+                "that is the length of what each neuron writes, in whatever direction.",
+            ),
+            (right / right.sum(), "those are shares; asked for is the projection, in the units of the stream."),
+        ],
+        f"the first neuron fires with {float(activation[0]):.3f}; along the direction it writes something else than "
+        f"{float(found[0]):.3f}.",
+    )
+
+
+@exercise("4.1 a hook that patches")
+def check_patch_hook(answer: Any) -> None:
+    """`answer(activation, hook, values)`: activations [batch, pos, d] with values [batch, d] at P0."""
+    activation = torch.randn(3, 5, 4, generator=_generator(), dtype=torch.float64)
+    values = torch.randn(3, 4, generator=_generator(1), dtype=torch.float64)
+    raw = ask(answer, activation, None, values, may_edit=True, nothing="the hook returns nothing.")
+    found = as_tensor(raw, activation.shape)
+    right = activation.clone()
+    right[:, 0] = values
+    everywhere = values[:, None].expand(-1, 5, -1)
+    added = activation.clone()
+    added[:, 0] += values
+    first = activation.clone()
+    first[0] = right[0]
+    compare(
+        found,
+        right,
+        [
+            (activation, "nothing has changed."),
+            (everywhere, "the value stands at every position; a patch is about one of them."),
+            (added, "the value was added to what was there; a patch takes its place."),
+            (first, "only the first sample is patched."),
+            (_with_first(activation, values), "every sample got the first one's value."),
+        ],
+        f"positions {sorted({int(p) for _, p, _ in (found != activation).nonzero().tolist()})} have changed (axis 1 is "
+        f"the position), and of the {values.numel()} given values {int((found[:, 0] == values).sum())} stand at P0.",
+    )
+
+
+def _with_first(activation: Tensor, values: Tensor) -> Tensor:
+    changed = activation.clone()
+    changed[:, 0] = values[0]
+    return changed
+
+
+@exercise("4.3 the closed form")
+def check_closed_form(answer: Any) -> None:
+    """`answer(score, others)`: attention to P0 [query] from its scores [query] and those of other keys [query, key].
+
+    Keys that a query does not see have the score -inf; the first query sees no other key at all.
+    """
+    scores = 2 * torch.randn(6, 6, generator=_generator(), dtype=torch.float64)
+    scores = scores.masked_fill(torch.ones(6, 6).triu(1).bool(), -torch.inf)
+    score, others = scores[:, 0].clone(), scores[:, 1:].clone()
+    raw = ask(answer, score, others)
+    if isinstance(raw, Tensor) and raw.shape == (6,) and not bool(torch.isfinite(raw).all()):
+        raise Wrong("there are values that are not finite: a query that sees P0 alone has no other score but -inf.")
+    found = as_tensor(raw, (6,))
+    visible = others.masked_fill(others.isinf(), 0)
+    compare(
+        found,
+        scores.softmax(-1)[:, 0],
+        [
+            (score.sigmoid(), "P0 competes with nobody there: its score alone decides."),
+            ((score - scores.logsumexp(-1)).sigmoid(), "P0's own score is among its rivals."),
+            (score.exp(), "that is what P0 gets before it is divided by what all get."),
+            (
+                (score - visible.sum(-1)).sigmoid(),
+                "the rivals' scores are added up as they are; the softmax adds up something else.",
+            ),
+            ((score - others.max(-1).values).sigmoid(), "P0 competes with the best of the others alone."),
+            (1 - scores.softmax(-1)[:, 0], "that is what goes to the others."),
+        ],
+        f"softmax gives P0 {float(scores.softmax(-1)[-1, 0]):.4f} of the last query, you {float(found[-1]):.4f}.",
+        1e-6,
+    )
+
+
+@exercise("4.2 an edge by hand")
+def check_edge(
+    answer: Any,
+    model: HookedModel,
+    prompts: PromptSet,
+    values: Mapping[Node, Tensor],
+    sender: str,
+    head: tuple[int, int],
+) -> None:
+    """`answer`: the mean change of a head's sink score when the edge from a sender at P0 into its key is patched."""
+    from p0circuit.interventions.ablation import ablate
+    from p0circuit.interventions.metrics import measure, sink_score_of
+    from p0circuit.interventions.path_patching import edges_into_keys, path_patch
+
+    layer, number = head
+    node, metric = Node.parse(sender), sink_score_of([head])
+
+    def effect(through: Literal["direct", "mlps"]) -> float:
+        edge = path_patch(model, prompts, [node], [f"attn.{layer}.{number}.k"], values, metric, through=through)
+        return float(edge.effect.mean())
+
+    clean = float(measure(model, prompts, metric).mean())
+    with ablate(model, prompts, [node], values):
+        whole = float(measure(model, prompts, metric).mean()) - clean
+    beside = edges_into_keys(model, prompts, [node], values).effect[0, :, layer].mean(0).tolist()
+    of_others = [(value, f"that is the edge into head {layer}.{one}.") for one, value in enumerate(beside)]
+    found, right = as_number(answer), effect("direct")
+    compare(
+        found,
+        right,
+        [
+            (-right, "the sign is turned round: the effect is the patched score minus the clean one."),
+            (clean + right, "that is the patched score itself; the effect is its change."),
+            (
+                whole,
+                "that is the effect along all paths: what lies between sender and receiver was free to follow.",
+            ),
+            (effect("mlps"), "MLPs between sender and receiver were free to follow."),
+            (clean, "that is the clean score, with nothing patched."),
+            *of_others,
+        ],
+        f"the head's clean sink score is {clean:.4f}, so the change lies between {-clean:.4f} and {1 - clean:.4f}; "
+        f"yours is {found:+.4f}. Whose key have you patched, and whose attention have you read?",
+        # An edge may carry nothing, and rounding leaves 1e-6.
+        max(1e-3 * abs(right), 1e-5),
+    )
+
+
+@exercise("5.1 the detector")
+def check_detector(answer: Any) -> None:
+    """`answer(threshold, at_p0)`: gain and bias with relu(gain * cosine + bias) 0 from `threshold` on, 1 at P0's."""
+    for threshold, at_p0 in ((0.338, 0.302), (0.5, 0.2)):
+        gain, bias = as_tensor(ask(answer, threshold, at_p0), (2,)).tolist()
+
+        def fires(cosine: float, gain: float = gain, bias: float = bias) -> float:
+            return max(0.0, gain * cosine + bias)
+
+        where = f"with a threshold of {threshold} and {at_p0} at P0"
+        if gain > 0:
+            raise Wrong(f"{where} the neuron fires the more, the longer the ruler looks; P0 is where it looks short.")
+        if fires(threshold + 0.1) > 1e-6 or fires(threshold) > 1e-3:
+            raise Wrong(f"{where} it fires with {fires(threshold):.3f} at the threshold already; expected 0.")
+        if fires(at_p0) < 1e-6:
+            raise Wrong(f"{where} it does not fire at P0.")
+        if abs(fires(at_p0) - 1) > 1e-3:
+            raise Wrong(f"{where} it fires with {fires(at_p0):.3f} at P0; expected 1.")
+        if fires((threshold + at_p0) / 2) < 1e-6:
+            raise Wrong(f"{where} it is silent already between the two.")
+
+
+@exercise("5.2 how strong a sink")
+def check_strength(answer: Any) -> None:
+    """`answer(strength, length)`: the sink score of a head that scores P0 with `strength` and all others with 0."""
+    for strength, length in ((3.0, 10), (8.0, 64), (0.0, 5)):
+        found = as_number(ask(answer, strength, length))
+        size = math.exp(strength)
+        queries = range(length)
+        compare(
+            found,
+            sum(size / (size + t) for t in queries) / length,
+            [
+                (size / (size + length - 1), "that is what the last query gives to P0, not the mean over queries."),
+                (size / (size + length), "every query is treated as if it saw all tokens."),
+                (
+                    sum(size / (size + t + 1) for t in queries) / length,
+                    "there every query has one rival of P0 too many.",
+                ),
+                (sum(size / (size + t) for t in queries), "that is the sum over queries."),
+                (
+                    sum(strength / (strength + t) if strength + t else 0 for t in queries) / length,
+                    "P0's score competes there as it is; in a softmax no score does.",
+                ),
+            ],
+            f"with strength {strength:g} on {length} tokens your score is {found:.4f}; what does query t give to P0, "
+            "beside t others that score 0?",
+            1e-4,
+        )
