@@ -126,14 +126,14 @@ def _add_resid_mid(bridge: Any, points: dict[str, HookPoint]) -> dict[str, HookP
 
 
 def _store_block_input(
-    mid: HookPoint, block_input: list[Tensor], module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]
+    mid: HookPoint, block_input: list[Tensor], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
     """Store the stream that a block reads if the hook point is used; overwrites what an interrupted pass left."""
     block_input[:] = [args[0] if args else kwargs["hidden_states"]] if mid.has_hooks() else []
 
 
 def _hook_sum(
-    mid: HookPoint, block_input: list[Tensor], module: nn.Module, args: tuple[object, ...], output: Any
+    mid: HookPoint, block_input: list[Tensor], module: nn.Module, args: tuple[Any, ...], output: Any
 ) -> object:
     """Hook the sum of block input and attention output, and return the attention output that gives the hooked sum."""
     if not block_input:

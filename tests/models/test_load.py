@@ -337,7 +337,7 @@ def test_models_without_a_causal_mask(tmp_path: Path) -> None:
 
 def test_a_model_without_attention(tmp_path: Path) -> None:
     family = Family("MambaConfig", {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2})
-    with pytest.raises(ModelError, match="no blocks with attention"):
+    with pytest.raises(ModelError, match="no block with attention"):
         load_model(write(family, tmp_path / "mamba"), device="cpu")
 
 
