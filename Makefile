@@ -63,7 +63,7 @@ lint: .venv/.dev
 	.venv/bin/codespell p0circuit tests benchmarks notebooks docs *.md
 
 docs: .venv/.dev
-	.venv/bin/python -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict --quiet
 	@echo "site/index.html opens in a browser, without a network"
 
 notebooks: .venv/.dev

@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 
+from p0circuit.training.build import build_model
+from p0circuit.training.config import TrainConfig
 from p0circuit.training.monitor import P0Monitor
-from p0circuit.training.trainer import TrainState, build_optimizer, train_step
-from p0circuit.training.variants import TrainConfig, build_model
+from p0circuit.training.updates import TrainState, build_optimizer, train_step
 
 EVERY = 100
-LARGER = {"layers": 6, "d_model": 384, "heads": 6, "d_mlp": 1024, "vocab_size": 4096}
+LARGER = {"n_layers": 6, "d_model": 384, "n_heads": 6, "d_mlp": 1024, "vocab_size": 4096}
 
 
 def measure(rounds: int = 15) -> dict[str, Any]:

@@ -3,12 +3,13 @@
 1. The notebooks of the course, which lie outside `docs/`, become pages.
 2. Formulas between dollar signs become MathML, which browsers draw themselves.
 3. The reference is made from the modules that the package has.
-4. Links to files of the repository lead to the page about them, to the repository's address where pyproject.toml names
-   one, or become text.
+4. Links to files of the repository lead to the page about them, or to the repository's address where pyproject.toml
+   names one; without either they become text.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 from collections.abc import Iterator
@@ -32,39 +33,15 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "p0circuit"
 SCRATCH = ROOT / ".cache" / "docs"
 
-# Pages of the reference: title, what the page is about, and the modules and packages on it, from the top of the package.
-AREAS: dict[str, tuple[str, str, tuple[str, ...]]] = {
-    "models": (
-        "Models",
-        "Finding, loading and describing models, and running them with hooks.",
-        ("models", "hooked_model", "resources"),
-    ),
-    "measurements": (
-        "Prompts and measurements",
-        "Prompts, what is recorded on them, and the metrics, which are pure functions of tensors.",
-        ("text", "prompts", "recording", "sink", "stats"),
-    ),
-    "interventions": (
-        "Interventions",
-        "Ablation, activation patching, path patching, attribution, and edits of attention and of the stream at P0.",
-        ("interventions",),
-    ),
-    "experiments": (
-        "Experiments",
-        "One class for each experiment. The number of a claim is in the name of its module.",
-        ("experiments",),
-    ),
-    "training": ("Training", "Training small models, reading training runs, and watching your own.", ("training",)),
-    "reports": (
-        "Results and reports",
-        "Results with their tables and figures, files on disk, and the report.",
-        ("results", "figures", "report", "io", "log", "errors"),
-    ),
-    "applications": (
-        "Applications",
-        "Whole studies: every claim on a model, many models at once, advice, the course and the command line.",
-        ("reproduction", "advice", "sweep", "course", "teaching", "notebooks", "cli"),
-    ),
+# Pages of the reference, and the modules and packages on each, from the top of the package.
+AREAS: dict[str, tuple[str, ...]] = {
+    "models": ("models", "hooked_model", "resources"),
+    "measurements": ("text", "prompts", "recording", "sink", "stats"),
+    "interventions": ("interventions",),
+    "experiments": ("experiments",),
+    "training": ("training",),
+    "reports": ("results", "figures", "report", "io", "log", "errors"),
+    "applications": ("reproduction", "advice", "sweep", "course", "cli"),
 }
 
 _FORMULA = re.compile(
@@ -86,7 +63,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 @event_priority(100)
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds the notebooks and the pages of the reference."""
+    """Adds the notebooks."""
     notebooks = SCRATCH / "notebooks"
     notebooks.mkdir(parents=True, exist_ok=True)
     for source in sorted((ROOT / "notebooks").glob("*.ipynb")):
@@ -96,18 +73,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
                 cell.source = _with_marks(cell.source, source.name)
         nbformat.write(notebook, notebooks / source.name)
         files.append(File(f"notebooks/{source.name}", str(SCRATCH), config.site_dir, use_directory_urls=False))
-    package = griffe.load(PACKAGE, search_paths=[ROOT], resolve_aliases=True)
-    files.append(File.generated(config, "api/index.md", content=_face(package)))
-    for name, (title, about, tops) in AREAS.items():
-        lines = [f"# {title}", "", about, ""]
-        for module in _documented_modules(package, tops):
-            lines += [f"::: {module.path}", ""]
-        files.append(File.generated(config, f"api/{name}.md", content="\n".join(lines)))
     return files
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Marks formulas, and turns links to files outside `docs/` into links that hold in the site."""
+    """Fills the reference, marks formulas, and makes links to files outside `docs/` hold in the site."""
 
     def link(match: re.Match[str]) -> str:
         target = (ROOT / "docs" / page.file.src_uri).parent / match["to"]
@@ -119,6 +89,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
     if page.file.src_uri.endswith(".ipynb"):
         return markdown
+    if page.file.src_uri.startswith("api/"):
+        return markdown + _reference(page.file.name)
     return _with_marks(_OUTSIDE_LINK.sub(link, markdown), page.file.src_uri)
 
 
@@ -127,6 +99,11 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
     if page.file.src_uri.endswith(".ipynb"):
         html = _offline_notebook(html, page, config)
     return re.sub(r"FORMULA(\d+)FORMULA", lambda match: _formulas[int(match[1])], html)
+
+
+def on_post_build(config: MkDocsConfig) -> None:
+    """Removes the page for missing addresses: its own are absolute, and a site on disk has no server to send it."""
+    Path(config.site_dir, "404.html").unlink(missing_ok=True)
 
 
 def _with_marks(source: str, name: str) -> str:
@@ -175,7 +152,7 @@ def _offline_notebook(html: str, page: Page, config: MkDocsConfig) -> str:
             )
         if target.is_relative_to(ROOT / PACKAGE) and target.suffix == ".py" and target.is_file():
             parts = target.relative_to(ROOT).with_suffix("").parts
-            area = next((name for name, (_, _, tops) in AREAS.items() if parts[1] in tops), None)
+            area = next((name for name, tops in AREAS.items() if parts[1] in tops), None)
             if area is not None:
                 return f'<a href="../api/{area}.html#{".".join(parts)}">{text}</a>'
         address = _address(target, page, config)
@@ -186,25 +163,32 @@ def _offline_notebook(html: str, page: Page, config: MkDocsConfig) -> str:
     )
 
 
-def _documented_modules(package: griffe.Object, tops: tuple[str, ...]) -> Iterator[griffe.Module]:
-    """The public modules of some parts of the package that have something to show, in their order."""
-    for top in tops:
-        member = package.modules.get(top)
-        if member is not None:
-            yield from _walk(member)
+@functools.cache
+def _package() -> Any:
+    return griffe.load(PACKAGE, search_paths=[ROOT], resolve_aliases=True)
 
 
-def _walk(module: griffe.Module) -> Iterator[griffe.Module]:
-    if module.docstring is not None and not module.name.startswith("_"):
+def _reference(name: str) -> str:
+    """What the reference adds to one of its pages: the names of the package's face, or the modules of an area."""
+    if name == "index":
+        return _face(_package())
+    modules = [module for top in AREAS[name] for module in _documented_modules(_package().modules.get(top))]
+    return "\n".join(["", *(f"::: {module.path}\n" for module in modules)])
+
+
+def _documented_modules(module: Any) -> Iterator[griffe.Module]:
+    """A module and those below it, in their order, as far as they are public and have a docstring."""
+    if module is None or module.is_alias or module.name.startswith("_"):
+        return
+    if module.docstring is not None:
         yield module
     for _, inner in sorted(module.modules.items()):
-        if not inner.is_alias:
-            yield from _walk(inner)
+        yield from _documented_modules(inner)
 
 
 def _face(package: Any) -> str:
-    """The page of the names that `import p0circuit` offers, each with its first line and a link."""
-    area_of = {top: name for name, (_, _, tops) in AREAS.items() for top in tops}
+    """The names that `import p0circuit` offers, by area, each with its first line and a link."""
+    area_of = {top: name for name, tops in AREAS.items() for top in tops}
     shown: dict[str, list[str]] = {name: [] for name in AREAS}
     for name, home in _public_names(package):
         try:
@@ -218,12 +202,10 @@ def _face(package: Any) -> str:
         first = target.docstring.value.strip().split("\n\n")[0].replace("\n", " ") if target.docstring else ""
         label = f"[`{name}`][{target.canonical_path}]" if target.docstring else f"`{name}`"
         shown[area_of[top]].append(f"| {label} | {first.replace('|', chr(92) + '|')} |")
-    lines = ["# Reference", "", "`import p0circuit` offers these names. Each is imported when it is first used.", ""]
+    lines = [""]
     for area, rows in shown.items():
         if rows:
-            lines += [f"## [{AREAS[area][0]}]({area}.md)", "", "| name | |", "| --- | --- |", *rows, ""]
-    lines += ["## All modules", ""]
-    lines += [f"- [{title}]({name}.md): {about}" for name, (title, about, _) in AREAS.items()]
+            lines += [f"## {area.capitalize()}", "", "| name | what it is |", "| --- | --- |", *rows, ""]
     return "\n".join(lines)
 
 

@@ -50,7 +50,7 @@ import pandas as pd
 import torch
 
 from p0circuit.course.page import Page, open_model, print_verdict, read_prompts
-from p0circuit.figures.training import development
+from p0circuit.figures.training import trace_panels
 from p0circuit.training.runs import as_trained, of_variant, shipped_runs
 
 page = Page(out)
@@ -69,7 +69,9 @@ print(len(traces), "runs:", ", ".join(run.name for run in traces))
 # `p0-nano` comes with its 16 checkpoints. Here is every third of them, the last one included:
 
 # %%
-from p0circuit.training.trace import Trace, checkpoints_of, measure_checkpoint
+from p0circuit.training.checkpoint_measurement import measure_checkpoint
+from p0circuit.training.checkpoints import checkpoints_of
+from p0circuit.training.trace import Trace
 
 rows = []
 for step in checkpoints_of(model)[::-3][::-1]:
@@ -104,7 +106,7 @@ tables = {
     for run in traces
     if run.name in (str(model), f"{model}-0")
 }
-figure = development(tables | {"measured here": live.to_dataframe()}, live.formation_step)
+figure = trace_panels(tables | {"measured here": live.to_dataframe()}, live.formation_step)
 page.show(figure, "the development of p0-nano, measured here and as shipped")
 
 # %% [markdown]
@@ -213,7 +215,7 @@ print("number of stages:", ", ".join(f"{name} {count}" for name, count in counts
 beside = {
     run.name: run.table for variant in ("bos", "moe") for run in of_variant(traces, variant)[:1]
 }
-page.show(development(beside), "a dense model and a mixture of experts along training")
+page.show(trace_panels(beside), "a dense model and a mixture of experts along training")
 
 # %% [markdown]
 # The mixture's sink forms at the same checkpoint (26 % of the tokens), ends higher, and has a far larger outlier: P0 is 23
@@ -343,7 +345,7 @@ from p0circuit.models import list_models
 from p0circuit.prompts import bos_id, from_ids
 from p0circuit.recording.quantities import SINK_SCORE
 from p0circuit.recording.record import record
-from p0circuit.training.trace import causal_concentration
+from p0circuit.training.checkpoint_measurement import causal_concentration
 
 place, rows = 16, {}
 names = [entry.name for entry in list_models()]

@@ -342,13 +342,14 @@ page.show(pd.DataFrame(logged)[["step", "p0/excess", "p0/sink_rate", "p0/norm_ra
 # different ways through different code, and have to agree.
 
 # %%
-from p0circuit.figures.training import development
-from p0circuit.training.trace import checkpoints_of, trace
+from p0circuit.figures.training import trace_panels
+from p0circuit.training.checkpoints import checkpoints_of
+from p0circuit.training.trace import trace
 
 run, probe = runs["behind BOS"], probes["behind BOS"]
 kept = [step for step in checkpoints_of(run) if step in keep]
 traced = trace(run, lambda _: probe, kept, load=lambda step: open_model(run, step))
-figure = development({run.name: traced.to_dataframe()}, traced.formation_step)
+figure = trace_panels({run.name: traced.to_dataframe()}, traced.formation_step)
 page.show(figure, "the trace of the run, from its checkpoints")
 both = traced.to_dataframe().merge(
     lines[0].table, on="step", suffixes=(" (trace)", " (monitor)")

@@ -47,16 +47,16 @@ from p0circuit.models import ModelError, describe
 from p0circuit.prompts import WITH_BOS, WITHOUT_BOS, PromptSet, bos_id
 from p0circuit.recording.quantities import TOKEN_LOSSES, score_at
 from p0circuit.recording.record import record
-from p0circuit.results import drawn, titled
+from p0circuit.results import figure_bytes, model_title
 from p0circuit.sink import CONTROL, least_excess, sink_heads
 from p0circuit.stats import Interval, bootstrap, ratio_interval
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-FEWEST = 16
+MIN_PROMPTS = 16
 """With fewer rows nothing is told."""
-HANGS_ON_BOS = 0.5
+BOS_DEPENDENCE = 0.5
 """A sink that keeps less than this share of its excess score without BOS hangs on it."""
 LOSS_SHARE = 0.01
 """Loss counts from this share of it on: when first tokens are dropped, and in int8."""
@@ -144,7 +144,7 @@ class Advice:
     @property
     def title(self) -> str:
         """The model's name, and how its weights were rounded if they were."""
-        return titled(self.model, self.quantisation)
+        return model_title(self.model, self.quantisation)
 
     def to_json(self) -> dict[str, Any]:
         lost, heads = self.loss_without_sink, self.dormant_heads
@@ -162,7 +162,7 @@ def advise(model: HookedModel, prompts: PromptSet) -> Advice:
     """
     reads = model.tokenizer is not None
     prompts = text_as_it_is(model, prompts)
-    looked = _look(model, prompts)
+    looked = sinks_by_condition(model, prompts)
     added = _added_by_bos(model, *(look.prompts for look in looked)) if reads and len(looked) > 1 else None
     used = next((look for look in _counted(looked, added) if look.verdict == YES), None)
     rows = used.prompts if used else prompts
@@ -191,7 +191,7 @@ def write_advice(advice: Advice, directory: Path) -> list[Path]:
     from p0circuit.report.html import render
 
     figure = draw_costs(advice)
-    picture = figure and "data:image/svg+xml;base64," + base64.b64encode(drawn(figure, "svg")).decode()
+    picture = figure and "data:image/svg+xml;base64," + base64.b64encode(figure_bytes(figure, "svg")).decode()
     page = render("advice.html.j2", advice=advice, picture=picture, limit=f"{LOSS_SHARE:.0%}")
     written = write_json(directory / "advice.json", advice.to_json())
     html = directory / "advice.html"
@@ -229,7 +229,7 @@ _WITH, _SHARE = "loss added with ", ", as a share"
 
 
 @dataclass(frozen=True)
-class _Look:
+class ConditionSink:
     """What there is of a sink in one condition; `scores` are excess scores on rows the heads were not chosen on."""
 
     condition: str
@@ -249,9 +249,9 @@ class _Look:
         return f"{len(self.heads)} heads ({_listed(self.heads[:MOST_NAMES])} and others)"
 
 
-def _look(model: HookedModel, prompts: PromptSet) -> list[_Look]:
+def sinks_by_condition(model: HookedModel, prompts: PromptSet) -> list[ConditionSink]:
     """The text as it is and, where it can be put there, behind BOS; nothing where there is too little of it."""
-    if prompts.n < FEWEST or prompts.length <= CONTROL + 1:
+    if prompts.n < MIN_PROMPTS or prompts.length <= CONTROL + 1:
         return []
     found = []
     for name, rows in with_and_without_bos(model, prompts).items():
@@ -259,7 +259,7 @@ def _look(model: HookedModel, prompts: PromptSet) -> list[_Look]:
         heads = sink_heads(record(model, first, score_at(0)))
         scores = excess_by_head(model, second)[0]
         verdict = _passes(bootstrap(mean_over_heads(scores, heads)), least_excess(prompts.length))
-        found.append(_Look(name, rows, heads, scores, verdict))
+        found.append(ConditionSink(name, rows, heads, scores, verdict))
     return found
 
 
@@ -277,23 +277,23 @@ def _about(prompts: PromptSet, reads: bool) -> Statement:
     if step < prompts.length:
         text += f" There is so little text that rows overlap: each has {step} new tokens, so intervals are too narrow."
         advice = "Give more text, or ask for fewer samples."
-    if prompts.n < FEWEST:
-        advice = f"Give at least {FEWEST} rows."
+    if prompts.n < MIN_PROMPTS:
+        advice = f"Give at least {MIN_PROMPTS} rows."
     return Statement("Measured on", text, "text" if reads else "random tokens", advice)
 
 
-def _counted(looked: list[_Look], added: Interval | None) -> list[_Look]:
+def _counted(looked: list[ConditionSink], added: Interval | None) -> list[ConditionSink]:
     """The conditions in which the model is used: not behind a BOS that adds to its loss beyond doubt."""
     return looked[:1] if added and added.low > 0 else looked
 
 
-def _sink(looked: list[_Look], used: _Look | None, prompts: PromptSet, added: Interval | None) -> Statement:
+def _sink(
+    looked: list[ConditionSink], used: ConditionSink | None, prompts: PromptSet, added: Interval | None
+) -> Statement:
     """`added`: what BOS adds to the loss; None where that cannot be told."""
     topic, needed = SINK_THERE, least_excess(prompts.length)
     if not looked:
-        reason = (
-            f"{prompts.n} rows of {prompts.length} tokens are too few: {FEWEST} of more than {CONTROL + 1} are needed."
-        )
+        reason = f"{prompts.n} rows of {prompts.length} tokens are too few: {MIN_PROMPTS} of {CONTROL + 2} are needed."
         return Statement(topic, reason, UNKNOWN, "Give more text.")
     measured = {f"excess score {look.condition}": look.excess for look in looked}
     if used is not None:
@@ -314,7 +314,7 @@ def _sink(looked: list[_Look], used: _Look | None, prompts: PromptSet, added: In
 
 
 def _bos(
-    model: HookedModel, looked: list[_Look], used: _Look | None, sink: str, added: Interval | None
+    model: HookedModel, looked: list[ConditionSink], used: ConditionSink | None, sink: str, added: Interval | None
 ) -> tuple[Statement, bool | None]:
     topic = ON_BOS
     if used is None:
@@ -341,7 +341,7 @@ def _bos(
         measured["loss added by BOS"] = added
         helps = {YES: NO, NO: YES}.get(_passes(added, 0), UNKNOWN)
         text += f" {_what_bos_does(added)}."
-    kept = _passes(left, HANGS_ON_BOS)
+    kept = _passes(left, BOS_DEPENDENCE)
     if helps == NO:
         advice = "Leave BOS out: this model predicts worse behind it."
     elif kept == YES:
@@ -369,7 +369,7 @@ def _added_by_bos(model: HookedModel, without: PromptSet, behind: PromptSet) -> 
     return bootstrap((after[:, 1:] - before[:, :-1]).mean(1))
 
 
-def _layer(used: _Look | None, sink: str) -> tuple[Statement, int | None]:
+def _layer(used: ConditionSink | None, sink: str) -> tuple[Statement, int | None]:
     topic = FROM_LAYER
     if used is None:
         return _no_sink(topic, sink), None
@@ -598,7 +598,7 @@ def _other_half(prompts: PromptSet, most: int) -> PromptSet:
 
 
 def _too_few(prompts: PromptSet) -> str:
-    return f"{prompts.n} rows are too few: {FEWEST} are needed." if prompts.n < FEWEST else ""
+    return f"{prompts.n} rows are too few: {MIN_PROMPTS} are needed." if prompts.n < MIN_PROMPTS else ""
 
 
 def _why_no_losses(prompts: PromptSet, reads: bool) -> str:

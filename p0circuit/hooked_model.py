@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
-    from torch.nn import Parameter
+    import torch
 
 
 @runtime_checkable
@@ -30,7 +30,7 @@ class HookedModel(Protocol):
     hook_dict: dict[str, Any]
     training: bool
 
-    def parameters(self, recurse: bool = True) -> Iterator[Parameter]:
+    def parameters(self, recurse: bool = True) -> Iterator[torch.nn.Parameter]:
         """Iterate over all weights.
 
         Args:
@@ -42,6 +42,6 @@ class HookedModel(Protocol):
         """Leave training mode."""
         ...
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> torch.Tensor:
         """Run a forward pass."""
         ...

@@ -87,7 +87,3 @@ def progress_bar(items: Iterable[Item], description: str, total: int | None = No
 
 def _messages_shown() -> bool:
     return any(isinstance(handler, _TerminalHandler) for handler in logger.handlers)
-
-
-# Names that the modules under change still use.
-say, track = report_progress, progress_bar

@@ -323,7 +323,7 @@ def result_key(experiment: Experiment, model: HookedModel, prompts: PromptSet) -
         "hooks": sorted(f"{name} {len(point.fwd_hooks)}" for name, point in model.hook_dict.items() if point.fwd_hooks),
         "prompts": prompts.fingerprint(),
         # What an experiment may put back at the end of a row when it takes BOS away.
-        "cut_off": None if prompts.cut_off is None else prompts.cut_off.tolist(),
+        "cut_off": None if prompts.overflow is None else prompts.overflow.tolist(),
         "config": repr(experiment.config),
         # That of the experiment too, which need not be one of the package's own.
         "code": [code_fingerprint(), inspect.getsource(sys.modules[type(experiment).__module__])],

@@ -1,8 +1,8 @@
-"""What an experiment leaves behind: tables, measured values with intervals, figures, and where all of it came from.
+"""The result of an experiment: measured values with intervals, tables, figures, and their provenance.
 
 <run>/<experiment>.json   metrics, provenance and the names of the files below; written last, so it means "complete"
 <run>/tables/*.csv        <run>/figures/*.png and *.svg        <run>/attention/<experiment>.json
-<run>/manifest.json       the command and the machine's part (`write_manifest`)
+<run>/manifest.json       command, versions and machine (`write_manifest`)
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from p0circuit.figures.attention_view import AttentionView
 
 FIGURE_DPI = 200
+"""Dots per inch of PNG files."""
 _LIBRARIES = ("p0circuit", "torch", "transformer-lens", "transformers", "numpy", "pandas", "matplotlib")
-
 
 Verdict = Literal["reproduced", "not reproduced", "not applicable"]
 
@@ -54,18 +54,21 @@ class Judgement:
 
 @dataclass
 class Result:
-    """The outcome of one experiment on one model.
+    """The result of one experiment on one model.
 
     Attributes:
-        experiment: its id, also the name of its file.
-        metrics: the few values that sum it up, each with its interval.
+        experiment: id of the experiment, also the name of its file.
+        title: heading in the report.
+        metrics: the values that summarise the result, each with its interval.
         tables: everything measured, as data frames.
         figures: matplotlib figures; after `load`, the paths of their PNG files.
-        provenance: model, prompts, configuration, seconds, what came from the cache.
-        notes: what a reader has to know, such as a condition that could not be measured and why.
-        view: attention patterns to click through, for the report and notebooks; None where there are none.
+        provenance: model, prompts, configuration, seconds, and which recordings came from the cache.
+        notes: remarks for the reader, such as a condition that could not be measured and why.
+        view: interactive view of attention patterns, for the report and notebooks; None if there is none.
         claim: the texts of the claim that was tested (`Claim.to_json`); None if the experiment tests none.
         judgement: the verdict on that claim; None if the experiment tests none.
+        drawing: numbers for `Experiment.draw` that no table holds. They are not saved: a result read from disk is
+            drawn without them.
     """
 
     experiment: str
@@ -78,21 +81,28 @@ class Result:
     view: AttentionView | None = None
     claim: dict[str, str] | None = None
     judgement: Judgement | None = None
+    drawing: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def model_title(self) -> str:
-        """The measured model's name with the quantisation of its weights; empty before `run` recorded the model."""
+        """Name of the measured model with the quantisation of its weights; empty if the provenance has no model."""
         model = self.provenance.get("model", {})
-        return titled(model.get("name", ""), model.get("quantisation"))
+        return model_title(model.get("name", ""), model.get("quantisation"))
 
     def claim_entry(self) -> dict[str, Any] | None:
         """Return the claim's texts, measured values and verdict as they stand in claims.json; None without a claim."""
         return None if self.claim is None else claim_entry(self.claim, self.metrics, self.judgement)
 
     def save(self, directory: Path) -> Path:
-        """Write tables, figures and, last, `<experiment>.json`; returns the path of that file.
+        """Write tables, figures and, last, `<experiment>.json`.
 
-        All of it is made before any of it is written: a figure that cannot be drawn leaves the directory as it was.
+        All files are made before the first one is written: if a figure cannot be drawn, the directory stays as it was.
+
+        Args:
+            directory: directory of the run; created if needed.
+
+        Returns:
+            The path of the JSON file.
         """
         files: dict[Path, bytes] = {}
         for name, table in self.tables.items():
@@ -103,7 +113,7 @@ class Result:
             if isinstance(figure, Path):
                 files |= {path.with_suffix(end): figure.with_suffix(end).read_bytes() for end in (".png", ".svg")}
             else:
-                files |= {path.with_suffix(end): drawn(figure, end[1:]) for end in (".png", ".svg")}
+                files |= {path.with_suffix(end): figure_bytes(figure, end[1:]) for end in (".png", ".svg")}
         summary = {
             "experiment": self.experiment,
             "title": self.title,
@@ -114,20 +124,26 @@ class Result:
             "claim": self.claim_entry(),
             "provenance": self.provenance,
         }
-        whole = directory / f"{self.experiment}.json"
-        # That of an earlier run must not vouch for what is written now.
-        whole.unlink(missing_ok=True)
+        summary_path = directory / f"{self.experiment}.json"
+        # The summary of an earlier run would declare files complete that are still being written.
+        summary_path.unlink(missing_ok=True)
         for path, content in files.items():
             write_atomically(path, lambda temporary, content=content: temporary.write_bytes(content))
         if self.view is not None:
             from p0circuit.figures.attention_view import save_view
 
             save_view(directory, self.experiment, self.view)
-        return write_json(whole, summary)
+        return write_json(summary_path, summary)
 
     @classmethod
     def load(cls, path: Path) -> Result:
-        """Read back what `save` wrote, given the path of its JSON file.
+        """Read a result that `save` wrote.
+
+        Args:
+            path: path of its JSON file.
+
+        Returns:
+            The result; its figures are paths of PNG files.
 
         Raises:
             P0Error: there is no such result, or one of its tables or figures is missing.
@@ -137,8 +153,8 @@ class Result:
         from p0circuit.figures.attention_view import load_view
 
         if not path.is_file():
-            found = sorted(other.stem for other in path.parent.glob("*.json") if other.stem != "manifest")
-            raise P0Error(f"no result at {str(path)!r}; this directory holds: {', '.join(found) or 'none'}")
+            results = sorted(other.stem for other in path.parent.glob("*.json") if other.stem != "manifest")
+            raise P0Error(f"no result at {str(path)!r}; this directory holds: {', '.join(results) or 'none'}")
         summary = json.loads(path.read_text())
         name, directory = summary["experiment"], path.parent
         claim, judgement = _claim_of(summary["claim"])
@@ -184,38 +200,45 @@ def _claim_of(entry: dict[str, Any] | None) -> tuple[dict[str, str] | None, Judg
     return texts, Judgement(entry["verdict"], entry["why"])
 
 
-def drawn(figure: Figure, kind: str) -> bytes:
-    """The file of a figure; equal figures give equal files, and text in an SVG stays text."""
+def figure_bytes(figure: Figure, kind: str) -> bytes:
+    """Render a figure to the content of a file. Equal figures give equal files, and text in an SVG stays text.
+
+    Args:
+        figure: a matplotlib figure.
+        kind: "png" or "svg".
+    """
     import io
 
     import matplotlib as mpl
 
     buffer = io.BytesIO()
     with mpl.rc_context({"svg.hashsalt": "p0circuit", "svg.fonttype": "none"}):
-        # matplotlib dates an SVG unless told otherwise.
+        # By default matplotlib writes the date into an SVG.
         figure.savefig(buffer, format=kind, dpi=FIGURE_DPI, metadata={"Date": None} if kind == "svg" else {})
     return buffer.getvalue()
 
 
 def metric_name(label: str) -> str:
-    """What is shown to people as "P0 in, clipped", as a part of a metric's name: p0_in_clipped."""
+    """Turn a label of figures and tables into a part of a metric's name: "P0 in, clipped" becomes "p0_in_clipped".
+
+    Args:
+        label: the label.
+    """
     return label.lower().replace("'", "").replace(",", "").replace(" ", "_")
 
 
 def library_versions() -> dict[str, str]:
-    """The versions that a reproduction would have to match."""
-    found = {"python": platform.python_version()}
+    """Return the versions of Python and of the libraries that the numbers depend on, by name."""
+    versions = {"python": platform.python_version()}
     for name in _LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions
 
 
 def peak_memory_mb() -> float | None:
-    """The most memory this process has held so far, in MiB; None where the system does not say (Windows)."""
-    # On Linux `getrusage` starts from the peak of the process that started this one; VmHWM is this one's own.
+    """Return the peak memory of this process so far, in MiB; None where the system does not measure it (Windows)."""
+    # On Linux `getrusage` starts from the peak of the parent process; VmHWM is the peak of this process alone.
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
@@ -228,8 +251,18 @@ def peak_memory_mb() -> float | None:
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
-def write_manifest(directory: Path, command: list[str], started: float, **details: Any) -> Path:
-    """Write `manifest.json`: the command, versions, machine, seconds since `started` (time.time()) and peak memory."""
+def write_manifest(directory: Path, command: list[str], started: float, **details: object) -> Path:
+    """Write `manifest.json`: the command, versions, machine, duration and peak memory.
+
+    Args:
+        directory: directory of the run.
+        command: arguments of the command line.
+        started: time at which the run started, in seconds since the epoch (`time.time()`).
+        **details: further entries; their values must be JSON.
+
+    Returns:
+        The path of the file.
+    """
     import torch
 
     manifest = {
@@ -245,6 +278,11 @@ def write_manifest(directory: Path, command: list[str], started: float, **detail
     return write_json(directory / "manifest.json", manifest)
 
 
-def titled(name: str, quantisation: str | None) -> str:
-    """A model's name with the quantisation of its weights, as in "smollm2-135m (Q4_1)"."""
+def model_title(name: str, quantisation: str | None) -> str:
+    """Join a model's name and the quantisation of its weights, as in "smollm2-135m (Q4_1)".
+
+    Args:
+        name: name of the model.
+        quantisation: name of the quantisation; None for weights that are not quantised.
+    """
     return f"{name} ({quantisation})" if quantisation else name

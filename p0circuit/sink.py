@@ -1,7 +1,8 @@
-"""The metrics: pure functions on tensors, each a definition from the literature. This file imports nothing of ours.
+"""The metrics of an attention sink: pure functions on tensors, each a definition from the literature.
 
-Every function works per sample, so that intervals can be drawn over samples; averaging is the caller's last step.
-Rows may be left-padded: `p0` is the index of the first real token of each row, `mask` is True at real tokens.
+Every function works per sample, so that intervals can be computed over samples; averaging is the caller's last step.
+Prompts may be padded on the left: `p0` is the index of the first real token of each prompt, and `mask` is true where a
+token is real. This module imports nothing else of the package.
 """
 
 from __future__ import annotations
@@ -13,17 +14,24 @@ from torch import Tensor
 SINK_THRESHOLD = 0.3
 """eps of the sink rate (Gu et al. 2025, arXiv 2410.10781)."""
 CIRCUIT_BLOCKS = (0, 1)
-"""Blocks in which the paper finds the sink decided: claims about "blocks 0 and 1" are about these."""
+"""Blocks whose effect on the sink the paper claims: claims about "blocks 0 and 1" are about these."""
 CONTROL = 8
-"""The position, counted from P0, whose score stands beside P0's: the excess score is the difference."""
+"""The control position, in tokens after P0. The excess score is the score of P0 minus the score of this position."""
 TIMES_UNIFORM = 2
-"""A sink exists where the excess is, beyond doubt, more than this many times that of uniform attention."""
+"""Criterion for a sink: the excess score is more than this many times that of uniform attention."""
+FALLBACK_HEADS = 3
+"""Number of heads that `sink_heads` returns if no head passes the threshold."""
 
 
 def attention_to(
     pattern: Float[Tensor, "batch head query key"], position: Int[Tensor, " batch"]
 ) -> Float[Tensor, "batch head query"]:
-    """The attention every query gives to one key position of its row."""
+    """Select the attention that every query gives to one key position of its prompt.
+
+    Args:
+        pattern: attention weights.
+        position: index of the key in each prompt.
+    """
     index = position[:, None, None, None].expand(*pattern.shape[:3], 1)
     return pattern.gather(-1, index).squeeze(-1)
 
@@ -33,9 +41,18 @@ def sink_score(
     position: Int[Tensor, " batch"],
     mask: Bool[Tensor, "batch query"] | None = None,
 ) -> Float[Tensor, "batch head"]:
-    """`alpha_k`: the mean attention that the queries at or after `position` give to it, itself included.
+    """Compute the sink score `alpha_k`: the mean attention to `position` of the queries from `position` on.
 
-    With `position` at P0 this is the sink score (Gu et al. 2025, section 3).
+    The query at `position` itself is included. With `position` at P0 this is the sink score of Gu et al. 2025
+    (arXiv 2410.10781, section 3).
+
+    Args:
+        pattern: attention weights.
+        position: index of the key in each prompt.
+        mask: real tokens; all if None.
+
+    Returns:
+        Sink scores, from 0 to 1.
     """
     return mean_over_queries(attention_to(pattern, position), position, mask)
 
@@ -45,7 +62,13 @@ def mean_over_queries(
     position: Int[Tensor, " batch"],
     mask: Bool[Tensor, "batch query"] | None = None,
 ) -> Float[Tensor, "batch head"]:
-    """The mean over the real queries at or after `position` of the attention they give to it."""
+    """Average attention to a position over the real queries from that position on.
+
+    Args:
+        attention: attention to the position, as `attention_to` returns it.
+        position: index of the position in each prompt.
+        mask: real tokens; all if None.
+    """
     queries = torch.arange(attention.shape[-1], device=attention.device) >= position[:, None]
     if mask is not None:
         queries = queries & mask
@@ -56,12 +79,20 @@ def mean_over_queries(
 def sink_rate(
     scores: Float[Tensor, "batch layer head"], eps: float = SINK_THRESHOLD, from_layer: int = 0
 ) -> Float[Tensor, " batch"]:
-    """`Sink_0^eps[from_layer:]` of every sample: the share of its heads whose sink score is above `eps`.
+    """Compute the sink rate `Sink_0^eps` of every sample: the share of heads whose sink score is above `eps`.
 
     The sink rate of a model is the mean over samples (Gu et al. 2025, section 3).
 
+    Args:
+        scores: sink scores.
+        eps: threshold.
+        from_layer: first layer that counts.
+
+    Returns:
+        Shares, from 0 to 1.
+
     Raises:
-        ValueError: no layer is left from `from_layer` on.
+        ValueError: there is no layer from `from_layer` on.
     """
     if not 0 <= from_layer < scores.shape[1]:
         raise ValueError(
@@ -70,21 +101,60 @@ def sink_rate(
     return (scores[:, from_layer:] > eps).to(scores.dtype).mean((1, 2))
 
 
+def sink_heads(
+    scores: Float[Tensor, "sample layer head"], eps: float = SINK_THRESHOLD, fallback: int = FALLBACK_HEADS
+) -> list[tuple[int, int]]:
+    """Select the heads whose mean sink score is above `eps`; if there are none, those with the highest scores.
+
+    Args:
+        scores: sink scores, as `record(model, prompts, SINK_SCORE)` returns them.
+        eps: threshold.
+        fallback: number of heads to return if none is above the threshold (`any_sink_head` tells).
+
+    Returns:
+        Heads as (layer, head), in order.
+
+    Example:
+        scores = p0circuit.record(model, prompts, p0circuit.SINK_SCORE)
+        metric = p0circuit.sink_score_of(p0circuit.sink_heads(scores))
+    """
+    means = scores.double().mean(0)
+    if any_sink_head(scores, eps):
+        return [(int(layer), int(head)) for layer, head in (means > eps).nonzero()]
+    highest = means.flatten().topk(min(fallback, means.numel())).indices.tolist()
+    return sorted(divmod(number, means.shape[1]) for number in highest)
+
+
+def any_sink_head(scores: Float[Tensor, "sample layer head"], eps: float = SINK_THRESHOLD) -> bool:
+    """Return whether any head has a mean sink score above `eps`.
+
+    Args:
+        scores: sink scores.
+        eps: threshold.
+    """
+    return bool((scores.double().mean(0) > eps).any())
+
+
 def ratio_to_others(
     sizes: Float[Tensor, "batch pos *rest"],
     p0: Int[Tensor, " batch"],
     mask: Bool[Tensor, "batch pos"] | None = None,
 ) -> Float[Tensor, "batch *rest"]:
-    """A size at P0 over the median of that size at the other positions of the row.
+    """Divide a size at P0 by its median over the other positions of the prompt.
 
     The median of an even number of positions is the mean of the middle two.
+
+    Args:
+        sizes: what is compared, such as norms.
+        p0: index of P0 in each prompt.
+        mask: real tokens; all if None.
     """
     others = torch.arange(sizes.shape[1], device=sizes.device) != p0[:, None]
     if mask is not None:
         others = others & mask
     shape = (*others.shape, *[1] * (sizes.ndim - 2))
-    rest = sizes.masked_fill(~others.view(shape), torch.nan).nanquantile(0.5, dim=1)
-    return sizes[torch.arange(len(sizes), device=sizes.device), p0] / rest
+    median = sizes.masked_fill(~others.view(shape), torch.nan).nanquantile(0.5, dim=1)
+    return sizes[torch.arange(len(sizes), device=sizes.device), p0] / median
 
 
 def norm_ratio(
@@ -92,7 +162,13 @@ def norm_ratio(
     p0: Int[Tensor, " batch"],
     mask: Bool[Tensor, "batch pos"] | None = None,
 ) -> Float[Tensor, " batch"]:
-    """The norm of the residual stream at P0 over the median norm at the other positions."""
+    """Divide the norm of the residual stream at P0 by its median norm at the other positions.
+
+    Args:
+        residual: the residual stream.
+        p0: index of P0 in each prompt.
+        mask: real tokens; all if None.
+    """
     return ratio_to_others(residual.float().norm(dim=-1), p0, mask)
 
 
@@ -101,19 +177,27 @@ def value_norm_ratio(
     p0: Int[Tensor, " batch"],
     mask: Bool[Tensor, "batch pos"] | None = None,
 ) -> Float[Tensor, "batch kv_head"]:
-    """The norm of P0's value vector over the median of the others, per key/value head.
+    """Divide the norm of P0's value vector by the median norm of the others, per key/value head.
 
-    Below 1 is the value-state drain of Guo et al. 2024 (arXiv 2410.13835).
+    A ratio below 1 is the value-state drain of Guo et al. 2024 (arXiv 2410.13835).
+
+    Args:
+        values: value vectors.
+        p0: index of P0 in each prompt.
+        mask: real tokens; all if None.
     """
     return ratio_to_others(values.float().norm(dim=-1), p0, mask)
 
 
 def direction_cosines(vectors: Float[Tensor, "batch *layer d_model"]) -> Float[Tensor, "batch *layer"]:
-    """The cosine of each sample's vector with the mean direction of all samples.
+    """Compute the cosine of each sample's vector with the mean direction of all samples.
 
-    The mean over samples is the direction consistency: 1 when every sample has the same direction, about
-    1 / sqrt(samples) for independent directions. The mean direction is the mean of unit vectors, so that no sample
-    counts for more because its norm is larger.
+    The mean of these cosines over samples is the direction consistency: 1 if every sample has the same direction, about
+    1 / sqrt(samples) for independent directions. The mean direction is the mean of unit vectors, so that a sample with
+    a large norm does not count for more.
+
+    Args:
+        vectors: one vector per sample (and layer), such as the residual stream at P0.
     """
     units = torch.nn.functional.normalize(vectors.float(), dim=-1)
     return (units * torch.nn.functional.normalize(units.mean(0, keepdim=True), dim=-1)).sum(-1)
@@ -125,10 +209,15 @@ def key_query_cosine(
     position: Int[Tensor, " batch"],
     mask: Bool[Tensor, "batch query"] | None = None,
 ) -> Float[Tensor, "batch head"]:
-    """The mean cosine between the key at `position` and the queries after it, per query head.
+    """Compute the mean cosine between the key at `position` and the queries after it, per query head.
 
-    Queries and keys as they enter the scores, that is after rotation. Under grouped-query attention each query head
-    is paired with the key head of its group.
+    Under grouped-query attention each query head is paired with the key head of its group.
+
+    Args:
+        queries: queries as they enter the scores, that is after rotation.
+        keys: keys as they enter the scores.
+        position: index of the key in each prompt.
+        mask: real tokens; all if None.
     """
     key = keys[torch.arange(len(keys), device=keys.device), position]
     key = key.repeat_interleave(queries.shape[2] // keys.shape[2], dim=1)
@@ -140,13 +229,29 @@ def key_query_cosine(
     return (cosines * weights).sum(1) / weights.sum(1)
 
 
+# Uniform attention, the reference
+
+
 def uniform_score(length: int) -> float:
-    """The sink score of heads that attend to all they see alike, on prompts of this length: high on short ones."""
+    """Compute the sink score of a head that attends uniformly to all positions up to its own.
+
+    It is high on short prompts.
+
+    Args:
+        length: tokens per prompt.
+    """
     return float((1 / torch.arange(1, length + 1, dtype=torch.float64)).mean())
 
 
 def shortest_for(eps: float = SINK_THRESHOLD) -> int:
-    """The fewest tokens at which uniform attention scores no more than `eps`, so that a sink rate means something."""
+    """Find the smallest prompt length at which the sink rate has a meaning: uniform attention scores at most `eps`.
+
+    Args:
+        eps: threshold of the sink rate.
+
+    Returns:
+        Tokens per prompt.
+    """
     length = 1
     while uniform_score(length) > eps:
         length += 1
@@ -154,30 +259,19 @@ def shortest_for(eps: float = SINK_THRESHOLD) -> int:
 
 
 def uniform_excess(length: int) -> float:
-    """The excess score of heads that attend to all they see alike, on prompts of this length."""
+    """Compute the excess score of a head that attends uniformly to all positions up to its own.
+
+    Args:
+        length: tokens per prompt.
+    """
     weights = 1 / torch.arange(1, length + 1, dtype=torch.float64)
     return float(weights.mean() - weights[CONTROL:].mean())
 
 
 def least_excess(length: int) -> float:
-    """What an excess score has to be above, beyond doubt, for there to be a sink on prompts of this length."""
+    """Return the excess score that the lower end of the interval must exceed for a sink to exist.
+
+    Args:
+        length: tokens per prompt.
+    """
     return TIMES_UNIFORM * uniform_excess(length)
-
-
-FALLBACK_HEADS = 3
-
-
-def sink_heads(
-    scores: Float[Tensor, "sample layer head"], eps: float = SINK_THRESHOLD, fallback: int = FALLBACK_HEADS
-) -> list[tuple[int, int]]:
-    """The heads whose mean sink score is above `eps`, as (layer, head); if there are none, the highest `fallback`."""
-    means = scores.double().mean(0)
-    if any_sink_head(scores, eps):
-        return [(int(layer), int(head)) for layer, head in (means > eps).nonzero()]
-    highest = means.flatten().topk(min(fallback, means.numel())).indices.tolist()
-    return sorted(divmod(number, means.shape[1]) for number in highest)
-
-
-def any_sink_head(scores: Float[Tensor, "sample layer head"], eps: float = SINK_THRESHOLD) -> bool:
-    """Whether any head's mean sink score is above `eps`."""
-    return bool((scores.double().mean(0) > eps).any())

@@ -49,7 +49,7 @@ Status = Literal["done", "kept", "not applicable", "failed"]
 
 OBJECT_STORE_BYTES = 100 * 2**20
 """What passes through Ray are tables and figures; its own default would take a third of the machine's memory."""
-BESIDE_WEIGHTS = 2**30
+WORKER_OVERHEAD_BYTES = 2**30
 """Bytes that a worker needs beyond the weights: its libraries and the activations of a batch."""
 RETRIES = 4
 """How often a task is started again after its worker or node has died."""
@@ -217,7 +217,7 @@ def memory_of(model: str, checkpoint: int | str | None, dtype: torch.dtype | Non
     """
     import torch
 
-    return BESIDE_WEIGHTS + bytes_while_loading(_parameters(model, checkpoint), dtype or torch.float32)
+    return WORKER_OVERHEAD_BYTES + bytes_while_loading(_parameters(model, checkpoint), dtype or torch.float32)
 
 
 def _parameters(model: str, checkpoint: int | str | None) -> int:

@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 
 from p0circuit.advice import (
-    FEWEST,
     HIGH,
     LOW,
+    MIN_PROMPTS,
     NO,
     UNKNOWN,
     YES,
     Advice,
+    ConditionSink,
     Statement,
-    _Look,
     advise,
     draw_costs,
     int8_risk,
@@ -189,20 +189,20 @@ def test_both_backends_say_the_same() -> None:
 
 def test_too_little_text_tells_nothing(tmp_path: Path) -> None:
     model = load_model("p0-nano")
-    for prompts in (text_for(model, FEWEST - 1), text_for(model, 32, 9)):
+    for prompts in (text_for(model, MIN_PROMPTS - 1), text_for(model, 32, 9)):
         found = checked(advise(model, prompts))
         assert found["has_sink"] is None and found["loss_without_sink"] is None
         assert "too few" in found["statements"][1]["text"]
         assert [statement["verdict"] for statement in found["statements"][1:6]] == [UNKNOWN] * 5
     # One text that is hardly longer than a row: rows overlap, and that is said.
     (tmp_path / "short.txt").write_text("to be read by nobody, and " * 12)
-    short = natural_text(model, tmp_path / "short.txt", FEWEST, 24)
+    short = natural_text(model, tmp_path / "short.txt", MIN_PROMPTS, 24)
     assert "overlap" in advise(model, short).statements[0].text
 
 
 def test_padded_rows_cannot_be_streamed_or_put_behind_bos() -> None:
     model = load_model("p0-nano")
-    found = checked(advise(model, text_for(model, 32, 40).left_padded([36] * 32)))
+    found = checked(advise(model, text_for(model, 32, 40).pad_left([36] * 32)))
     assert found["has_sink"] is True and found["sink_tokens_to_keep"] is found["bos_dependent"] is None
     assert all("padded" in found["statements"][place]["text"].lower() for place in (2, 4, 5))
 
@@ -247,7 +247,7 @@ def test_many_heads_are_counted_and_some_named() -> None:
     model = load_model("p0-nano")
     heads = [(layer, head) for layer in range(4) for head in range(4)]
     text = text_for(model)
-    few, many = (_Look("without BOS", text, some, None, YES).names for some in (heads[:8], heads))
+    few, many = (ConditionSink("without BOS", text, some, None, YES).names for some in (heads[:8], heads))
     assert few == ", ".join(f"attn.{layer}.{head}" for layer, head in heads[:8])
     assert many == f"16 heads ({few} and others)"
 
@@ -256,7 +256,7 @@ def test_little_text_is_no_reason_to_keep_nothing() -> None:
     for name in ("p0-nano", "bos-0"):
         model = load_model(name)
         for seed in range(3):
-            prompts = natural_text(model, "stdlib", FEWEST, 36, seed)
+            prompts = natural_text(model, "stdlib", MIN_PROMPTS, 36, seed)
             found = checked(advise(model, prompts))
             assert found["sink_tokens_to_keep"] != 0
             if found["sink_tokens_to_keep"] is None:

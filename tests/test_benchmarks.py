@@ -12,7 +12,7 @@ import pytest
 from benchmarks import monitor, run, transformer_lens4
 from benchmarks.models import tiny_shape
 from p0circuit.models.hooked_transformer import has_hooked_transformer
-from p0circuit.training.variants import TrainConfig
+from p0circuit.training.config import TrainConfig
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "performance.md"
 TINY = run.Size(rows=2, length=16, edges=6, memory=False)
@@ -80,6 +80,6 @@ def test_direct_path_patching_of_transformer_lens_4_gives_the_same_numbers():
 
 
 def test_the_monitor_is_timed_in_turns_with_training_steps():
-    config = replace(TrainConfig(), layers=2, d_model=32, heads=2, d_mlp=48, vocab_size=97, length=64)
+    config = replace(TrainConfig(), n_layers=2, d_model=32, n_heads=2, d_mlp=48, vocab_size=97, length=64)
     overhead, step, reading = monitor.compare(config, rounds=1)
     assert overhead == pytest.approx(reading / (monitor.EVERY * step)) and step > 0 and reading > 0

@@ -568,7 +568,7 @@ def test_a_trained_model_can_be_measured_and_its_trace_too(p0: Run, tmp_path: Pa
     text = tmp_path / "text.txt"
     text.write_text("".join(path.read_text() for path in sorted(ENGLISH.iterdir())[:3]))
     out = tmp_path / "my-model"
-    shape = {"d_model": 16, "heads": 2, "d_mlp": 24, "vocab_size": 280, "length": 16, "batch": 2, "checkpoints": 3}
+    shape = {"d_model": 16, "n_heads": 2, "d_mlp": 24, "vocab_size": 280, "length": 16, "batch": 2, "checkpoints": 3}
     settings = [part for name, value in shape.items() for part in ("--set", f"{name}={value}")]
     train = ("train", out, "--corpus", text, "--steps", 6, "--layers", 2, *settings)
     assert p0(*train).code == 0

@@ -20,7 +20,6 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from p0circuit import prompts as prompts_module
 from p0circuit.io import data_dir
 from p0circuit.models import forward
 from p0circuit.models.constructed.build import wired_model
@@ -28,10 +27,11 @@ from p0circuit.prompts import (
     PromptSet,
     from_ids,
     natural_text,
-    pooled,
+    pool,
     random_tokens,
     repeated_token,
     special_ids,
+    text_prompts,
     tokenized_text,
 )
 from p0circuit.sink import sink_score
@@ -158,7 +158,7 @@ def test_a_tokenizer_that_puts_bos_before_text_is_not_let(tokenizer: PreTrainedT
     plain, after = (tokenized_text(eager, "english", n=20, length=16, first_token=first) for first in ("text", "bos"))
     assert plain.fingerprint() == tokenized_text(tokenizer, "english", n=20, length=16).fingerprint()
     assert not bool((plain.ids == 0).any())
-    assert after.leading(0).tolist() == [1] * 20
+    assert after.count_leading(0).tolist() == [1] * 20
 
 
 def test_a_file_and_a_directory_are_sources(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
@@ -187,7 +187,7 @@ def test_reading_stops_at_the_limit(
 ) -> None:
     for number in range(4):
         (tmp_path / f"{number}.txt").write_text("all work and no play " * 10)
-    monkeypatch.setattr(prompts_module, "LONGEST_TEXT", 300)
+    monkeypatch.setattr(text_prompts, "MAX_CHARACTERS", 300)
     prompts = tokenized_text(tokenizer, tmp_path, n=2, length=8)
     assert prompts.description["text_files"] == 2
     whole = len(tokens_of(tokenizer, tmp_path / "0.txt"))
@@ -211,7 +211,7 @@ def test_too_little_text_says_how_much_there_is_and_how_much_is_needed(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"n": 0}, "at least 1 row, got n = 0"),
+        ({"n": 0}, "at least 1 prompt, got n = 0"),
         ({"length": 1}, "at least 2 tokens.*length = 1"),
         ({"source": "no/such/place"}, "no text at 'no/such/place'.*'docs', 'stdlib'"),
         ({"first_token": "BOS"}, "first_token must be.*got 'BOS'"),
@@ -295,7 +295,7 @@ def test_impossible_draws_are_refused(build) -> None:
         build(3, bos=0, special=(1, 2))
     with pytest.raises(ValueError, match="at least 2 tokens"):
         build(9, length=1)
-    with pytest.raises(ValueError, match="at least 1 row"):
+    with pytest.raises(ValueError, match="at least 1 prompt"):
         build(9, n=0)
 
 
@@ -323,7 +323,7 @@ def test_the_fingerprint_is_a_hash_of_shape_ids_and_mask() -> None:
         (torch.ones(1, 2), None, r"whole numbers .* got torch.float32"),
         ([[5, 6]], [[1, 1, 1]], r"\[1, 2\] token ids, got torch.bool \[1, 3\]"),
         ([[5]], None, "at least 2 tokens"),
-        (torch.zeros(0, 4, dtype=torch.long), None, "at least 1 row"),
+        (torch.zeros(0, 4, dtype=torch.long), None, "at least 1 prompt"),
         ([[5, -6]], None, "start at 0, got -6"),
         ([[5, 6, 7], [5, 6, 7]], [[0, 1, 1], [1, 0, 1]], "row 1 has padding after a real token"),
         ([[5, 6, 7], [5, 6, 7]], [[1, 1, 0], [1, 1, 1]], "row 0 has padding after a real token"),
@@ -345,26 +345,24 @@ def test_ids_outside_the_vocabulary_are_named() -> None:
 def test_padding_moves_the_beginning_of_each_row_to_the_right_end(data: st.DataObject) -> None:
     prompts = random_tokens(30, n=data.draw(st.integers(1, 5)), length=data.draw(st.integers(2, 9)))
     lengths = data.draw(st.lists(st.integers(2, prompts.length), min_size=prompts.n, max_size=prompts.n))
-    padded = prompts.left_padded(lengths, pad_token=29)
+    padded = prompts.pad_left(lengths, pad_token=29)
     assert padded.ids.shape == prompts.ids.shape
     assert padded.p0.tolist() == [prompts.length - kept for kept in lengths]
     for row, kept in enumerate(lengths):
         assert padded.ids[row][padded.attention_mask[row]].tolist() == prompts.ids[row, :kept].tolist()
         assert (padded.ids[row][~padded.attention_mask[row]] == 29).all()
-    again = padded.left_padded([2] * prompts.n)
+    again = padded.pad_left([2] * prompts.n)
     assert torch.equal(again.ids[:, -2:], prompts.ids[:, :2])
 
 
 def test_padding_is_drawn_by_the_seed_and_bounded_by_the_row() -> None:
     prompts = random_tokens(30, n=40, length=6)
-    padded = prompts.left_padded(seed=1)
+    padded = prompts.pad_left(seed=1)
     assert set(padded.p0.tolist()) == {0, 1, 2, 3, 4}
-    assert (
-        padded.fingerprint() == prompts.left_padded(seed=1).fingerprint() != prompts.left_padded(seed=2).fingerprint()
-    )
+    assert padded.fingerprint() == prompts.pad_left(seed=1).fingerprint() != prompts.pad_left(seed=2).fingerprint()
     for wrong in ([6] * 39, [6] * 39 + [7], [6] * 39 + [1]):
         with pytest.raises(ValueError, match="expected 40 lengths from 2 to"):
-            prompts.left_padded(wrong)
+            prompts.pad_left(wrong)
 
 
 @pytest.mark.parametrize("positions", ["rotary", "learned"])
@@ -372,7 +370,7 @@ def test_padded_rows_have_the_sink_scores_of_unpadded_ones(positions: str) -> No
     model = wired_model(positions, dtype=torch.float64)
     prompts = random_tokens(model.cfg.d_vocab, n=5, length=12)
     lengths = [12, 2, 7, 11, 4]
-    padded = prompts.left_padded(lengths, pad_token=3)
+    padded = prompts.pad_left(lengths, pad_token=3)
 
     def scores(part: PromptSet) -> Tensor:
         kept = []
@@ -394,10 +392,10 @@ def test_another_token_before_the_rows() -> None:
     assert prompts.prepend(7).ids.tolist() == [[7, *row[:-1]] for row in prompts.ids.tolist()]
     firsts = torch.tensor([1, 2, 3])
     assert prompts.prepend(firsts).ids[:, 0].tolist() == [1, 2, 3]
-    with pytest.raises(ValueError, match="one first token for each of 3 rows"):
+    with pytest.raises(ValueError, match="one first token for each of 3 prompts"):
         prompts.prepend(firsts[:2])
-    with pytest.raises(ValueError, match="rows are padded"):
-        prompts.left_padded([2, 3, 4]).prepend(7)
+    with pytest.raises(ValueError, match="prompts are padded"):
+        prompts.pad_left([2, 3, 4]).prepend(7)
 
 
 def test_taking_the_first_token_away_undoes_putting_one_there() -> None:
@@ -411,7 +409,7 @@ def test_taking_the_first_token_away_undoes_putting_one_there() -> None:
     assert twice.without_first().description == after.description
     assert twice.without_first().without_first().fingerprint() == prompts.fingerprint()
     # Parts and pools of the rows carry what was cut off with them.
-    part = pooled([after.subset([2, 0]), after.split()[1]])
+    part = pool([after.subset([2, 0]), after.split()[1]])
     rows = [2, 0, *prompts.subset(range(4)).split()[1].ids.tolist()]
     assert part.without_first().ids[:2].tolist() == prompts.ids[rows[:2]].tolist()
     assert part.without_first().ids[2:].tolist() == rows[2:]
@@ -421,11 +419,11 @@ def test_a_row_that_was_given_with_its_first_token_becomes_shorter_without_it() 
     prompts = from_ids([[0, 5, 6, 7], [0, 8, 9, 1]])
     bare = prompts.without_first()
     assert bare.ids.tolist() == [[5, 6, 7], [8, 9, 1]] and bare.description["length"] == 3
-    with pytest.raises(ValueError, match="rows are padded"):
-        prompts.left_padded([2, 3]).without_first()
+    with pytest.raises(ValueError, match="prompts are padded"):
+        prompts.pad_left([2, 3]).without_first()
     with pytest.raises(ValueError, match="at least 2 tokens"):
         from_ids([[0, 5]]).without_first()
-    with pytest.raises(ValueError, match=r"cut off each of 3 rows, got those of 2"):
+    with pytest.raises(ValueError, match=r"overflow of each of 3 prompts, got that of 2"):
         replace(prompts.prepend(0), ids=prompts.ids[[0, 0, 1]], attention_mask=prompts.attention_mask[[0, 0, 1]])
 
 
@@ -443,17 +441,17 @@ def test_leading_tokens_are_counted_from_the_first_real_one(data: st.DataObject)
             while start + count < 4 and ids[start + count] == token:
                 count += 1
             expected.append(count)
-        assert prompts.leading(token).tolist() == expected
+        assert prompts.count_leading(token).tolist() == expected
 
 
 def test_a_subset_keeps_its_rows_and_says_where_it_comes_from() -> None:
-    prompts = random_tokens(30, n=6, length=5).left_padded([5, 4, 3, 2, 5, 4])
+    prompts = random_tokens(30, n=6, length=5).pad_left([5, 4, 3, 2, 5, 4])
     for rows in ([4, 1], torch.tensor([4, 1])):
         part = prompts.subset(rows)
         assert torch.equal(part.ids, prompts.ids[[4, 1]]) and part.p0.tolist() == [0, 1]
         assert part.description["subset_of"] == prompts.fingerprint() and part.description["n"] == 2
     assert torch.equal(prompts.subset(slice(2, 4)).ids, prompts.ids[2:4])
-    with pytest.raises(ValueError, match="at least 1 row"):
+    with pytest.raises(ValueError, match="at least 1 prompt"):
         prompts.subset(slice(6, 9))
 
 
@@ -480,7 +478,7 @@ def test_impossible_splits_are_refused_and_halves_are_not_the_order_of_the_rows(
 
 def test_descriptions_go_to_json(tokenizer: PreTrainedTokenizerFast) -> None:
     natural = tokenized_text(tokenizer, Path(ENGLISH), n=6, length=8, first_token="random")
-    several = (natural.split()[0], natural.left_padded(), random_tokens(9, bos=1), natural.prepend(1).prepend(2))
+    several = (natural.split()[0], natural.pad_left(), random_tokens(9, bos=1), natural.prepend(1).prepend(2))
     for prompts in (natural, *several, from_ids([[1, 2]])):
         assert json.loads(json.dumps(prompts.description)) == prompts.description
         assert "tensor" not in repr(prompts)

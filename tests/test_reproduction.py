@@ -16,7 +16,7 @@ from p0circuit.experiments.claim import Claim, Criterion
 from p0circuit.experiments.conditions import pooled_prompts_for
 from p0circuit.models import load_model
 from p0circuit.models.gguf_writer import write_gguf
-from p0circuit.prompts import pooled, random_tokens
+from p0circuit.prompts import pool, random_tokens
 from p0circuit.report.contents import find_runs
 from p0circuit.report.html import write_report
 from p0circuit.reproduction import failed, quick_samples, reproduce, reproduce_training, result_key, run_or_read
@@ -189,11 +189,11 @@ def test_a_damaged_result_is_measured_anew(wired, tmp_path):
 
 def test_pooled_prompts():
     parts = [random_tokens(40, n=4 + seed, length=12, seed=seed) for seed in range(3)]
-    whole = pooled(parts)
+    whole = pool(parts)
     assert whole.n == 15 and whole.description["seeds"] == [0, 1, 2] and whole.description["n"] == 15
     assert bool((whole.ids[4:9] == parts[1].ids).all())
     with pytest.raises(ValueError, match=r"lengths \[12, 13\]"):
-        pooled([parts[0], random_tokens(40, n=2, length=13)])
+        pool([parts[0], random_tokens(40, n=2, length=13)])
 
 
 def test_a_rounded_model_says_so_in_every_entry_manifest_and_report(tiny_model_dir, tmp_path):

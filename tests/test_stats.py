@@ -43,7 +43,7 @@ def test_the_product_and_the_plain_loop_draw_the_same_distribution():
 def test_many_quantities_are_resampled_in_parts(monkeypatch: pytest.MonkeyPatch):
     samples = np.random.default_rng(5).normal(size=(30, 4, 5))
     whole = bootstrap(samples, lambda means: means.max((1, 2)))
-    monkeypatch.setattr(intervals, "_AT_ONCE", 999)
+    monkeypatch.setattr(intervals, "_MAX_VALUES", 999)
     parts = bootstrap(samples, lambda means: means.max((1, 2)))
     assert whole.to_json() == pytest.approx(parts.to_json(), abs=1e-12)
 

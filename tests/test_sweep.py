@@ -30,7 +30,7 @@ from p0circuit.models.constructed.build import wired_model
 from p0circuit.prompts import PromptSet, random_tokens
 from p0circuit.results import Result
 from p0circuit.stats import Interval
-from p0circuit.sweep import BESIDE_WEIGHTS, Sweep, _lacking, find_experiment, memory_of, sweep
+from p0circuit.sweep import WORKER_OVERHEAD_BYTES, Sweep, _lacking, find_experiment, memory_of, sweep
 
 ray = pytest.importorskip("ray")
 
@@ -107,7 +107,7 @@ def cluster() -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         # Its workers are to find the experiments of this file.
         patch.setenv("PYTHONPATH", root)
-        node = {"num_cpus": 1, "memory": 4 * BESIDE_WEIGHTS, "object_store_memory": 100 * 2**20}
+        node = {"num_cpus": 1, "memory": 4 * WORKER_OVERHEAD_BYTES, "object_store_memory": 100 * 2**20}
         started = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
         started.another = functools.partial(started.add_node, **node)
         ray.init(started.address, log_to_driver=False, logging_level="ERROR")
@@ -116,6 +116,7 @@ def cluster() -> Iterator[Any]:
         started.shutdown()
 
 
+@pytest.mark.slow
 def test_ray_started_here_gives_the_numbers_of_a_serial_run(tiny_model_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tiny_model_dir.parent)
     out, diary = tmp_path / "out", str(tmp_path / "diary")
@@ -143,6 +144,7 @@ def test_ray_started_here_gives_the_numbers_of_a_serial_run(tiny_model_dir, tmp_
             assert (out / name / "tables" / table.name).read_bytes() == table.read_bytes()
 
 
+@pytest.mark.slow
 def test_what_is_there_is_kept_by_its_content(cluster, tmp_path):
     out, diary = f"file://{tmp_path}/out", str(tmp_path / "diary")
     works, left_out = Tells(Story(diary)), Tells(Story(diary, "left", "not applicable"))
@@ -200,9 +202,9 @@ def test_checkpoints_are_tasks_of_their_own(cluster, tmp_path):
     }
     assert values["run@20"] == float(model.model.embed_tokens.weight.detach().double().sum()) != values["run@0"]
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    assert memory_of(run, 20) == BESIDE_WEIGHTS + 8 * parameters
-    assert memory_of(run, 20, torch.bfloat16) == BESIDE_WEIGHTS + 4 * parameters
-    assert memory_of("wired", None) == BESIDE_WEIGHTS
+    assert memory_of(run, 20) == WORKER_OVERHEAD_BYTES + 8 * parameters
+    assert memory_of(run, 20, torch.bfloat16) == WORKER_OVERHEAD_BYTES + 4 * parameters
+    assert memory_of("wired", None) == WORKER_OVERHEAD_BYTES
 
 
 @pytest.mark.usefixtures("shown_messages")
@@ -222,9 +224,10 @@ def test_a_result_that_cannot_be_written_is_that_of_its_task_alone(cluster, tmp_
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("shown_messages")
 def test_a_task_larger_than_any_node_waits_for_one_that_has_room(cluster, tmp_path, capsys):
-    assert _lacking(ray, {"CPU": 1, "GPU": 0, "memory": BESIDE_WEIGHTS}) is None
+    assert _lacking(ray, {"CPU": 1, "GPU": 0, "memory": WORKER_OVERHEAD_BYTES}) is None
     lacking = _lacking(ray, {"CPU": 1, "GPU": 0.5, "memory": 2**50})
     assert lacking == "it needs 1 CPU, 0.5 GPU and 1048576.0 GB of memory, more than any one machine here has"
     story, found = Tells(Story(str(tmp_path / "diary"))), []
@@ -233,12 +236,13 @@ def test_a_task_larger_than_any_node_waits_for_one_that_has_room(cluster, tmp_pa
     )
     waiting.start()
     wait_for(lambda: "more than any one machine here has; it waits for one that has" in capsys.readouterr().err)
-    node = cluster.add_node(num_cpus=2, memory=4 * BESIDE_WEIGHTS, object_store_memory=100 * 2**20)
+    node = cluster.add_node(num_cpus=2, memory=4 * WORKER_OVERHEAD_BYTES, object_store_memory=100 * 2**20)
     waiting.join(PATIENCE)
     assert [told(one) for one in found] == [{"works": "done"}]
     cluster.remove_node(node)
 
 
+@pytest.mark.slow
 def test_a_worker_killed_mid_task_is_replaced(cluster, tmp_path):
     diary = str(tmp_path / "diary")
     stories = [Tells(Story(diary)), Tells(Story(diary, "killed", "killed once")), Tells(Story(diary, "later"))]
@@ -250,6 +254,7 @@ def test_a_worker_killed_mid_task_is_replaced(cluster, tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_a_lost_node_is_made_up_for(cluster, tmp_path):
     diary, go = tmp_path / "diary", str(tmp_path / "go-{node}")
     node = cluster.another()
@@ -279,6 +284,7 @@ sweep(["p0-nano"], [0], stories, out, few_tokens, address)
 """
 
 
+@pytest.mark.slow
 def test_a_driver_killed_and_restarted_goes_on(cluster, tmp_path):
     diary, out, go = tmp_path / "diary", tmp_path / "out", tmp_path / "go"
     root = Path(__file__).resolve().parent.parent

@@ -168,9 +168,9 @@ def _say_text(model: HookedModel, text: str | None) -> None:
 def _title(model: HookedModel) -> str:
     """What to call a loaded model, or one as it is stored, in a message."""
     from p0circuit.models import StoredModel, describe
-    from p0circuit.results import titled
+    from p0circuit.results import model_title
 
-    return titled(model.name, model.quantisation) if isinstance(model, StoredModel) else describe(model).title
+    return model_title(model.name, model.quantisation) if isinstance(model, StoredModel) else describe(model).title
 
 
 def check_quick(quick: bool, samples: int | None) -> None:

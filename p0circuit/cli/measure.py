@@ -113,7 +113,7 @@ def sink(
 ) -> None:
     """Measure the sink of one model: sink scores, sink rate, norm ratio and direction consistency of P0."""
     from p0circuit.experiments.sink_summary import after_bos, sink_summary
-    from p0circuit.results import titled
+    from p0circuit.results import model_title
     from p0circuit.sink import SINK_THRESHOLD, shortest_for
 
     given = ModelSource(model, backend, device, dtype, None, device_map, offload_folder)
@@ -138,7 +138,7 @@ def sink(
     from rich.table import Table
 
     table = Table("layer", "sink scores of its heads", "norm ratio before", "direction before")
-    table.title = titled(summary["model"], summary["quantisation"])
+    table.title = model_title(summary["model"], summary["quantisation"])
     rows = zip(summary["sink_score"], summary["norm_ratio"], summary["direction_consistency"], strict=False)
     for layer, (scores, ratio, direction) in enumerate(rows):
         table.add_row(str(layer), " ".join(f"{score:.2f}" for score in scores), f"{ratio:.2f}", f"{direction:.2f}")
@@ -226,12 +226,14 @@ def save_and_show(
     from rich.console import Console
     from rich.table import Table
 
-    from p0circuit.results import titled, write_manifest
+    from p0circuit.results import model_title, write_manifest
 
     # The manifest is written last: one that is there tells of a run that came to its end.
     (directory / "manifest.json").unlink(missing_ok=True)
     result.save(directory)
-    table = Table(title=f"{titled(name, quantisation)}: {result.experiment}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(
+        title=f"{model_title(name, quantisation)}: {result.experiment}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
     for column in ("quantity", "value [95 % interval]"):
         table.add_column(column, overflow="fold")
     for key, value in result.metrics.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -28,7 +28,9 @@ from p0circuit.cli.options import (
 from p0circuit.cli.show import print_json
 from p0circuit.errors import P0Error
 from p0circuit.log import report_progress
-from p0circuit.prompts import PromptSet
+
+if TYPE_CHECKING:
+    from p0circuit.prompts import PromptSet
 
 
 def train(
@@ -54,19 +56,20 @@ def train(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from p0circuit.training.config import TrainConfig, parse_options
     from p0circuit.training.trainer import train as train_model
-    from p0circuit.training.variants import VARIANTS, TrainConfig, parse_options
+    from p0circuit.training.variants import VARIANTS
 
     torch.set_num_threads(threads)
     if variant is not None and variant not in VARIANTS:
         raise P0Error(f"no variant {variant!r}; there are: {', '.join(VARIANTS)}")
-    named = {"corpus": corpus, "steps": steps, "layers": layers, "seed": seed}
+    named = {"corpus": corpus, "steps": steps, "n_layers": layers, "seed": seed}
     given = {name: value for name, value in named.items() if value is not None} | parse_options(option or [])
     config = replace(VARIANTS[variant] if variant else TrainConfig(), **given)
     columns = TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.3f}")
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
         task = progress.add_task("training", total=config.steps, loss=float("nan"))
-        train_model(config, out, report=lambda step, loss: progress.update(task, completed=step, loss=loss))
+        train_model(config, out, on_step=lambda step, loss: progress.update(task, completed=step, loss=loss))
     report_progress(f"the model and its trace are in {out}")
 
 
@@ -115,8 +118,9 @@ def trace(
     """
     from p0circuit.models import ModelError
     from p0circuit.results import Result
-    from p0circuit.training.runs import LENGTH, as_trained, keep_run, shipped_kinds, variant_and_seed
-    from p0circuit.training.trace import PASSES, Trace, checkpoints_of, trace as trace_run
+    from p0circuit.training.checkpoints import checkpoints_of
+    from p0circuit.training.runs import LENGTH, as_trained, save_run, shipped_runs_by_first, variant_and_seed
+    from p0circuit.training.trace import PASSES_PER_CHECKPOINT, Trace, trace as trace_run
 
     if table is not None:
         # Told now and not when all is measured.
@@ -135,14 +139,14 @@ def trace(
     try:
         labels = [label.strip() for label in checkpoints.split(",")] if checkpoints else checkpoints_of(source)
     except ModelError:
-        if not (kinds := shipped_kinds(source)):
+        if not (kinds := shipped_runs_by_first(source)):
             raise
         (run,) = as_trained([kinds[begins]] if begins in kinds else kinds.values())
         begins, found = run.first, Trace.of(run)
         told = f"this is the trace that comes with it, with {begins} at position zero (kept: {', '.join(kinds)})"
         report_progress(f"{source} keeps no checkpoints: {told}")
     else:
-        say_estimate(given, labels, samples, length, PASSES, LARGE_BYTES)
+        say_estimate(given, labels, samples, length, PASSES_PER_CHECKPOINT, LARGE_BYTES)
         found = trace_run(
             source,
             read,
@@ -162,7 +166,7 @@ def trace(
         notes=notes,
     ).save(out / found.model.replace("/", "--"))
     if table is not None:
-        report_progress(f"its lines are in {keep_run(table, lines)}")
+        report_progress(f"its lines are in {save_run(table, lines)}")
     formed = f"formed at step {found.formation_step}" if found.formation_step is not None else "has no sink at its end"
     read_text = ", ".join(texts) or "the text of its trace"
     report_progress(

@@ -28,7 +28,7 @@ from p0circuit.log import in_notebook
 from p0circuit.models import load_model, one_thread_if_small
 from p0circuit.prompts import PromptSet
 from p0circuit.report.contents import Run, shown_verdict
-from p0circuit.results import FIGURE_DPI, Result, drawn
+from p0circuit.results import FIGURE_DPI, Result, figure_bytes
 from p0circuit.sink import CIRCUIT_BLOCKS
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ class Page:
         if self.out is not None:
             name = re.sub(r"\W+", "-", title.lower()).strip("-")[:_LONGEST_NAME]
             for kind in ("png", "svg"):
-                content, path = drawn(figure, kind), Path(self.out) / "figures" / f"{name}.{kind}"
+                content, path = figure_bytes(figure, kind), Path(self.out) / "figures" / f"{name}.{kind}"
                 write_atomically(path, lambda temporary, content=content: temporary.write_bytes(content))
 
 
@@ -239,7 +239,7 @@ def _picture(figure: Any, title: str) -> dict[str, Any]:
     if isinstance(figure, Path):
         image, inches = _few_colours(figure)
     else:
-        image, inches = drawn(figure, "png"), figure.get_figwidth()
+        image, inches = figure_bytes(figure, "png"), figure.get_figwidth()
     shown = {"alt": title, "width": round(inches * _CSS_PIXELS)}
     return {"image/png": base64.b64encode(image).decode(), "metadata": {"image/png": shown}}
 

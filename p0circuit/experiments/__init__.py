@@ -25,6 +25,12 @@ from p0circuit.experiments.deployment.mitigations import (
     Mitigations as Mitigations,
     MitigationsConfig as MitigationsConfig,
 )
+from p0circuit.experiments.depth.c21_depth import Depth as Depth
+from p0circuit.experiments.depth.c22_recognised_again import RecognisedAgain as RecognisedAgain
+from p0circuit.experiments.depth.c23_norm_protects import NormProtects as NormProtects
+from p0circuit.experiments.depth.c24_first_or_bos import FirstOrBos as FirstOrBos, FirstOrBosConfig as FirstOrBosConfig
+from p0circuit.experiments.depth.c25_one_circuit import OneCircuit as OneCircuit
+from p0circuit.experiments.depth.locator import DepthConfig as DepthConfig
 from p0circuit.experiments.exploratory.circuit import Circuit as Circuit, CircuitConfig as CircuitConfig
 from p0circuit.experiments.exploratory.experts import Experts as Experts, ExpertsConfig as ExpertsConfig
 from p0circuit.experiments.exploratory.norm_direction import (
@@ -81,6 +87,11 @@ MODEL_EXPERIMENTS = (
     Quantisation,
     DormantHeads,
     FirstToken,
+    Depth,
+    RecognisedAgain,
+    NormProtects,
+    FirstOrBos,
+    OneCircuit,
     Mitigations,
     Circuit,
     Experts,

@@ -17,7 +17,7 @@ from torch import Tensor
 from p0circuit.errors import P0Error
 from p0circuit.experiments.claim import Claim
 from p0circuit.hooked_model import HookedModel
-from p0circuit.log import say
+from p0circuit.log import report_progress
 from p0circuit.models import ModelInfo, describe
 from p0circuit.models.passes import count_passes
 from p0circuit.prompts import PromptSet
@@ -139,14 +139,14 @@ class Experiment(ABC, Generic[Config]):
         started = time.monotonic()
         info = describe(model)
         declared = self.passes(model, prompts)
-        say(f"{self.id}: about {declared:.1f} passes over {prompts.n} prompts")
+        report_progress(f"{self.id}: about {declared:.1f} passes over {prompts.n} prompts")
         with remember_rows(), count_passes() as count, note_cache_reads() as reads:
             result = self.measure(model, prompts)
         if self.claim is not None:
             result.claim = self.claim.to_json()
             result.judgement = self.claim.judge(result.metrics)
         if reads.cached:
-            say(
+            report_progress(
                 f"{self.id}: {len(reads.cached)} of {len(reads.cached | reads.computed)} recordings read from the cache"
             )
         result.provenance |= {

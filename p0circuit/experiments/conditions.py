@@ -26,7 +26,7 @@ from p0circuit.prompts import (
     bos_id,
     condition_of,
     natural_text,
-    pooled,
+    pool,
     random_tokens,
     repeated_token,
 )
@@ -41,7 +41,7 @@ def text_as_it_is(model: HookedModel, prompts: PromptSet) -> PromptSet:
         P0Error: rows are padded and begin with BOS.
     """
     bos = bos_id(model)
-    while bos is not None and bool((counts := prompts.leading(bos)).any()):
+    while bos is not None and bool((counts := prompts.count_leading(bos)).any()):
         if not bool((counts == counts[0]).all()):
             raise NotApplicable(
                 f"{int((counts > 0).sum())} of {prompts.n} rows begin with BOS, and not all with the same number of "
@@ -119,7 +119,7 @@ def prompts_for(
 def pooled_prompts_for(model: HookedModel, text: str | None, n: int, length: int, seed: int = 0) -> PromptSet:
     """What a reproduction reads: as `readable`, drawn in equal parts by three seeds, the first of them `seed`."""
     shares = [share for share in (n - 2 * (n // 3), n // 3, n // 3) if share]
-    return pooled([prompts_for(model, text, share, length, seed + i) for i, share in enumerate(shares)])
+    return pool([prompts_for(model, text, share, length, seed + i) for i, share in enumerate(shares)])
 
 
 def text_like(model: HookedModel, prompts: PromptSet, length: int, count: int) -> PromptSet:

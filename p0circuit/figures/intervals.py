@@ -10,13 +10,14 @@ import numpy as np
 from p0circuit.stats import Interval
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 from p0circuit.figures.style import BLUE, COLOURS, COLUMN, GREY, add_title, new_figure, styled
 
 
 @styled
-def bars(panels: dict[str, dict[str, Interval]], title: str, y_labels: Sequence[str]) -> Figure:
+def bars(panels: Mapping[str, Mapping[str, Interval]], title: str, y_labels: Sequence[str]) -> Figure:
     """One panel per quantity, one bar with its 95 % interval per condition; the value stands above the bar."""
     figure, axes = new_figure(max(COLUMN, 2.0 * len(panels)), 2.6, 1, len(panels))
     for axis, (name, intervals), y_label in zip(axes[0], panels.items(), y_labels, strict=True):
@@ -59,7 +60,7 @@ def _draw_interval(axis: Axes, place: int, interval: Interval, colour: str, told
 
 @styled
 def intervals(
-    panels: dict[str, dict[str, Interval]],
+    panels: Mapping[str, Mapping[str, Interval]],
     title: str,
     x_labels: Sequence[str],
     controls: Collection[str] = (),
@@ -114,3 +115,15 @@ def side_by_side(
     axes[0, 0].set_ylim(len(names) - 0.4, -0.6)
     add_title(figure, title)
     return figure
+
+
+def intervals_by(table: pd.DataFrame, column: str, value: str = "value") -> dict[str, Interval]:
+    """Read the intervals of a table, one for every row, by the entries of a column.
+
+    Args:
+        table: data frame with the columns low, high and n.
+        column: the column whose entries name the intervals; each occurs once.
+        value: the column of the values.
+    """
+    columns = (table[each].tolist() for each in (column, value, "low", "high", "n"))
+    return {str(name): Interval(mid, low, high, int(n)) for name, mid, low, high, n in zip(*columns, strict=True)}

@@ -36,7 +36,7 @@ class TrainingCurve:
 
 
 @styled
-def development(runs: dict[str, pd.DataFrame], formation_step: int | None = None) -> Figure:
+def trace_panels(runs: dict[str, pd.DataFrame], formation_step: int | None = None) -> Figure:
     """The development of runs along training: loss, sink, norm of P0 and concentration, over steps on a log axis."""
     panels = {
         "Loss": ("loss", "nats per token"),
@@ -79,7 +79,7 @@ def training_curves(panels: dict[str, tuple[str, str]], runs: Sequence[TrainingC
 
 
 @styled
-def methods_beside(runs: Sequence[TrainingCurve], final: pd.DataFrame, title: str) -> Figure:
+def method_comparison(runs: Sequence[TrainingCurve], final: pd.DataFrame, title: str) -> Figure:
     """Training methods: sink and loss along training, and the final sink against the final norm ratio, run by run."""
     figure, axes = new_figure(2 * COLUMN + 0.6, 3.2, 1, 3)
     panels = {"Sink heads": ("excess", "excess score"), "Held-out loss": ("loss", "nats per token")}
@@ -96,7 +96,7 @@ def methods_beside(runs: Sequence[TrainingCurve], final: pd.DataFrame, title: st
 
 
 @styled
-def predictions(errors: pd.DataFrame, deviations: pd.DataFrame, title: str) -> Figure:
+def prediction_errors(errors: pd.DataFrame, deviations: pd.DataFrame, title: str) -> Figure:
     """Errors of two predictions, run by run, and what the second has learnt from.
 
     `errors`: a line per run, a column per prediction; `deviations`: columns "circuit" and "loss".

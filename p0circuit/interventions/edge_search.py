@@ -63,6 +63,7 @@ from p0circuit.interventions.receiver_inputs import (
 )
 from p0circuit.models import ModelInfo, describe, device_of, forward, resume
 from p0circuit.models.hooks import Hook
+from p0circuit.models.memory import return_freed_memory
 from p0circuit.models.passes import WITH_GRADIENT
 from p0circuit.prompts import PromptSet
 from p0circuit.sink import mean_over_queries
@@ -424,9 +425,10 @@ class _Exact:
             return []
         used = [node for node in self.nodes if any(node == sender for sender, _ in chosen)]
         end = 1 + max(member.layer for _, name in chosen for member in self.targets[name])
-        tokens = self.rows.ids[torch.arange(self.prompts.n, device=self.rows.place.device), self.rows.place]
+        tokens = self.rows.ids[torch.arange(self.prompts.n, device=self.rows.position.device), self.rows.position]
         inputs = read_at_p0(self.model, tokens, used, self.values, end)
         variants = [_variant(inputs, 1 + used.index(sender), self.targets[name]) for sender, name in chosen]
+        return_freed_memory()
         effects = measure_inputs(self.model, self.rows, self.metric, variants, self.below) - self.clean
         self.effects |= dict(zip(chosen, effects.cpu(), strict=True))
         return chosen
@@ -520,7 +522,7 @@ class _Screen:
         info, device = describe(model), device_of(model)
         end = 1 + max(layer for layer, _ in heads)
         rows = Rows(*(part.to(device) for part in (prompts.ids, prompts.attention_mask, prompts.p0)))
-        tokens = rows.ids[torch.arange(prompts.n, device=device), rows.place]
+        tokens = rows.ids[torch.arange(prompts.n, device=device), rows.position]
         sending: dict[int, list[Node]] = {}
         for node in nodes:
             if node.kind == "head":
@@ -750,19 +752,19 @@ def _clean_side(
 ) -> tuple[dict[int, _Layer], Float[Tensor, "point batch layer d_model"]]:
     """Step 1: one run for queries, scores and values, and two with gradients."""
     info = describe(model)
-    index = torch.arange(prompts.n, device=rows.place.device)
+    index = torch.arange(prompts.n, device=rows.position.device)
     mixed: dict[int, Tensor] = {}
     at_p0: dict[int, Tensor] = {}
     attention: dict[int, Tensor] = {}
 
     def read_value(value: Tensor, hook: Any, layer: int) -> None:
-        at_p0[layer] = value[index, rows.place].clone()
+        at_p0[layer] = value[index, rows.position].clone()
         mixed[layer] = value
 
     def read_pattern(pattern: Tensor, hook: Any, layer: int) -> None:
-        attention[layer] = pattern[index, :, :, rows.place].clone()
+        attention[layer] = pattern[index, :, :, rows.position].clone()
         rest = pattern.clone()
-        rest[index, :, :, rows.place] = 0
+        rest[index, :, :, rows.position] = 0
         values = mixed[layer].repeat_interleave(info.n_heads // info.n_kv_heads, dim=2)
         whole = rest.sum(-1, keepdim=True).clamp(min=torch.finfo(rest.dtype).tiny)
         # Normalised: what is read if P0 is given nothing. A query that sees P0 alone reads nothing else.
@@ -777,11 +779,11 @@ def _clean_side(
     unmoved, moved = (_slopes(model, rows, heads, end, moves) for moves in ({}, halfway))
     slopes = [torch.stack(pair) for pair in zip(unmoved[0], moved[0], strict=True)]
     slope_mlp = torch.stack([unmoved[1], moved[1]])
-    position = torch.arange(prompts.length, device=rows.place.device)
-    later = ((position > rows.place[:, None]) & rows.mask).to(slopes[0])
+    position = torch.arange(prompts.length, device=rows.position.device)
+    later = ((position > rows.position[:, None]) & rows.mask).to(slopes[0])
     layers = {}
     for layer, side in sides.items():
-        counted = torch.zeros(info.n_heads, device=rows.place.device)
+        counted = torch.zeros(info.n_heads, device=rows.position.device)
         for head in (head for at, head in heads if at == layer):
             counted[head] += 1 / len(heads)
         value = at_p0[layer].repeat_interleave(info.n_heads // info.n_kv_heads, dim=1)
@@ -792,7 +794,7 @@ def _clean_side(
             slopes[layer],
             torch.einsum("pbqhd,bqhd->pbhq", slopes[layer], mixed[layer]),
             attention[layer],
-            mean_over_queries(attention[layer], rows.place, rows.mask),
+            mean_over_queries(attention[layer], rows.position, rows.mask),
             torch.einsum("pbqhd,bhd->pbhq", slopes[layer], value),
         )
     return layers, slope_mlp
@@ -815,7 +817,7 @@ def _slopes(
             rows_with_gradients(info, rows.ids.shape[1])
         ):
             here = Rows(*(part[some] for part in rows))
-            at_place = (torch.arange(len(some), device=some.device), here.place)
+            at_place = (torch.arange(len(some), device=some.device), here.position)
             added: dict[str, Tensor] = {}
             readings: dict[int, Tensor] = {}
 
@@ -844,6 +846,9 @@ def _slopes(
                 z[layer].append(total.new_zeros(shape) if slope is None else slope)
                 slope = slope_of.get(f"blocks.{layer}.hook_mlp_out")
                 mlp[layer].append(total.new_zeros(len(some), info.d_model) if slope is None else slope[at_place])
+            # The graph of a backward pass is many small tensors, whose pages the allocator would keep.
+            del added, readings, total, slope_of
+            return_freed_memory()
     return (
         [torch.cat(z[layer]).detach() for layer in range(end)],
         torch.stack([torch.cat(mlp[layer]).detach() for layer in range(end)], dim=1),

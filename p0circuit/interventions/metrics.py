@@ -37,25 +37,37 @@ _PIECE = 16
 
 
 class Rows(NamedTuple):
-    """A batch of rows, and in each of them the place it is about."""
+    """A batch of prompts, with the position that a metric looks at in each of them.
+
+    Attributes:
+        ids: token ids.
+        mask: whether each token is real.
+        position: index of the token that the metric is about; P0 in clean prompts.
+    """
 
     ids: Int[Tensor, "batch pos"]
     mask: Bool[Tensor, "batch pos"]
-    place: Int[Tensor, " batch"]
+    position: Int[Tensor, " batch"]
 
     def at(self, offset: int | Sequence[int]) -> tuple[Int[Tensor, "batch *#offset"], Int[Tensor, "batch *offset"]]:
-        """Row numbers and positions, to index activations with, of what stands `offset` after the place.
+        """Index activations at some offset after the position of each prompt.
+
+        Args:
+            offset: tokens after `position`: one number or several.
+
+        Returns:
+            Row numbers and positions, to index an activation [batch, pos, ...] with.
 
         Raises:
-            InterventionError: there is padding, or nothing.
+            InterventionError: an offset leads to padding or out of the prompt.
         """
-        steps = torch.as_tensor(offset, device=self.place.device)
-        place = self.place.view(-1, *[1] * steps.ndim)
-        numbers = torch.arange(len(place), device=place.device).view_as(place)
-        position, last = place + steps, self.ids.shape[1] - 1
+        steps = torch.as_tensor(offset, device=self.position.device)
+        start = self.position.view(-1, *[1] * steps.ndim)
+        numbers = torch.arange(len(start), device=start.device).view_as(start)
+        position, last = start + steps, self.ids.shape[1] - 1
         outside = (position < 0) | (position > last) | ~self.mask[numbers, position.clamp(0, last)]
         for row in outside.view(len(outside), -1).any(1).nonzero()[:1, 0].tolist():
-            first, here = int(self.mask[row].int().argmax()), int(self.place[row])
+            first, here = int(self.mask[row].int().argmax()), int(self.position[row])
             raise InterventionError(
                 f"offset {offset} from position {here} is outside row {row}, whose tokens stand at {first} to {last}; "
                 f"expected an offset from {first - here} to {last - here}"
@@ -242,7 +254,7 @@ def loss(offsets: Sequence[int] | None = None) -> Metric:
     def mean_loss(logits: Tensor, rows: Rows) -> Tensor:
         if offsets is None:
             position = torch.arange(rows.ids.shape[1], device=logits.device).expand(len(logits), -1)
-            counted = (position >= rows.place[:, None]) & (position < rows.ids.shape[1] - 1)
+            counted = (position >= rows.position[:, None]) & (position < rows.ids.shape[1] - 1)
         else:
             position = rows.at([step + 1 for step in offsets])[1] - 1
             counted = torch.ones_like(position, dtype=torch.bool)

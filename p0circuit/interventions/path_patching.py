@@ -197,7 +197,7 @@ def path_patch(
     metric.check(model)
     rows = _rows(model, prompts, prompts.p0 if position is None else position)
     rows.at(0)  # refuses a position outside the prompts
-    at_p0 = bool((rows.place.cpu() == prompts.p0).all())
+    at_p0 = bool((rows.position.cpu() == prompts.p0).all())
     per_batch = max(1, TOKENS_AT_ONCE // rows.ids.numel())
     clean = measure_rows(model, rows, metric)
     edges: list[tuple[str, str]] = []
@@ -271,7 +271,7 @@ def own_scores(
         check_value(sender, values, prompts.n, info)
     rows = _rows(model, prompts, prompts.p0 if position is None else position)
     rows.at(0)  # refuses a position outside the prompts
-    p0, index = prompts.p0.to(rows.place.device), torch.arange(prompts.n, device=rows.place.device)
+    p0, index = prompts.p0.to(rows.position.device), torch.arange(prompts.n, device=rows.position.device)
     clean: dict[int, Tensor] = {}
 
     def keep(scores: Tensor, hook: Any, layer: int) -> None:
@@ -294,10 +294,10 @@ def own_scores(
                 for receiver in (receiver for receiver in here if receiver.hears(sender, info)):
                     new = heard[receiver.kind][number]
                     if receiver.kind == "k":
-                        changed = attention_with_key(clean[layer], rows.place, new, p0)
+                        changed = attention_with_key(clean[layer], rows.position, new, p0)
                     else:
                         changed = attention.clone()
-                        changed[index, :, rows.place] = attention_to(new.softmax(-1)[:, :, None], p0)[..., 0]
+                        changed[index, :, rows.position] = attention_to(new.softmax(-1)[:, :, None], p0)[..., 0]
                     heads = list(receiver.heads)
                     patched.append(mean_over_queries(changed, p0, rows.mask)[:, heads].mean(1))
                     before.append(own[:, heads].mean(1))
@@ -360,7 +360,7 @@ def _hear(
         hooks: list[Hook] = [(restored, restore)] if kinds & {"q", "k"} else []
         # Before the cut at the same hook: an MLP as receiver is heard before it is set back.
         hooks += [(places[kind], functools.partial(keep, kind=kind, kinds=kinds)) for kind in kinds]
-        hooks += sender_hooks(model, senders, values, rows.place, through, layer + 1)
+        hooks += sender_hooks(model, senders, values, rows.position, through, layer + 1)
         with contextlib.suppress(Complete):
             forward(model, ids, mask, hooks=hooks, stop_at_layer=layer + 1)
     return heard
@@ -368,7 +368,7 @@ def _hear(
 
 def _tell(news: Sequence[tuple[Receiver, Tensor]], layer: int, rows: Rows) -> list[Hook]:
     """Step 3: the hooks that put what each receiver of a layer heard into its own slot of a side-by-side run."""
-    batch, place = len(rows.ids), rows.place
+    batch, place = len(rows.ids), rows.position
     index = torch.arange(batch, device=place.device)
     told: dict[Kind, list[tuple[slice, tuple[int, ...], Tensor]]] = {}
     for slot, (receiver, heard) in enumerate(news):

@@ -161,7 +161,7 @@ def clean_streams(model: HookedModel, rows: Rows, metric: Metric, layers: Iterab
 
 def input_hooks(model: HookedModel, rows: Rows, variants: Sequence[Variant]) -> list[Hook]:
     """The hooks that put each variant's patches into its own copy of the rows, copy after copy in one batch."""
-    info, batch, place = describe(model), len(rows.ids), rows.place
+    info, batch, place = describe(model), len(rows.ids), rows.position
     index = torch.arange(batch, device=place.device)
     by_place: dict[tuple[int, str], list[tuple[slice, InputPatch]]] = {}
     for number, variant in enumerate(variants):

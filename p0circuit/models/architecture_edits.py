@@ -295,8 +295,8 @@ def _mask_input(
     return (reserve_channels(inputs[0], channels, positions.index), *inputs[1:])
 
 
-def _layers(hf: PreTrainedModel) -> Any:
-    layers = getattr(getattr(hf, "model", None), "layers", [])
-    if not len(layers) or not hasattr(getattr(layers[0], "self_attn", None), "o_proj"):
+def _layers(hf: PreTrainedModel) -> list[Any]:
+    layers = list(getattr(getattr(hf, "model", None), "layers", []))
+    if not layers or not hasattr(getattr(layers[0], "self_attn", None), "o_proj"):
         raise ModelError(f"the forward pass of {type(hf).__name__} cannot be edited; expected the layout of Llama")
     return layers

@@ -104,10 +104,11 @@ def _activations(bridge: HookedModel, points: dict[str, HookPoint]) -> dict[str,
     return activations
 
 
-def _add_resid_mid(bridge: Any, points: dict[str, HookPoint]) -> dict[str, HookPoint]:
+def _add_resid_mid(bridge: HookedModel, points: dict[str, HookPoint]) -> dict[str, HookPoint]:
     """New hook points on the stream between attention and MLP, whose edits stay in the stream."""
     from transformer_lens.hook_points import HookPoint
 
+    module: Any = bridge
     mids = {}
     for layer, block in enumerate(bridge.blocks):
         name = f"blocks.{layer}.hook_resid_mid"
@@ -121,7 +122,7 @@ def _add_resid_mid(bridge: Any, points: dict[str, HookPoint]) -> dict[str, HookP
                 partial(_hook_sum, mids[name], block_input),
             )
             block.original_component.register_forward_pre_hook(store, with_kwargs=True)
-            bridge.get_submodule(out.name.removesuffix(".hook_out")).register_forward_hook(add)
+            module.get_submodule(out.name.removesuffix(".hook_out")).register_forward_hook(add)
     return mids
 
 
@@ -133,7 +134,11 @@ def _store_block_input(
 
 
 def _hook_sum(
-    mid: HookPoint, block_input: list[Tensor], module: nn.Module, args: tuple[Any, ...], output: Any
+    mid: HookPoint,
+    block_input: list[Tensor],
+    module: nn.Module,
+    args: tuple[Any, ...],
+    output: Tensor | tuple[Any, ...],
 ) -> object:
     """Hook the sum of block input and attention output, and return the attention output that gives the hooked sum."""
     if not block_input:
@@ -152,17 +157,18 @@ def _hook_rotation(bridge: HookedModel, silent: set[str]) -> None:
     for layer, block in enumerate(bridge.blocks):
         rotate = getattr(getattr(block, "attn", None), "_apply_rotary_pos_emb", None)
         if rotate is not None and f"blocks.{layer}.attn.hook_rot_k" in silent:
-            block.attn.__dict__["_apply_rotary_pos_emb"] = partial(_rotate_and_hook, rotate, block.attn)
+            hooked = partial(_rotate_and_hook, rotate, block.attn.hook_rot_q, block.attn.hook_rot_k)
+            block.attn.__dict__["_apply_rotary_pos_emb"] = hooked
 
 
 def _rotate_and_hook(
-    rotate: Callable[..., tuple[Tensor, Tensor]], attention: Any, *args: object
+    rotate: Callable[..., tuple[Tensor, Tensor]], hook_rot_q: HookPoint, hook_rot_k: HookPoint, *args: object
 ) -> tuple[Tensor, Tensor]:
     query, key = rotate(*args)
-    return attention.hook_rot_q(query), attention.hook_rot_k(key)
+    return hook_rot_q(query), hook_rot_k(key)
 
 
-def _hook_delegated_attention(bridge: Any, logits: Tensor) -> bool:
+def _hook_delegated_attention(bridge: HookedModel, logits: Tensor) -> bool:
     """Make attention that `transformers` computes run through `_attention`; return False where that is not possible."""
     from transformer_lens.model_bridge import AttentionBridge
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -178,14 +184,15 @@ def _hook_delegated_attention(bridge: Any, logits: Tensor) -> bool:
         for module in attention.original_component.modules():
             # Past nn.Module's bookkeeping: the wrapper must not become a part of what it wraps.
             module.__dict__["hooks_around"] = attention
-    bridge.original_model.set_attn_implementation(_ATTENTION)
+    wrapper: Any = bridge
+    wrapper.original_model.set_attn_implementation(_ATTENTION)
     points = {str(number): attention.hook_attn_scores for number, attention in enumerate(delegated)}
     scores = _activations(bridge, points)
     # Only true scores are far below zero at masked keys; the bridge's own hook point sees the pattern again.
     hooked = all(number in scores and float(scores[number].min()) < -1e3 for number in points)
     if hooked and _close(logits, scores[_LOGITS]):
         return True
-    bridge.original_model.set_attn_implementation("eager")
+    wrapper.original_model.set_attn_implementation("eager")
     return False
 
 

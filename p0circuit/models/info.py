@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from p0circuit.hooked_model import HookedModel
 from p0circuit.models.errors import ModelError
 from p0circuit.models.hf_config import layer_windows, mlp_width, n_experts
-from p0circuit.results import titled
+from p0circuit.results import model_title
 
 if TYPE_CHECKING:
     import torch
@@ -69,7 +69,7 @@ class ModelInfo:
     @property
     def title(self) -> str:
         """The name that readers see: with the quantisation, if there is one."""
-        return titled(self.name, self.quantisation)
+        return model_title(self.name, self.quantisation)
 
 
 def set_quantisation(model: HookedModel, quantisation: str | None) -> HookedModel:
@@ -157,7 +157,8 @@ def backend_of(model: object) -> Literal["hooked", "bridge"]:
     )
 
 
-def _hf_config(bridge: Any) -> PretrainedConfig:
+def _hf_config(model: HookedModel) -> PretrainedConfig:
+    bridge: Any = model
     return bridge.original_model.config.get_text_config()
 
 
@@ -168,7 +169,7 @@ def _hooked_windows(model: HookedModel) -> tuple[int | None, ...]:
     return tuple(cfg.window_size if kind == "local" else None for kind in cfg.attn_types)
 
 
-def _positions(model: Any, config: PretrainedConfig | None) -> Positions:
+def _positions(model: HookedModel, config: PretrainedConfig | None) -> Positions:
     kind = _POSITIONS.get(model.cfg.positional_embedding_type, "none")
     # One entry per layer, 1 where it rotates: SmolLM 3 can leave rotation out.
     if (rotated := getattr(config, "no_rope_layers", None)) and not any(rotated):
@@ -177,7 +178,8 @@ def _positions(model: Any, config: PretrainedConfig | None) -> Positions:
         return kind
     # A bridge has "standard" here unless its adapter sets another value, whether there is a table or not.
     tables = ("wpe", "embed_positions", "position_embeddings")
-    has_table = any(name.endswith(tables) for name, _ in model.original_model.named_modules())
+    bridge: Any = model
+    has_table = any(name.endswith(tables) for name, _ in bridge.original_model.named_modules())
     return "learned" if has_table else "none"
 
 

@@ -22,7 +22,8 @@ import torch
 from p0circuit.hooked_model import HookedModel
 from p0circuit.models.architecture_edits import edit_hooked_model, temporary_edits
 from p0circuit.models.bridge import to_bridge
-from p0circuit.models.constructed import build
+from p0circuit.models.constructed.build import decoy_model, wired_model
+from p0circuit.models.constructed.two_stages import two_stages_model
 from p0circuit.models.device_map import DISK, DeviceMap, Placement, free_bytes_by_device, plan_placement
 from p0circuit.models.errors import ModelError
 from p0circuit.models.hf_loading import load_edits, load_hf_model, load_tokenizer
@@ -42,6 +43,11 @@ Backend = Literal["auto", "hooked", "bridge"]
 """The TransformerLens class of a loaded model; "auto" chooses it by the family of the model."""
 Device = str | torch.device
 """A device, or its name as torch writes it."""
+_CONSTRUCTORS = {
+    "wired_model": wired_model,
+    "decoy_model": decoy_model,
+    "two_stages_model": two_stages_model,
+}
 
 
 def load_model(
@@ -56,10 +62,10 @@ def load_model(
 ) -> HookedModel:
     """Load a model as a hooked model: weights unprocessed, in eval mode.
 
-    A name is looked up in this order: `wired`, `wired-learned`, `wired-decoy` and `wired-decoy-learned` are the models
-    with constructed weights; then the shipped models; the catalog (`smollm2-135m`, `gemma3-270m`), fetched on first
-    use; a local Hugging Face directory, a GGUF file, or a directory with one; and a hub id or TransformerLens's short
-    name for one (`pythia-70m`).
+    A name is looked up in this order: the models with constructed weights (`wired`, `wired-learned`, `wired-decoy`,
+    `wired-decoy-learned`, `wired-two-stages`); the shipped models; the catalog (`smollm2-135m`, `gemma3-270m`), fetched
+    on first use; a local Hugging Face directory, a GGUF file, or a directory with one; and a hub id or
+    TransformerLens's short name for one (`pythia-70m`).
 
     Args:
         name: the name, path or hub id.
@@ -151,7 +157,7 @@ def _constructed_model(
     if checkpoint is not None:
         raise ModelError(f"{name} is constructed, not trained: it has no checkpoint {checkpoint!r}")
     function, positions = CONSTRUCTED_MODELS[name]
-    return getattr(build, function)(positions, backend=backend, dtype=dtype or torch.float32, device=_device(device))
+    return _CONSTRUCTORS[function](positions, backend=backend, dtype=dtype or torch.float32, device=_device(device))
 
 
 def _load_on_one_device(

@@ -8,14 +8,16 @@ from pathlib import Path
 from p0circuit.io import data_dir
 from p0circuit.models.catalog import CATALOG
 from p0circuit.models.errors import listing
+from p0circuit.models.info import Positions
 
-CONSTRUCTED_MODELS = {
+CONSTRUCTED_MODELS: dict[str, tuple[str, Positions]] = {
     "wired": ("wired_model", "rotary"),
     "wired-learned": ("wired_model", "learned"),
     "wired-decoy": ("decoy_model", "rotary"),
     "wired-decoy-learned": ("decoy_model", "learned"),
+    "wired-two-stages": ("two_stages_model", "rotary"),
 }
-"""The models with constructed weights: their function in `constructed.build`, and their position scheme."""
+"""The models with constructed weights: the function that builds them, and their position scheme."""
 
 
 def shipped_model_folders() -> list[Path]:

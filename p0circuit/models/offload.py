@@ -33,6 +33,7 @@ from p0circuit.models.device_map import CPU, Placement, block_names
 from p0circuit.models.errors import ModelError
 
 if TYPE_CHECKING:
+    from accelerate.hooks import AlignDevicesHook
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _FOLDER = "p0circuit-offload"
@@ -130,13 +131,14 @@ def to_placed_bridge(
         bridge: Any = to_bridge(hf, placement.name, tokenizer, placement.device)
         for module, hook in hooks.items():
             # What the bridge has added to a module (a bias of zeros) is not among its offloaded weights.
+            offloaded: Any = hook.weights_map
             added = {
                 name: weight.detach().cpu()
                 for name, weight in module.named_parameters(recurse=False)
-                if name not in hook.weights_map
+                if name not in offloaded
             }
             if added:
-                hook.weights_map = ChainMap(added, hook.weights_map)
+                hook.weights_map = ChainMap(added, offloaded)
     lost = [name for name, owner, leaf, weight in _owned(bridge) if weight.is_meta and _offload_hook(owner) is None]
     if lost:
         raise ModelError(
@@ -185,12 +187,12 @@ def onloaded(modules: Sequence[nn.Module]) -> Iterator[None]:
         yield
 
 
-def _offload_again(module: nn.Module, hook: Any) -> None:
+def _offload_again(module: nn.Module, hook: AlignDevicesHook) -> None:
     hook.offload = True
     hook.post_forward(module, None)
 
 
-def _offload_hook(module: nn.Module) -> Any:
+def _offload_hook(module: nn.Module) -> AlignDevicesHook | None:
     """The hook of `accelerate` that onloads a module's weights, None where they are not offloaded."""
     # Past a bridge component's look-up, which hands on what belongs to the module it wraps.
     hook = module.__dict__.get("_hf_hook")
@@ -224,4 +226,7 @@ def weights_of(model: HookedModel | nn.Module) -> Iterator[tuple[str, Tensor]]:
         hook = _offload_hook(owner)
         if hook is not None and (id(owner), leaf) in tied_weights:
             continue
-        yield name, hook.weights_map[leaf] if tensor.is_meta and hook is not None else tensor
+        if tensor.is_meta and hook is not None and hook.weights_map is not None:
+            yield name, hook.weights_map[leaf]
+        else:
+            yield name, tensor

@@ -13,7 +13,7 @@ from typing import Any
 from p0circuit.errors import P0Error
 from p0circuit.io import write_json
 from p0circuit.report.published import Comparison, beside_ours
-from p0circuit.results import Result, titled
+from p0circuit.results import Result, model_title
 
 CLAIMS = "claims.json"
 OVERVIEW = "overview.json"
@@ -43,7 +43,7 @@ class Run:
     def title(self) -> str:
         """The model's name, and how its weights were rounded if they were."""
         told = [self.manifest, *self.claims]
-        return titled(self.model, next((one["quantisation"] for one in told if one.get("quantisation")), None))
+        return model_title(self.model, next((one["quantisation"] for one in told if one.get("quantisation")), None))
 
     @property
     def controls(self) -> list[str]:

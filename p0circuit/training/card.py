@@ -1,4 +1,4 @@
-"""The card of a trained model, README.md beside its weights: what it is, how it was made, what became of its sink."""
+"""The card of a trained model, README.md beside its weights: what it is, how it was trained, how its sink developed."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from p0circuit.io import write_atomically
+from p0circuit.training.config import TrainConfig
 from p0circuit.training.runs import Run
-from p0circuit.training.variants import ABOUT, VARIANTS, TrainConfig
+from p0circuit.training.variants import ABOUT, VARIANTS
 
 _HEAD = """---
 license: mit
@@ -20,14 +21,14 @@ tags: [attention-sink, interpretability]
 
 {about}
 
-{millions:.1f} million parameters; {layers} layers of {heads} heads, width {d_model}, a byte-level BPE vocabulary of
+{millions:.1f} million parameters; {n_layers} layers of {n_heads} heads, width {d_model}, a byte-level BPE vocabulary of
 {vocab_size}. Made for experiments on the attention sink: it writes text like its corpus and nothing else.
 Weights are float16.
 """
-_CHANGED = """
-**It runs right only through `p0circuit`.** Its forward pass has a change that no library knows (the field `p0circuit`
-of config.json). Loaded elsewhere it becomes another model, with other outputs and perhaps a warning about weights that
-were not used.
+_ARCHITECTURE_EDITS = """
+**Load it with `p0circuit` only.** Its forward pass differs from that of its architecture in a way that no other library
+implements (the field `p0circuit` of config.json). Loaded with another library it gives other outputs, perhaps with a
+warning about unused weights.
 """
 _RECIPE = """
 ## Recipe
@@ -37,46 +38,53 @@ and a cosine to {final_learning_rate:g} of it, weight decay {weight_decay:g}, {s
 {length} tokens ({tokens:,} tokens), seed {seed}, float32, on CPU. `train_config.json` has every setting. Data: {data}.
 """
 _PYTHON = """the Python
-source of the standard library (3.11) and of the packages in `p0circuit.training.corpus`, as pinned in
+source of the standard library (3.11) and of the packages in `p0circuit.text.CORPUS_DISTRIBUTIONS`, as pinned in
 `constraints.txt`; one file in 32, chosen by a hash of its name, was held out"""
-_MEASURED = """
+_TRACE = """
 ## Along training, {first}
 
 128 crops of 64 tokens of held-out modules of the standard library. `excess` is the mean excess score of the heads
-that are sinks at the end (attention to position zero beyond that to position 8), the sink rate counts heads above 0.3,
-the norm ratio is the largest along the layers; the loss is in nats per token, without the prediction made at position
-zero. {formed}
+that are sinks at the end: attention to position zero minus attention to position 8. The sink rate is the share of heads
+with a sink score above 0.3, the norm ratio is the largest of all layers, and the loss is in nats per token, without the
+prediction made at position zero. {emergence}
 
 | step | tokens | loss | excess | sink rate | from layer 2 | norm ratio | induction |
 | --- | --- | --- | --- | --- | --- | --- | --- |
 """
-_FIRST = {"bos": "behind BOS", "text": "text as it is", "random": "behind a random token"}
+_FIRST = {"bos": "after BOS", "text": "without BOS", "random": "after a random token"}
 _COLUMNS = ("loss", "excess", "sink_rate", "sink_rate_from_layer_2", "largest_norm_ratio", "induction_score")
 
 
 def variant_of(config: TrainConfig) -> str | None:
-    """The named configuration that this is, but for the seed; None if it is none of them."""
-    return next((name for name, named in VARIANTS.items() if replace(named, seed=config.seed) == config), None)
+    """Return the name of the variant that a configuration is, whatever its seed; None if it is none."""
+    return next((name for name, variant in VARIANTS.items() if replace(variant, seed=config.seed) == config), None)
 
 
 def command_of(config: TrainConfig) -> str:
-    """The command that trains this configuration into a directory OUT."""
+    """Return the shell command that trains this configuration into a directory OUT."""
     variant = variant_of(config)
     if variant is not None:
         return f"p0circuit train OUT --variant {variant}" + (f" --seed {config.seed}" if config.seed else "")
-    plain = asdict(TrainConfig())
-    options = {name: value for name, value in asdict(config).items() if value != plain[name]}
-    told = {name: value if isinstance(value, str) else json.dumps(value) for name, value in options.items()}
-    return "p0circuit train OUT" + "".join(f" --set '{name}={value}'" for name, value in told.items())
+    defaults = asdict(TrainConfig())
+    settings = {name: value for name, value in asdict(config).items() if value != defaults[name]}
+    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in settings.items()}
+    return "p0circuit train OUT" + "".join(f" --set '{name}={value}'" for name, value in texts.items())
 
 
 def card(name: str, config: TrainConfig, parameters: int, runs: Sequence[Run] = ()) -> str:
-    """The card as Markdown; `runs` are the traces of this one run, on each kind of prompts."""
+    """Return the card of a model as Markdown.
+
+    Args:
+        name: name of the model.
+        config: how it was trained.
+        parameters: number of its weights.
+        runs: traces of this one run, one for each kind of first token.
+    """
     variant, settings = variant_of(config), asdict(config)
     about = ABOUT[variant] if variant else f"A language model of the architecture {config.architecture}."
     text = _HEAD.format(name=name, about=about, millions=parameters / 1e6, **settings)
-    if config.changes:
-        text += _CHANGED
+    if config.architecture_edits:
+        text += _ARCHITECTURE_EDITS
     text += _RECIPE.format(
         command=command_of(config),
         tokens=config.steps * config.batch * config.length,
@@ -84,19 +92,29 @@ def card(name: str, config: TrainConfig, parameters: int, runs: Sequence[Run] = 
         **settings,
     )
     for run in runs:
-        formed = "No sink at the end."
+        emergence = "There is no sink at the end."
         if run.formation is not None:
             step, share = int(run["step"][run.formation]), run.formation_share
-            formed = f"The sink has formed by step {step:,} ({share:.0%} of the tokens)."
-        text += _MEASURED.format(first=_FIRST[run.first], formed=formed)
-        for at in range(len(run.table)):
-            values = " | ".join(f"{run[column][at]:.2f}" for column in _COLUMNS)
-            text += f"| {run['step'][at]:,.0f} | {run['tokens'][at]:,.0f} | {values} |\n"
+            emergence = f"The sink emerged by step {step:,} ({share:.0%} of the tokens)."
+        text += _TRACE.format(first=_FIRST[run.first], emergence=emergence)
+        for checkpoint in range(len(run.table)):
+            values = " | ".join(f"{run[column][checkpoint]:.2f}" for column in _COLUMNS)
+            text += f"| {run['step'][checkpoint]:,.0f} | {run['tokens'][checkpoint]:,.0f} | {values} |\n"
     return text
 
 
 def write_card(folder: Path, config: TrainConfig, parameters: int, runs: Sequence[Run] = ()) -> Path:
-    """Write the card of the model in `folder`; returns its path."""
+    """Write the card of the model in a directory.
+
+    Args:
+        folder: the directory, whose name is the name of the model.
+        config: how the model was trained.
+        parameters: number of its weights.
+        runs: as in `card`.
+
+    Returns:
+        The path of the card.
+    """
     text = card(folder.name, config, parameters, runs)
     path = folder / "README.md"
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

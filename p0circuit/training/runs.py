@@ -1,7 +1,7 @@
-"""Training runs as tables: what became of the circuit in each of the runs that come with the package.
+"""Training runs as tables: one row per checkpoint.
 
-data/traces/<variant>-<seed>.csv holds one line per checkpoint and kind of first token: what `p0circuit trace --table`
-wrote, with `first` as its `--first`. The checkpoints themselves need not be there.
+`data/traces/<variant>-<seed>.csv` holds the table of a shipped run, written by `p0circuit trace --table`; its column
+`first` is the option `--first` of that command. The checkpoints themselves need not be present.
 """
 
 from __future__ import annotations
@@ -19,24 +19,25 @@ from p0circuit.errors import P0Error
 from p0circuit.io import data_dir, write_atomically
 from p0circuit.sink import least_excess
 from p0circuit.training.formation import formation_index
+from p0circuit.training.variants import VARIANTS
 
 if TYPE_CHECKING:
     import pandas as pd
 
 LENGTH = 64
-"""Tokens of the prompts that the traces were measured on."""
-_NEEDED = ("first", "step", "tokens", "loss", "excess", "norm_ratio", "concentration_causal", "induction_score")
+"""Tokens of the prompts that the tables were measured on."""
+_REQUIRED = ("first", "step", "tokens", "loss", "excess", "norm_ratio", "concentration_causal", "induction_score")
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training run, seen on one kind of prompts.
+    """One training run, measured on prompts with one kind of first token.
 
     Attributes:
-        variant: what was trained, as in `training.variants`.
-        seed: of its weights and data.
-        first: what stands at P0 of the prompts: "text", "bos" or "random".
-        table: a line per checkpoint, by step.
+        variant: name of the training configuration, as in `variants.VARIANTS`.
+        seed: seed of its weights and batches.
+        first: token at P0 of the prompts: "text" (the text's own), "bos" or "random".
+        table: one row per checkpoint, by step; columns as in data/traces/README.md.
     """
 
     variant: str
@@ -46,37 +47,45 @@ class Run:
 
     @property
     def name(self) -> str:
+        """Variant and seed, such as "bos-0"."""
         return f"{self.variant}-{self.seed}"
 
     def __getitem__(self, column: str) -> Float[np.ndarray, " checkpoint"]:
-        """A column of the table; NaN where there is no value."""
+        """A column of the table, NaN where it has no value."""
         return self.table[column].to_numpy(dtype=np.float64)
 
     @functools.cached_property
     def share(self) -> Float[np.ndarray, " checkpoint"]:
-        """The share of the run's tokens that each checkpoint has seen.
+        """Share of the run's tokens that each checkpoint has been trained on.
 
-        Where the trace does not tell tokens it is that of the run's steps: the same, if batches are of one size.
+        It is the share of the run's steps where the table has no tokens; the two are equal for a constant batch size.
         """
-        seen = self["tokens"] if np.isfinite(self["tokens"]).all() else self["step"]
-        return seen / seen[-1]
+        progress = self["tokens"] if np.isfinite(self["tokens"]).all() else self["step"]
+        return progress / progress[-1]
 
     @functools.cached_property
     def formation(self) -> int | None:
-        """The index of the checkpoint at which the sink has formed; None where there is no sink at the end."""
+        """Index of the checkpoint at which the sink has emerged; None if there is no sink at the end."""
         return formation_index(self["excess"], least_excess(LENGTH))
 
     @property
     def formation_share(self) -> float:
-        """The share of tokens by which the sink has formed; 1 where it has not, which is the least it can be."""
+        """Share of the tokens by which the sink has emerged; 1, its lower bound, if there is no sink at the end."""
         return 1.0 if self.formation is None else float(self.share[self.formation])
 
 
 def shipped_runs(folder: Path | None = None) -> list[Run]:
-    """All runs in `folder` (those that come with the package if not given), on every kind of prompts, by name.
+    """Read all runs in a folder, one for each kind of first token, by name.
+
+    Args:
+        folder: a folder of tables named <variant>-<seed>.csv; the shipped tables if None.
 
     Raises:
-        P0Error: there are none, or a table lacks a column.
+        P0Error: there are no tables, or one lacks a column.
+
+    Example:
+        runs = shipped_runs()
+        print(runs[0].name, runs[0].formation_share)
     """
     import pandas as pd
 
@@ -88,23 +97,23 @@ def shipped_runs(folder: Path | None = None) -> list[Run]:
     for path in paths:
         table = pd.read_csv(path)
         variant, seed = variant_and_seed(path)
-        if lacking := [name for name in _NEEDED if name not in table]:
-            raise P0Error(f"{path} lacks {', '.join(lacking)}; make it with `p0circuit trace RUN --table`")
-        for first, lines in table.groupby("first", sort=True):
-            runs.append(Run(variant, seed, str(first), lines.sort_values("step").reset_index(drop=True)))
+        if missing := [name for name in _REQUIRED if name not in table]:
+            raise P0Error(f"{path} lacks {', '.join(missing)}; make it with `p0circuit trace RUN --table`")
+        for first, rows in table.groupby("first", sort=True):
+            runs.append(Run(variant, seed, str(first), rows.sort_values("step").reset_index(drop=True)))
     return runs
 
 
-def shipped_kinds(name: str) -> dict[str, Run]:
-    """The run of that name that comes with the package, by what stands at P0 of the prompts; empty if there is none."""
+def shipped_runs_by_first(name: str) -> dict[str, Run]:
+    """Return the shipped run of this name by first token of the prompts; empty if no such run is shipped."""
     return {run.first: run for run in shipped_runs() if run.name == name}
 
 
 def variant_and_seed(path: Path) -> tuple[str, int]:
-    """What the name of a run's table says.
+    """Read variant and seed from the file name of a run's table.
 
     Raises:
-        P0Error: it is not named <variant>-<seed>.csv.
+        P0Error: the file is not named <variant>-<seed>.csv.
     """
     variant, _, seed = path.stem.rpartition("-")
     if not variant or not seed.isdecimal() or path.suffix != ".csv":
@@ -112,46 +121,65 @@ def variant_and_seed(path: Path) -> tuple[str, int]:
     return variant, int(seed)
 
 
-def keep_run(path: Path, table: pd.DataFrame) -> Path:
-    """Put the lines of a trace, with their `first`, into a run's table, in the place of those that had the same.
+def save_run(path: Path, table: pd.DataFrame) -> Path:
+    """Add the rows of a trace to a run's table; rows with the same `first` are replaced.
+
+    Args:
+        path: the file, named <variant>-<seed>.csv.
+        table: rows of a trace, with a column `first`.
+
+    Returns:
+        `path`.
 
     Raises:
-        P0Error: as `variant_and_seed`.
+        P0Error: the file is not named <variant>-<seed>.csv.
     """
     import pandas as pd
 
     variant_and_seed(path)
     if path.is_file():
-        kept = pd.read_csv(path)
-        table = pd.concat([pd.DataFrame(kept[~kept["first"].isin(table["first"])]), table])
+        stored = pd.read_csv(path)
+        table = pd.concat([pd.DataFrame(stored[~stored["first"].isin(table["first"])]), table])
     text = table.to_csv(index=False, float_format="%.6g", lineterminator="\n")
     return write_atomically(path, lambda temporary: temporary.write_text(text))
 
 
 def as_trained(runs: Iterable[Run]) -> list[Run]:
-    """Each run once, on prompts that begin as its training rows did: with BOS if all of them did, else with text.
+    """Select, of each run, the prompts that begin as its training rows did.
 
-    A variant that is none of the package's own is taken with BOS where it was measured so.
+    These are prompts after BOS if every training row began with BOS, and prompts without BOS otherwise. For variants
+    that the package does not know, prompts after BOS are preferred.
+
+    Args:
+        runs: runs, each with one or several kinds of first token.
+
+    Returns:
+        Every run once.
     """
-    from p0circuit.training.variants import VARIANTS
-
     by_name: dict[str, dict[str, Run]] = {}
     for run in runs:
         by_name.setdefault(run.name, {})[run.first] = run
-    chosen = []
-    for kinds in by_name.values():
-        config = VARIANTS.get(next(iter(kinds.values())).variant)
+    selected = []
+    for by_first in by_name.values():
+        config = VARIANTS.get(next(iter(by_first.values())).variant)
         order = ("bos", "text", "random") if config is None or config.bos_share == 1 else ("text", "bos", "random")
-        chosen.append(next(kinds[first] for first in order if first in kinds))
-    return chosen
+        selected.append(next(by_first[first] for first in order if first in by_first))
+    return selected
 
 
 def of_variant(runs: Iterable[Run], variant: str) -> list[Run]:
-    """The runs of one variant, by seed."""
+    """Return the runs of one variant, by seed."""
     return sorted((run for run in runs if run.variant == variant), key=lambda run: run.seed)
 
 
 def seeds_in_common(*groups: Sequence[Run]) -> list[tuple[Run, ...]]:
-    """The runs of several variants side by side, for the seeds that all of them have."""
+    """Match the runs of several variants by seed.
+
+    Args:
+        groups: the runs of each variant.
+
+    Returns:
+        One tuple for each seed that all variants have, with a run of each variant.
+    """
     by_seed = [{run.seed: run for run in group} for group in groups]
     return [tuple(runs[seed] for runs in by_seed) for seed in sorted(set.intersection(*map(set, by_seed)))]

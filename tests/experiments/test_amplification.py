@@ -107,7 +107,7 @@ def test_what_follows_a_token_makes_no_difference_to_its_new_value(family_model:
 
 
 def test_two_tokens_of_padded_rows() -> None:
-    prompts = random_tokens(96, n=2, length=6).left_padded([3, 5])
+    prompts = random_tokens(96, n=2, length=6).pad_left([3, 5])
     short = _two_tokens(prompts)
     assert short.ids.tolist() == [prompts.ids[0, 3:5].tolist(), prompts.ids[1, 1:3].tolist()]
     assert bool(short.attention_mask.all())

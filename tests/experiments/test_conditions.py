@@ -68,10 +68,10 @@ def test_rows_are_told_apart_by_what_they_begin_with(nano: Any) -> None:
     named = {WITHOUT_BOS: text, WITH_BOS: text.prepend(BOS), TWO_BOS: text.prepend(BOS).prepend(BOS), SOME_BOS: some}
     for name, prompts in named.items():
         assert condition_of(nano, prompts) == name
-    padded = text.prepend(BOS).left_padded([9, 8, 40, 7], pad_token=5)
+    padded = text.prepend(BOS).pad_left([9, 8, 40, 7], pad_token=5)
     assert condition_of(nano, padded) == WITH_BOS
     # What pads the rows is no token of theirs, though it be BOS.
-    assert condition_of(nano, text.left_padded([9, 8, 40, 7], pad_token=BOS)) == WITHOUT_BOS
+    assert condition_of(nano, text.pad_left([9, 8, 40, 7], pad_token=BOS)) == WITHOUT_BOS
     assert condition_of(load_model("wired"), random_tokens(64, n=2, length=9, bos=BOS)) == WITHOUT_BOS
 
 
@@ -90,7 +90,7 @@ def test_the_pair_is_the_same_whatever_it_is_made_from(nano: Any) -> None:
         text_as_it_is(nano, from_ids([[BOS, 7, 8], [6, 7, 8]]))
     with pytest.raises(NotApplicable, match="2 of 2 rows begin with BOS, and not all with the same number"):
         text_as_it_is(nano, from_ids([[BOS, BOS, 8], [BOS, 7, 8]]))
-    padded = text.left_padded([9, 8, 40, 7, 6])
+    padded = text.pad_left([9, 8, 40, 7, 6])
     assert list(with_and_without_bos(nano, padded)) == [WITHOUT_BOS]
 
 
@@ -98,7 +98,7 @@ def test_new_text_has_as_many_bos_as_the_prompts(nano: Any) -> None:
     text = text_of(nano, n=6)
     begun = natural_text(nano, "stdlib", n=6, length=40, first_token="bos")
     for prompts, count in ((text, 0), (begun, 1), (text.prepend(BOS), 1), (text.prepend(BOS).prepend(BOS), 2)):
-        assert text_like(nano, prompts, 24, 3).leading(BOS).tolist() == [count] * 3
+        assert text_like(nano, prompts, 24, 3).count_leading(BOS).tolist() == [count] * 3
 
 
 def test_the_condition_is_the_first_in_which_there_is_a_sink(nano: Any, on_bos: Any) -> None:
@@ -129,7 +129,7 @@ def test_without_a_sink_or_a_bos_text_stays_as_it_is(nano: Any) -> None:
     wired = load_model("wired")
     prompts = random_tokens(64, n=32, length=20)
     assert "it has no tokenizer" in find_condition(wired, prompts).summary
-    padded = text.left_padded()
+    padded = text.pad_left()
     assert "padded rows" in find_condition(nano, padded).summary
 
 
@@ -159,7 +159,7 @@ def test_c2_measures_the_same_in_either_condition(on_bos: Any) -> None:
     given = BosAblation().run(on_bos, from_ids(text.prepend(BOS).ids))
     assert given.metrics["loss_without_bos"].value == pytest.approx(plain.metrics["loss_without_bos"].value, abs=0.2)
     with pytest.raises(NotApplicable, match="padded"):
-        BosAblation().run(on_bos, text.left_padded())
+        BosAblation().run(on_bos, text.pad_left())
 
 
 def test_c3_fails_where_only_bos_is_the_sink(on_bos: Any, nano: Any) -> None:

@@ -74,7 +74,7 @@ def test_an_order_is_followed_until_it_is_seen_to_be_beyond(family_model: Any) -
 
 def test_padded_rows_have_the_losses_of_their_own_tokens(family_model: Any) -> None:
     model, prompts = family_model("llama", "bridge"), random_tokens(VOCAB, 2, 10, seed=2)
-    padded = prompts.left_padded([6, 10])
+    padded = prompts.pad_left([6, 10])
     run = zeroed(model, padded, {"mine": [(1, 1)]})["mine"]
     logits, _ = run_with_cache(model, prompts.ids[0, :6])
     assert run.losses[0, 0] == pytest.approx(np.mean(loss(logits[0], prompts.ids[0, :6])), abs=1e-5)

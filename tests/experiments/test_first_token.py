@@ -161,7 +161,7 @@ def test_the_neutral_token(tiny: Any, text: Any) -> None:
     newline = neutral_token(tiny, text)
     assert tiny.tokenizer.decode([newline]) == "\n"
     assert prefixes_of(tiny, text, FirstTokenConfig(steps=1, batch=2))[BOS] == tiny.tokenizer.bos_token_id
-    ids = from_ids(torch.tensor([[5, 9, 9, 8], [9, 5, 8, 5]])).left_padded([4, 2], pad_token=5)
+    ids = from_ids(torch.tensor([[5, 9, 9, 8], [9, 5, 8, 5]])).pad_left([4, 2], pad_token=5)
     # The padding does not count.
     assert neutral_token(wired_model(), ids) == 9
     assert BOS not in prefixes_of(wired_model(), random_tokens(64, 2, 24), FirstTokenConfig(steps=1, batch=2))
@@ -195,7 +195,7 @@ def test_where_there_is_nothing_to_vary_nothing_is_claimed() -> None:
             FirstToken().run(model, prompts)
     wired, rows = wired_model(), random_tokens(64, 8, 32)
     with pytest.raises(NotApplicable, match="without padding"):
-        FirstToken().run(wired, rows.left_padded([30] * 8))
+        FirstToken().run(wired, rows.pad_left([30] * 8))
     with pytest.raises(NotApplicable, match="at least 24 tokens, got 20"):
         FirstToken().run(wired, random_tokens(64, 8, 20))
 

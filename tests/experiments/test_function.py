@@ -179,7 +179,7 @@ def test_where_there_is_no_sink_nothing_is_claimed() -> None:
 
 def test_padded_and_short_rows_are_declined(family_model: Any) -> None:
     found = sink_of(family_model("gpt2", "hooked"))
-    padded = replace(found, prompts=found.prompts.left_padded(seed=1))
+    padded = replace(found, prompts=found.prompts.pad_left(seed=1))
     with pytest.raises(NotApplicable, match="without padding"):
         Function().measure_on(padded)
     with pytest.raises(NotApplicable, match="at least 8 tokens, got 7"):

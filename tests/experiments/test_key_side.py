@@ -87,7 +87,7 @@ def test_every_part_against_plain_loops(
 def test_padding_is_neither_query_nor_key(family_model: Callable[[str, str], Any]) -> None:
     model = family_model("qwen2", "bridge")
     prompts = random_tokens(96, n=2, length=9)
-    padded = prompts.left_padded([6, 8])
+    padded = prompts.pad_left([6, 8])
     mean = torch.randn(len(HEADS), describe(model).d_head)
     quantity = _parts_at(model, LAYER, HEADS, mean, 0)
     found = record(model, padded, quantity, cache=None)

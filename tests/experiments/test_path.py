@@ -208,7 +208,7 @@ def literal_score(
 
 def test_a_metric_at_p0_is_the_same_wherever_the_place_is(family_model: Any) -> None:
     model = family_model("llama", "bridge")
-    prompts = random_tokens(VOCAB, n=4, length=10).left_padded([10, 6, 8, 7])
+    prompts = random_tokens(VOCAB, n=4, length=10).pad_left([10, 6, 8, 7])
     metric = sink_score_of([(0, 1), (2, 2)])
     expected = measure(model, prompts, metric)
     torch.testing.assert_close(measure(model, prompts, at_p0(metric), torch.full((4,), 9)), expected)
@@ -266,7 +266,7 @@ def test_a_bounded_run_says_of_the_wired_model_what_a_thorough_one_says(wired: R
 
 def test_a_bounded_run_on_a_bridge_with_padded_rows() -> None:
     model = to_bridge(wired_huggingface("rotary"), "wired")
-    prompts = distinct(12, LENGTH).left_padded([LENGTH - row for row in range(12)])
+    prompts = distinct(12, LENGTH).pad_left([LENGTH - row for row in range(12)])
     result = CausalPath(CausalPathConfig(shifts=SHIFTS, most_edges=0)).run(model, prompts)
     assert result.judgement is not None and result.judgement.verdict == "reproduced"
     assert result.metrics["share_of_k_in_total_effect"].value == pytest.approx(1, abs=2e-3)

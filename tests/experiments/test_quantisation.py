@@ -195,7 +195,7 @@ def test_calibration_sees_all_rows_and_no_padding(
     with monkeypatch.context() as patch:
         patch.setattr("p0circuit.experiments.deployment.c18_quantisation.batch_size_for", lambda *_, **__: 4)
         in_batches = calibrated(model, CALIBRATING)
-    padded = calibrated(model, from_ids(CALIBRATING.ids).left_padded([7] * 6, seed=1))
+    padded = calibrated(model, from_ids(CALIBRATING.ids).pad_left([7] * 6, seed=1))
     short = calibrated(model, from_ids(CALIBRATING.ids[:, :7]))
     for one, other in ((in_batches, calibration), (padded, short)):
         for values in ("p0", "others"):
@@ -218,7 +218,7 @@ def test_errors_over_draws_of_calibration_rows(family_model: Any, calibration: C
 @pytest.mark.parametrize(("family", "backend"), [("gpt2", "hooked"), ("opt", "bridge"), ("olmoe", "bridge")])
 def test_padding_is_as_if_it_were_not_there(family: str, backend: str, family_model: Any) -> None:
     model, rows = family_model(family, backend), random_tokens(VOCAB, 4, 9, seed=2)
-    padded = from_ids(rows.ids).left_padded([7] * 4, seed=1)
+    padded = from_ids(rows.ids).pad_left([7] * 4, seed=1)
     plain = from_ids(rows.ids[:, :7])
     one, other = int8_effects(model, padded), int8_effects(model, plain)
     for scheme in (P0_IN, P0_KEPT, ANOTHER_KEPT):

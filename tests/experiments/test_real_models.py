@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from p0circuit.advice import YES, _look
+from p0circuit.advice import YES, sinks_by_condition
 from p0circuit.experiments.conditions import default_text
 from p0circuit.experiments.sink_condition import find_condition
 from p0circuit.experiments.sink_summary import after_bos, sink_summary
@@ -78,7 +78,7 @@ def test_smollm2_has_its_sink_in_text_as_it_is(smollm2: Any) -> None:
 def test_the_sink_of_gemma_depends_on_bos(gemma3: Any) -> None:
     text = natural_text(gemma3, "docs", n=16, length=48)
     condition = find_condition(gemma3, text)
-    assert condition.name == WITH_BOS and condition.prompts.leading(bos_id(gemma3) or -1).tolist() == [1] * 16
+    assert condition.name == WITH_BOS and condition.prompts.count_leading(bos_id(gemma3) or -1).tolist() == [1] * 16
     bare, after = (sink_summary(gemma3, rows, bos) for rows, bos in ((text, False), (condition.prompts, True)))
     assert bare["sink_rate_from_layer_2"] == 0 and after["sink_rate_from_layer_2"] > 0.65
     assert 24 < after["norm_ratio"][1] < 30 and max(bare["norm_ratio"]) < 2
@@ -95,6 +95,6 @@ def test_text_that_spells_bos_has_none(gemma3: Any, tmp_path: Path) -> None:
 
 def test_the_advice_names_a_few_of_many_heads(smollm2: Any) -> None:
     text = natural_text(smollm2, "docs", n=16, length=48)
-    bare, after = _look(smollm2, text)
+    bare, after = sinks_by_condition(smollm2, text)
     assert (bare.verdict, after.verdict) == (YES, YES)
     assert len(bare.heads) > 150 and bare.names.startswith(f"{len(bare.heads)} heads (attn.") and len(bare.names) < 120

@@ -166,7 +166,7 @@ def test_intervals_hold_their_values(result: Result) -> None:
 
 def test_padded_rows_have_no_profile(prompts: PromptSet) -> None:
     with pytest.raises(NotApplicable, match="padded"):
-        Recognition().run(wired_model(), prompts.left_padded())
+        Recognition().run(wired_model(), prompts.pad_left())
 
 
 @pytest.mark.parametrize(("name", "checkpoint"), [("wired-decoy", None), ("p0-nano", 0)])

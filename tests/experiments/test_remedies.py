@@ -135,7 +135,7 @@ def test_what_a_model_cannot_take_is_left_out() -> None:
     base, remedies = mitigations_for(model, prompts, ["attn.3.1"], "with BOS", torch.zeros(128), [])
     bos = model.tokenizer.bos_token_id
     assert base == BEHIND_BOS and remedies[KEY_HIDDEN].prefix == bos and remedies[AS_IS].prefix is None
-    padded = prompts.left_padded([30] * 4)
+    padded = prompts.pad_left([30] * 4)
     assert WINDOW not in mitigations_for(model, padded, ["attn.3.1"], "without BOS", None, notes)[1]
     assert any("padded" in note for note in notes)
 
@@ -170,7 +170,7 @@ def test_where_there_is_no_sink_there_is_nothing_to_remedy() -> None:
             Mitigations().run(model, prompts)
     wired = wired_model()
     with pytest.raises(NotApplicable, match="without padding"):
-        Mitigations().run(wired, random_tokens(64, 8, 32).left_padded([30] * 8))
+        Mitigations().run(wired, random_tokens(64, 8, 32).pad_left([30] * 8))
     with pytest.raises(NotApplicable, match="at least 24 tokens, got 20"):
         Mitigations().run(wired, random_tokens(64, 8, 20))
     result = Mitigations(SMALL).run(wired, random_tokens(64, 16, 26))

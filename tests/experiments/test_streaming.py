@@ -144,7 +144,7 @@ def test_what_cannot_be_followed_is_not_applicable(family_model: Any) -> None:
     with pytest.raises(NotApplicable, match="ALiBi"):
         decoded(family_model("bloom", "bridge"), prompts, 5, [(0,)])
     with pytest.raises(NotApplicable, match="padded"):
-        Streaming().measure(family_model("llama", "bridge"), prompts.left_padded(seed=1))
+        Streaming().measure(family_model("llama", "bridge"), prompts.pad_left(seed=1))
 
 
 def test_costs_are_those_of_the_late_predictions() -> None:

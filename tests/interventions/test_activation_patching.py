@@ -50,7 +50,7 @@ needs_hooked = pytest.mark.skipif(not has_hooked_transformer(), reason="this Tra
 TOKENS = random_tokens(VOCAB, n=3, length=9, seed=1)
 SHIFT = 4
 PAIR = shift_prompts(TOKENS, SHIFT, VOCAB)
-PADDED = shift_prompts(TOKENS.left_padded([9, 6, 7]), SHIFT, VOCAB)
+PADDED = shift_prompts(TOKENS.pad_left([9, 6, 7]), SHIFT, VOCAB)
 SINK = sink_score_of([1, (2, 0), (2, 3)])
 
 
@@ -312,7 +312,7 @@ def test_what_comes_later_does_not_reach_p0(model):
 @needs_hooked
 def test_any_shape_grouping_and_padding(heads, rotary, window, pads, length, shift, offset, direction, at_once, seed):
     model = tiny_model(*heads, rotary, window, seed)
-    prompts = random_tokens(13, n=len(pads), length=length, seed=seed).left_padded([length - pad for pad in pads])
+    prompts = random_tokens(13, n=len(pads), length=length, seed=seed).pad_left([length - pad for pad in pads])
     pair = shift_prompts(prompts, shift, 13, seed)
     nodes = [
         "embed",

@@ -30,7 +30,7 @@ from p0circuit.models.hooked_transformer import has_hooked_transformer
 from p0circuit.prompts import from_ids, random_tokens
 from tests.families import CASES, VOCAB
 
-PROMPTS = random_tokens(VOCAB, n=3, length=10, seed=1).left_padded([10, 7, 4])
+PROMPTS = random_tokens(VOCAB, n=3, length=10, seed=1).pad_left([10, 7, 4])
 PAIR = shift_prompts(PROMPTS, 4, VOCAB)
 SINK = sink_score_of([1, 2])
 
@@ -56,7 +56,7 @@ def stream_at_p0(layer, width):
     weights = torch.randn(width, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 
     def read(stream, rows):
-        return stream[torch.arange(len(stream)), rows.place] @ weights.to(stream)
+        return stream[torch.arange(len(stream)), rows.position] @ weights.to(stream)
 
     return Metric("a linear function", (Reading(f"blocks.{layer}.hook_resid_post", read),), lambda reading: reading)
 

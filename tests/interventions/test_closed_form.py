@@ -67,7 +67,7 @@ def test_in_float64_they_agree_to_1e_10(family_model, name):
 @torch.no_grad()
 def test_any_shape_and_padding(grouped_model, length, rows, shift, seed, padded):
     prompts = random_tokens(VOCAB, n=rows, length=length, seed=seed)
-    prompts = prompts.left_padded(seed=seed) if padded else prompts
+    prompts = prompts.pad_left(seed=seed) if padded else prompts
     senders = [Node("mlp", 0), Node("head", 1, 3)]
     values = patch_values(grouped_model, shift_prompts(prompts, shift, VOCAB, seed), senders)
     edges = key_edges(grouped_model, prompts, senders, values)

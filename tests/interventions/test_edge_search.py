@@ -89,7 +89,7 @@ def test_exact_effects_are_those_of_path_patching_in_every_family(family_model, 
 def test_an_edge_into_k_of_the_last_sink_heads_is_estimated_exactly(family_model):
     """Nothing is downstream of them, so their own score is all there is, and it is in closed form."""
     model = family_model("llama-grouped")
-    prompts = random_tokens(VOCAB, n=3, length=10, seed=2).left_padded([10, 7, 9])
+    prompts = random_tokens(VOCAB, n=3, length=10, seed=2).pad_left([10, 7, 9])
     senders = [Node("mlp", 0), Node("head", 1, 2), Node("mlp", 1)]
     values = patch_values(model, shift_prompts(prompts, 3, VOCAB), senders)
     search = search_edges(model, prompts, senders, receivers_of(model, [2], ["k"]), values, [(2, 1), (2, 2)], 1e-9)

@@ -77,7 +77,7 @@ def test_an_expert_taken_away_writes_nothing(family_model: Model, case: tuple[st
 @pytest.mark.parametrize("padded", [False, True])
 def test_at_one_position_it_is_gone_there_alone(family_model: Model, case: tuple[str, str], padded: bool) -> None:
     model, prompts = family_model(*case), random_tokens(96, n=5, length=8)
-    prompts = prompts.left_padded([8, 5, 3, 6, 4]) if padded else prompts
+    prompts = prompts.pad_left([8, 5, 3, 6, 4]) if padded else prompts
     rows, layer, number = torch.arange(prompts.n), 1, 2
     _, whole = outputs(model, prompts, layer)
     seen: list[torch.Tensor] = []

@@ -16,7 +16,7 @@ NODES = ["embed", "attn.0", "attn.1.2", "mlp.1", "neuron.0.17", "resid_post.2"]
 @pytest.mark.parametrize("padded", [False, True])
 def test_rows_one_at_a_time_give_what_all_at_once_give(monkeypatch: pytest.MonkeyPatch, padded: bool) -> None:
     model, prompts = wired_model(), random_tokens(64, n=5, length=12)
-    prompts = prompts.left_padded([12, 5, 9, 3, 7]) if padded else prompts
+    prompts = prompts.pad_left([12, 5, 9, 3, 7]) if padded else prompts
     pair = shift_prompts(prompts, 3, 64)
     last = torch.full((5,), 11)
 

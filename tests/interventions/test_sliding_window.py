@@ -255,7 +255,7 @@ def test_refusals_say_why(family_model: Callable[[str, str], Any], prompts: Prom
         with pytest.raises(InterventionError, match=words):
             streamed(family_model(name, "bridge"), prompts, (0,), WINDOW)
     with pytest.raises(InterventionError, match="padded"):
-        streamed(llama, prompts.left_padded(seed=1), (0,), WINDOW)
+        streamed(llama, prompts.pad_left(seed=1), (0,), WINDOW)
     with pytest.raises(InterventionError, match="window = 0"):
         streamed(llama, prompts, (0,), 0)
     for kept in ((0, 0), (-1,), (T,)):

@@ -28,7 +28,8 @@ from p0circuit.recording.batch_size import ATTENTION_COPIES
 from p0circuit.recording.fingerprint import weights_fingerprint
 from p0circuit.recording.quantities import NORM_RATIO, SINK_SCORE, TOKEN_LOSSES, Quantity, residual_at
 from p0circuit.recording.record import record
-from p0circuit.training.trace import measure_checkpoint, trace
+from p0circuit.training.checkpoint_measurement import measure_checkpoint
+from p0circuit.training.trace import trace
 from tests.families import FAMILIES, write
 
 G = 2**30

@@ -462,6 +462,7 @@ def receive(weights: dict[str, Tensor], clean: dict[str, Tensor], receiver: str,
     return edit(f"{block}attn.hook_{rest[1]}", lambda x: by_head(x)[:, 0, head].copy_(value))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize("pair", ["shifted", "zero"])
 def test_brute_force_path_patching_finds_the_true_edges_and_no_others(positions: Positions, pair: str) -> None:

@@ -39,8 +39,9 @@ from p0circuit.recording.quantities import SINK_SCORE
 from p0circuit.recording.record import record
 from p0circuit.results import Result
 from p0circuit.sink import CIRCUIT_BLOCKS
+from p0circuit.training.checkpoint_measurement import causal_concentration, measure_checkpoint
 from p0circuit.training.runs import as_trained, shipped_runs
-from p0circuit.training.trace import Trace, causal_concentration, measure_checkpoint
+from p0circuit.training.trace import Trace
 from tests.notebooks.command import ROOT, p0circuit
 
 SAMPLES = 32

@@ -224,7 +224,7 @@ def test_a_failing_cell_is_named(tmp_path: Path) -> None:
     assert done.returncode == 1
     said = " ".join(done.stderr.split())
     assert "error: 00_tour: cell 4 (from p0circuit.course.page import Page, open_model, read_prompts) failed" in said
-    assert "P0Error: prompts need at least 1 row, got n = 0" in said
+    assert "P0Error: expected at least 1 prompt, got n = 0" in said
     assert (tmp_path / "here" / "00_tour.ipynb").is_file()
 
 

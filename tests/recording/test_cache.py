@@ -199,7 +199,7 @@ def test_other_models_prompts_and_parameters_are_other_entries(model: Any, promp
     assert fresh(wired_model(dtype=torch.float64), prompts, SINK_SCORE)
     assert fresh(model, random_tokens(64, n=3, length=8, seed=1), SINK_SCORE)
     assert fresh(model, prompts.subset([2, 1, 0]), SINK_SCORE)
-    assert fresh(model, prompts.left_padded([8, 8, 7]), SINK_SCORE)
+    assert fresh(model, prompts.pad_left([8, 8, 7]), SINK_SCORE)
     assert fresh(model, prompts, score_at(1))
     assert fresh(model, prompts, score_at(2))
     assert fresh(model, prompts, quantities.residual_at(1))

@@ -116,7 +116,7 @@ def test_every_quantity_equals_its_literal_computation(model: Any, prompts: Prom
 
 def test_left_padding_changes_no_quantity(model: Any, prompts: PromptSet) -> None:
     lengths = [LENGTH, 7, 5, 6]
-    padded = prompts.left_padded(lengths, pad_token=7)
+    padded = prompts.pad_left(lengths, pad_token=7)
     what = all_quantities(model)
     recording = record(model, padded, what, cache=None)
     for row, length in enumerate(lengths):
@@ -231,7 +231,7 @@ def test_positions_and_ids_that_do_not_exist_are_refused(llama: Any, prompts: Pr
     with pytest.raises(ValueError, match=r"position 9 lies outside .* expected 0 to 8"):
         record(llama, prompts, score_at(LENGTH))
     with pytest.raises(ValueError, match=r"position 5 lies outside .* expected 0 to 4"):
-        record(llama, prompts.left_padded([9, 9, 5, 9]), score_at(5))
+        record(llama, prompts.pad_left([9, 9, 5, 9]), score_at(5))
     with pytest.raises(ValueError, match=r"must lie in 0\.\.95"):
         record(llama, from_ids([[1, VOCAB]]), quantities.SINK_SCORE)
 
@@ -246,7 +246,7 @@ def test_values_that_are_no_numbers_are_refused_by_name(
         weight.fill_(torch.nan)
     for quantity in (quantities.NORM_RATIO, quantities.TOKEN_LOSSES):
         with pytest.raises(FloatingPointError, match=quantity.name):
-            record(model, prompts.left_padded([9, 5, 5, 5]), quantity)
+            record(model, prompts.pad_left([9, 5, 5, 5]), quantity)
     assert not Cache().entries()
 
 

@@ -47,19 +47,24 @@ from p0circuit.prompts import from_ids, random_tokens, tokenized_text
 from p0circuit.recording.quantities import NORM_RATIO, SINK_SCORE, residual_at, score_at
 from p0circuit.recording.record import record
 from p0circuit.sink import CONTROL, TIMES_UNIFORM, sink_heads, uniform_excess
-from p0circuit.training.live_measurement import SHIFT, Measurement, decoder_of, undisturbed
-from p0circuit.training.monitor import COLUMNS, P0Monitor, P0TrainerCallback, formation, read_readings
-from p0circuit.training.trace import measure_checkpoint
-from p0circuit.training.trainer import save_model
-from p0circuit.training.variants import VARIANTS, build_model
+from p0circuit.training.build import build_model
+from p0circuit.training.callbacks import P0TrainerCallback
+from p0circuit.training.checkpoint_measurement import measure_checkpoint
+from p0circuit.training.decoder import decoder_of
+from p0circuit.training.live_measurement import SHIFT, Measurement
+from p0circuit.training.model_state import preserve_model_state
+from p0circuit.training.monitor import P0Monitor
+from p0circuit.training.readings import COLUMNS, formation_stage, read_readings
+from p0circuit.training.run_files import save_model
+from p0circuit.training.variants import VARIANTS
 
 VOCAB = 64
 SIZE = {"num_hidden_layers": 3, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48}
 LLAMA = {**SIZE, "vocab_size": VOCAB, "max_position_embeddings": 64, "attention_dropout": 0.2}
-PROBE = random_tokens(VOCAB, n=6, length=20, seed=3)
+PROMPTS = random_tokens(VOCAB, n=6, length=20, seed=3)
 SHORT = random_tokens(VOCAB, n=12, length=10, seed=4)
 """So short that heads without a preference are about at the threshold, some above it."""
-SMALL = {"layers": 3, "d_model": 32, "heads": 4, "d_mlp": 48, "vocab_size": VOCAB, "length": 64}
+SMALL = {"n_layers": 3, "d_model": 32, "n_heads": 4, "d_mlp": 48, "vocab_size": VOCAB, "length": 64}
 
 
 def sharp(model: nn.Module) -> nn.Module:
@@ -92,8 +97,8 @@ def mistral() -> MistralForCausalLM:
 def variant(name: str) -> nn.Module:
     config = replace(VARIANTS[name], **SMALL)
     model = sharp(build_model(config))
-    if config.changes:
-        edit_hf_model(model, config.changes, gates_of(model))
+    if config.architecture_edits:
+        edit_hf_model(model, config.architecture_edits, gates_of(model))
     return model
 
 
@@ -161,7 +166,7 @@ def test_the_numbers_of_p0_nano_are_those_of_the_package():
     prompts = tokenized_text(tokenizer, "english", n=32, length=64, seed=5)
     same_numbers(reading, by_the_package(load_model("p0-nano"), prompts))
     assert reading.sink_rate_from_layer_2 > 0.2 and reading.concentration_causal > 0.8
-    assert reading.probe == prompts.fingerprint()[:12]
+    assert reading.prompts_fingerprint == prompts.fingerprint()[:12]
 
 
 @pytest.mark.parametrize("step", [4339, 20000])
@@ -169,7 +174,7 @@ def test_a_reading_is_the_row_of_a_trace(step):
     folder = data_dir() / "models" / "p0-nano"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder / "trace" / f"step-{step:06d}", dtype=torch.float32)
-    reading = asdict(P0Monitor(tokenizer=tokenizer, rows=8, seed=5).read(model, step))
+    reading = asdict(P0Monitor(tokenizer=tokenizer, n=8, seed=5).read(model, step))
     prompts = tokenized_text(tokenizer, "english", n=8, length=64, seed=5)
     row = measure_checkpoint(load_model("p0-nano", checkpoint=step), prompts)
     both = reading.keys() & row.keys()
@@ -187,14 +192,14 @@ def test_the_numbers_of_the_variants_are_those_of_the_package(name, tmp_path):
 
 
 def test_no_gain_and_no_later_layers_are_no_number():
-    reading = P0Monitor(PROBE).read(sharp(llama(num_hidden_layers=1)), 0)
+    reading = P0Monitor(PROMPTS).read(sharp(llama(num_hidden_layers=1)), 0)
     assert reading.sink_rate_from_layer_2 is None and reading.concentration_causal is None
     model = llama()
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "o_proj" in name or "down_proj" in name:
                 weight.zero_()
-    reading = P0Monitor(PROBE).read(model, 0)
+    reading = P0Monitor(PROMPTS).read(model, 0)
     assert reading.concentration_observed is None
     assert reading.sink_rate_from_layer_2 == 0 and reading.concentration_causal is None
     assert "p0/concentration_causal" not in reading.numbers()
@@ -232,8 +237,8 @@ class Plain(nn.Module):
 @pytest.mark.parametrize("grouped", [False, True])
 def test_a_model_of_ones_own_is_read_through_torchs_attention(grouped):
     model = sharp(Plain(grouped))
-    reading = P0Monitor(PROBE).read(model, 0)
-    scores, x = [], model.parts["embed"](PROBE.ids)
+    reading = P0Monitor(PROMPTS).read(model, 0)
+    scores, x = [], model.parts["embed"](PROMPTS.ids)
     for block in model.parts["blocks"]:
         y = block.norm(x)
         q, k = (f(y).unflatten(-1, (-1, 8)).transpose(1, 2) for f in (block.q, block.k))
@@ -250,20 +255,20 @@ def test_a_model_of_ones_own_is_read_through_torchs_attention(grouped):
 
 
 def test_formation_is_three_readings_in_a_row_above_the_threshold():
-    assert formation([], 0.1) == ("none", None)
-    assert formation([(0, 0.0), (100, 0.1)], 0.1) == ("none", None)
-    assert formation([(0, 0.0), (100, 0.2)], 0.1) == ("forming", None)
+    assert formation_stage([], 0.1) == ("none", None)
+    assert formation_stage([(0, 0.0), (100, 0.1)], 0.1) == ("none", None)
+    assert formation_stage([(0, 0.0), (100, 0.2)], 0.1) == ("forming", None)
     rising = [(0, 0.0), (100, 0.2), (200, 0.3), (300, 0.3)]
-    assert formation(rising[:3], 0.1) == ("forming", None)
-    assert formation(rising, 0.1) == ("formed", 100)
-    assert formation([*rising, (400, 0.05)], 0.1) == ("none", None)
-    assert formation([*rising, (400, 0.05), (500, 0.2), (600, 0.2), (700, 0.2)], 0.1) == ("formed", 500)
-    assert formation([(0, 0.2), (100, float("nan"))], 0.1) == ("none", None)
+    assert formation_stage(rising[:3], 0.1) == ("forming", None)
+    assert formation_stage(rising, 0.1) == ("formed", 100)
+    assert formation_stage([*rising, (400, 0.05)], 0.1) == ("none", None)
+    assert formation_stage([*rising, (400, 0.05), (500, 0.2), (600, 0.2), (700, 0.2)], 0.1) == ("formed", 500)
+    assert formation_stage([(0, 0.2), (100, float("nan"))], 0.1) == ("none", None)
 
 
 def test_p0_nano_counts_as_formed_and_an_untrained_model_does_not():
     trained = AutoModelForCausalLM.from_pretrained(data_dir() / "models" / "p0-nano", dtype=torch.float32)
-    for model, status in ((trained, "formed since step 0"), (build_model(replace(VARIANTS["baseline"])), "none")):
+    for model, status in ((trained, "emerged at step 0"), (build_model(replace(VARIANTS["baseline"])), "none")):
         monitor = P0Monitor()
         for step in (0, 100, 200):
             monitor.step(model, step)
@@ -282,7 +287,7 @@ def batches(steps: int, length: int = 20):
 
 
 def train(model, monitor=None, steps=50, every_module=()):
-    """Train a model for some steps, and return everything of the process that a probe could have changed."""
+    """Train a model for some steps, and return everything of the process that a measurement could have changed."""
     torch.manual_seed(11), random.seed(11), np.random.seed(11)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     model.train()
@@ -369,7 +374,7 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_training_is_bit_identical_with_and_without(name, caplog):
-    monitor = P0Monitor(PROBE, every=10)
+    monitor = P0Monitor(PROMPTS, every=10)
     model = CASES[name]()
     watched = train(model, monitor, every_module=list(decoder_of(model).layers[1:2]))
     model = CASES[name]()
@@ -388,7 +393,7 @@ def test_probing_does_not_compile_again():
         return graph.forward
 
     model = torch.compile(llama(), backend=backend)
-    monitor = P0Monitor(PROBE, every=2)
+    monitor = P0Monitor(PROMPTS, every=2)
     ids = batches(1)[0]
     model(ids).logits.sum().backward()
     first = len(compiled)
@@ -400,7 +405,7 @@ def test_probing_does_not_compile_again():
 
 def test_layers_compiled_one_by_one_and_in_place_are_read():
     plain = sharp(llama())
-    expected = P0Monitor(PROBE).read(plain, 0)
+    expected = P0Monitor(PROMPTS).read(plain, 0)
     parts = copy.deepcopy(plain)
     for number, layer in enumerate(parts.model.layers):
         parts.model.layers[number] = torch.compile(layer, backend="eager")
@@ -408,10 +413,10 @@ def test_layers_compiled_one_by_one_and_in_place_are_read():
     whole.compile(backend="eager")
     for model in (parts, whole):
         model(batches(1)[0])
-        assert P0Monitor(PROBE).read(model, 0) == expected
+        assert P0Monitor(PROMPTS).read(model, 0) == expected
 
 
-def test_everything_is_put_back_when_the_probe_breaks_off():
+def test_everything_is_restored_when_a_measurement_is_interrupted():
     model = llama()
     model.model.layers[1].eval()
     modes = [module.training for module in model.modules()]
@@ -424,7 +429,7 @@ def test_everything_is_put_back_when_the_probe_breaks_off():
         raise KeyboardInterrupt
 
     handle = model.model.layers[2].mlp.register_forward_pre_hook(interrupt)
-    monitor = P0Monitor(PROBE)
+    monitor = P0Monitor(PROMPTS)
     with pytest.raises(KeyboardInterrupt):
         monitor.step(model, 0)
     handle.remove()
@@ -440,24 +445,24 @@ def test_at_most_one_layers_attention_is_held():
     for layer in model.model.layers:
         layer.self_attn.register_forward_hook(lambda module, args, output: held.append(weakref.ref(output[1])))
         layer.register_forward_hook(lambda *call: alive.append(sum(reference() is not None for reference in held)))
-    P0Monitor(PROBE).read(model, 0)
+    P0Monitor(PROMPTS).read(model, 0)
     assert len(held) >= 3 and max(alive) <= 1
 
 
-def test_autocast_around_the_probe_does_not_leave_weights_without_gradients():
+def test_autocast_around_a_measurement_does_not_leave_weights_without_gradients():
     model, ids = llama(), batches(1)[0]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        reading = P0Monitor(PROBE).read(model, 0)
+        reading = P0Monitor(PROMPTS).read(model, 0)
         model(ids).logits.float().sum().backward()
     assert all(weight.grad is not None for weight in model.parameters())
-    assert reading == P0Monitor(PROBE).read(model, 0)
+    assert reading == P0Monitor(PROMPTS).read(model, 0)
 
 
 def test_undisturbed_keeps_what_replaced_a_buffer():
     module = nn.Module()
     module.register_buffer("table", torch.arange(3.0))
     table = module.table
-    with undisturbed(module):
+    with preserve_model_state(module):
         module.table += 1
         module.table = torch.ones(5)
     assert module.table is table and torch.equal(table, torch.arange(3.0))
@@ -469,7 +474,7 @@ def test_undisturbed_keeps_what_replaced_a_buffer():
 @pytest.mark.parametrize("fails", ["the weights", "the log", "the file"])
 def test_what_fails_is_told_and_costs_nothing_else(fails, tmp_path, caplog):
     model, path, logged = llama(), tmp_path / "logs" / "p0.csv", []
-    monitor = P0Monitor(PROBE, every=1, csv=path)
+    monitor = P0Monitor(PROMPTS, every=1, csv=path)
     embedding = model.model.embed_tokens.weight.data.clone()
 
     def log(numbers):
@@ -507,22 +512,22 @@ def test_reading_at_once_raises_what_fails(tmp_path):
     model = llama()
     (tmp_path / "file").write_text("")
     with pytest.raises(FileExistsError):
-        P0Monitor(PROBE, csv=tmp_path / "file" / "p0.csv").read(model, 0)
+        P0Monitor(PROMPTS, csv=tmp_path / "file" / "p0.csv").read(model, 0)
     model.model.embed_tokens.weight.data.fill_(torch.nan)
     with pytest.raises(FloatingPointError, match="not finite"):
-        P0Monitor(PROBE).read(model, 0)
+        P0Monitor(PROMPTS).read(model, 0)
 
 
 def test_what_is_no_causal_language_model_is_refused():
     bert = BertForMaskedLM(BertConfig(vocab_size=VOCAB, max_position_embeddings=64, **SIZE))
     with pytest.raises(ModelError, match=r"BertForMaskedLM attends to later positions.*not an encoder"):
-        P0Monitor(PROBE).read(bert, 0)
+        P0Monitor(PROMPTS).read(bert, 0)
     sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
     bart = BartConfig(
         vocab_size=VOCAB, encoder_attention_heads=4, decoder_attention_heads=4, pad_token_id=0, eos_token_id=1, **sizes
     )
     with pytest.raises(ModelError, match="encoder-decoder"):
-        P0Monitor(PROBE).read(BartForConditionalGeneration(bart), 0)
+        P0Monitor(PROMPTS).read(BartForConditionalGeneration(bart), 0)
     with pytest.raises(
         ModelError, match=r"no decoder layers found in Linears; expected an nn\.ModuleList.*found embed_first, first"
     ):
@@ -541,33 +546,33 @@ def test_layers_that_do_not_run_and_attention_that_is_not_seen_are_errors():
     model.parts["blocks"].append(Block(False))
     model.forward = lambda ids: model.parts["blocks"][0](model.parts["embed"](ids))
     with pytest.raises(ModelError, match=r"has 4 layers and ran \[0\]"):
-        P0Monitor(PROBE).read(model, 0)
+        P0Monitor(PROMPTS).read(model, 0)
     model = Plain()
     for number in range(3):
         model.parts["blocks"][number] = nn.Linear(32, 32)
     with pytest.raises(ModelError, match="no attention seen in Plain"):
-        P0Monitor(PROBE).read(model, 0)
+        P0Monitor(PROMPTS).read(model, 0)
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"probe": PROBE.left_padded([5] * 6)}, "padded"),
-        ({"probe": torch.zeros(1, 20, dtype=torch.long)}, "1 rows of 20"),
-        ({"probe": torch.zeros(4, 8, dtype=torch.long)}, "4 rows of 8"),
+        ({"prompts": PROMPTS.pad_left([5] * 6)}, "padded"),
+        ({"prompts": torch.zeros(1, 20, dtype=torch.long)}, "1 prompts of 20"),
+        ({"prompts": torch.zeros(4, 8, dtype=torch.long)}, "4 prompts of 8"),
         ({"every": 0}, "every must be at least 1"),
     ],
 )
-def test_a_probe_that_cannot_be_read_is_refused(given, message):
+def test_prompts_that_cannot_be_read_are_refused(given, message):
     with pytest.raises(ValueError, match=message):
         P0Monitor(**given)
 
 
-def test_a_probe_for_another_model_is_refused():
+def test_prompts_for_another_model_are_refused():
     with pytest.raises(ValueError, match="outside the vocabulary of 64"):
-        P0Monitor(PROBE.ids + 60).read(llama(), 0)
+        P0Monitor(PROMPTS.ids + 60).read(llama(), 0)
     with pytest.raises(ModelError, match="20 tokens and LlamaForCausalLM reads 16"):
-        P0Monitor(PROBE).read(llama(max_position_embeddings=16), 0)
+        P0Monitor(PROMPTS).read(llama(max_position_embeddings=16), 0)
     assert P0Monitor().read(llama(max_position_embeddings=16), 0).step == 0
 
 
@@ -576,7 +581,7 @@ def test_a_probe_for_another_model_is_refused():
 
 def test_a_run_that_is_started_again_goes_on_with_its_file(tmp_path, caplog):
     path, model = tmp_path / "logs" / "p0.csv", sharp(llama())
-    whole = P0Monitor(PROBE, every=10, csv=path)
+    whole = P0Monitor(PROMPTS, every=10, csv=path)
     for step in range(51):
         whole.step(model, step)
     table = path.read_text()
@@ -586,7 +591,7 @@ def test_a_run_that_is_started_again_goes_on_with_its_file(tmp_path, caplog):
 
     # Killed while it wrote step 50, and started again at 30: the rest is superseded, and nothing is lost.
     path.write_text(table[:-9])
-    again = P0Monitor(PROBE, every=10, csv=path)
+    again = P0Monitor(PROMPTS, every=10, csv=path)
     assert [reading.step for reading in again.readings] == [0, 10, 20, 30, 40]
     for step in range(30, 51):
         again.step(model, step)
@@ -600,7 +605,7 @@ def test_a_file_of_something_else_is_left_alone(tmp_path):
     path = tmp_path / "loss.csv"
     path.write_text("step,loss\n1,2.0\n")
     with pytest.raises(ValueError, match=r"loss\.csv.*not a file of P0Monitor"):
-        P0Monitor(PROBE, csv=path)
+        P0Monitor(PROMPTS, csv=path)
     assert path.read_text() == "step,loss\n1,2.0\n"
 
 
@@ -642,7 +647,7 @@ def hf_run(folder, steps=50, resume=None, precision=None, **monitored):
     )
     rows = [{"input_ids": row, "labels": row} for row in torch.cat(batches(15)).unbind()]
     trainer = Trainer(llama(), arguments, train_dataset=rows, callbacks=[watch])
-    monitor = P0Monitor(PROBE, **monitored) if monitored else None
+    monitor = P0Monitor(PROMPTS, **monitored) if monitored else None
     if monitor is not None:
         monitor.attach(trainer)
     trainer.train(resume_from_checkpoint=resume)
@@ -687,21 +692,23 @@ def test_a_sink_that_hangs_on_bos_is_seen_behind_it():
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     found = {}
     for first in ("text", "bos"):
-        monitor = P0Monitor(tokenizer=tokenizer, text="code", first=first, every=1)
+        monitor = P0Monitor(tokenizer=tokenizer, text="code", first_token=first, every=1)
         assert all(monitor.step(model.float(), step) is not None for step in range(3))
         found[first] = monitor.status
-    assert found == {"text": "none", "bos": "formed since step 0"}
+    assert found == {"text": "none", "bos": "emerged at step 0"}
 
 
-def test_the_trainers_tokenizer_makes_the_probe(tiny_model_dir, tmp_path):
+def test_the_trainers_tokenizer_makes_the_prompts(tiny_model_dir, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
     arguments = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
     trainer = Trainer(model, arguments, processing_class=tokenizer)
-    monitor = P0Monitor(rows=4, length=16, seed=2)
+    monitor = P0Monitor(n=4, length=16, seed=2)
     monitor.attach(trainer)
     assert any(isinstance(callback, P0TrainerCallback) for callback in trainer.callback_handler.callbacks)
-    assert monitor.read(model, 0).probe == tokenized_text(tokenizer, "english", 4, 16, 2).fingerprint()[:12]
+    assert (
+        monitor.read(model, 0).prompts_fingerprint == tokenized_text(tokenizer, "english", 4, 16, 2).fingerprint()[:12]
+    )
 
 
 @pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])
@@ -737,7 +744,7 @@ def test_lightning(package, tmp_path):
         trainer.fit(module, DataLoader(torch.cat(batches(30)), batch_size=4, shuffle=True))
         return module, logger
 
-    monitor = P0Monitor(PROBE, every=5, csv=tmp_path / "p0.csv")
+    monitor = P0Monitor(PROMPTS, every=5, csv=tmp_path / "p0.csv")
     module, logger = fit(monitor)
     alone, _ = fit(None)
     for name, weight in module.state_dict().items():
@@ -775,7 +782,7 @@ def train(monitor):
         optimizer.step()
     return [*model.parameters(), torch.rand(3)]
 
-monitor = P0Monitor(every=2, rows=4, length=16, csv=f"{folder}/p0.csv")
+monitor = P0Monitor(every=2, n=4, length=16, csv=f"{folder}/p0.csv")
 for watched, alone in zip(train(monitor), train(None), strict=True):
     assert torch.equal(watched, alone)
 assert len(monitor.readings) == (3 if rank == 0 else 0)
@@ -797,7 +804,7 @@ def test_two_processes_of_which_the_first_reads(tmp_path):
     assert [reading.step for reading in read_readings(tmp_path / "p0.csv")] == [0, 2, 4]
 
 
-def test_given_ids_are_a_probe_too():
+def test_token_ids_can_be_given_as_prompts():
     model = sharp(llama())
-    given, made = P0Monitor(PROBE.ids).read(model, 0), P0Monitor(from_ids(PROBE.ids)).read(model, 0)
+    given, made = P0Monitor(PROMPTS.ids).read(model, 0), P0Monitor(from_ids(PROMPTS.ids)).read(model, 0)
     assert given == made

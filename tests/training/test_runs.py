@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from p0circuit.sink import least_excess
-from p0circuit.training.runs import LENGTH, Run, as_trained, keep_run, of_variant, seeds_in_common, shipped_runs
+from p0circuit.training.runs import LENGTH, Run, as_trained, of_variant, save_run, seeds_in_common, shipped_runs
 from p0circuit.training.variants import VARIANTS
 
 STEPS = np.array([0, 10, 100, 1000])
@@ -41,13 +41,13 @@ def test_a_trace_is_put_into_the_table_of_its_run(tmp_path):
     path = tmp_path / "runs" / "mine-3.csv"
     text, bos = (table(np.full(4, score)).assign(first=first) for score, first in ((0.01, "text"), (0.5, "bos")))
     for lines in (text, bos, text.assign(excess=0.02)):
-        assert keep_run(path, lines) == path
+        assert save_run(path, lines) == path
     runs = {run.first: run for run in shipped_runs(tmp_path / "runs")}
     assert runs["bos"].name == "mine-3" and runs["bos"]["excess"].tolist() == [0.5] * 4
     assert runs["text"]["excess"].tolist() == [0.02] * 4
     for wrong in ("mine.csv", "mine-3.json"):
         with pytest.raises(ValueError, match="not named"):
-            keep_run(tmp_path / wrong, bos)
+            save_run(tmp_path / wrong, bos)
 
 
 def test_runs_are_seen_as_they_were_trained(tmp_path):

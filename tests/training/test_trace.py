@@ -16,17 +16,11 @@ from p0circuit.models import ModelError, describe, forward, load_model, metadata
 from p0circuit.prompts import natural_text, random_tokens
 from p0circuit.recording.quantities import RESIDUAL_NORMS, SINK_SCORE
 from p0circuit.recording.record import record
+from p0circuit.training.checkpoint_measurement import INDUCTION, causal_concentration, measure_checkpoint
+from p0circuit.training.checkpoints import checkpoints_of, tokens_seen
 from p0circuit.training.formation import change_points, formation_index, lost_share, observed_concentration, stages
-from p0circuit.training.runs import shipped_kinds
-from p0circuit.training.trace import (
-    INDUCTION,
-    Trace,
-    causal_concentration,
-    checkpoints_of,
-    measure_checkpoint,
-    tokens_seen,
-    trace,
-)
+from p0circuit.training.runs import shipped_runs_by_first
+from p0circuit.training.trace import Trace, trace
 
 STEPS = (0, 4339, 20000)
 
@@ -47,7 +41,7 @@ def prompts_for(model):
     ],
 )
 def test_formation_is_where_it_stays_above_half_its_final_value(curve, expected):
-    assert formation_index(np.array(curve), least=0.05) == expected
+    assert formation_index(np.array(curve), threshold=0.05) == expected
 
 
 def test_change_points_are_found_where_they_were_made():
@@ -283,14 +277,14 @@ def test_the_place_of_a_run_is_that_of_a_model(run, monkeypatch):
 
 
 def test_a_shipped_table_is_a_trace_too():
-    for first, run in shipped_kinds("tnlm-0").items():
+    for first, run in shipped_runs_by_first("tnlm-0").items():
         found = Trace.of(run)
         assert first in ("text", "bos") and found.model == "tnlm-0"
         assert found.formation == run.formation and list(found.excess) == list(run["excess"])
         told = json.loads(json.dumps(found.to_json(), allow_nan=False))
         assert told["checkpoints"][0]["step"] == 0 and told["checkpoints"][0]["concentration_causal"] is None
         assert told["stages"] and found.figure().axes
-    assert shipped_kinds("tnlm-99") == {}
+    assert shipped_runs_by_first("tnlm-99") == {}
 
 
 def test_formation_and_stages_of_a_made_up_run():

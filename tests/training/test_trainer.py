@@ -16,16 +16,27 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from p0circuit.errors import P0Error
 from p0circuit.io import data_dir
 from p0circuit.models import list_checkpoints
-from p0circuit.training import trainer
-from p0circuit.training.trainer import batch_at, checkpoint_steps, learning_rate_at, next_token_loss, train
-from p0circuit.training.variants import TrainConfig, parse_options
+from p0circuit.training import run_files
+from p0circuit.training.build import build_model
+from p0circuit.training.config import TrainConfig, parse_options
+from p0circuit.training.run_files import load_state, save_model
+from p0circuit.training.trainer import checkpoint_steps, train
+from p0circuit.training.updates import (
+    TrainState,
+    batch_at,
+    build_optimizer,
+    learning_rate_at,
+    next_token_loss,
+    train_step,
+)
 
 TINY = TrainConfig(
-    layers=2,
+    n_layers=2,
     d_model=32,
-    heads=2,
+    n_heads=2,
     d_mlp=48,
     vocab_size=300,
     length=16,
@@ -42,11 +53,11 @@ class Stop(Exception):
 
 
 def stop_at(step: int) -> Callable[[int, float], None]:
-    def report(now: int, loss: float) -> None:
+    def on_step(now: int, loss: float) -> None:
         if now == step:
             raise Stop
 
-    return report
+    return on_step
 
 
 def contents(folder: Path) -> dict[str, object]:
@@ -113,18 +124,18 @@ def test_without_warm_up_the_learning_rate_begins_at_its_peak() -> None:
 
 
 def test_the_optimizer_is_told_the_learning_rate_of_each_step() -> None:
-    model = trainer.build_model(TINY)
-    state = trainer.TrainState(model, trainer.build_optimizer(TINY, model))
+    model = build_model(TINY)
+    state = TrainState(model, build_optimizer(TINY, model))
     stream = np.arange(400, dtype=np.uint16) % 300
     for step in range(7):
-        trainer.train_step(TINY, state, batch_at(TINY, stream, step, bos=0))
+        train_step(TINY, state, batch_at(TINY, stream, step, bos=0))
         assert {group["lr"] for group in state.optimizer.param_groups} == {learning_rate_at(TINY, step)}
     assert state.step == 7
 
 
 def test_weight_decay_is_for_matrices_only() -> None:
-    model = trainer.build_model(TINY)
-    decayed, others = trainer.build_optimizer(TINY, model).param_groups
+    model = build_model(TINY)
+    decayed, others = build_optimizer(TINY, model).param_groups
     assert decayed["weight_decay"] == 0.1 and {p.ndim for p in decayed["params"]} == {2}
     assert others["weight_decay"] == 0.0 and {p.ndim for p in others["params"]} == {1}
     assert len(decayed["params"]) + len(others["params"]) == len(list(model.parameters()))
@@ -203,7 +214,7 @@ def test_an_interrupted_run_leaves_the_same_files_as_an_uninterrupted_one(
 ) -> None:
     for step in stops:
         with pytest.raises(Stop):
-            train(TINY, tmp_path, save_every=7, report=stop_at(step))
+            train(TINY, tmp_path, save_every=7, on_step=stop_at(step))
         torch.rand(step)  # A new process would not be in the old one's random state either.
     train(TINY, tmp_path, save_every=7)
     assert contents(tmp_path) == contents(uninterrupted)
@@ -214,7 +225,7 @@ def test_an_interruption_leaves_nothing_half_written(
     uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save_every: int
 ) -> None:
     with pytest.raises(Stop):
-        train(TINY, tmp_path, save_every=save_every, report=stop_at(20))
+        train(TINY, tmp_path, save_every=save_every, on_step=stop_at(20))
     before = contents(tmp_path)
     assert not any(".tmp" in name for name in before)
     for name in before:
@@ -226,7 +237,7 @@ def test_an_interruption_leaves_nothing_half_written(
         raise Stop
 
     # The checkpoint of step 20 is due, and its writing is cut short.
-    monkeypatch.setattr(trainer, "save_file", torn)
+    monkeypatch.setattr(run_files, "save_file", torn)
     with pytest.raises(Stop):
         train(TINY, tmp_path, save_every=save_every)
     assert contents(tmp_path) == before
@@ -254,7 +265,7 @@ def test_the_trace_holds_the_checkpoints_and_the_log_their_losses(uninterrupted:
 
 
 def test_step_zero_is_the_untrained_model_and_the_last_step_the_result(uninterrupted: Path) -> None:
-    untrained = trainer.build_model(TINY).state_dict()
+    untrained = build_model(TINY).state_dict()
     saved = load_file(uninterrupted / "trace" / "step-000000" / "model.safetensors")
     assert saved and all(torch.equal(tensor, untrained[name].half()) for name, tensor in saved.items())
     trained = load_file(uninterrupted / "model.safetensors")
@@ -264,9 +275,9 @@ def test_step_zero_is_the_untrained_model_and_the_last_step_the_result(uninterru
 
 
 def test_the_result_loads_in_transformers_and_computes_the_same(uninterrupted: Path) -> None:
-    model = trainer.build_model(TINY)
-    state = trainer.TrainState(model, trainer.build_optimizer(TINY, model))
-    trainer.load_state(uninterrupted / "work" / "state.safetensors", state)
+    model = build_model(TINY)
+    state = TrainState(model, build_optimizer(TINY, model))
+    load_state(uninterrupted / "work" / "state.safetensors", state)
     assert state.step == 30
     loaded = AutoModelForCausalLM.from_pretrained(uninterrupted, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(uninterrupted)
@@ -276,15 +287,15 @@ def test_the_result_loads_in_transformers_and_computes_the_same(uninterrupted: P
         exact, half = model.eval()(input_ids=ids).logits, loaded(input_ids=ids).logits
     # float16 keeps 11 bits of each weight.
     assert (exact - half).abs().max() < 2**-9 * exact.abs().max()
-    rounded = trainer.build_model(TINY).eval()
+    rounded = build_model(TINY).eval()
     rounded.load_state_dict({name: tensor.half().float() for name, tensor in model.state_dict().items()})
     with torch.no_grad():
         torch.testing.assert_close(rounded(input_ids=ids).logits, half, atol=1e-6, rtol=0)
 
 
 def test_saving_leaves_the_model_in_float32(tmp_path: Path) -> None:
-    model = trainer.build_model(TINY)
-    trainer.save_model(tmp_path / "saved", model, None)
+    model = build_model(TINY)
+    save_model(tmp_path / "saved", model, None)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["dtype"] == "float16"
 
@@ -296,10 +307,36 @@ def test_another_configuration_in_the_same_directory_is_refused(uninterrupted: P
     assert contents(uninterrupted) == before
 
 
+@pytest.mark.parametrize("names", [["config.json"], ["README.md", "notes/a.txt"], [".hidden"]])
+def test_a_directory_with_other_files_is_refused_and_left_as_it_is(names: list[str], tmp_path: Path) -> None:
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    before = contents(tmp_path)
+    with pytest.raises(P0Error, match=r"is not empty and holds no training run.*choose an empty directory"):
+        train(TINY, tmp_path)
+    assert contents(tmp_path) == before
+
+
+def test_a_file_and_a_directory_with_a_foreign_configuration_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "model"
+    file.write_text("mine")
+    with pytest.raises(P0Error, match=r"model' is a file; choose an empty directory"):
+        train(TINY, file)
+    for text, message in (
+        ("[]", "is not the configuration of a training run"),
+        ('{"layers": 4, "betas": [0.9, 0.95]}', "fields that this version does not know: layers"),
+    ):
+        (tmp_path / "train_config.json").write_text(text)
+        with pytest.raises(P0Error, match=message):
+            train(TINY, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "train_config.json"]
+
+
 def test_a_finished_run_is_left_as_it_is(uninterrupted: Path) -> None:
     before = contents(uninterrupted)
     steps: list[int] = []
-    train(TINY, uninterrupted, save_every=7, report=lambda step, loss: steps.append(step))
+    train(TINY, uninterrupted, save_every=7, on_step=lambda step, loss: steps.append(step))
     assert steps == []
     assert contents(uninterrupted) == before
 
@@ -310,7 +347,7 @@ def test_a_finished_run_is_left_as_it_is_without_what_it_worked_with(uninterrupt
     shutil.copytree(uninterrupted, run, ignore=shutil.ignore_patterns("work", "trace"))
     (run / "README.md").write_text("measured")
     before = contents(run)
-    assert train(TINY, run, report=lambda step, loss: pytest.fail("trained again")) == run
+    assert train(TINY, run, on_step=lambda step, loss: pytest.fail("trained again")) == run
     assert contents(run) == before
 
 
@@ -331,9 +368,9 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("heads", 3, "d_model 32 must be a multiple of heads 3"),
+        ("n_heads", 3, "d_model 32 must be a multiple of n_heads 3"),
         ("bos_share", 1.5, "between 0 and 1, got 1.5"),
-        ("layers", 0, "layers must be at least 1, got 0"),
+        ("n_layers", 0, "n_layers must be at least 1, got 0"),
         ("steps", 0, "steps must be at least 1, got 0"),
         ("length", 1, "at least 2 tokens, got 1"),
     ],

@@ -16,11 +16,13 @@ from p0circuit.prompts import from_ids
 from p0circuit.recording.fingerprint import weights_fingerprint
 from p0circuit.recording.quantities import SINK_SCORE
 from p0circuit.recording.record import record
-from p0circuit.training.trainer import save_model
-from p0circuit.training.variants import VARIANTS, TrainConfig, build_model
+from p0circuit.training.build import build_model
+from p0circuit.training.config import TrainConfig
+from p0circuit.training.run_files import save_model
+from p0circuit.training.variants import VARIANTS
 
 BACKENDS = ["hooked", "bridge"] if has_hooked_transformer() else ["bridge"]
-SMALL = {"layers": 3, "d_model": 32, "heads": 4, "d_mlp": 48, "vocab_size": 64}
+SMALL = {"n_layers": 3, "d_model": 32, "n_heads": 4, "d_mlp": 48, "vocab_size": 64}
 IDS = torch.randint(0, 64, (3, 12), generator=torch.Generator().manual_seed(0))
 
 
@@ -44,8 +46,8 @@ def saved(request, tmp_path_factory):
     """A variant's directory, and the logits of the very model that the trainer would train."""
     config = small(request.param)
     model = sharpened(config)
-    if config.changes:
-        edit_hf_model(model, config.changes, gates_of(model))
+    if config.architecture_edits:
+        edit_hf_model(model, config.architecture_edits, gates_of(model))
     folder = tmp_path_factory.mktemp(request.param) / request.param
     save_model(folder, model, None)
     with torch.no_grad():
@@ -132,7 +134,7 @@ def test_a_configuration_that_contradicts_itself_is_refused(fields):
 
 def test_variants_differ_from_the_baseline_in_what_they_are_named_after():
     plain = VARIANTS["baseline"]
-    assert plain.bos_share == 0 and plain.loss_at_p0 and not plain.random_first and not plain.changes
+    assert plain.bos_share == 0 and plain.loss_at_p0 and not plain.random_first and not plain.architecture_edits
     for name, config in VARIANTS.items():
-        same = ("corpus", "batch", "length", "steps", "layers", "d_model", "heads", "vocab_size", "weight_decay")
+        same = ("corpus", "batch", "length", "steps", "n_layers", "d_model", "n_heads", "vocab_size", "weight_decay")
         assert [getattr(config, field) for field in same] == [getattr(plain, field) for field in same], name

@@ -29,7 +29,7 @@ from p0circuit.interventions.int8 import (
     rounded_weights,
     with_weights,
 )
-from p0circuit.log import track
+from p0circuit.log import progress_bar
 from p0circuit.models import describe, device_of, forward
 from p0circuit.models.device_map import placement_of
 from p0circuit.prompts import PromptSet
@@ -161,7 +161,9 @@ def int8_effects(model: HookedModel, prompts: PromptSet, schemes: Mapping[str, S
         schemes = {name: scheme for name, scheme in schemes.items() if not scheme.weights}
     weights = rounded_weights(model) if any(scheme.weights for scheme in schemes.values()) else []
     sites = _sites(model)
-    parts = [_effects_on(model, rows, sites, schemes, weights) for rows in track(_batches(model, prompts), "rounding")]
+    parts = [
+        _effects_on(model, rows, sites, schemes, weights) for rows in progress_bar(_batches(model, prompts), "rounding")
+    ]
     whole = {key: torch.cat([part[key] for part in parts]).double().numpy() for key in parts[0]}
     local, logits, loss = ({name: whole[what, name] for what, name in whole if what == kind} for kind in _MEASURED)
     return Int8Effects(sites, local, whole["peak", ""], logits, loss, whole["exact loss", ""])

@@ -45,7 +45,7 @@ from p0circuit.experiments.sink_under_study import studied_sink
 from p0circuit.hooked_model import HookedModel
 from p0circuit.interventions.closed_form import NotOfTheClosedForm, QueryScores, query_side
 from p0circuit.interventions.vocabulary import CHUNK, vocabulary_sweep
-from p0circuit.log import track
+from p0circuit.log import progress_bar
 from p0circuit.models import ModelError, ModelInfo, describe
 from p0circuit.models.vocabulary import sampleable_vocabulary
 from p0circuit.prompts import WITH_BOS, PromptSet, bos_id, condition_of, random_tokens
@@ -231,7 +231,7 @@ class AnyToken(Experiment[AnyTokenConfig]):
         ids[torch.arange(len(ids)), p0 + place] = tokens.repeat_interleave(prompts.n)
         mask = prompts.attention_mask.repeat(len(tokens), 1)
         quantity = score_at(place)
-        rows = replace(prompts, ids=ids, attention_mask=mask, cut_off=None)
+        rows = replace(prompts, ids=ids, attention_mask=mask, overflow=None)
         scores = record(model, rows, [quantity], condition=f"tokens at {place}")[quantity].double()
         layers, numbers = map(list, zip(*heads, strict=True))
         return scores[:, layers, numbers].mean(1).view(len(tokens), -1).mean(1).numpy()
@@ -294,7 +294,7 @@ def scores_by_token(
     norms: list[Tensor] = []
     # What is scored at once is [token, prompt, head, query]: some tens of megabytes.
     at_once = max(1, 2**23 // (prompts.n * describe(model).n_heads * prompts.length))
-    for start in track(range(0, len(tokens), chunk), "sweeping the vocabulary"):
+    for start in progress_bar(range(0, len(tokens), chunk), "sweeping the vocabulary"):
         sweep = vocabulary_sweep(model, tokens[start : start + chunk], key_layers=list(by_layer), chunk=chunk)
         norms.append(sweep.norms)
         for layer, key in sweep.keys.items():

@@ -339,7 +339,7 @@ def _two_tokens(prompts: PromptSet) -> PromptSet:
     """P0 and the token after it: all that P0's own stream needs."""
     rows = torch.arange(prompts.n)
     ids = torch.stack([prompts.ids[rows, prompts.p0], prompts.ids[rows, prompts.p0 + 1]], dim=1)
-    return replace(prompts, ids=ids, attention_mask=torch.ones_like(ids, dtype=torch.bool), cut_off=None)
+    return replace(prompts, ids=ids, attention_mask=torch.ones_like(ids, dtype=torch.bool), overflow=None)
 
 
 def _part(found: StudiedSink, rows: slice | Sequence[int]) -> StudiedSink:

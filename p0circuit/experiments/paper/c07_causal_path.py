@@ -548,11 +548,11 @@ def _whole_stream(
     for layer, head in heads:
         by_layer[layer] = (*by_layer.get(layer, ()), head)
     rows = Rows(*(part.to(device) for part in (clean.ids, clean.attention_mask, clean.p0)))
-    there = rows._replace(place=away.to(device))
+    there = rows._replace(position=away.to(device))
     # P0's stream is that of a row of one token.
     index = torch.arange(clean.n, device=device)
     alone = Rows(
-        rows.ids[index, rows.place][:, None], torch.ones_like(rows.ids[:, :1], dtype=torch.bool), 0 * rows.place
+        rows.ids[index, rows.position][:, None], torch.ones_like(rows.ids[:, :1], dtype=torch.bool), 0 * rows.position
     )
     found = {}
     for name, run, place, values, parts, scored in (
@@ -583,11 +583,11 @@ def _inputs_with_stream(
 
     def put(activation: Tensor, hook: Any, node: Node) -> Tensor:
         changed = activation.clone()
-        node.put(changed, rows.place, values[node], slice(batch, 2 * batch))
+        node.put(changed, rows.position, values[node], slice(batch, 2 * batch))
         return changed
 
     def note(activation: Tensor, hook: Any, part: str, layer: int) -> None:
-        here = activation[numbers, twice.place]
+        here = activation[numbers, twice.position]
         found[part, layer] = (here[batch:] - here[:batch] if part == "v" else here[batch:]).clone()
 
     hooks: list[Hook] = []
@@ -720,7 +720,7 @@ def _values_and_scores(
         readings: dict[int, Tensor] = {}
 
         def note(activation: Tensor, hook: Any, node: Node, rows: Rows = rows) -> None:
-            values[node].append(node.read(activation, rows.place).clone())
+            values[node].append(node.read(activation, rows.position).clone())
 
         def score(activation: Tensor, hook: Any, number: int, rows: Rows = rows, readings: Any = readings) -> None:
             readings[number] = metric.readings[number].reduce(activation, rows)
@@ -748,7 +748,7 @@ def at_p0(metric: Metric) -> Metric:
     """The metric read at P0, wherever in the row the patch is."""
 
     def read(activation: Tensor, rows: Rows, reading: Reading) -> Tensor:
-        return reading.reduce(activation, rows._replace(place=rows.mask.int().argmax(1)))
+        return reading.reduce(activation, rows._replace(position=rows.mask.int().argmax(1)))
 
     readings = tuple(Reading(one.hook, functools.partial(read, reading=one), one.offsets) for one in metric.readings)
     return Metric(f"{metric.name} at P0", readings, metric.combine)

@@ -201,7 +201,7 @@ def _pairs(prompts: PromptSet, place: int) -> PromptSet:
     ids[1::2, place] = column[row_of_another_token(column)]
     description = {**prompts.description, "pairs_that_differ_at": place}
     return replace(
-        prompts, ids=ids, attention_mask=torch.ones_like(ids, dtype=torch.bool), description=description, cut_off=None
+        prompts, ids=ids, attention_mask=torch.ones_like(ids, dtype=torch.bool), description=description, overflow=None
     )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from p0circuit.experiments.claim import Claim, Criterion
-from p0circuit.experiments.training.runs_experiment import RunsExperiment, formed, lines_of
+from p0circuit.experiments.training.runs_experiment import RunsExperiment, runs_with_sink, training_curves_of
 from p0circuit.figures.training import training_curves
 from p0circuit.results import Result
 from p0circuit.stats import Interval, over_seeds
@@ -41,7 +41,7 @@ class Early(RunsExperiment):
 
     def measure(self, runs: Sequence[Run], reference: str) -> Result:
         judged = of_variant(runs, reference)
-        formed(runs, reference)
+        runs_with_sink(runs, reference)
         shares = [run.formation_share for run in judged]
         latest = max(shares)
         table = pd.DataFrame([_line(run) for run in runs])
@@ -63,7 +63,7 @@ class Early(RunsExperiment):
                         "Best induction head": ("induction_score", "attention to the repeat"),
                         "Held-out loss": ("loss", "nats per token"),
                     },
-                    lines_of(runs),
+                    training_curves_of(runs),
                     "When the sink forms (circles: above half its final value from here on)",
                 )
             },

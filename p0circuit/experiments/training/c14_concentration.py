@@ -20,7 +20,7 @@ from jaxtyping import Float
 
 from p0circuit.experiments.base import NotApplicable
 from p0circuit.experiments.claim import Claim, Criterion
-from p0circuit.experiments.training.runs_experiment import RunsExperiment, formed, lines_of
+from p0circuit.experiments.training.runs_experiment import RunsExperiment, runs_with_sink, training_curves_of
 from p0circuit.figures.training import TrainingCurve, training_curves
 from p0circuit.results import Result
 from p0circuit.stats import Interval, over_seeds
@@ -52,7 +52,7 @@ class Concentration(RunsExperiment):
     )
 
     def measure(self, runs: Sequence[Run], reference: str) -> Result:
-        judged = formed(runs, reference)
+        judged = runs_with_sink(runs, reference)
         developments = [concentration_after_formation(run) for run in judged]
         told = [values for values in developments if len(values) >= 3]
         if len(told) < 2:
@@ -82,7 +82,7 @@ class Concentration(RunsExperiment):
                         "Observed": ("concentration_observed", "share of P0's log-norm gain"),
                         "Sink rate from layer 2 on": ("sink_rate_from_layer_2", "share of heads"),
                     },
-                    [replace(line, table=_from_formation(line)) for line in lines_of(runs)],
+                    [replace(line, table=_from_formation(line)) for line in training_curves_of(runs)],
                     "What blocks 0-1 carry, along training (circles: the sink has formed)",
                 )
             },

@@ -24,8 +24,8 @@ from jaxtyping import Float
 
 from p0circuit.experiments.base import NotApplicable
 from p0circuit.experiments.claim import Claim, Criterion
-from p0circuit.experiments.training.runs_experiment import RunsExperiment, formed
-from p0circuit.figures.training import predictions
+from p0circuit.experiments.training.runs_experiment import RunsExperiment, runs_with_sink
+from p0circuit.figures.training import prediction_errors
 from p0circuit.results import Result
 from p0circuit.stats import bootstrap, over_seeds
 from p0circuit.training.runs import Run, of_variant
@@ -53,7 +53,7 @@ class Convergence(RunsExperiment):
     )
 
     def measure(self, runs: Sequence[Run], reference: str) -> Result:
-        formed(runs, reference, SEEDS)
+        runs_with_sink(runs, reference, SEEDS)
         variants = [name for name in dict.fromkeys(run.variant for run in runs) if _can_be_held_out(runs, name)]
         judged = [run for run in runs if run.variant in variants]
         _check_steps(judged)
@@ -77,7 +77,7 @@ class Convergence(RunsExperiment):
             },
             {"held-out": table, "lags": lead_and_lag(circuit[:, :, 0], loss)},
             {
-                "predictions": predictions(
+                "predictions": prediction_errors(
                     pd.DataFrame(by_run[list(PREDICTIONS[:2])]),
                     pd.DataFrame({"circuit": circuit[:, :, 0].ravel(), "loss": loss.ravel()}),
                     "What the circuit adds to the step, on held-out seeds",

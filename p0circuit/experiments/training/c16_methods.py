@@ -15,8 +15,8 @@ import pandas as pd
 
 from p0circuit.experiments.base import NotApplicable
 from p0circuit.experiments.claim import Claim, Criterion
-from p0circuit.experiments.training.runs_experiment import SHOWN, RunsExperiment, lines_of
-from p0circuit.figures.training import methods_beside
+from p0circuit.experiments.training.runs_experiment import FIGURE_VARIANTS, RunsExperiment, training_curves_of
+from p0circuit.figures.training import method_comparison
 from p0circuit.results import Result
 from p0circuit.stats import Interval, over_seeds
 from p0circuit.training.runs import Run, of_variant, seeds_in_common
@@ -67,9 +67,9 @@ class Methods(RunsExperiment):
             metrics,
             {"runs": table},
             {
-                "methods": methods_beside(
-                    lines_of(runs),
-                    pd.DataFrame(table[table["variant"].isin(SHOWN)]),
+                "methods": method_comparison(
+                    training_curves_of(runs),
+                    pd.DataFrame(table[table["variant"].isin(FIGURE_VARIANTS)]),
                     "Training methods: when the sink forms, and whether it needs an outlier",
                 )
             },

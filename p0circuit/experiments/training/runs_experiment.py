@@ -16,7 +16,7 @@ from p0circuit.training.runs import Run, of_variant
 
 REFERENCE = "bos"
 """The variant that claims about training are judged on: every row begins with BOS, as in the paper's own training."""
-SHOWN = (REFERENCE, "tnlm", "force-sink", "moe", "baseline", "p0-nano")
+FIGURE_VARIANTS = (REFERENCE, "tnlm", "force-sink", "moe", "baseline", "p0-nano")
 """What figures show; tables have all runs."""
 
 
@@ -56,7 +56,7 @@ class RunsExperiment(ABC):
         return result
 
 
-def formed(runs: Sequence[Run], variant: str, least: int = 2) -> list[Run]:
+def runs_with_sink(runs: Sequence[Run], variant: str, least: int = 2) -> list[Run]:
     """The runs of a variant that ended with a sink.
 
     Raises:
@@ -70,7 +70,7 @@ def formed(runs: Sequence[Run], variant: str, least: int = 2) -> list[Run]:
     return found
 
 
-def lines_of(runs: Sequence[Run]) -> list[TrainingCurve]:
+def training_curves_of(runs: Sequence[Run]) -> list[TrainingCurve]:
     """The runs that figures show, as their lines."""
-    chosen = [run for variant in SHOWN for run in of_variant(runs, variant)]
+    chosen = [run for variant in FIGURE_VARIANTS for run in of_variant(runs, variant)]
     return [TrainingCurve(run.name, run.variant, run.table, run.formation) for run in chosen]

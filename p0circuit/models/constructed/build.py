@@ -16,7 +16,6 @@ from p0circuit.models.constructed.weights import (
     D_MLP,
     D_MODEL,
     HEADS,
-    LAYERS,
     NORM_EPS,
     ROTARY_BASE,
     ROTARY_DIM,
@@ -181,7 +180,7 @@ def _gpt2(weights: Weights) -> tuple[PreTrainedModel, Weights]:
         vocab_size=VOCABULARY,
         n_positions=CONTEXT,
         n_embd=D_MODEL,
-        n_layer=LAYERS,
+        n_layer=_n_layers(weights),
         n_head=HEADS,
         n_inner=D_MLP,
         activation_function="relu",
@@ -195,7 +194,7 @@ def _gpt2(weights: Weights) -> tuple[PreTrainedModel, Weights]:
         "transformer.ln_f.weight": weights["ln_final.w"],
         "transformer.ln_f.bias": weights["ln_final.b"],
     }
-    for layer in range(LAYERS):
+    for layer in range(_n_layers(weights)):
         ours = _block(weights, layer)
         matrices, biases = (torch.stack([ours[f"attn.{kind}_{part}"] for part in "QKV"]) for kind in "Wb")
         theirs = {
@@ -224,7 +223,7 @@ def _neox(weights: Weights) -> tuple[PreTrainedModel, Weights]:
         vocab_size=VOCABULARY,
         max_position_embeddings=CONTEXT,
         hidden_size=D_MODEL,
-        num_hidden_layers=LAYERS,
+        num_hidden_layers=_n_layers(weights),
         num_attention_heads=HEADS,
         intermediate_size=D_MLP,
         hidden_act="relu",
@@ -244,7 +243,7 @@ def _neox(weights: Weights) -> tuple[PreTrainedModel, Weights]:
         "gpt_neox.final_layer_norm.weight": weights["ln_final.w"],
         "gpt_neox.final_layer_norm.bias": weights["ln_final.b"],
     }
-    for layer in range(LAYERS):
+    for layer in range(_n_layers(weights)):
         ours = _block(weights, layer)
         matrices, biases = (torch.stack([ours[f"attn.{kind}_{part}"] for part in "QKV"]) for kind in "Wb")
         theirs = {
@@ -268,3 +267,7 @@ def _neox(weights: Weights) -> tuple[PreTrainedModel, Weights]:
 def _block(weights: Weights, layer: int) -> Weights:
     prefix = f"blocks.{layer}."
     return {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
+
+
+def _n_layers(weights: Weights) -> int:
+    return 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))

@@ -122,6 +122,7 @@ class Subspaces:
         p0: what the sink neuron writes, [d_model].
         position: the codes of learned positions, [2, d_model].
         spare: what decoys write, [spare, d_model].
+        second_p0: what the second sink neuron of the two-stage model writes, [d_model].
     """
 
     token: Float[Tensor, "code d_model"]
@@ -131,6 +132,7 @@ class Subspaces:
     p0: Float[Tensor, " d_model"]
     position: Float[Tensor, "2 d_model"]
     spare: Float[Tensor, "spare d_model"]
+    second_p0: Float[Tensor, " d_model"]
 
 
 def residual_subspaces(seed: int = 0) -> Subspaces:
@@ -144,10 +146,10 @@ def residual_subspaces(seed: int = 0) -> Subspaces:
     # All later columns of the orthonormal factor are orthogonal to its first, so this keeps the all-ones vector out.
     columns[:, 0] = 1.0
     rows = torch.linalg.qr(columns).Q.T[1:]
-    token, echo, ruler, mark, p0, position, spare = rows[: 2 * VOCABULARY + 5 + SPARE].split(
-        [VOCABULARY, VOCABULARY, 1, 1, 1, 2, SPARE]
+    token, echo, ruler, mark, p0, position, spare, second_p0 = rows[: 2 * VOCABULARY + 6 + SPARE].split(
+        [VOCABULARY, VOCABULARY, 1, 1, 1, 2, SPARE, 1]
     )
-    return Subspaces(token, echo, ruler[0], mark[0], p0[0], position, spare)
+    return Subspaces(token, echo, ruler[0], mark[0], p0[0], position, spare, second_p0[0])
 
 
 def wired_weights(positions: Positions = "rotary", *, seed: int = 0, sinks: bool = True) -> Weights:
@@ -185,17 +187,20 @@ def wired_weights(positions: Positions = "rotary", *, seed: int = 0, sinks: bool
     return weights
 
 
-def blank_weights() -> Weights:
+def blank_weights(n_layers: int = LAYERS) -> Weights:
     """Return weights of zero, except for the norms; embedding and unembedding are missing.
 
     The norms of blocks return unit vectors. The final norm has weights of one, so that logits differ clearly.
+
+    Args:
+        n_layers: number of blocks.
     """
 
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(*shape, dtype=torch.float64)
 
     weights = {"ln_final.w": zeros(D_MODEL) + 1, "ln_final.b": zeros(D_MODEL)}
-    for layer in range(LAYERS):
+    for layer in range(n_layers):
         block = f"blocks.{layer}."
         for norm in ("ln1", "ln2"):
             weights |= {f"{block}{norm}.w": zeros(D_MODEL) + D_MODEL**-0.5, f"{block}{norm}.b": zeros(D_MODEL)}
