@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from p0circuit.report.contents import Run, find_runs, number, shown_verdict
+from p0circuit.report.contents import Reproduction, find_reproductions, number, shown_verdict
 
 MODEL = "p0-nano"
 KINDS = ("F16", "Q8_0", "Q4_1")
@@ -21,14 +21,14 @@ SAMPLES, LENGTH, TEXT = 128, 64, "stdlib"
 PAGE = Path(__file__).with_suffix(".md")
 
 
-def measure(out: Path, samples: int = SAMPLES) -> list[Run]:
+def measure(out: Path, samples: int = SAMPLES) -> list[Reproduction]:
     """The runs of p0-nano as each kind of GGUF file, F16 first."""
     from p0circuit.experiments import EXPERIMENTS
     from p0circuit.experiments.conditions import pooled_prompts_for
     from p0circuit.io import data_dir
     from p0circuit.models import load_model, one_thread_if_small
     from p0circuit.models.gguf_writer import write_gguf
-    from p0circuit.reproduction import reproduce
+    from p0circuit.reproduction import reproduce_model
 
     runs = []
     for kind in KINDS:
@@ -36,12 +36,12 @@ def measure(out: Path, samples: int = SAMPLES) -> list[Run]:
         model = load_model(write_gguf(data_dir() / "models" / MODEL, out / f"{name}.gguf", kind))
         one_thread_if_small(model)
         prompts = pooled_prompts_for(model, TEXT, samples, LENGTH, 0)
-        reproduce(model, prompts, out / name, [make() for make in EXPERIMENTS.values()], controls=False)
-        runs += find_runs(out / name)
+        reproduce_model(model, prompts, out / name, [make() for make in EXPERIMENTS.values()], controls=False)
+        runs += find_reproductions(out / name)
     return runs
 
 
-def page(runs: Sequence[Run], sizes: dict[str, int]) -> str:
+def page(runs: Sequence[Reproduction], sizes: dict[str, int]) -> str:
     """The page about the runs of one model in several kinds of quantisation.
 
     Args:
@@ -86,7 +86,7 @@ def page(runs: Sequence[Run], sizes: dict[str, int]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _changed(first: Run, other: Run) -> list[str]:
+def _changed(first: Reproduction, other: Reproduction) -> list[str]:
     """The claims whose verdicts differ."""
     verdicts = {entry["id"]: shown_verdict(entry) for entry in first.claims}
     return [entry["id"] for entry in other.claims if shown_verdict(entry) != verdicts.get(entry["id"])]
@@ -96,7 +96,7 @@ def _listed(names: Sequence[str]) -> str:
     return f"the verdicts of {', '.join(names)} differ" if names else "no verdict differs"
 
 
-def _moved(first: Run, other: Run) -> str:
+def _moved(first: Reproduction, other: Reproduction) -> str:
     """How many metrics leave the interval of the first run."""
     apart = total = 0
     for experiment, result in first.results.items():
@@ -108,7 +108,7 @@ def _moved(first: Run, other: Run) -> str:
     return f"of {total} metrics {apart} have intervals that do not overlap"
 
 
-def _value(run: Run, experiment: str, metric: str) -> str:
+def _value(run: Reproduction, experiment: str, metric: str) -> str:
     interval = run.results[experiment].metrics.get(metric) if experiment in run.results else None
     if interval is None:
         return ""

@@ -63,7 +63,7 @@ if importlib.util.find_spec("p0circuit") is None:
 # %% [markdown]
 # ## The run
 #
-# Every experiment on one model ([`reproduce`](../p0circuit/reproduction.py)), then the claims about training on the traces
+# Every experiment on one model ([`reproduce`](../p0circuit/reproduction/model.py)), then the claims about training on the traces
 # of the shipped runs. A run that was interrupted goes on where it was. Everything it leaves (tables, figures as PNG and
 # SVG, `claims.json`) lies under `out`, in a folder for the model and one for the traces.
 
@@ -85,11 +85,11 @@ from p0circuit.experiments import (
 )
 from p0circuit.experiments.conditions import pooled_prompts_for
 from p0circuit.models import describe
-from p0circuit.report.contents import find_runs
+from p0circuit.report.contents import find_reproductions
 from p0circuit.reproduction import (
     TRAINING,
     initial_checkpoint_of,
-    reproduce,
+    reproduce_model,
     reproduce_training,
 )
 from p0circuit.training.runs import as_trained, shipped_runs
@@ -103,7 +103,7 @@ if samples is None and (place / "manifest.json").is_file():
     print("a finished run lies there: nothing is measured")
 else:
     prompts = pooled_prompts_for(lm, text, samples or 30, 64, seed)
-    beginner = (
+    initial = (
         initial_checkpoint_of(model, lambda step: open_model(model, step)) if controls else None
     )
     # Fewer rows where many things are tried on each, fewer draws, no very long rows; the thresholds are the same.
@@ -120,9 +120,9 @@ else:
     }
     cut = less if quick or (quick is None and samples is None) else {}
     every = [make(cut[name]) if name in cut else make() for name, make in EXPERIMENTS.items()]
-    reproduce(lm, prompts, place, every, beginner, controls)
+    reproduce_model(lm, prompts, place, every, initial, controls)
 reproduce_training(as_trained(shipped_runs()), folder / TRAINING)
-run, training = (find_runs(one)[0] for one in (place, folder / TRAINING))
+run, training = (find_reproductions(one)[0] for one in (place, folder / TRAINING))
 print(f"{run.model}: {run.results['sink-map'].provenance['samples']} prompts")
 
 # %%

@@ -8,3 +8,7 @@ class P0Error(ValueError):
 
     The command line prints its message after "error:". Every other exception is a bug and shows its traceback.
     """
+
+
+class NotFiniteError(P0Error, FloatingPointError):
+    """A model or a training run computes values that are not numbers: its weights or its dtype are at fault."""

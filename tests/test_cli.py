@@ -21,16 +21,19 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from p0circuit import cli, reproduction
+import p0circuit
+from p0circuit import cli
 from p0circuit.cli import main
 from p0circuit.cli.options import First
-from p0circuit.experiments import EXPERIMENTS
+from p0circuit.experiments import EXPERIMENTS, RUN_EXPERIMENTS, SinkMap
 from p0circuit.experiments.sink_summary import sink_summary
 from p0circuit.io import data_dir
 from p0circuit.models import load_model
 from p0circuit.models.gguf_writer import write_gguf
+from p0circuit.models.names import CONSTRUCTED_MODELS
 from p0circuit.prompts import natural_text
 from p0circuit.recording.fingerprint import weights_fingerprint
+from p0circuit.reproduction import parameter_count
 from p0circuit.results import Result
 from p0circuit.training.runs import as_trained, shipped_runs
 from tests.tiny import HEADS, LAYERS
@@ -173,9 +176,9 @@ def test_sink_without_json_is_a_table(p0: Run, tiny_model_dir: Path) -> None:
     shown = p0("sink", tiny_model_dir, *QUICK)
     assert shown.code == 0
     told = " ".join(shown.out.split())
-    assert "tiny" in told and "sink rate 0.0" in told and "from layer 2" in told
+    assert "tiny" in told and "Sink rate 0.0" in told and "from layer 2" in told
     assert "4 prompts of 12 tokens of english; at position zero: the text's own first token" in told
-    assert "Attention spread evenly would score 0.259" in told and "after BOS" not in told
+    assert "Uniform attention would score 0.259" in told and "after BOS" not in told
 
 
 def test_one_default_for_what_stands_first_and_for_the_text() -> None:
@@ -198,7 +201,7 @@ def test_sink_says_what_would_be_after_bos_where_the_sink_depends_on_it(p0: Run)
     told = " ".join(shown.out.split())
     assert f"Its sink depends on BOS. After BOS: sink rate {expected['sink_rate']:.3f}" in told
     # Asked for by nobody, the text is the model's own.
-    assert shown.err == "bos-0 reads 'stdlib', as no --text is given\n"
+    assert shown.err == "bos-0 reads 'stdlib', since --text is not given\n"
     after = json.loads(p0("sink", "bos-0", "--json", *options, "--first", "bos").out)
     assert (after["first_token"], after["condition"], after["after_bos"]) == ("bos", "with BOS", None)
     assert json.loads(p0("sink", "p0-nano", "--json", *options).out)["after_bos"] is None
@@ -209,8 +212,8 @@ def test_a_rate_that_uniform_attention_would_reach_is_not_given(p0: Run) -> None
     found = json.loads(short.out)
     assert found["uniform_score"] == pytest.approx(sum(1 / k for k in range(1, 10)) / 9)
     assert found["sink_rate"] is None and found["sink_rate_from_layer_2"] is None and found["sink_score"]
-    assert "at 9 tokens attention spread evenly scores 0.31, above the threshold of 0.3; give --length 10" in short.err
-    assert "no sink rate" in p0("sink", "wired", "--samples", 4, "--length", 8).out
+    assert "at 9 tokens uniform attention scores 0.31, above the threshold of 0.3; give --length 10" in short.err
+    assert "No sink rate" in p0("sink", "wired", "--samples", 4, "--length", 8).out
     enough = p0("sink", "wired", "--json", "--samples", 4, "--length", 10)
     assert json.loads(enough.out)["sink_rate"] is not None and "no sink rate" not in enough.err
 
@@ -233,7 +236,7 @@ def test_a_model_without_tokenizer_reads_random_tokens_and_that_is_said(p0: Run)
     assert (found["model"], found["text"], found["first_token"]) == ("wired", "random tokens", "random")
     assert found["sink_rate"] == pytest.approx(0.2) and found["sink_rate_from_layer_2"] == pytest.approx(0.6)
     refused = p0("sink", "wired", "--first", "bos")
-    assert refused.code == 2 and "no BOS token" in refused.err
+    assert refused.code == 2 and "its BOS token is not known" in refused.err
 
 
 @pytest.mark.parametrize("name", ["wired-learned", "wired-decoy", "wired-decoy-learned"])
@@ -248,7 +251,7 @@ def test_the_constructed_models_have_names(p0: Run, name: str) -> None:
 
 
 def test_run_leaves_tables_figures_and_a_manifest(p0: Run, tiny_model_dir: Path, tmp_path: Path) -> None:
-    arguments = ("run", "sink-map", "--model", tiny_model_dir, "--out", tmp_path / "out", "--json", *QUICK)
+    arguments = ("run", "sink-map", tiny_model_dir, "--out", tmp_path / "out", "--json", *QUICK)
     ended = p0(*arguments)
     assert ended.code == 0
     folder = tmp_path / "out" / "tiny"
@@ -257,9 +260,12 @@ def test_run_leaves_tables_figures_and_a_manifest(p0: Run, tiny_model_dir: Path,
     shown = json.loads(ended.out)
     assert shown == {"sink-map": {name: interval.to_json() for name, interval in result.metrics.items()}}
     assert f"tables, figures and manifest are in {folder}" in ended.err.replace("\n", "")
-    assert "best_head_with_bos" in ended.err and str(result.metrics["best_head"]) in ended.err
+    # With --json standard output has nothing but JSON.
+    assert "best_head" not in ended.err
+    table = p0(*(argument for argument in arguments if argument != "--json")).out
+    assert "best_head_with_bos" in table and str(result.metrics["best_head"]) in table
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert manifest["command"] == [str(argument) for argument in arguments]
+    assert manifest["command"] == [str(argument) for argument in arguments if argument != "--json"]
     assert manifest["model"] == "tiny" and manifest["experiments"] == ["sink-map"]
     assert manifest["weights"] == weights_fingerprint(load_model(tiny_model_dir))
     assert manifest["prompts"] == result.provenance["prompts"]["fingerprint"]
@@ -268,8 +274,7 @@ def test_run_leaves_tables_figures_and_a_manifest(p0: Run, tiny_model_dir: Path,
 
 def test_a_second_run_reads_the_cache_and_leaves_the_same(p0: Run, tiny_model_dir: Path, tmp_path: Path) -> None:
     ended = [
-        p0("run", "norm-direction", "--model", tiny_model_dir, "--out", tmp_path / name, *QUICK)
-        for name in ("first", "second")
+        p0("run", "norm-direction", tiny_model_dir, "--out", tmp_path / name, *QUICK) for name in ("first", "second")
     ]
     assert "read from the cache" not in ended[0].err
     assert "recordings read from the cache" in ended[1].err
@@ -312,7 +317,7 @@ def test_without_names_a_real_model_comes_first_and_is_missed_without_a_network(
 ) -> None:
     # pip's own switch; the cache of a test is empty.
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setattr("p0circuit.experiments.EXPERIMENTS", {"sink-map": EXPERIMENTS["sink-map"]})
+    monkeypatch.setattr("p0circuit.reproduction.front.EXPERIMENTS", {"sink-map": EXPERIMENTS["sink-map"]})
     ended = p0("reproduce", "--out", tmp_path, "--samples", 12, "--length", 20, "--json")
     assert ended.code == 0, ended.err
     assert list(json.loads(ended.out)) == ["p0-nano", "training"]
@@ -331,21 +336,23 @@ def test_without_names_a_real_model_comes_first_and_is_missed_without_a_network(
 def test_a_quick_run_takes_as_many_prompts_as_the_size_says(
     p0: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("p0circuit.experiments.EXPERIMENTS", {"sink-map": EXPERIMENTS["sink-map"]})
-    monkeypatch.setattr(reproduction, "LARGE_PARAMETERS", 500_000)
+    monkeypatch.setattr("p0circuit.reproduction.front.EXPERIMENTS", {"sink-map": EXPERIMENTS["sink-map"]})
+    monkeypatch.setattr("p0circuit.reproduction.cost.LARGE_PARAMETERS", 500_000)
     for name, parameters, samples in (("p0-nano", "0.91", 32), ("wired", "0.", 128)):
         ended = p0("reproduce", name, "--quick", "--length", 20, "--out", tmp_path)
         assert ended.code == 0
-        assert re.search(rf"{name} has {parameters}\d* million parameters: this takes {samples} prompts", ended.err)
+        assert re.search(
+            rf"{name} has {parameters}\d* million parameters: a quick run takes {samples} prompts", ended.err
+        )
         manifest = json.loads((tmp_path / name / "manifest.json").read_text())
         assert (manifest["samples"], manifest["length"]) == (samples, 20)
-    ended = p0("reproduce", "wired", "--quick", "--samples", 64, "--out", tmp_path / "none")
-    assert ended.code == 2 and "--quick decides the number of prompts" in ended.err
-    assert not (tmp_path / "none").exists()
+    ended = p0("reproduce", "wired", "--quick", "--samples", 24, "--length", 20, "--out", tmp_path)
+    assert ended.code == 0 and "--samples 24 replaces the 128 prompts of a quick run" in ended.err
+    assert json.loads((tmp_path / "wired" / "manifest.json").read_text())["samples"] == 24
 
 
 def test_one_experiment_runs_in_the_condition_of_the_sink(p0: Run, tmp_path: Path) -> None:
-    ended = p0("run", "C5", "--model", "bos-0", "--out", tmp_path, "--samples", 24, "--length", 40)
+    ended = p0("run", "C5", "bos-0", "--out", tmp_path, "--samples", 24, "--length", 40)
     assert ended.code == 0, ended.err
     assert "bos-0 has its sink in text after BOS" in ended.err
     result = Result.load(tmp_path / "bos-0" / "structure.json")
@@ -353,8 +360,11 @@ def test_one_experiment_runs_in_the_condition_of_the_sink(p0: Run, tmp_path: Pat
 
 
 def test_a_claim_runs_by_its_number(p0: Run, tmp_path: Path) -> None:
-    ended = p0("run", "c1", "--model", "wired", "--out", tmp_path, "--samples", 6, "--length", 12)
-    assert ended.code == 0 and "C1 reproduced" in ended.err
+    ended = p0("run", "c1", "wired", "--out", tmp_path, "--samples", 6, "--length", 12)
+    assert ended.code == 0 and "C1 The sink: REPRODUCED in wired" in ended.out
+    told = " ".join(ended.out.split())
+    assert SinkMap.claim is not None
+    assert SinkMap.claim.statement in told and SinkMap.claim.threshold in told
     assert Result.load(tmp_path / "wired" / "sink-map.json").judgement.verdict == "reproduced"
 
 
@@ -368,17 +378,17 @@ def test_claims_about_training_need_no_model(p0: Run, tmp_path: Path) -> None:
     assert {"report.html", "report.md", "manifest.json", "claims.json"} <= files(tmp_path / "training")
     assert "<pre>p0circuit run early</pre>" in (tmp_path / "training" / "report.html").read_text()
     ended = p0("run", "C13", "--out", tmp_path / "alone")
-    assert ended.code == 0 and f"C13 {found['claims'][0]['verdict']}" in ended.err
+    assert ended.code == 0 and found["claims"][0]["verdict"].upper() in ended.out
     ended = p0("run", "C13", "--runs", tmp_path / "nowhere", "--out", tmp_path / "alone")
     assert ended.code == 2 and "no traces in" in ended.err
 
 
 def test_the_first_layers_alone(p0: Run, tiny_model_dir: Path, tmp_path: Path) -> None:
     quick = ("--out", tmp_path, "--layers", 2, *QUICK)
-    assert p0("run", "norm-direction", "--model", tiny_model_dir, *quick).code == 0
+    assert p0("run", "norm-direction", tiny_model_dir, *quick).code == 0
     result = Result.load(tmp_path / "tiny[:2]" / "norm-direction.json")
     assert result.provenance["model"]["n_layers"] == 2
-    ended = p0("run", "norm-direction", "--model", tiny_model_dir, "--out", tmp_path, "--layers", 9)
+    ended = p0("run", "norm-direction", tiny_model_dir, "--out", tmp_path, "--layers", 9)
     assert ended.code == 2 and "tiny has 3 layers, so the first 9 cannot be loaded" in ended.err
 
 
@@ -392,9 +402,11 @@ def test_trace_prints_the_promised_keys(p0: Run, tmp_path: Path) -> None:
     assert keys | {"concentration_causal"} <= set(found["checkpoints"][0])
     assert "formation_step" in found and found["stages"]
     assert (found["first_token"], found["text"]) == ("text", "stdlib")
-    assert "on stdlib, at position zero the text's own first token" in ended.err
+    shown = p0("trace", "p0-nano", "--checkpoints", "0,7221,20000", *quick[:-1]).out
+    assert f"the sink emerged at step {found['formation_step']}" in shown
+    assert "Text: stdlib; at position zero: the text's own first token" in shown
     assert (tmp_path / "p0-nano" / "figures" / "trace-development.png").is_file()
-    # Small, and so its needs are not told.
+    # The model is small, so no estimate is printed.
     assert "Needs" not in ended.err
     again = p0("trace", "p0-nano", "--checkpoints", "step-020000, 0,step-007221", *quick)
     assert json.loads(again.out) == found
@@ -412,7 +424,7 @@ def test_a_trace_that_comes_with_the_package(p0: Run, tmp_path: Path, name: str)
     )
     found = json.loads(ended.out)
     (run,) = as_trained([run for run in shipped_runs() if run.name == name])
-    assert ended.code == 0 and f"{name} keeps no checkpoints: this is the trace that comes with it" in ended.err
+    assert ended.code == 0 and f"{name} has no checkpoints: this is the trace that comes with" in ended.err
     assert f"with {run.first} at position zero" in ended.err and found["model"] == name
     assert [row["excess"] for row in found["checkpoints"]] == run["excess"].tolist()
     formed = None if run.formation is None else run["step"][run.formation]
@@ -431,7 +443,7 @@ def test_a_trace_becomes_a_run_that_claims_are_judged_on(p0: Run, tmp_path: Path
         assert p0("trace", *few, "--seed", seed, "--first", first, "--table", table).code == 0
     assert {(run.seed, run.first) for run in shipped_runs(tmp_path / "runs")} == {*made}
     ended = p0("run", "C13", "--runs", tmp_path / "runs", "--out", tmp_path)
-    assert ended.code == 0 and "reproduced: latest_formation_share is" in ended.err
+    assert ended.code == 0 and "REPRODUCED" in ended.out and "latest_formation_share is" in ended.out
     for wrong, told in ((("mine.csv",), "not named"), (("mine-0.csv", "--length", 24), "64 tokens")):
         ended = p0("trace", *few, "--table", *wrong)
         assert ended.code == 2 and told in ended.err
@@ -441,7 +453,7 @@ def test_what_a_large_model_takes_is_told_before_its_trace(
     p0: Run, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(tiny_model_dir, tmp_path / "run" / "checkpoint-3")
-    monkeypatch.setattr(cli, "LARGE", 1)
+    monkeypatch.setattr("p0circuit.cli.training.LARGE_BYTES", 1)
     ended = p0("trace", tmp_path / "run", *QUICK, "--device", "cpu", "--out", tmp_path / "out")
     told, _, measured = ended.err.partition("run 3: loss")
     assert ended.code == 0 and measured
@@ -456,14 +468,46 @@ def test_two_models_of_one_name_do_not_overwrite_each_other(p0: Run, tiny_model_
     assert not (tmp_path / "out").exists()
 
 
-def test_an_experiment_that_does_not_apply_is_an_error_by_itself(p0: Run, tmp_path: Path) -> None:
-    ended = p0("run", "bos-ablation", "--model", "wired", "--out", tmp_path)
-    assert ended.code == 2 and "error: this model has no BOS token" in ended.err
+def test_that_an_experiment_does_not_apply_is_a_result(p0: Run, tmp_path: Path) -> None:
+    ended = p0("run", "bos-ablation", "wired", "--out", tmp_path)
+    assert ended.code == 0 and "error" not in ended.err
+    assert "bos-ablation: NOT APPLICABLE to wired" in ended.out and "this model has no BOS token" in ended.out
+    ended = p0("run", "bos-ablation", "wired", "--out", tmp_path, "--json")
+    result = json.loads(ended.out)["bos-ablation"]
+    assert result["verdict"] == "not applicable" and "no BOS token" in result["why"]
     assert files(tmp_path) == set()
 
 
+def test_settings_of_an_experiment(p0: Run, tmp_path: Path) -> None:
+    quick = ("wired", "--out", tmp_path, "--samples", 4, "--length", 16)
+    assert p0("run", "C1", *quick, "--set", "eps=0.2", "--set", "control=4").code == 0
+    assert Result.load(tmp_path / "wired" / "sink-map.json").provenance["config"] == {"eps": 0.2, "control": 4}
+    ended = p0("run", "C13", "--set", "eps=0.2")
+    assert ended.code == 2 and "early has no settings" in ended.err
+
+
+def test_all_experiments_are_listed(p0: Run) -> None:
+    shown = p0("run", "--list")
+    kinds = [*EXPERIMENTS.values(), *RUN_EXPERIMENTS.values()]
+    assert shown.code == 0 and all(kind.id in shown.out and kind.title in shown.out for kind in kinds)
+    listed = json.loads(p0("run", "--list", "--json").out)
+    assert [entry["id"] for entry in listed] == [kind.id for kind in kinds]
+    assert [entry["claim"] for entry in listed] == [kind.claim.id if kind.claim else None for kind in kinds]
+
+
+def test_version_and_levels_of_messages(p0: Run) -> None:
+    assert p0("--version").out == f"p0circuit {p0circuit.__version__}\n"
+    small = ("sink", "wired", "--samples", 2, "--length", 12)
+    assert p0(*small).err == "wired has no tokenizer: its prompts are random tokens\n"
+    quiet = p0("-q", *small)
+    assert quiet.err == "" and "Sink rate" in quiet.out
+    refused = p0("-q", "sink", "wirde")
+    assert refused.code == 2 and refused.err.startswith("error: unknown model")
+    assert "exclude each other" in p0("-q", "-v", *small).err
+
+
 def test_a_manifest_tells_of_a_run_that_came_to_its_end(p0: Run, tmp_path: Path) -> None:
-    quick = ("--model", "wired", "--out", tmp_path, "--samples", 4, "--length", 12)
+    quick = ("wired", "--out", tmp_path, "--samples", 4, "--length", 12)
     assert p0("run", "sink-map", *quick).code == 0
     assert (tmp_path / "wired" / "manifest.json").exists()
     shutil.rmtree(tmp_path / "wired" / "tables")
@@ -508,9 +552,9 @@ def test_results_on_a_gguf_file_say_how_it_was_rounded(p0: Run, tiny_model_dir: 
     found = json.loads(p0("sink", path, "--json", *QUICK).out)
     assert (found["model"], found["quantisation"]) == ("tiny", "Q4_1")
     assert "tiny (Q4_1)" in p0("sink", path, *QUICK).out
-    ended = p0("run", "sink-map", "--model", path, "--out", tmp_path / "out", *QUICK)
+    ended = p0("run", "sink-map", path, "--out", tmp_path / "out", *QUICK)
     folder = tmp_path / "out" / "tiny"
-    assert ended.code == 0 and "tiny (Q4_1): sink-map" in ended.err
+    assert ended.code == 0 and "tiny (Q4_1): sink-map" in ended.out
     manifest = json.loads((folder / "manifest.json").read_text())
     assert (manifest["model"], manifest["quantisation"]) == ("tiny", "Q4_1")
     assert Result.load(folder / "sink-map.json").provenance["model"]["quantisation"] == "Q4_1"
@@ -552,10 +596,14 @@ def test_models_lists_what_is_shipped(p0: Run) -> None:
         assert entry["parameters"] == AutoModelForCausalLM.from_pretrained(folder).num_parameters() + gates
         assert entry["checkpoints"] == sorted(entry["checkpoints"])
         assert entry["name"] in table
-    named = {entry["name"]: entry for entry in known if entry not in found}
+    constructed = [entry for entry in known if entry["status"] == "constructed"]
+    named = {entry["name"]: entry for entry in known if entry not in found + constructed}
     assert set(named) == {"smollm2-135m", "gemma3-270m"}
     assert {entry["status"] for entry in named.values()} == {"fetchable"}
+    assert [entry["name"] for entry in constructed] == list(CONSTRUCTED_MODELS)
+    assert all(entry["parameters"] == parameter_count(entry["name"]) for entry in constructed)
     assert all(name in table and str(entry["quantisation"]) in table for name, entry in named.items())
+    assert all(entry["name"] in table for entry in constructed)
 
 
 def test_only_named_models_are_fetched(p0: Run) -> None:
@@ -586,7 +634,7 @@ def test_a_trained_model_can_be_measured_and_its_trace_too(p0: Run, tmp_path: Pa
     start = json.loads(p0("sink", out, "--checkpoint", 0, "--json", *QUICK).out)
     assert start["model"] == "my-model@0" and start["sink_score"] != found["sink_score"]
     results = tmp_path / "results"
-    assert p0("run", "sink-map", "--model", out, "--checkpoint", 0, "--out", results, *QUICK).code == 0
+    assert p0("run", "sink-map", out, "--checkpoint", 0, "--out", results, *QUICK).code == 0
     assert [path.name for path in results.iterdir()] == ["my-model@0"]
     missing = p0("sink", out, "--checkpoint", 5)
     assert missing.code == 2 and "no checkpoint '5'; it has those of steps 0, 6" in missing.err
@@ -601,20 +649,28 @@ def test_a_trained_model_can_be_measured_and_its_trace_too(p0: Run, tmp_path: Pa
         (["sink", "p0-nanoo"], "unknown model 'p0-nanoo'"),
         (["sink", "./nowhere"], "'./nowhere': expected a directory with config.json"),
         (["sink", "wirde"], "did you mean wired"),
+        (["sink", "gpt2"], "unknown model 'gpt2'"),
         (["sink", "wired", "--checkpoint", "3"], "wired is constructed, not trained: it has no checkpoint '3'"),
         (["sink", "wired", "--dtype", "int8"], "unknown dtype 'int8'; expected one of float32"),
         (["sink", "wired", "--device", "tpu9"], "device 'tpu9' cannot be used here"),
         (["sink", "wired", "--length", "100000"], "100000"),
         (["run", "sink-mab"], "no experiment 'sink-mab'; there are: sink-map (C1), norm-direction, bos-ablation (C2)"),
-        (["run"], "Missing argument"),
+        (["run"], "name an experiment, as in `p0circuit run sink-map`; `p0circuit run --list` lists them all"),
+        (
+            ["run", "C1", "--set", "contorl=3"],
+            "there is no field 'contorl'; did you mean 'control'? The fields are eps=0.3",
+        ),
+        (["run", "C1", "--set", "eps"], "'eps' is not of the form field=value, as in eps=0.3"),
+        (["run", "C1", "--set", "control=0.5"], "control cannot be '0.5'; expected a whole number, such as 8"),
+        (["run", "C8", "--set", "doses=[1, 2]"], "doses cannot be '[1, 2]'; expected a list of texts"),
         (["reproduce", "wired", "--samples", "0"], "--samples"),
         (["reproduce", "wired", "--length", "1"], "--length"),
         (["reproduce", "--backend", "jax"], "--backend"),
         (["reproduce", "wired", "--out", __file__], "--out"),
         (["sink", "TINY", "--text", "nothing-there.txt"], "no text at 'nothing-there.txt'"),
         (["sink", "TINY", "--text", "english", "--samples", "1000000"], "too little text in 'english'"),
-        (["train", "OUT", "--set", "stride=3"], "'stride=3' is not of the form name=value"),
-        (["train", "OUT", "--set", "d_model=wide"], "d_model cannot be 'wide'; expected a value such as 128"),
+        (["train", "OUT", "--set", "stride=3"], "there is no field 'stride'; the fields are"),
+        (["train", "OUT", "--set", "d_model=wide"], "d_model cannot be 'wide'; expected a whole number, such as 128"),
         (["train", "OUT", "--corpus", "nothing-there"], "no text at 'nothing-there'"),
         (["cache", "--drop"], "No such option"),
         (["frobnicate"], "No such command"),
@@ -634,14 +690,22 @@ def test_wrong_use_is_told_and_ends_with_2(
 
 def test_a_place_that_cannot_be_written_to_ends_with_1(p0: Run, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    ended = p0("run", "sink-map", "--model", "wired", "--samples", 2, "--length", 12, "--out", tmp_path / "file" / "x")
+    ended = p0("run", "sink-map", "wired", "--samples", 2, "--length", 12, "--out", tmp_path / "file" / "x")
     assert ended.code == 1 and ended.err.splitlines()[-1].startswith("error: [Errno")
 
 
-def test_debugging_shows_where_it_happened(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("P0CIRCUIT_DEBUG", "1")
-    monkeypatch.setattr(sys, "argv", ["p0circuit", "run", "sink-mab"])
-    with pytest.raises(ValueError, match="no experiment"):
+def test_verbose_shows_the_traceback_of_an_error(p0: Run) -> None:
+    ended = p0("--verbose", "run", "sink-mab")
+    assert ended.code == 2 and "error: no experiment" in ended.err and "Traceback" in ended.err
+
+
+def test_a_bug_shows_its_traceback(p0: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: object, **kwargs: object) -> None:
+        raise ValueError("a shape does not fit")
+
+    monkeypatch.setattr("p0circuit.experiments.sink_summary.sink_summary", broken)
+    monkeypatch.setattr(sys, "argv", ["p0circuit", "sink", "wired", "--samples", "2", "--length", "12"])
+    with pytest.raises(ValueError, match="a shape does not fit"):
         main()
 
 
@@ -683,7 +747,7 @@ def test_a_trace_of_checkpoints_spread_by_a_device_map(p0: Run, tiny_model_dir: 
 
 
 def test_an_experiment_on_a_model_spread_by_a_device_map(p0: Run, tiny_model_dir: Path, tmp_path: Path) -> None:
-    given = ("run", "norm-direction", "--model", tiny_model_dir, *QUICK, "--backend", "bridge", "--device", "cpu")
+    given = ("run", "norm-direction", tiny_model_dir, *QUICK, "--backend", "bridge", "--device", "cpu")
     whole = p0(*given, "--out", tmp_path / "whole", "--json")
     spread = p0(*given, "--out", tmp_path / "spread", "--json", "--device-map", "cpu")
     assert spread.code == 0 and json.loads(spread.out) == json.loads(whole.out)

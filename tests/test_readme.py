@@ -14,7 +14,7 @@ import typer
 
 from p0circuit.cli import app
 from p0circuit.io import repository
-from p0circuit.report.contents import find_runs
+from p0circuit.report.contents import find_reproductions
 from p0circuit.report.documents import claims_table
 from p0circuit.reproduction import reproduce_training
 from p0circuit.training.runs import as_trained, shipped_runs
@@ -96,5 +96,5 @@ def test_a_printed_command_is_understood(line: str) -> None:
 def test_the_claims_about_training_are_as_measured(tmp_path: Path) -> None:
     reproduce_training(as_trained(shipped_runs()), tmp_path / "training")
     results = (repository() / "docs" / "results.md").read_text(encoding="utf-8")
-    table = claims_table(find_runs(tmp_path / "training"))
+    table = claims_table(find_reproductions(tmp_path / "training"))
     assert len(table) > 5 and [line for line in table if line not in results] == []

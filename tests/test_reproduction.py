@@ -17,9 +17,16 @@ from p0circuit.experiments.conditions import pooled_prompts_for
 from p0circuit.models import load_model
 from p0circuit.models.gguf_writer import write_gguf
 from p0circuit.prompts import pool, random_tokens
-from p0circuit.report.contents import find_runs
+from p0circuit.report.contents import find_reproductions
 from p0circuit.report.html import write_report
-from p0circuit.reproduction import failed, quick_samples, reproduce, reproduce_training, result_key, run_or_read
+from p0circuit.reproduction import (
+    failed_claims,
+    quick_samples,
+    reproduce_model,
+    reproduce_training,
+    result_key,
+    run_or_read,
+)
 from p0circuit.results import Result
 from p0circuit.stats import Interval
 from p0circuit.training.runs import as_trained, shipped_runs
@@ -74,7 +81,7 @@ def wired():
 
 def test_entries_controls_and_files(wired, tmp_path):
     model, prompts = wired
-    entries = reproduce(model, prompts, tmp_path, [SinkMap(), NormDirection(), BosAblation()])
+    entries = reproduce_model(model, prompts, tmp_path, [SinkMap(), NormDirection(), BosAblation()])
     assert [entry["id"] for entry in entries] == ["C1", "C2"]
     assert json.loads((tmp_path / "claims.json").read_text()) == entries
     sink, bos = entries
@@ -87,7 +94,7 @@ def test_entries_controls_and_files(wired, tmp_path):
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["experiments"] == ["sink-map", "norm-direction"] and list(manifest["left_out"]) == ["bos-ablation"]
     assert (tmp_path / "controls" / "untrained" / "sink-map.json").is_file()
-    assert failed(entries) == []
+    assert failed_claims(entries) == []
 
 
 def test_claims_are_tested_in_the_condition_of_the_sink(tmp_path):
@@ -95,7 +102,9 @@ def test_claims_are_tested_in_the_condition_of_the_sink(tmp_path):
     for name, condition in names.items():
         model = load_model(name)
         prompts = pooled_prompts_for(model, None, 24, 40)
-        entries = reproduce(model, prompts, tmp_path / name, [SinkMap(), BosAblation(), KeySide()], controls=False)
+        entries = reproduce_model(
+            model, prompts, tmp_path / name, [SinkMap(), BosAblation(), KeySide()], controls=False
+        )
         manifest = json.loads((tmp_path / name / "manifest.json").read_text())
         assert manifest["condition"]["name"] == condition and manifest["text"] == "stdlib"
         assert f"{name} has its sink in" in manifest["condition"]["summary"]
@@ -125,12 +134,12 @@ def test_the_size_of_a_model_decides_the_prompts_of_a_quick_run(parameters, samp
 
 def test_a_claim_that_breaks_off_loses_none_of_the_others(wired, tmp_path):
     model, prompts = wired
-    entries = reproduce(model, prompts, tmp_path, [Breaks(), SinkMap()])
+    entries = reproduce_model(model, prompts, tmp_path, [Breaks(), SinkMap()])
     assert entries[0]["verdict"] == "not applicable" and "a matrix is singular" in entries[0]["why"]
     assert entries[0]["error"] == "RuntimeError: a matrix is singular"
     trace = (tmp_path / "breaks.traceback.txt").read_text()
     assert trace.startswith("Traceback") and trace.endswith("RuntimeError: a matrix is singular\n")
-    assert entries[1]["verdict"] == "reproduced" and failed(entries) == ["C99"]
+    assert entries[1]["verdict"] == "reproduced" and failed_claims(entries) == ["C99"]
     assert json.loads((tmp_path / "manifest.json").read_text())["broken"] == {
         "breaks": "RuntimeError: a matrix is singular"
     }
@@ -141,7 +150,7 @@ def test_a_claim_about_training_that_breaks_off_loses_none_of_the_others(tmp_pat
     runs = [replace(run, table=run.table.drop(columns="largest_norm_ratio")) for run in runs]
     (tmp_path / "methods.json").write_text("of an earlier run")
     entries = reproduce_training(runs, tmp_path)
-    assert [entry["id"] for entry in entries] == ["C13", "C14", "C15", "C16"] and failed(entries) == ["C16"]
+    assert [entry["id"] for entry in entries] == ["C13", "C14", "C15", "C16"] and failed_claims(entries) == ["C16"]
     assert all(entry["error"] is None and entry["measured"] for entry in entries[:3])
     assert entries[3]["error"] == "KeyError: 'largest_norm_ratio'" and entries[3]["verdict"] == "not applicable"
     assert json.loads((tmp_path / "claims.json").read_text()) == entries
@@ -154,11 +163,11 @@ def test_a_claim_about_training_that_breaks_off_loses_none_of_the_others(tmp_pat
 def test_what_is_there_is_not_measured_again(wired, tmp_path):
     model, prompts = wired
     seen: list[str] = []
-    first = reproduce(model, prompts, tmp_path, [Counts(Times(seen))])
+    first = reproduce_model(model, prompts, tmp_path, [Counts(Times(seen))])
     # The model, itself untrained, itself shuffled, the decoy.
     assert len(seen) == 4
     seen.clear()
-    assert reproduce(model, prompts, tmp_path, [Counts(Times([]))]) == first
+    assert reproduce_model(model, prompts, tmp_path, [Counts(Times([]))]) == first
     assert seen == []
 
 
@@ -201,7 +210,7 @@ def test_a_rounded_model_says_so_in_every_entry_manifest_and_report(tiny_model_d
     model = load_model(path, device="cpu")
     prompts = random_tokens(model.cfg.d_vocab, n=8, length=16)
     out = tmp_path / "out" / "tiny"
-    entries = reproduce(model, prompts, out, [SinkMap()], controls=False)
+    entries = reproduce_model(model, prompts, out, [SinkMap()], controls=False)
     assert {(entry["model"], entry["quantisation"]) for entry in entries} == {("tiny", "Q8_0")}
     manifest = json.loads((out / "manifest.json").read_text())
     assert (manifest["model"], manifest["quantisation"]) == ("tiny", "Q8_0")
@@ -214,4 +223,4 @@ def test_a_rounded_model_says_so_in_every_entry_manifest_and_report(tiny_model_d
         assert not re.search(rf"({heading})tiny\b(?! \(Q8_0\))", text, re.M)
     # A run that has not come to its end has no manifest yet.
     (out / "manifest.json").unlink()
-    assert find_runs(out)[0].title == "tiny (Q8_0)"
+    assert find_reproductions(out)[0].title == "tiny (Q8_0)"

@@ -23,7 +23,7 @@ from p0circuit.interventions.pairs import patch_values, shift_prompts
 from p0circuit.interventions.path_patching import edges_into_keys, path_patch
 from p0circuit.models import load_model
 from p0circuit.models.vocabulary import sampleable_vocabulary
-from p0circuit.report.contents import find_runs
+from p0circuit.report.contents import find_reproductions
 from p0circuit.stats import Interval
 from tests.report.made_up import claim, result, view, write_run
 
@@ -334,7 +334,7 @@ def test_a_verdict_comes_with_what_is_to_know_of_it(capsys: pytest.CaptureFixtur
 
 def test_evidence_names_figures_by_what_stands_above_them(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     write_run(tmp_path)
-    (run,) = find_runs(tmp_path)
+    (run,) = find_reproductions(tmp_path)
     for experiment in ("kept", "circuit", "broken", "nowhere"):
         course_page.show_evidence(Page(), run, experiment)
     shown = capsys.readouterr().out

@@ -11,24 +11,32 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from p0circuit.cli.options import JsonOption
+from p0circuit.cli.show import print_json
 from p0circuit.course.build import NotebookFailed, build, find, folder, names, run, title
 from p0circuit.errors import P0Error
-from p0circuit.log import report_progress
+from p0circuit.log import logger, report_progress
 
 app = typer.Typer(
     help="The paper as a course: list, run, build and export the notebooks of the repository.", no_args_is_help=True
 )
 
 
-class _Pairs(TyperCommand):
-    """Takes `-p NAME VALUE` as papermill does, and `-p NAME=VALUE`."""
+class _PairsCommand(TyperCommand):
+    """A command that takes `-p NAME VALUE`, as papermill does, and `-p NAME=VALUE`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        rest, joined = iter(args), []
-        for arg in rest:
+        """Join the name and value of every `-p` into one argument.
+
+        Args:
+            ctx: context of click.
+            args: the arguments as given.
+        """
+        remaining, joined = iter(args), []
+        for arg in remaining:
             joined.append(arg)
-            if arg in ("-p", "--parameter") and (name := next(rest, None)) is not None:
-                joined.append(name if "=" in name else f"{name}={next(rest, '')}")
+            if arg in ("-p", "--parameter") and (name := next(remaining, None)) is not None:
+                joined.append(name if "=" in name else f"{name}={next(remaining, '')}")
         return super().parse_args(ctx, joined)
 
 
@@ -39,90 +47,93 @@ AllOption = Annotated[bool, typer.Option("--all", help="Every notebook, in the o
 
 
 @app.command("list")
-def list_notebooks(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+def list_notebooks(as_json: JsonOption = False) -> None:
     """List the notebooks in the order of the course."""
-    found = {name: title(name) for name in names()}
+    titles = {name: title(name) for name in names()}
     if as_json:
-        typer.echo(json.dumps(found, indent=2))
+        print_json(titles)
         return
-    for name, heading in found.items():
+    for name, heading in titles.items():
         typer.echo(f"{name:24} {heading}")
 
 
-@app.command("run", cls=_Pairs)
+@app.command("run", cls=_PairsCommand)
 def run_notebooks(
-    name: NamesArgument = None,
-    every: AllOption = False,
+    notebooks: NamesArgument = None,
+    all_notebooks: AllOption = False,
     parameter: Annotated[
         list[str] | None,
         typer.Option("-p", "--parameter", metavar="NAME VALUE", help="As in -p model wired -p samples 32."),
     ] = None,
-    out: Annotated[Path, typer.Option(file_okay=False, help="Where executed notebooks go.")] = Path("out/notebooks"),
+    out: Annotated[Path, typer.Option(file_okay=False, help="Folder for executed notebooks.")] = Path("out/notebooks"),
 ) -> None:
-    """Execute notebooks by papermill; exits with 1 and names the cell if one fails."""
-    _require("papermill", "ipykernel")
-    chosen = _chosen(name, every)
-    given = dict(_parameter(pair) for pair in parameter or [])
-    failed = 0
-    for number, one in enumerate(chosen, start=1):
-        report_progress(f"{number}/{len(chosen)} {one}: {title(one)}")
+    """Execute notebooks with papermill; if one fails, name its cell, go on, and exit with 1."""
+    require_modules("papermill", "ipykernel")
+    selected = _selected(notebooks, all_notebooks)
+    parameters = dict(_parameter(pair) for pair in parameter or [])
+    failures = 0
+    for number, name in enumerate(selected, start=1):
+        report_progress(f"{number}/{len(selected)} {name}: {title(name)}")
         try:
-            report_progress(f"{one}: executed, in {run(one, out, given)}")
+            report_progress(f"{name}: executed, in {run(name, out, parameters)}")
         except NotebookFailed as failure:
-            failed += 1
-            report_progress(f"error: {failure}")
-    if failed:
+            failures += 1
+            logger.error("error: %s", failure)
+    if failures:
         raise typer.Exit(1)
 
 
 @app.command("build")
-def build_notebooks(name: NamesArgument = None, every: AllOption = False) -> None:
-    """Make the shipped notebooks anew from their Python sources, with outputs (for those who edit them)."""
-    _require("papermill", "ipykernel", "jupytext")
-    for one in _chosen(name, every):
-        report_progress(f"building {one}")
+def build_notebooks(notebooks: NamesArgument = None, all_notebooks: AllOption = False) -> None:
+    """Build the shipped notebooks, with outputs, from their Python sources (for those who edit them)."""
+    require_modules("papermill", "ipykernel", "jupytext")
+    for name in _selected(notebooks, all_notebooks):
+        report_progress(f"building {name}")
         try:
-            report_progress(f"{one}: {build(one).stat().st_size / 2**20:.1f} MiB")
+            report_progress(f"{name}: {build(name).stat().st_size / 2**20:.1f} MiB")
         except NotebookFailed as failure:
-            report_progress(f"error: {failure}")
+            logger.error("error: %s", failure)
             raise typer.Exit(1) from None
 
 
 @app.command("export")
 def export_notebooks(
-    name: NamesArgument = None,
-    every: AllOption = False,
-    out: Annotated[Path, typer.Option(file_okay=False, help="Where the pages go.")] = Path("out/notebooks"),
+    notebooks: NamesArgument = None,
+    all_notebooks: AllOption = False,
+    out: Annotated[Path, typer.Option(file_okay=False, help="Folder for the pages.")] = Path("out/notebooks"),
 ) -> None:
-    """Make HTML pages of the shipped notebooks that open offline, formulas and attention views included."""
-    _require("nbconvert", "latex2mathml")
+    """Export the shipped notebooks as HTML pages that open offline, with formulas and attention views."""
+    require_modules("nbconvert", "latex2mathml")
     from p0circuit.course.export import notebook_page
     from p0circuit.io import write_atomically
 
-    for one in _chosen(name, every):
-        page = notebook_page(folder() / f"{one}.ipynb")
-        path = write_atomically(out / f"{one}.html", lambda file, page=page: file.write_text(page, encoding="utf-8"))
-        report_progress(f"{one}: {path}")
+    for name in _selected(notebooks, all_notebooks):
+        page = notebook_page(folder() / f"{name}.ipynb")
+        path = write_atomically(out / f"{name}.html", lambda file, page=page: file.write_text(page, encoding="utf-8"))
+        report_progress(f"{name}: {path}")
 
 
-def _require(*modules: str) -> None:
-    """Make sure that what notebooks need beside the package is there.
+def require_modules(*modules: str) -> None:
+    """Check that the packages that notebooks need are installed.
+
+    Args:
+        modules: names of modules.
 
     Raises:
-        P0Error: it is not.
+        P0Error: one is missing.
     """
     if missing := [module for module in modules if importlib.util.find_spec(module) is None]:
         raise P0Error(f"{', '.join(missing)} missing: pip install 'p0circuit[notebooks]'")
 
 
-def _chosen(given: Sequence[str] | None, every: bool) -> list[str]:
-    if bool(given) == every:
+def _selected(given: Sequence[str] | None, all_notebooks: bool) -> list[str]:
+    if bool(given) == all_notebooks:
         raise P0Error(f"name one or more notebooks, or give --all; there are: {', '.join(names())}")
-    return names() if every else [find(name) for name in given or []]
+    return names() if all_notebooks else [find(name) for name in given or []]
 
 
 def _parameter(pair: str) -> tuple[str, Any]:
-    """A parameter and its value: a number, true, false or null as in JSON, or else the text itself."""
+    """Split a parameter into its name and its value, which is read as JSON if it is JSON, and is text otherwise."""
     name, sign, value = pair.partition("=")
     if not (name and sign and value):
         raise P0Error(f"-p {name}: expected a name and a value, as in -p samples 32")

@@ -1,14 +1,14 @@
-"""`p0circuit sweep` and `bench`: many models on many cores, and how fast one of them is."""
+"""`p0circuit sweep` and `bench`: many models on a cluster, and benchmarks."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from p0circuit.cli.inputs import ModelSource, draw_pooled_prompts, load, torch_dtype
+from p0circuit.cli.inputs import ModelSource, load, report_text, torch_dtype
 from p0circuit.cli.options import (
     MODEL_HELP,
     Backend,
@@ -20,24 +20,30 @@ from p0circuit.cli.options import (
     SeedOption,
     TextOption,
 )
-from p0circuit.cli.show import print_json
-from p0circuit.log import report_progress
+from p0circuit.cli.show import print_json, print_table
+from p0circuit.hooked_model import HookedModel
+from p0circuit.log import logger, report_progress
+
+if TYPE_CHECKING:
+    from p0circuit.prompts import PromptSet
 
 
 def sweep(
     models: Annotated[str, typer.Option(help=f"Separated by commas. {MODEL_HELP}")] = "p0-nano",
     checkpoints: Annotated[
         str | None,
-        typer.Option(help="Steps or revisions, separated by commas; a model that keeps none is run once, as it is."),
+        typer.Option(help="Steps or revisions, separated by commas; a model without checkpoints is run once."),
     ] = None,
-    experiments: Annotated[str, typer.Option(help="Ids, or those of claims, separated by commas.")] = "sink-map",
+    experiments: Annotated[
+        str, typer.Option(help="Ids of experiments or claims, separated by commas; see `p0circuit run --list`.")
+    ] = "sink-map",
     out: Annotated[str, typer.Option(help="A directory, or any path of fsspec: s3://bucket/sweep.")] = "out/sweep",
     address: Annotated[
-        str | None, typer.Option(help="Of a Ray cluster: auto, ray://host:10001. Without it Ray is started here.")
+        str | None, typer.Option(help="Address of a Ray cluster: auto, ray://host:10001. Default: Ray is started here.")
     ] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Tasks at a time, if Ray is started here.")] = None,
     cpus: Annotated[int, typer.Option(min=1, help="Cores of a task.")] = 1,
-    gpus: Annotated[float | None, typer.Option(min=0, help="GPUs of a task; 1 if torch sees one here.")] = None,
+    gpus: Annotated[float | None, typer.Option(min=0, help="GPUs of a task; default 1 if torch sees one here.")] = None,
     text: TextOption = None,
     samples: SamplesOption = 128,
     length: LengthOption = 64,
@@ -46,27 +52,20 @@ def sweep(
     dtype: DtypeOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Run experiments on checkpoints of models, side by side on Ray; what is in OUT already is not measured again."""
+    """Run experiments on checkpoints of models, in parallel on Ray; results that are in OUT are not measured again."""
     from functools import partial
-
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
 
     from p0circuit.prompts import NAMED_TEXTS
     from p0circuit.sweep import sweep as sweep_models
 
-    def listed(given: str | None) -> list[str]:
-        return [item.strip() for item in (given or "").split(",") if item.strip()]
-
-    # Workers need not have this working directory.
+    # Workers may have another working directory.
     text = text if text is None or text in NAMED_TEXTS else str(Path(text).absolute())
-    found = sweep_models(
-        listed(models),
-        [int(label) if label.isdecimal() else label for label in listed(checkpoints)],
-        listed(experiments),
+    outcome = sweep_models(
+        _items(models),
+        [int(label) if label.isdecimal() else label for label in _items(checkpoints)],
+        _items(experiments),
         out,
-        partial(draw_pooled_prompts, text=text, samples=samples, length=length, seed=seed),
+        partial(_draw_prompts, text=text, samples=samples, length=length, seed=seed),
         address,
         workers=workers,
         cpus=cpus,
@@ -74,36 +73,49 @@ def sweep(
         backend=backend.value,
         dtype=torch_dtype(dtype),
     )
-    table = Table(title=out, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in ("model", "checkpoint", "experiment", "status", "seconds"):
-        table.add_column(column, overflow="fold")
-    for task in found.tasks:
-        checkpoint = "" if task.checkpoint is None else str(task.checkpoint)
-        table.add_row(task.model, checkpoint, task.experiment, task.status, f"{task.seconds:.1f}")
-    Console(stderr=True).print(table)
-    print_json(found.to_json(), as_json)
-    if found.failed:
-        report_progress(
-            f"error: {len(found.failed)} of {len(found.tasks)} tasks failed; run again, the others are kept"
+    if as_json:
+        print_json(outcome.to_json())
+    else:
+        rows = [
+            (task.model, task.checkpoint, task.experiment, task.status, f"{task.seconds:.1f}") for task in outcome.tasks
+        ]
+        print_table(("model", "checkpoint", "experiment", "status", "seconds"), rows, out)
+    if outcome.failed:
+        logger.error(
+            "error: %d of %d tasks failed; run again, finished tasks are not repeated",
+            len(outcome.failed),
+            len(outcome.tasks),
         )
         raise typer.Exit(1)
+
+
+def _items(text: str | None) -> list[str]:
+    return [item.strip() for item in (text or "").split(",") if item.strip()]
+
+
+def _draw_prompts(model: HookedModel, text: str | None, samples: int, length: int, seed: int) -> PromptSet:
+    """Draw the prompts of `p0circuit run`, in a worker."""
+    from p0circuit.experiments.conditions import pooled_prompts_for
+
+    report_text(model, text)
+    return pooled_prompts_for(model, text, samples, length, seed)
 
 
 def bench(
     model: Annotated[
         list[str] | None,
-        typer.Option(help="A model or shape, may be repeated; gpt2-shape and smollm2-shape if not given."),
+        typer.Option(help="A model or shape, may be repeated; default gpt2-shape and smollm2-shape."),
     ] = None,
     tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of the vocabulary to sweep; all if not given.")
+        int | None, typer.Option(min=1, help="Number of tokens of the vocabulary to sweep; default all.")
     ] = None,
     into: Annotated[
-        Path | None, typer.Option(help="A Markdown file with the marks of a benchmark table: write the table into it.")
+        Path | None, typer.Option(help="A Markdown file with the marks of a benchmark table, to write the table into.")
     ] = None,
-    memory: Annotated[bool, typer.Option(help="Whether peaks of memory are measured too, which takes a while.")] = True,
+    memory: Annotated[bool, typer.Option(help="Measure peaks of memory too, which is slow.")] = True,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure speed and memory of the exact fast forms beside the usual ways, in one run (needs a checkout)."""
+    """Measure speed and memory of the fast exact methods and of the usual ones, in one run (needs a checkout)."""
     import importlib
 
     from p0circuit.io import repository
@@ -119,6 +131,6 @@ def bench(
         lambda results: None if into is None else run.write_into(into, results),
     )
     if as_json:
-        print_json(results, True)
+        print_json(results)
     else:
         print(run.markdown(results))

@@ -1,15 +1,15 @@
-"""`p0circuit train` and `trace`: train a model, and follow its circuit along training."""
+"""`p0circuit train` and `trace`: train a model, and follow its circuit through training."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from p0circuit.cli.inputs import LARGE_BYTES, ModelSource, draw_prompts, load, say_estimate
+from p0circuit.cli.inputs import LARGE_BYTES, ModelSource, draw_prompts, load, report_estimate
 from p0circuit.cli.options import (
-    FIRST_IN_WORDS,
+    FIRST_TOKEN_DESCRIPTIONS,
     Backend,
     BackendOption,
     DeviceMapOption,
@@ -25,47 +25,67 @@ from p0circuit.cli.options import (
     SeedOption,
     TextOption,
 )
-from p0circuit.cli.show import print_json
+from p0circuit.cli.settings import with_settings
+from p0circuit.cli.show import print_json, print_table
 from p0circuit.errors import P0Error
 from p0circuit.log import report_progress
 
 if TYPE_CHECKING:
+    from p0circuit.models.metadata import StoredModel
     from p0circuit.prompts import PromptSet
+    from p0circuit.training.trace import Trace
+
+_TRACE_COLUMNS = {
+    "loss": "loss",
+    "excess": "excess",
+    "sink_rate": "sink rate",
+    "sink_rate_from_layer_2": "rate from layer 2",
+    "norm_ratio": "norm ratio",
+    "concentration_causal": "share of blocks 0-1",
+    "induction_score": "induction score",
+}
+"""Values of a checkpoint that are printed after its step, with their headings; the CSV file has all values."""
 
 
 def train(
-    out: Annotated[Path, typer.Argument(help="An empty directory, or that of an interrupted run to go on with.")],
+    out: Annotated[Path, typer.Argument(help="An empty directory, or that of an interrupted run to resume.")],
     corpus: Annotated[
         str, typer.Option(help="python (installed source), a text file or directory, or hub:NAME for a data set.")
     ] = "python",
     variant: Annotated[
         str | None, typer.Option(help="A named configuration to start from: baseline, bos, tnlm, force-sink, …")
     ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Updates.")] = None,
-    layers: Annotated[int | None, typer.Option(min=1, help="Blocks.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Number of updates.")] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Number of blocks.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of weights and batches.")] = 0,
-    option: Annotated[
-        list[str] | None, typer.Option("--set", help="Any other field of TrainConfig, as in weight_decay=0.5.")
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="FIELD=VALUE",
+            help="Any other field of TrainConfig, as in weight_decay=0.5; may be repeated. An unknown field lists "
+            "them all.",
+        ),
     ] = None,
-    threads: Annotated[int, typer.Option(min=1, help="Cores to use.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, help="Number of cores to use.")] = 1,
 ) -> None:
-    """Train a small model, keeping its history; an interrupted run goes on where it stopped."""
+    """Train a small model and keep checkpoints of it; an interrupted run is resumed where it stopped."""
     from dataclasses import replace
 
     import torch
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from p0circuit.training.config import TrainConfig, parse_options
+    from p0circuit.training.config import TrainConfig
     from p0circuit.training.trainer import train as train_model
     from p0circuit.training.variants import VARIANTS
 
     torch.set_num_threads(threads)
     if variant is not None and variant not in VARIANTS:
         raise P0Error(f"no variant {variant!r}; there are: {', '.join(VARIANTS)}")
-    named = {"corpus": corpus, "steps": steps, "n_layers": layers, "seed": seed}
-    given = {name: value for name, value in named.items() if value is not None} | parse_options(option or [])
-    config = replace(VARIANTS[variant] if variant else TrainConfig(), **given)
+    options = {"corpus": corpus, "steps": steps, "n_layers": layers, "seed": seed}
+    given = {name: value for name, value in options.items() if value is not None}
+    config = with_settings(replace(VARIANTS[variant] if variant else TrainConfig(), **given), settings or [])
     columns = TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.3f}")
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
         task = progress.add_task("training", total=config.steps, loss=float("nan"))
@@ -76,15 +96,15 @@ def train(
 def trace(
     source: Annotated[str, typer.Argument(help="A shipped model, a directory of checkpoints, or a hub id.")],
     checkpoints: Annotated[
-        str | None, typer.Option(help="Steps or revisions, separated by commas; all that are kept if not given.")
+        str | None, typer.Option(help="Steps or revisions, separated by commas; default: all checkpoints.")
     ] = None,
     first: FirstOption = First.text,
     table: Annotated[
         Path | None,
         typer.Option(
             dir_okay=False,
-            help="A file <variant>-<seed>.csv to put the checkpoints into as well, beside those with another --first: "
-            "what the claims about training read (run C13 --runs DIRECTORY).",
+            help="A file <variant>-<seed>.csv to add the checkpoints to, beside those with another --first: the input "
+            "of the claims about training (run C13 --runs DIRECTORY).",
         ),
     ] = None,
     out: OutOption = Path("out"),
@@ -99,12 +119,12 @@ def trace(
     offload_folder: OffloadOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Follow the circuit through a training run, checkpoint by checkpoint; what was measured before is read.
+    """Follow the circuit through a training run; a checkpoint that was measured before is not measured again.
 
-    A run whose checkpoints are not kept, but whose trace comes with the package, is shown from that trace.
+    If the run has no checkpoints, but its trace comes with the package, that trace is shown.
 
     --json prints an object with the keys model, checkpoints, formation_step,
-    stages, missing, first_token (what stood at position zero: text, bos or
+    stages, missing, first_token (the token at position zero: text, bos or
     random) and text (null for a trace that comes with the package). A
     checkpoint has step, tokens, loss, sink_rate, sink_rate_from_layer_2,
     norm_ratio, largest_norm_ratio, direction_consistency,
@@ -123,54 +143,74 @@ def trace(
     from p0circuit.training.trace import PASSES_PER_CHECKPOINT, Trace, trace as trace_run
 
     if table is not None:
-        # Told now and not when all is measured.
+        # Refuse a bad name before the run is measured, not after.
         variant_and_seed(table)
         if length != LENGTH:
             raise P0Error(f"traces in tables are of {LENGTH} tokens, so that they compare, and --length is {length}")
     given = ModelSource(source, backend, device, dtype, None, device_map, offload_folder)
-    begins = first.value
+    first_token = first.value
     texts: set[str] = set()
 
-    def read(stored: Any) -> PromptSet:
-        made = draw_prompts(stored, text, samples, length, seed, first, announce=False)
-        texts.add(made.description.get("source", "random tokens"))
-        return made
+    def prompts_of(stored: StoredModel) -> PromptSet:
+        prompts = draw_prompts(stored, text, samples, length, seed, first)
+        texts.add(prompts.description.get("source", "random tokens"))
+        return prompts
 
     try:
         labels = [label.strip() for label in checkpoints.split(",")] if checkpoints else checkpoints_of(source)
     except ModelError:
-        if not (kinds := shipped_runs_by_first(source)):
+        if not (by_first := shipped_runs_by_first(source)):
             raise
-        (run,) = as_trained([kinds[begins]] if begins in kinds else kinds.values())
-        begins, found = run.first, Trace.of(run)
-        told = f"this is the trace that comes with it, with {begins} at position zero (kept: {', '.join(kinds)})"
-        report_progress(f"{source} keeps no checkpoints: {told}")
+        (run,) = as_trained([by_first[first_token]] if first_token in by_first else by_first.values())
+        first_token, measured = run.first, Trace.of(run)
+        report_progress(
+            f"{source} has no checkpoints: this is the trace that comes with the package, with {first_token} at "
+            f"position zero (it has: {', '.join(by_first)})"
+        )
     else:
-        say_estimate(given, labels, samples, length, PASSES_PER_CHECKPOINT, LARGE_BYTES)
-        found = trace_run(
+        report_estimate(given, labels, samples, length, PASSES_PER_CHECKPOINT, LARGE_BYTES)
+        measured = trace_run(
             source,
-            read,
+            prompts_of,
             labels,
             out / "checkpoints",
             lambda label: load(given, label),
             settings=f"{backend.value} {dtype or 'float32'}",
         )
-    lines = found.to_dataframe().assign(first=begins)
-    notes = [f"{label}: left out: {reason}" for label, reason in found.missing.items()]
+    rows = measured.to_dataframe().assign(first=first_token)
     path = Result(
         "trace",
-        f"The training of {found.model}",
+        f"The training of {measured.model}",
         {},
-        {"checkpoints": lines},
-        {"development": found.figure()},
-        notes=notes,
-    ).save(out / found.model.replace("/", "--"))
+        {"checkpoints": rows},
+        {"development": measured.figure()},
+        notes=[f"{label}: left out: {reason}" for label, reason in measured.missing.items()],
+    ).save(out / measured.model.replace("/", "--"))
     if table is not None:
-        report_progress(f"its lines are in {save_run(table, lines)}")
-    formed = f"formed at step {found.formation_step}" if found.formation_step is not None else "has no sink at its end"
-    read_text = ", ".join(texts) or "the text of its trace"
-    report_progress(
-        f"{found.model} {formed}; {len(found.stages)} stages; on {read_text}, at position zero "
-        f"{FIRST_IN_WORDS[First(begins)]}; table and figure are in {path.parent}"
+        report_progress(f"its rows are in {save_run(table, rows)}")
+    report_progress(f"table and figure are in {path.parent}")
+    if as_json:
+        text_read = ", ".join(texts) or None
+        print_json(measured.to_json() | {"first_token": first_token, "text": text_read})
+    else:
+        _print_trace(measured, ", ".join(texts) or "the text of its trace", First(first_token))
+
+
+def _print_trace(measured: Trace, text: str, first: First) -> None:
+    """Print the checkpoints as a table, and when the sink emerged."""
+    rows = measured.to_json()["checkpoints"]
+    cells = [[row["step"], *(_number(row.get(name)) for name in _TRACE_COLUMNS)] for row in rows]
+    print_table(("step", *_TRACE_COLUMNS.values()), cells, measured.model)
+    step = measured.formation_step
+    emergence = "there is no sink at its end" if step is None else f"the sink emerged at step {step}"
+    stages = len(measured.stages)
+    typer.echo(
+        f"{measured.model}: {emergence}; {stages} stage{'s' * (stages > 1)}. Text: {text}; at position zero: "
+        f"{FIRST_TOKEN_DESCRIPTIONS[first]}."
     )
-    print_json(found.to_json() | {"first_token": begins, "text": read_text if texts else None}, as_json)
+    for label, reason in measured.missing.items():
+        typer.echo(f"Left out: {label}: {reason}")
+
+
+def _number(value: float | None) -> str | None:
+    return None if value is None else f"{value:.3f}"

@@ -27,7 +27,7 @@ from p0circuit.io import write_atomically, write_json
 from p0circuit.log import in_notebook
 from p0circuit.models import load_model, one_thread_if_small
 from p0circuit.prompts import PromptSet
-from p0circuit.report.contents import Run, shown_verdict
+from p0circuit.report.contents import Reproduction, shown_verdict
 from p0circuit.results import FIGURE_DPI, Result, figure_bytes
 from p0circuit.sink import CIRCUIT_BLOCKS
 
@@ -175,7 +175,7 @@ def _print_below(told: str) -> None:
     print(textwrap.fill(told, PRINT_WIDTH, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False))
 
 
-def show_evidence(page: Page, run: Run, experiment: str) -> None:
+def show_evidence(page: Page, run: Reproduction, experiment: str) -> None:
     """What a run's report holds of one experiment: the claim with its verdict, all figures, or why there are none."""
     claim = next((claim for claim in run.claims if claim["experiment"] == experiment), None)
     result = run.results.get(experiment)

@@ -85,7 +85,7 @@ def conditions(model: HookedModel, prompts: PromptSet) -> dict[str, PromptSet]:
     return made
 
 
-def default_text(model: HookedModel) -> str:
+def default_text(model: HookedModel | StoredModel) -> str:
     """The text that a model is given where none is asked for.
 
     1. A named model of the catalog: the text that its entry names.
@@ -100,7 +100,12 @@ def default_text(model: HookedModel) -> str:
 
 
 def prompts_for(
-    model: HookedModel, text: str | None, n: int, length: int, seed: int = 0, first_token: str | int = "text"
+    model: HookedModel | StoredModel,
+    text: str | None,
+    n: int,
+    length: int,
+    seed: int = 0,
+    first_token: str | int = "text",
 ) -> PromptSet:
     """Crops of a text (as `natural_text` names it), or random tokens for a model without a tokenizer.
 

@@ -15,6 +15,14 @@ from p0circuit.models.model_files import count_parameters
 from p0circuit.models.names import hub_id_of, shipped_model_folder, shipped_model_folders
 from p0circuit.models.source import checkpoint_folders, is_gguf_model, local_folder
 
+_CONSTRUCTED = {
+    "wired": (455_648, "A sink circuit built weight by weight, so that the truth about it is known"),
+    "wired-learned": (496_608, "The same circuit with learned positions in place of rotary ones"),
+    "wired-decoy": (455_648, "A decoy: P0 has a large norm, and no head attends to it"),
+    "wired-decoy-learned": (496_608, "The decoy with learned positions in place of rotary ones"),
+}
+"""Number of parameters and description of each constructed model."""
+
 
 @dataclass(frozen=True)
 class ShippedModel:
@@ -37,7 +45,8 @@ class KnownModel:
 
     Attributes:
         name: what `load_model` calls it.
-        status: "shipped" with the package, "fetched" into the cache folder, or "fetchable" by `p0circuit fetch`.
+        status: "shipped" with the package, "constructed" by its code, "fetched" into the cache folder, or "fetchable"
+            by `p0circuit fetch`.
         parameters: the number of weights.
         quantisation: how the weights were rounded before they were stored; None if they were not.
         checkpoints: the training steps of its checkpoints.
@@ -46,7 +55,7 @@ class KnownModel:
     """
 
     name: str
-    status: Literal["shipped", "fetched", "fetchable"]
+    status: Literal["shipped", "constructed", "fetched", "fetchable"]
     parameters: int
     quantisation: str | None
     checkpoints: tuple[int, ...]
@@ -63,10 +72,14 @@ def list_models() -> list[ShippedModel]:
 
 
 def known_models() -> list[KnownModel]:
-    """Return the models that can be loaded by a short name: those of the package, then those of the catalog."""
+    """Return the models that can be loaded by a short name: shipped, constructed, then those of the catalog."""
     shipped = [
         KnownModel(model.name, "shipped", model.parameters, None, model.checkpoints, "MIT", _first_sentence(model.name))
         for model in list_models()
+    ]
+    constructed = [
+        KnownModel(name, "constructed", parameters, None, (), "MIT", description)
+        for name, (parameters, description) in _CONSTRUCTED.items()
     ]
     named = [
         KnownModel(
@@ -80,7 +93,7 @@ def known_models() -> list[KnownModel]:
         )
         for entry in CATALOG.values()
     ]
-    return shipped + named
+    return shipped + constructed + named
 
 
 def list_checkpoints(source: str | Path) -> list[int]:

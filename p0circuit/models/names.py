@@ -57,5 +57,7 @@ def suggestion_for(name: str) -> str:
     shipped = [*(folder.name for folder in shipped_model_folders()), *CONSTRUCTED_MODELS]
     known = {*shipped, *CATALOG, *OFFICIAL_MODEL_NAMES, *(short for names in MODEL_ALIASES.values() for short in names)}
     lowered = {candidate.lower(): candidate for candidate in sorted(known)}
-    similar = [lowered[key] for key in difflib.get_close_matches(name.lower(), lowered, n=4)]
+    # A name of the hub can be right although the hub cannot be reached: it has no similar names then.
+    keys = [] if name in known else difflib.get_close_matches(name.lower(), lowered, n=4)
+    similar = [lowered[key] for key in keys]
     return f"did you mean {listing(similar)}?" if similar else f"shipped are {listing(shipped) or 'none'}"

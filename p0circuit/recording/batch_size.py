@@ -1,4 +1,4 @@
-"""How many prompts of a recording go through the model at once."""
+"""Batch size: the number of prompts that run through the model at once."""
 
 from __future__ import annotations
 
@@ -6,22 +6,28 @@ from p0circuit.hooked_model import HookedModel
 from p0circuit.models import describe, device_of
 from p0circuit.models.device_map import placement_of
 
-# One layer's scores, mask and pattern exist side by side while it is computed.
+# Tensors of attention size that exist at once while a layer is computed: scores, mask, pattern and their copies.
 ATTENTION_COPIES = 6
-# Logits in float32, and what a loss makes of them.
+# Tensors of logit size in float32 that exist at once while a loss is computed.
 LOGIT_COPIES = 3
 BATCH_BYTES = 512 * 2**20
-# A processor is two to four times as fast with tensors that stay in its cache; with too few tokens in a batch, reading
-# the weights of a large model anew for each would take the longest.
+# A CPU is two to four times as fast with tensors that stay in its cache. But a batch needs enough tokens: otherwise
+# reading the weights of a large model, once per batch, takes most of the time.
 CPU_BATCH_BYTES = 16 * 2**20
 CPU_BATCH_TOKENS = 1024
 
 
 def batch_size_for(model: HookedModel, length: int, with_logits: bool, row_by_row: bool = False) -> int:
-    """How many rows go through the model at once: what fits into half a gigabyte, and less on a CPU; at least one.
+    """Choose the batch size: the number of prompts that fit into half a gigabyte, or less on a CPU; at least one.
 
-    Logits are counted with their copies, unless whoever reads them does so `row_by_row`. With a device map it is half
-    of what the map keeps free: every batch brings all weights that wait.
+    With a device map, the batch takes half of the memory that the map keeps free for activations, because offloaded
+    weights are copied once per batch.
+
+    Args:
+        model: a hooked model.
+        length: tokens per prompt.
+        with_logits: whether the logits are computed.
+        row_by_row: whether the logits are reduced one prompt at a time, so that no copies of them exist.
     """
     info, placement = describe(model), placement_of(model)
     logit_bytes = model.cfg.dtype.itemsize if row_by_row else 4 * LOGIT_COPIES
@@ -35,10 +41,25 @@ def batch_size_for(model: HookedModel, length: int, with_logits: bool, row_by_ro
 
 
 def rows_that_fit(room: int, heads: int, length: int, vocab_size: int, logit_bytes: int) -> int:
-    """How many rows of attention, and of logits unless `vocab_size` is 0, fit into `room` bytes; at least one."""
+    """Return the number of prompts whose attention and logits fit into memory; at least one.
+
+    Args:
+        room: available memory in bytes.
+        heads: number of heads in a layer.
+        length: tokens per prompt.
+        vocab_size: number of tokens of the vocabulary; 0 if there are no logits.
+        logit_bytes: bytes per logit, including copies.
+    """
     return max(1, room // row_bytes(heads, length, vocab_size, logit_bytes))
 
 
 def row_bytes(heads: int, length: int, vocab_size: int, logit_bytes: int) -> int:
-    """What one row takes: attention, of which several copies exist while it is computed, and logits."""
+    """Return the memory in bytes of one prompt: the attention of one layer with its copies, and the logits.
+
+    Args:
+        heads: number of heads in a layer.
+        length: tokens per prompt.
+        vocab_size: number of tokens of the vocabulary; 0 if there are no logits.
+        logit_bytes: bytes per logit, including copies.
+    """
     return 4 * ATTENTION_COPIES * heads * length**2 + logit_bytes * length * vocab_size

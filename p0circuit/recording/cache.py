@@ -1,9 +1,9 @@
 """Tensors on disk, addressed by what they were computed from.
 
-1. The key is a hash of everything that decides the value; the file is `<key>.safetensors`, with a checksum inside.
-2. Writing goes to a temporary file that is renamed into place: another process sees all of it or nothing.
-3. Reading marks the file as used; when the folder outgrows its limit, the files unused for longest go first.
-4. A file that does not read back or whose checksum is wrong is reported, removed and computed again.
+1. The key is a hash of everything that decides the value. The file is `<key>.safetensors`, with a checksum inside.
+2. A file is written under a temporary name and then renamed: another process sees all of it or nothing.
+3. Reading marks a file as used. If the directory exceeds its limit, the least recently used files are removed first.
+4. A file that cannot be read, or has a wrong checksum, is removed with a warning and computed again.
 """
 
 from __future__ import annotations
@@ -23,17 +23,25 @@ from torch import Tensor
 from p0circuit.errors import P0Error
 from p0circuit.io import cache_directory, cache_limit, write_atomically
 
-# A temporary file this old was left by a process that died.
+# A temporary file of this age belongs to a process that was killed.
 _STALE_SECONDS = 3600
 
 
 def key_of(parts: dict[str, Any]) -> str:
-    """The address of a value computed from `parts` (which must be JSON)."""
+    """Hash everything that decides a value to the key it is stored under.
+
+    Args:
+        parts: what decides the value; it must be JSON.
+    """
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def checksum(tensor: Tensor) -> str:
-    """A hash of the values of a tensor, its dtype and its shape."""
+    """Hash the values, dtype and shape of a tensor.
+
+    Args:
+        tensor: any tensor, on any device.
+    """
     import torch
 
     digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
@@ -44,22 +52,39 @@ def checksum(tensor: Tensor) -> str:
 
 @dataclass(frozen=True)
 class Cache:
-    """A folder of tensors with a size limit in bytes; safe to share between processes."""
+    """A directory of tensors with a size limit; processes may share it.
+
+    Attributes:
+        directory: the directory; it is created when something is written.
+        limit: size limit in bytes.
+    """
 
     directory: Path = field(default_factory=cache_directory)
     limit: int = field(default_factory=cache_limit)
 
     def path(self, key: str) -> Path:
+        """Return the path of the file of a key.
+
+        Args:
+            key: as `key_of` returns it.
+        """
         return self.directory / f"{key}.safetensors"
 
     def read(self, key: str) -> Tensor | None:
-        """The tensor under `key`; None where there is none, or where the file was damaged (said in a warning)."""
+        """Read a tensor.
+
+        Args:
+            key: as `key_of` returns it.
+
+        Returns:
+            The tensor; None if there is none, or if its file was damaged, which gives a warning.
+        """
         from safetensors import SafetensorError
         from safetensors.torch import load
 
         path = self.path(key)
         try:
-            # In one piece: a reader that opens the file twice may find it gone, or another one, the second time.
+            # Read at once: between two opens another process may remove or replace the file.
             content = path.read_bytes()
             tensor, header = load(content)["value"], content[8 : 8 + int.from_bytes(content[:8], "little")]
             if checksum(tensor) != json.loads(header)["__metadata__"]["checksum"]:
@@ -71,15 +96,18 @@ class Cache:
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
             return None
-        # Evicted meanwhile, or a folder that may only be read: the value is right all the same.
+        # The file may have been removed meanwhile, or the directory may be read-only; the value is correct anyway.
         with contextlib.suppress(OSError):
             os.utime(path)
         return tensor
 
     def write(self, key: str, tensor: Tensor, about: dict[str, Any]) -> None:
-        """Keep `tensor` under `key`; `about` is shown by `p0circuit cache` and decides nothing.
+        """Store a tensor. If the directory cannot be written to, this only gives a warning.
 
-        Where the folder cannot be written to, that is said in a warning: the work goes on without it.
+        Args:
+            key: as `key_of` returns it.
+            tensor: what to store.
+            about: description that `p0circuit cache` shows; not part of the key.
         """
         from safetensors import SafetensorError
         from safetensors.torch import save_file
@@ -93,7 +121,7 @@ class Cache:
             warnings.warn(f"nothing is kept in the cache {str(self.directory)!r}: {error}", stacklevel=2)
 
     def evict(self) -> None:
-        """Remove the least recently used files until the folder is within its limit."""
+        """Remove the least recently used files until the directory is within its limit."""
         entries = self.entries()
         total = sum(entry["bytes"] for entry in entries)
         for entry in sorted(entries, key=lambda entry: entry["used"]):
@@ -102,35 +130,43 @@ class Cache:
             self.path(entry["key"]).unlink(missing_ok=True)
             total -= entry["bytes"]
         for leftover in self.directory.glob(".*.tmp.*"):
-            # Another process may be faster.
+            # Another process may have removed it.
             with contextlib.suppress(FileNotFoundError):
                 if time.time() - leftover.stat().st_mtime > _STALE_SECONDS:
                     leftover.unlink()
 
     def entries(self) -> list[dict[str, Any]]:
-        """Every finished file: key, size in bytes and when it was last used (seconds since the epoch)."""
-        found = []
+        """List the stored tensors: "key", "bytes" and "used", the time of the last use in seconds since the epoch."""
+        entries = []
         for path in sorted(self.directory.glob("[!.]*.safetensors")):
             try:
                 status = path.stat()
-            except FileNotFoundError:  # another process evicted it meanwhile
+            except FileNotFoundError:  # another process removed it meanwhile
                 continue
-            found.append({"key": path.stem, "bytes": status.st_size, "used": status.st_mtime})
-        return found
+            entries.append({"key": path.stem, "bytes": status.st_size, "used": status.st_mtime})
+        return entries
 
     def about(self, key: str) -> dict[str, Any]:
-        """What `write` was told of the file under `key`; empty where it cannot be read."""
+        """Return the description that `write` stored with a tensor; empty if it cannot be read.
+
+        Args:
+            key: as `key_of` returns it.
+        """
         from safetensors import SafetensorError, safe_open
 
         try:
             with safe_open(self.path(key), framework="pt") as file:
                 return json.loads((file.metadata() or {}).get("about", "{}"))
-        # What is gone by the time it is opened is a RuntimeError to its reader.
+        # safetensors raises RuntimeError if the file is removed before it is opened.
         except (SafetensorError, OSError, RuntimeError, ValueError):
             return {}
 
     def clear(self) -> int:
-        """Remove every file; returns how many bytes that freed."""
+        """Remove all tensors.
+
+        Returns:
+            The number of bytes freed.
+        """
         entries = self.entries()
         for entry in entries:
             self.path(entry["key"]).unlink(missing_ok=True)

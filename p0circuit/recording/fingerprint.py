@@ -1,4 +1,4 @@
-"""A hash of everything that decides what a model computes: weights, buffers and configuration."""
+"""Fingerprint of a model: a hash of weights, buffers and configuration, which decide what it computes."""
 
 from __future__ import annotations
 
@@ -17,46 +17,49 @@ from p0circuit.models.offload import weights_of
 from p0circuit.recording.cache import checksum
 
 _FINGERPRINTS: weakref.WeakKeyDictionary[Any, tuple[str, str]] = weakref.WeakKeyDictionary()
-# Numbers of eight bytes that are summed up to see whether weights have changed.
-_STRETCH = 61
-# Weights up to this size are hashed whole each time.
+# Weights are summed in groups of this many numbers of eight bytes, to detect changes.
+_GROUP = 61
+# Weights up to this size are hashed completely each time.
 _SMALL_BYTES = 2**18
-# Fields of a TransformerLens configuration that decide nothing.
-_NAMES_AND_PLACES = {"model_name", "tokenizer_name", "device", "n_devices"}
+# Fields of a TransformerLens configuration that do not change what the model computes.
+_NAMES_AND_DEVICES = {"model_name", "tokenizer_name", "device", "n_devices"}
 
 
 def weights_fingerprint(model: HookedModel) -> str:
-    """A hash of every weight and buffer and of the configuration: of all that decides what the model computes.
+    """Hash every weight and buffer and the configuration: everything that decides what the model computes.
 
-    It is computed once per model, and again only when a weight or setting has changed (`_weights_glance`). The weights
-    of a model with a device map are hashed once and taken to be unchanged: reading them all again takes too long.
+    The hash is computed once per model, and again only after a weight or setting has changed (`_quick_hash`). A model
+    with a device map is hashed only once and assumed not to change, because reading all its weights is slow.
+
+    Args:
+        model: a hooked model.
     """
-    glance = "" if placement_of(model) is not None else _weights_glance(model)
-    if (known := _FINGERPRINTS.get(model)) is None or known[0] != glance:
-        _FINGERPRINTS[model] = known = (glance, _weights_fingerprint(model))
+    quick_hash = "" if placement_of(model) is not None else _quick_hash(model)
+    if (known := _FINGERPRINTS.get(model)) is None or known[0] != quick_hash:
+        _FINGERPRINTS[model] = known = (quick_hash, _weights_fingerprint(model))
     return known[1]
 
 
 def _settings(model: HookedModel) -> bytes:
-    """All that decides what a model computes beside its weights."""
-    settings = {name: value for name, value in vars(model.cfg).items() if name not in _NAMES_AND_PLACES}
+    """Everything apart from weights that decides what a model computes."""
+    settings = {name: value for name, value in vars(model.cfg).items() if name not in _NAMES_AND_DEVICES}
     return repr((replace(describe(model), name=""), sorted(settings.items()))).encode()
 
 
-def _weights_glance(model: HookedModel) -> str:
-    """A hash of small weights and of sums over short stretches of large ones: ten times as fast as a full hash.
+def _quick_hash(model: HookedModel) -> str:
+    """A hash of small weights and of sums over short groups of large ones: ten times as fast as a full hash.
 
     Weights may be changed in ways that torch's version counters do not see (through `.data`), so all of them are read.
-    Stretches are of odd length: where rows or columns of a matrix change places, some stretch gets another sum. Only
-    numbers that change places within a stretch, and nothing else anywhere, would go unnoticed.
+    The size of a group is odd, so that exchanging rows or columns of a matrix changes some sum. The only change that is
+    not detected is an exchange of numbers within one group.
     """
     digest = hashlib.sha256(_settings(model))
     for name, tensor in weights_of(model):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} {tensor.device}".encode())
         data = tensor.detach().contiguous().flatten().view(torch.uint8)
-        summed = len(data) // (8 * _STRETCH) * (8 * _STRETCH)
+        summed = len(data) // (8 * _GROUP) * (8 * _GROUP)
         if len(data) > _SMALL_BYTES and data.storage_offset() % 8 == 0:
-            sums = data[:summed].view(torch.int64).view(-1, _STRETCH).sum(1)
+            sums = data[:summed].view(torch.int64).view(-1, _GROUP).sum(1)
             digest.update(sums.cpu().numpy().tobytes())
             data = data[summed:]
         digest.update(data.cpu().numpy().tobytes())
@@ -65,7 +68,7 @@ def _weights_glance(model: HookedModel) -> str:
 
 def _weights_fingerprint(model: HookedModel) -> str:
     digest = hashlib.sha256(_settings(model))
-    # One tensor at a time: a weight that waits on disk is read to be hashed.
+    # One tensor at a time, because weights that are offloaded to disk are read for it.
     sums = {name: checksum(tensor) for name, tensor in weights_of(model)}
     for name in sorted(sums):
         digest.update(f"{name} {sums[name]}".encode())
@@ -73,7 +76,11 @@ def _weights_fingerprint(model: HookedModel) -> str:
 
 
 def has_hooks(model: HookedModel) -> bool:
-    """Whether anything is hooked to the model at present, so that what it computes is not what its weights say."""
-    # A bridge's own list lacks the points that were mended (bridge.py), and ours those that nobody reads.
+    """Return whether the model has forward hooks at present, so that its weights alone do not decide its activations.
+
+    Args:
+        model: a hooked model.
+    """
+    # A bridge's own list lacks the hook points that bridge.py adds; ours lacks those that the package never reads.
     points = [*model.hook_dict.values(), *hook_points(model).by_name.values()]
     return any(point.has_hooks(dir="fwd") for point in points)

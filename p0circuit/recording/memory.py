@@ -1,11 +1,11 @@
-"""Rows recorded in the course of a run, so that one clean pass serves every experiment.
+"""Memory of one run: recorded rows are reused, so that one clean pass serves every experiment.
 
-Experiments look at different parts of the same prompts: one half to choose heads on, the other to measure on, the first
-few rows of either. What a quantity is in one row does not depend on the rows beside it, so a row that was recorded as
-part of one set of prompts is the same row in another. Inside `remember_rows()`, `record` keeps every row it has
-recorded or read, and assembles from these whatever subset is asked for next.
+Experiments use different parts of the same prompts: one half to choose heads on, the other half to measure on, or the
+first prompts of either. The value of a quantity in one row (one prompt) does not depend on the other rows of its batch,
+so a row recorded as part of one set of prompts is valid in another set. Inside `remember_rows()`, `record` stores every
+row that it computes or reads, and assembles later sets of prompts from them.
 
-Memory is bounded: once `LIMIT` bytes are held, further rows are recorded anew each time they are asked for.
+The memory is limited: after `LIMIT` bytes no further rows are stored.
 """
 
 from __future__ import annotations
@@ -20,24 +20,41 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 LIMIT = 192 * 2**20
-"""Bytes of recorded rows that are held at most."""
+"""Size limit in bytes."""
 
 
 @dataclass
 class RowMemory:
-    """Recorded values by what they are values of (`key`) and by the fingerprint of their row."""
+    """Recorded values by the key of their quantity and the fingerprint of their row.
+
+    Attributes:
+        limit: size limit in bytes.
+        held: bytes stored.
+        rows: value of each row, by key and fingerprint.
+    """
 
     limit: int = LIMIT
     held: int = 0
     rows: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     def read(self, key: str, rows: Sequence[str]) -> Shaped[Tensor, "row *value"] | None:
-        """The values of these rows, None unless all of them are held."""
+        """Return the values of some rows; None unless all of them are stored.
+
+        Args:
+            key: key of model and quantity.
+            rows: fingerprints of the rows.
+        """
         held = self.rows.get(key, {})
         return torch.stack([held[row] for row in rows]) if all(row in held for row in rows) else None
 
     def write(self, key: str, rows: Sequence[str], values: Shaped[Tensor, "row *value"]) -> None:
-        """Hold the values of these rows, if there is room."""
+        """Store the values of some rows, unless the memory is full.
+
+        Args:
+            key: key of model and quantity.
+            rows: fingerprints of the rows.
+            values: their values, in the same order.
+        """
         if self.held + values.nbytes > self.limit:
             return
         self.held += values.nbytes
@@ -48,13 +65,17 @@ _MEMORY: ContextVar[RowMemory | None] = ContextVar("row_memory", default=None)
 
 
 def row_memory() -> RowMemory | None:
-    """The memory of the run under way, None outside `remember_rows()`."""
+    """Return the memory of the present run; None outside `remember_rows()`."""
     return _MEMORY.get()
 
 
 @contextlib.contextmanager
 def remember_rows() -> Iterator[RowMemory]:
-    """Hold recorded rows inside a `with`; inside another one, its memory is used."""
+    """Store recorded rows inside a `with` block. A nested block uses the memory of the outer one.
+
+    Returns:
+        The memory.
+    """
     if (memory := _MEMORY.get()) is not None:
         yield memory
         return

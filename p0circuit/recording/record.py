@@ -1,10 +1,10 @@
-"""Record activations once, keep only what is asked for, and keep it on disk.
+"""Record activations once, reduce them at once, and cache the result on disk.
 
-1. A `Quantity` names the hooks it needs at every layer and a function that reduces what they give to a small tensor.
-2. `record` runs the prompts through the model in batches; each reduction happens inside the hook, so that of the full
-   attention (or any other large activation) never more than one layer exists.
-3. Each quantity is cached under the fingerprints of the weights, the token ids, its own definition and the versions of
-   the libraries: a second run reads it, changed weights never do.
+1. A `Quantity` names the hooks it needs at every layer, and a function that reduces their activations to a small one.
+2. `record` runs the prompts through the model in batches. Each reduction happens inside the hook, so that the full
+   attention (or another large activation) of only one layer exists at a time.
+3. The cache key of a quantity is made of the fingerprints of the weights, the prompts and its own definition, and the
+   versions of the libraries: a second run reads it from the cache, and a changed model is recorded again.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import Any, Literal, Protocol, overload, runtime_checkable
+from typing import Literal, Protocol, overload, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from p0circuit import __version__
-from p0circuit.errors import P0Error
+from p0circuit.errors import NotFiniteError, P0Error
 from p0circuit.hooked_model import HookedModel
 from p0circuit.io import code_fingerprint
 from p0circuit.log import progress_bar
@@ -36,36 +36,44 @@ from p0circuit.recording.quantities import TOKEN_LOSSES, Batch, Quantity, hook_n
 
 @runtime_checkable
 class BatchIntervention(Protocol):
-    """An intervention as `record` sees it: made for a set of prompts, it has hooks for any batch of its rows."""
+    """An intervention as `record` needs it: made for a set of prompts, with hooks for any batch of them."""
 
     @property
-    def prompts(self) -> PromptSet: ...
+    def prompts(self) -> PromptSet:
+        """The prompts that the intervention was made for."""
+        ...
 
-    def hooks(self, rows: slice) -> list[Hook]: ...
+    def hooks(self, rows: slice) -> list[Hook]:
+        """Return the hooks for a batch.
+
+        Args:
+            rows: which of the prompts are in the batch.
+        """
+        ...
 
 
 @dataclass
-class _Place:
-    """One place a quantity is read at: reduced as soon as the last of its hooks has fired."""
+class _Reader:
+    """Reads a quantity in one layer, and reduces it as soon as the last of its hooks has fired."""
 
     quantity: Quantity
     names: tuple[str, ...]
     batch: Batch
-    waiting: dict[str, Tensor] = field(default_factory=dict)
+    activations: dict[str, Tensor] = field(default_factory=dict)
     reduced: list[Tensor] = field(default_factory=list)
 
     def hooks(self) -> list[Hook]:
-        return [(name, functools.partial(self.keep, name)) for name in self.names]
+        return [(name, functools.partial(self.read, name)) for name in self.names]
 
-    def keep(self, name: str, activation: Tensor, hook: Any) -> None:
-        self.waiting[name] = activation
-        if len(self.waiting) == len(self.names):
-            found = [self.waiting.pop(name) for name in self.names]
-            self.reduced.append(_reduced(self.quantity, found, self.batch))
+    def read(self, name: str, activation: Tensor, hook: object) -> None:
+        self.activations[name] = activation
+        if len(self.activations) == len(self.names):
+            inputs = [self.activations.pop(name) for name in self.names]
+            self.reduced.append(_reduced(self.quantity, inputs, self.batch))
 
 
 def _reduced(quantity: Quantity, activations: Sequence[Tensor], batch: Batch) -> Tensor:
-    # Where a model is spread over devices, not every layer is where its ids go in.
+    # With a device map, a layer may be on another device than the token ids.
     here = Batch(*(part.to(activations[0].device) for part in batch))
     return quantity.reduce(*activations, here).detach().cpu()
 
@@ -73,13 +81,14 @@ def _reduced(quantity: Quantity, activations: Sequence[Tensor], batch: Batch) ->
 def _record_batch(
     model: HookedModel, layers: int, quantities: Sequence[Quantity], batch: Batch, edits: Sequence[Hook]
 ) -> dict[str, Tensor]:
-    """One forward pass, what is recorded being read after all edits."""
+    """One forward pass; quantities are read after all edits."""
     inside = [quantity for quantity in quantities if quantity.scope != "logits"]
-    places = {
-        quantity.name: [_Place(quantity, names, batch) for names in hook_names(quantity, layers)] for quantity in inside
+    readers = {
+        quantity.name: [_Reader(quantity, names, batch) for names in hook_names(quantity, layers)]
+        for quantity in inside
     }
-    hooks = [*edits, *(hook for group in places.values() for place in group for hook in place.hooks())]
-    # Nothing above the last place that is read, unless logits are wanted.
+    hooks = [*edits, *(hook for group in readers.values() for reader in group for hook in reader.hooks())]
+    # Blocks above the last hook that is read do not run, unless logits are recorded.
     stop = last_layer(quantities, layers) + 1 if len(inside) == len(quantities) else None
     output = forward(model, batch.ids, batch.mask, hooks=hooks, stop_at_layer=stop)
     values = {}
@@ -87,19 +96,23 @@ def _record_batch(
         if quantity.scope == "logits":
             values[quantity.name] = _reduced(quantity, [output], batch)
         elif quantity.scope == "model":
-            values[quantity.name] = places[quantity.name][0].reduced[-1]
+            values[quantity.name] = readers[quantity.name][0].reduced[-1]
         else:
-            values[quantity.name] = torch.stack([place.reduced[-1] for place in places[quantity.name]], dim=1)
+            values[quantity.name] = torch.stack([reader.reduced[-1] for reader in readers[quantity.name]], dim=1)
     return values
 
 
 @dataclass(frozen=True)
 class Recording:
-    """What was recorded, by quantity; the first axis is always the sample.
+    """Recorded quantities. The first axis of each is the sample.
 
     Attributes:
-        values: tensor by name of its quantity.
-        cached: names of those that were read from the cache.
+        values: tensors by the name of their quantity.
+        cached: names of the quantities that were read from the cache.
+
+    Example:
+        recording = record(model, prompts, [SINK_SCORE, NORM_RATIO])
+        recording[SINK_SCORE]  # [sample, layer, head]
     """
 
     values: dict[str, Tensor]
@@ -143,16 +156,31 @@ def record(
     interventions: Sequence[BatchIntervention] = (),
     condition: str | None = None,
 ) -> Tensor | Recording:
-    """Run the prompts through the model once and record one quantity (as a tensor) or several (as a `Recording`).
+    """Run the prompts through the model once and record one quantity or several.
 
-    A model with hooks on it (an intervention is under way) is recorded as it behaves, and the cache is left alone;
-    likewise with `interventions`, whose hooks go before those that record. `cache=None` computes without reading or
-    writing.
+    The cache is neither read nor written if the model has hooks (inside `with ablate(...)`), or with `interventions`.
+
+    Args:
+        model: a hooked model.
+        prompts: the prompts.
+        what: a quantity, or several that are recorded in the same pass.
+        batch_size: number of prompts that run at once; chosen by memory if None.
+        cache: "default" for the cache directory, another `Cache`, or None to compute without one.
+        interventions: interventions made for these prompts. Their hooks run before those that record.
+        condition: name of the prompts in the provenance of a result (`note_cache_reads`).
+
+    Returns:
+        The tensor of one quantity, or a `Recording` of several.
 
     Raises:
-        P0Error: a position lies outside the prompts, the model refuses the ids, or an intervention was made for
+        P0Error: a position lies outside the prompts, a token id outside the vocabulary, or an intervention was made for
             other prompts.
-        FloatingPointError: an activation is not a number; the message names the quantity.
+        NotFiniteError: an activation is not a number; the message names the quantity.
+
+    Example:
+        scores = p0circuit.record(model, prompts, p0circuit.SINK_SCORE)  # [sample, layer, head]
+        with p0circuit.ablate(model, prompts, ["mlp.0"]):
+            ablated = p0circuit.record(model, prompts, p0circuit.SINK_SCORE)
     """
     quantities = [what] if isinstance(what, Quantity) else list(what)
     for intervention in interventions:
@@ -192,16 +220,16 @@ def record(
         parts: dict[str, list[Tensor]] = {quantity.name: [] for quantity in missing}
         for start in progress_bar(range(0, prompts.n, size), "recording"):
             part = slice(start, start + size)
-            batch = Batch(*(whole[part].to(device) for whole in (prompts.ids, prompts.attention_mask, prompts.p0)))
+            batch = Batch(*(each[part].to(device) for each in (prompts.ids, prompts.attention_mask, prompts.p0)))
             edits = [hook for intervention in interventions for hook in intervention.hooks(part)]
             for name, value in _record_batch(model, layers, missing, batch, edits).items():
                 parts[name].append(value)
         for quantity in missing:
             value = torch.cat(parts[quantity.name])
-            # Losses are NaN by definition where the prediction is made at padding.
+            # Where the prediction is made at padding, losses are NaN by definition.
             real = value[prompts.attention_mask[:, :-1]] if quantity is TOKEN_LOSSES else value
             if not torch.isfinite(real).all():
-                raise FloatingPointError(f"{quantity.name} holds values that are not finite: check weights and dtype")
+                raise NotFiniteError(f"{quantity.name} holds values that are not finite: check weights and dtype")
             values[quantity.name] = value
             if store is not None:
                 about = {"quantity": quantity.name, "model": describe(model).name, "samples": prompts.n}
@@ -213,10 +241,19 @@ def record(
 
 
 def cached(model: HookedModel, prompts: PromptSet, what: str, compute: Callable[[], Tensor]) -> Tensor:
-    """What `compute` makes of the model and the prompts, from the cache where it lies.
+    """Compute a tensor from the model and the prompts, or read it from the cache.
 
-    `what` has to name all settings that decide it; other code never reads what this code left. The cache is left alone
-    while the model has hooks on it.
+    The cache is neither read nor written while the model has hooks. Other versions of the package's code do not share
+    cached values.
+
+    Args:
+        model: a hooked model.
+        prompts: the prompts.
+        what: name of the tensor; it must contain all settings that decide the value.
+        compute: computes the tensor.
+
+    Returns:
+        The tensor, on the model's device.
     """
     if has_hooks(model):
         return compute()
@@ -231,7 +268,7 @@ def cached(model: HookedModel, prompts: PromptSet, what: str, compute: Callable[
 
 
 def _model_key(model: HookedModel) -> dict[str, str]:
-    """What all quantities recorded from a model have in common."""
+    """The part of the cache key that all quantities of a model share."""
     return {
         "weights": weights_fingerprint(model),
         "dtype": str(next(model.parameters()).dtype),

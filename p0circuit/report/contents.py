@@ -22,7 +22,7 @@ BROKE_OFF = "broke off"
 
 
 @dataclass(frozen=True)
-class Run:
+class Reproduction:
     """One model's run.
 
     Attributes:
@@ -88,7 +88,7 @@ class Run:
         return beside_ours(self.model, self.results.values())
 
 
-def find_runs(directory: Path) -> list[Run]:
+def find_reproductions(directory: Path) -> list[Reproduction]:
     """The run in `directory`, or the runs in its sub-directories if it holds none itself.
 
     Raises:
@@ -117,7 +117,7 @@ def read_overview(directory: Path) -> dict[str, Any]:
     return empty | (json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {})
 
 
-def _read_run(directory: Path) -> Run:
+def _read_run(directory: Path) -> Reproduction:
     claims = json.loads((directory / CLAIMS).read_text(encoding="utf-8"))
     keys = ("id", "title", "statement", "measure", "threshold", "measured", "verdict", "why", "experiment")
     for entry in claims if isinstance(claims, list) else [claims]:
@@ -136,7 +136,7 @@ def _read_run(directory: Path) -> Run:
             # The rest of the report is worth having all the same.
             unreadable[path.stem] = str(reason)
     model = manifest.get("model") or next((claim["model"] for claim in claims if claim.get("model")), directory.name)
-    return Run(directory, model, sorted(claims, key=claim_number), results, unreadable, manifest)
+    return Reproduction(directory, model, sorted(claims, key=claim_number), results, unreadable, manifest)
 
 
 def claim_number(claim: dict[str, Any]) -> tuple[int, str]:
@@ -176,7 +176,7 @@ def command_for(experiment: str, model: str, result: Result | None, quick: bool 
     words = ["p0circuit", "run", experiment]
     if result is not None and "runs" in result.provenance:
         return shlex.join(words)
-    words += ["--model", model]
+    words.append(model)
     if result is not None:
         prompts = result.provenance.get("prompts", {})
         given = {"text": prompts.get("source"), "samples": None if quick else result.provenance.get("samples")}

@@ -24,7 +24,7 @@ from typing import Any
 
 from p0circuit.errors import P0Error
 from p0circuit.io import write_atomically
-from p0circuit.report.contents import Run, claim_number, find_runs, shown_verdict
+from p0circuit.report.contents import Reproduction, claim_number, find_reproductions, shown_verdict
 from p0circuit.report.markdown import table
 from p0circuit.stats import Interval
 
@@ -41,7 +41,7 @@ def fill_documents(directory: Path, documents: Sequence[Path]) -> list[Path]:
     Raises:
         P0Error: a document has no marked part, or names a model that has no run in `directory`.
     """
-    runs = {run.directory.name: run for run in find_runs(directory)}
+    runs = {run.directory.name: run for run in find_reproductions(directory)}
     changed = []
     for path in documents:
         text = path.read_text(encoding="utf-8")
@@ -54,7 +54,7 @@ def fill_documents(directory: Path, documents: Sequence[Path]) -> list[Path]:
     return changed
 
 
-def _filled(part: re.Match[str], runs: Mapping[str, Run], path: Path) -> str:
+def _filled(part: re.Match[str], runs: Mapping[str, Reproduction], path: Path) -> str:
     opening, kind, named, closing = part[1], part[2], part[3], part[4]
     names = [TRAINING] if kind == TRAINING else [name.strip() for name in (named or "").split(",") if name.strip()]
     if missing := [name for name in names if name not in runs]:
@@ -63,7 +63,7 @@ def _filled(part: re.Match[str], runs: Mapping[str, Run], path: Path) -> str:
     return "\n".join([opening, *lines, closing])
 
 
-def claims_table(runs: Sequence[Run]) -> list[str]:
+def claims_table(runs: Sequence[Reproduction]) -> list[str]:
     """A row for each claim, a column for each model: the verdict and the values that decided it."""
     entries: dict[str, dict[str, Any]] = {}
     for run in runs:
@@ -76,7 +76,7 @@ def claims_table(runs: Sequence[Run]) -> list[str]:
     return table(["claim", *(run.title for run in runs)], rows)
 
 
-def misses(runs: Sequence[Run]) -> list[str]:
+def misses(runs: Sequence[Reproduction]) -> list[str]:
     """The claims that were not reproduced, or not tested, each with its reason in one line."""
     lines = []
     for run in runs:
@@ -88,14 +88,14 @@ def misses(runs: Sequence[Run]) -> list[str]:
     return [*(lines or ["All claims are reproduced."]), ""]
 
 
-def controls_table(runs: Sequence[Run]) -> list[str]:
+def controls_table(runs: Sequence[Reproduction]) -> list[str]:
     """How many tests of claims on controls came to which verdict, by model."""
     verdicts = list(_MARKS)
     rows = [[run.title, *(str(run.control_cells[verdict]) for verdict in verdicts)] for run in runs]
     return table(["model", *verdicts], rows)
 
 
-def passes_table(runs: Sequence[Run]) -> list[str]:
+def passes_table(runs: Sequence[Reproduction]) -> list[str]:
     """What each experiment of one run took in passes, and what its full configuration would take."""
     (run,) = runs
     rows, totals = [], [0.0, 0.0, 0.0]
@@ -108,7 +108,7 @@ def passes_table(runs: Sequence[Run]) -> list[str]:
     return [about, "", *table(["experiment", "full configuration", "declared", "used"], rows)]
 
 
-def mitigations_table(runs: Sequence[Run]) -> list[str]:
+def mitigations_table(runs: Sequence[Reproduction]) -> list[str]:
     """For each model a row for each mitigation: the loss that it adds, and sink, norm and int8 error with it."""
     columns = {"loss_added": "loss added", "excess": "sink", "norm_ratio": "norm", "int8_error": "int8 error"}
     lines = []
@@ -145,7 +145,7 @@ def _short(interval: Interval) -> str:
     return f"{interval.value:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
 
 
-_KINDS: dict[str, Callable[[Sequence[Run]], list[str]]] = {
+_KINDS: dict[str, Callable[[Sequence[Reproduction]], list[str]]] = {
     "claims": claims_table,
     "training": claims_table,
     "misses": misses,

@@ -18,7 +18,7 @@ from markupsafe import Markup, escape
 from p0circuit.figures.attention_view import script, visible
 from p0circuit.io import write_atomically
 from p0circuit.report import contents
-from p0circuit.report.contents import Run, find_runs
+from p0circuit.report.contents import Reproduction, find_reproductions
 from p0circuit.report.markdown import to_markdown
 from p0circuit.report.published import TOLERANCE
 
@@ -42,7 +42,7 @@ def write_report(directory: Path) -> list[Path]:
     Raises:
         P0Error: there is no run, or it cannot be read.
     """
-    runs = find_runs(directory)
+    runs = find_reproductions(directory)
     written = []
     for run in runs:
         written += _write(run.directory, render("model.html.j2", run=run, script=script), to_markdown([run]))
@@ -114,7 +114,7 @@ def _decides(metric: str, threshold: str) -> bool:
     return re.search(rf"(?<!\w){re.escape(metric)}(?!\w)", threshold) is not None
 
 
-def _models_and_claims(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
+def _models_and_claims(runs: Sequence[Reproduction]) -> dict[str, dict[str, Any]]:
     """By claim id: the claim as its first model has it, and its entry for every model."""
     claims: dict[str, dict[str, Any]] = {}
     for run in runs:

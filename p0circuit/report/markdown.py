@@ -5,16 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from p0circuit.report.contents import Run, shown_verdict, tally, verdict_of_control
+from p0circuit.report.contents import Reproduction, shown_verdict, tally, verdict_of_control
 from p0circuit.stats import Interval
 
 
-def to_markdown(runs: Sequence[Run]) -> str:
+def to_markdown(runs: Sequence[Reproduction]) -> str:
     """The claims of one or several models as Markdown."""
     return "\n".join(_section(run) for run in runs)
 
 
-def _section(run: Run) -> str:
+def _section(run: Reproduction) -> str:
     lines = [f"# {_text(run.title)}: {tally(run.claims)}", ""]
     lines += table(
         ["claim", "verdict", "why"],

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -13,9 +11,6 @@ from p0circuit.models.architecture_edits import ArchitectureEdits
 
 ARCHITECTURES = ("llama", "mistral", "gpt2", "qwen3_moe")
 """Architectures that can be trained, by their names in `transformers`."""
-
-Setting = int | float | bool | str | tuple[float, ...]
-"""The value of a field of `TrainConfig`."""
 
 
 @dataclass(frozen=True)
@@ -110,40 +105,6 @@ class TrainConfig:
     def architecture_edits(self) -> ArchitectureEdits:
         """How the forward pass differs from that of the architecture."""
         return ArchitectureEdits(self.force_sink, self.gated_attention)
-
-
-def parse_options(options: Sequence[str]) -> dict[str, Setting]:
-    """Parse `name=value` pairs into fields of `TrainConfig`; a value is read as JSON if it is valid JSON.
-
-    Args:
-        options: pairs such as "weight_decay=0.5" or "random_first=true".
-
-    Returns:
-        The values by field name, as `dataclasses.replace` takes them.
-
-    Raises:
-        P0Error: a pair has no "=", its name is no field, or its value is not of the field's type.
-
-    Example:
-        parse_options(["steps=50", "random_first=false"])  # {"steps": 50, "random_first": False}
-    """
-    defaults = {field.name: field.default for field in fields(TrainConfig)}
-    settings: dict[str, Setting] = {}
-    for option in options:
-        name, equals, text = option.partition("=")
-        if not equals or name not in defaults:
-            raise P0Error(f"{option!r} is not of the form name=value with a name among {', '.join(defaults)}")
-        value: object = text
-        if not isinstance(defaults[name], str):
-            with contextlib.suppress(json.JSONDecodeError):
-                value = json.loads(text)
-        if isinstance(defaults[name], float) and type(value) is int:
-            value = float(value)
-        value = tuple(value) if isinstance(value, list) else value
-        if not isinstance(value, int | float | str | tuple) or type(value) is not type(defaults[name]):
-            raise P0Error(f"{name} cannot be {text!r}; expected a value such as {json.dumps(defaults[name])}")
-        settings[name] = value
-    return settings
 
 
 def read_config(path: Path) -> TrainConfig:

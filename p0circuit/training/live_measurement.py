@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from p0circuit import sink
+from p0circuit.errors import NotFiniteError
 from p0circuit.models.errors import ModelError
 from p0circuit.sink import CONTROL, sink_heads
 from p0circuit.training.decoder import Decoder, decoder_of
@@ -84,7 +85,7 @@ def _observe(
 
     Raises:
         ModelError: no attention was computed.
-        FloatingPointError: the stream at P0 is not finite.
+        NotFiniteError: the stream at P0 is not finite.
     """
     scores: dict[int, tuple[Tensor, Tensor]] = {}
     at_p0: list[Tensor] = []
@@ -110,7 +111,7 @@ def _observe(
 
     run_layers(decoder, ids, stream, attention)
     if not all(bool(vector.isfinite().all()) for vector in at_p0):
-        raise FloatingPointError("the residual stream at P0 is not finite: the weights, or what they compute, are not")
+        raise NotFiniteError("the residual stream at P0 is not finite: the weights, or what they compute, are not")
     if not scores:
         raise ModelError(
             f"no attention seen in {type(decoder.model).__name__}: expected layers that compute it through a model of "
@@ -145,7 +146,7 @@ def measure(model: nn.Module, ids: Int[Tensor, "batch pos"], prefix: Int[Tensor,
 
     Raises:
         ModelError: the model is not causal, or its layers or its attention cannot be read.
-        FloatingPointError: the stream at P0 is not finite.
+        NotFiniteError: the stream at P0 is not finite.
     """
     decoder = decoder_of(model)
     device = next(decoder.model.parameters()).device

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from p0circuit.errors import P0Error
+from p0circuit.errors import NotFiniteError, P0Error
 from p0circuit.io import write_json
 from p0circuit.models.architecture_edits import edit_hf_model, gates_of
 from p0circuit.text import BOS_ID
@@ -64,7 +64,7 @@ def train(
 
     Raises:
         P0Error: `out` holds other files or a run of another configuration, or the corpus is too small.
-        FloatingPointError: the loss is not finite.
+        NotFiniteError: the loss is not finite.
 
     Example:
         config = dataclasses.replace(VARIANTS["bos"], seed=1)
@@ -100,7 +100,7 @@ def train(
             break
         loss = train_step(config, state, batch_at(config, stream, state.step, BOS_ID))
         if not math.isfinite(loss):
-            raise FloatingPointError(
+            raise NotFiniteError(
                 f"the loss became {loss} at step {state.step}; lower the learning rate ({config.learning_rate})"
             )
         if on_step is not None:

@@ -7,7 +7,7 @@ import functools
 import pytest
 import torch
 
-from p0circuit.experiments.paper.c07_causal_path import at_p0
+from p0circuit.experiments.measures.whole_stream import measured_at_p0
 from p0circuit.interventions.metrics import loss, measure, norm_ratio_after, sink_score_of
 from p0circuit.interventions.nodes import InterventionError, Node, components
 from p0circuit.interventions.pairs import patch_values, shift_prompts
@@ -129,7 +129,7 @@ def test_own_scores_need_no_pass_for_an_edge_into_k_or_q_at_any_position(family_
             for number, (sender, receiver) in enumerate(own.edges):
                 heads = Receiver.parse(receiver, describe(model)).heads
                 # Read at P0, whatever position is patched.
-                metric = at_p0(sink_score_of([(2, head) for head in heads]))
+                metric = measured_at_p0(sink_score_of([(2, head) for head in heads]))
                 slow = path_patch(model, PROMPTS, [sender], [receiver], values, metric, place)
                 assert torch.allclose(own.patched[number], slow.patched[0], atol=1e-6), (name, sender, receiver)
                 assert torch.allclose(own.clean[number], slow.clean, atol=1e-6)

@@ -25,7 +25,7 @@ from p0circuit.advice import advise
 from p0circuit.course import build as notebooks
 from p0circuit.course.page import read_prompts
 from p0circuit.experiments.conditions import pooled_prompts_for
-from p0circuit.experiments.paper.c07_causal_path import JOINT, WHOLE, joint_changes
+from p0circuit.experiments.measures.joint_patches import JOINT, WHOLE_STREAM, joint_changes
 from p0circuit.experiments.sink_under_study import studied_sink
 from p0circuit.interventions.activation_patching import patch_components
 from p0circuit.interventions.metrics import sink_score_of
@@ -138,7 +138,7 @@ def patching(left: Path) -> Figures:
     head = sink.heads[0]
     joint = joint_changes(model, pair, [head], torch.full((pair.clean.n,), 5))
     shares = {
-        f"share_of_blocks_0_1_in_{direction}": joint[direction, JOINT].mean() / joint[direction, WHOLE].mean()
+        f"share_of_blocks_0_1_in_{direction}": joint[direction, JOINT].mean() / joint[direction, WHOLE_STREAM].mean()
         for direction in ("noising", "denoising")
     }
     grid = patch_components(model, pair, sink_score_of([head]), ("mlp",), [1])

@@ -216,7 +216,7 @@ def test_wrong_use_is_refused(
 
 def test_what_is_not_installed_is_named() -> None:
     with pytest.raises(ValueError, match=r"no_such_module missing: pip install 'p0circuit\[notebooks\]'"):
-        commands._require("papermill", "no_such_module")
+        commands.require_modules("papermill", "no_such_module")
 
 
 def test_a_failing_cell_is_named(tmp_path: Path) -> None:

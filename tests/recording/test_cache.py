@@ -314,7 +314,9 @@ def test_the_command_lists_and_clears(model: Any, prompts: PromptSet) -> None:
     }
     assert shown["bytes"] == sum(path.stat().st_size for path in cache_directory().iterdir())
     listed = CliRunner().invoke(app, ["cache"])
-    assert listed.exit_code == 0 and "sink_score" in listed.stdout and "2048 MiB in use" in listed.stdout
+    assert listed.exit_code == 0 and "sink_score" in listed.stdout and "of 2048 MiB" in listed.stdout
+    every = CliRunner().invoke(app, ["cache", "--all"])
+    assert every.exit_code == 0 and "norm_ratio" in every.stdout and "KiB" in every.stdout
     cleared = CliRunner().invoke(app, ["cache", "--clear", "--json"])
     assert json.loads(cleared.stdout)["entries"] == [] and "freed" in cleared.stderr
     assert list(cache_directory().iterdir()) == []

@@ -10,7 +10,7 @@ from p0circuit.experiments import NormDirection, SinkMap
 from p0circuit.models import load_model
 from p0circuit.prompts import random_tokens
 from p0circuit.report.documents import fill_documents
-from p0circuit.reproduction import reproduce
+from p0circuit.reproduction import reproduce_model
 
 TEXT = """# Title
 <!-- claims: wired, wired-decoy -->
@@ -36,7 +36,7 @@ def out(tmp_path_factory):
     for name in ("wired", "wired-decoy"):
         model = load_model(name)
         prompts = random_tokens(model.cfg.d_vocab, n=12, length=16)
-        reproduce(model, prompts, folder / name, [SinkMap(), NormDirection()], controls=name == "wired")
+        reproduce_model(model, prompts, folder / name, [SinkMap(), NormDirection()], controls=name == "wired")
     return folder
 
 

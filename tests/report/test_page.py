@@ -89,7 +89,7 @@ def test_figures_tables_notes_and_commands(page: Reader) -> None:
     assert f"The first {MOST_ROWS} of {ROWS} rows" in page.text
     assert page.text.count("tables/kept-tokens.csv") == 1
     assert "A note on <b>nothing</b>." in page.text
-    assert "p0circuit run kept --model made-up --text 'my texts/a.txt' --samples 64 --length 16 --seed 3" in page.text
+    assert "p0circuit run kept made-up --text 'my texts/a.txt' --samples 64 --length 16 --seed 3" in page.text
     assert "ValueError: too <large>" not in page.text and "its measurement broke off" in page.text
     assert "About circuit" in page.text and "no claim hangs on it" in page.text
     assert "reproduce made-up" in page.text
@@ -168,7 +168,7 @@ def test_the_overview_says_what_was_measured_on_what_and_what_is_missing(tmp_pat
     assert f"{verdicts.count('not applicable')} not applicable" in row[1]
     report = (tmp_path / "real" / "report.html").read_text()
     assert f"{summary}." in report
-    assert "p0circuit run kept --model real --text &#39;my texts/a.txt&#39; --length 16 --seed 3 --quick" in report
+    assert "p0circuit run kept real --text &#39;my texts/a.txt&#39; --length 16 --seed 3 --quick" in report
     assert "--quick" not in (tmp_path / "aaa" / "report.html").read_text()
 
 
@@ -209,7 +209,7 @@ def test_numbers_as_shown() -> None:
 
 
 def test_the_command_without_a_result() -> None:
-    assert command_for("kept", "a model", None) == "p0circuit run kept --model 'a model'"
+    assert command_for("kept", "a model", None) == "p0circuit run kept 'a model'"
     assert "--seed 3" in command_for("kept", "m", result("kept", 0.5, None))
 
 
@@ -223,4 +223,4 @@ def test_a_real_experiment(tmp_path: Path) -> None:
     write_report(tmp_path)
     page = Reader((tmp_path / "report.html").read_text())
     assert found.judgement.verdict in page.text and len(page.images) == len(found.figures)
-    assert "p0circuit run sink-map --model p0-nano --text stdlib --samples 4" in page.text
+    assert "p0circuit run sink-map p0-nano --text stdlib --samples 4" in page.text

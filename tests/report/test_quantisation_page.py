@@ -14,7 +14,7 @@ import torch
 from p0circuit.io import data_dir
 from p0circuit.models import load_model
 from p0circuit.models.gguf_writer import write_gguf
-from p0circuit.report.contents import find_runs, number
+from p0circuit.report.contents import find_reproductions, number
 from p0circuit.results import Result
 from tests.report.made_up import write_run
 
@@ -44,7 +44,7 @@ def test_verdicts_and_metrics_stand_side_by_side(script: ModuleType, tmp_path: P
     found = json.loads(path.read_text())
     found["metrics"]["share"] |= {"value": 0.9, "low": 0.8, "high": 0.95}
     path.write_text(json.dumps(found))
-    runs = [find_runs(tmp_path / kind)[0] for kind in ("F16", "Q4_1")]
+    runs = [find_reproductions(tmp_path / kind)[0] for kind in ("F16", "Q4_1")]
     text = script.page(runs, {"made-up-F16": 2000, "made-up-Q4_1": 1000})
     assert "F16 2,000 bytes, Q4_1 1,000 bytes" in text
     assert "| C2 What is kept | reproduced | not reproduced |" in text

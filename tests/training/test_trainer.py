@@ -21,7 +21,7 @@ from p0circuit.io import data_dir
 from p0circuit.models import list_checkpoints
 from p0circuit.training import run_files
 from p0circuit.training.build import build_model
-from p0circuit.training.config import TrainConfig, parse_options
+from p0circuit.training.config import TrainConfig
 from p0circuit.training.run_files import load_state, save_model
 from p0circuit.training.trainer import checkpoint_steps, train
 from p0circuit.training.updates import (
@@ -378,11 +378,3 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
 def test_impossible_configurations_are_refused(field: str, value: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(TINY, **{field: value})
-
-
-def test_options_become_fields() -> None:
-    given = parse_options(["steps=50", "learning_rate=1e-3", "random_first=false", "corpus=my/texts"])
-    assert given == {"steps": 50, "learning_rate": 1e-3, "random_first": False, "corpus": "my/texts"}
-    for wrong in ("steps", "stride=3"):
-        with pytest.raises(ValueError, match="not of the form name=value"):
-            parse_options([wrong])

@@ -14,7 +14,7 @@
    predictions made 8 or more tokens into the text, which are the same in all.
 
 The weights are frozen: each remedy meets a model that never saw it. What training with another loss, mask or gate does
-is another model's matter: `p0circuit run remedies --model tnlm-0` (or bos-0, force-sink-0, gated-0, learned-0)
+is another model's matter: `p0circuit run remedies tnlm-0` (or bos-0, force-sink-0, gated-0, learned-0)
 measures the same there. Sources: Xiao et al. 2023, arXiv 2309.17453 (kept tokens); Darcet et al. 2023, arXiv 2309.16588
 (registers); Gu et al. 2025, arXiv 2410.10781 (keys with a zero value).
 """

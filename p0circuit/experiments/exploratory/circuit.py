@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from p0circuit.experiments.base import Experiment, NotApplicable
-from p0circuit.experiments.edges import input_shares
+from p0circuit.experiments.measures.sink_head_edges import input_shares
 from p0circuit.experiments.sink_under_study import head_list, sink_scores
 from p0circuit.hooked_model import HookedModel
 from p0circuit.interventions.circuit import circuit_graph, owner

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -10,16 +9,10 @@ import pytest
 import torch
 
 from p0circuit.experiments import NotApplicable
-from p0circuit.experiments.edges import input_shares
-from p0circuit.experiments.paper.c07_causal_path import (
-    BESIDE,
-    JOINT,
-    WHOLE,
-    CausalPath,
-    CausalPathConfig,
-    at_p0,
-    joint_changes,
-)
+from p0circuit.experiments.measures.joint_patches import JOINT, JOINT_CONTROL, WHOLE_STREAM, joint_changes
+from p0circuit.experiments.measures.sink_head_edges import input_shares
+from p0circuit.experiments.measures.whole_stream import measured_at_p0
+from p0circuit.experiments.paper.c07_causal_path import CausalPath, CausalPathConfig
 from p0circuit.experiments.sink_under_study import studied_sink
 from p0circuit.interventions.metrics import measure, sink_score_of
 from p0circuit.interventions.pairs import shift_prompts
@@ -28,39 +21,15 @@ from p0circuit.models import describe, forward, load_model
 from p0circuit.models.bridge import to_bridge
 from p0circuit.models.constructed.build import decoy_model, wired_huggingface, wired_model
 from p0circuit.models.constructed.truth import wired_truth
-from p0circuit.models.constructed.weights import purity, residual_subspaces
-from p0circuit.models.hooked_transformer import has_hooked_transformer, to_hooked
 from p0circuit.models.passes import count_passes
-from p0circuit.prompts import from_ids, natural_text, random_tokens
+from p0circuit.prompts import natural_text, random_tokens
 from p0circuit.results import Result
 from p0circuit.sink import uniform_excess
+from tests.experiments.wired import distinct, embedded_sink, predicted_scores
 from tests.families import VOCAB
 
 SHIFTS, LENGTH = (4, 9), 24
 QUICK = CausalPathConfig(shifts=SHIFTS, runs=600)
-
-
-def distinct(n: int, length: int, seed: int = 0) -> Any:
-    """Rows of different tokens, so that the wired model recognises nothing but P0."""
-    generator = torch.Generator().manual_seed(seed)
-    return from_ids(torch.stack([torch.randperm(64, generator=generator)[:length] for _ in range(n)]))
-
-
-def predicted_scores(ids: torch.Tensor, place: int, also: int | None = None) -> np.ndarray:
-    """What the wired sink heads give to a position of each row, by construction.
-
-    All positions of purity above 3/4 are taken for P0 and share the sink with each other and with `also`.
-    """
-    recognised = purity(ids) > 0.75
-    if also is not None:
-        recognised[:, also] = True
-    seen = torch.arange(1, ids.shape[1] + 1)
-    count = recognised.cumsum(1)
-    scores = []
-    for strength in wired_truth().sink_strengths:
-        weight = torch.where(recognised[:, place], math.exp(strength), 1.0)[:, None]
-        scores.append((weight / (count * math.exp(strength) + seen - count))[:, place:].mean(1))
-    return torch.stack(scores).mean(0).numpy()
 
 
 @pytest.fixture(scope="module", params=["rotary", "learned"])
@@ -86,7 +55,7 @@ def test_the_total_effects_are_those_of_the_construction(wired: Result) -> None:
     lost = np.mean(truth.sink_scores(LENGTH)) - truth.uniform_score(LENGTH)
     chosen = distinct(12, LENGTH).split()[1]
     for number, shift in enumerate(SHIFTS):
-        whole = table[(table["shift"] == shift) & (table["patched"] == WHOLE)].set_index("direction")["change"]
+        whole = table[(table["shift"] == shift) & (table["patched"] == WHOLE_STREAM)].set_index("direction")["change"]
         assert whole["noising"] == pytest.approx(-lost, abs=2e-3)
         # The prefix's own P0 and the patched position share the sink.
         shifted = shift_prompts(chosen, shift, 64, number).shifted.ids
@@ -113,7 +82,7 @@ def test_the_edges_are_recognition_to_amplification_to_keys(wired: Result) -> No
 
 def test_both_figures_are_drawn_with_labels(wired: Result) -> None:
     maps: Any = wired.figures["components"]
-    assert [axis.get_title() for axis in maps.axes[:2]] == ["Noising, at P0: lost", "Denoising, at m: won"]
+    assert [axis.get_title() for axis in maps.axes[:2]] == ["Noising at P0: share lost", "Denoising at m: share gained"]
     shares: Any = wired.figures["shares"]
     assert [label.get_text() for label in shares.axes[1].get_yticklabels()] == ["K", "Q", "V"]
 
@@ -127,17 +96,7 @@ def test_a_sink_made_by_the_position_embedding_takes_another_path() -> None:
         table = result.tables["components"].set_index(["direction", "node"])["share"]
         assert table[direction, "embed"] == pytest.approx(1, abs=1e-3)
     assert result.metrics["share_of_k_among_edges_into_sink_heads"].value == pytest.approx(1, abs=1e-3)
-    assert any("embedding is no component of a block" in note for note in result.notes)
-
-
-def embedded_sink() -> Any:
-    """The wired model with its MLPs silenced and the P0 direction put into the embedding of position 0."""
-    module = wired_huggingface("learned")
-    with torch.no_grad():
-        module.transformer.wpe.weight[0] += 60 * residual_subspaces().p0.float()
-        for block in module.transformer.h:
-            block.mlp.c_proj.weight.zero_()
-    return to_hooked(module, "embedded") if has_hooked_transformer() else to_bridge(module, "embedded")
+    assert any("embedding is not part of any block" in note for note in result.notes)
 
 
 @pytest.mark.parametrize("name, backend", [("llama-grouped", "hooked"), ("neox", "bridge"), ("qwen3-moe", "bridge")])
@@ -157,7 +116,7 @@ def test_joint_patches_against_rows_patched_one_by_one(family_model: Any, name: 
             "denoising": (shifted, 5, clean, 0),
         }.items():
             before = literal_score(model, base, place, heads)
-            for key, names, step in ((JOINT, blocks, 0), (WHOLE, stream, 0), (BESIDE, blocks, away)):
+            for key, names, step in ((JOINT, blocks, 0), (WHOLE_STREAM, stream, 0), (JOINT_CONTROL, blocks, away)):
                 values = literal_values(model, source, names, from_place + step)
                 after = literal_score(model, base, place, heads, values, place + step)
                 assert found[direction, key][row] == pytest.approx(after - before, abs=2e-6), (direction, key)
@@ -211,7 +170,7 @@ def test_a_metric_at_p0_is_the_same_wherever_the_place_is(family_model: Any) -> 
     prompts = random_tokens(VOCAB, n=4, length=10).pad_left([10, 6, 8, 7])
     metric = sink_score_of([(0, 1), (2, 2)])
     expected = measure(model, prompts, metric)
-    torch.testing.assert_close(measure(model, prompts, at_p0(metric), torch.full((4,), 9)), expected)
+    torch.testing.assert_close(measure(model, prompts, measured_at_p0(metric), torch.full((4,), 9)), expected)
     assert not torch.allclose(measure(model, prompts, metric, torch.full((4,), 9)), expected)
 
 

@@ -24,7 +24,7 @@ from p0circuit.prompts import from_ids, natural_text, random_tokens
 from p0circuit.recording.record import record
 from p0circuit.results import Result
 from p0circuit.sink import uniform_excess
-from tests.experiments.test_path import distinct, embedded_sink, predicted_scores
+from tests.experiments.wired import distinct, embedded_sink, predicted_scores
 from tests.families import VOCAB
 
 LENGTH = 24
