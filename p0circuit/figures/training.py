@@ -1,21 +1,22 @@
-"""Training curves."""
+"""Figures of training runs: curves over steps or tokens, training methods compared, and predictions of the loss."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+import numpy as np
+
 from p0circuit.figures.style import (
     BLUE,
     COLOURS,
     COLUMN,
+    GREEN,
     GREY,
+    ORANGE,
+    PURPLE,
     add_title,
     decades,
     legend_below,
@@ -23,11 +24,40 @@ from p0circuit.figures.style import (
     rows_not_measured,
     styled,
 )
+from p0circuit.stats import Interval
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+DARK = "#333333"
+GROUP_STYLES = (
+    (BLUE, "-"),
+    (ORANGE, "-"),
+    (GREEN, "-"),
+    (PURPLE, "-"),
+    (GREY, "-"),
+    (DARK, "--"),
+    (BLUE, ":"),
+    (ORANGE, ":"),
+    (GREEN, ":"),
+    (PURPLE, ":"),
+)
+"""Colour and dashes of the groups of a figure, in order: no more colours than can be told apart in thin lines."""
+X_LABELS = {"step": "step", "tokens": "tokens", "share": "share of the run's tokens"}
 
 
 @dataclass(frozen=True)
 class TrainingCurve:
-    """One training run in a figure: its table, the group whose colour it has, and the index where its sink formed."""
+    """One training run in a figure.
+
+    Attributes:
+        label: name of the run.
+        group: runs of a group, such as the seeds of a variant, share a line style.
+        table: one row per checkpoint, with the columns that are drawn.
+        formation: index of the row at which the sink has emerged; None if it has not.
+    """
 
     label: str
     group: str
@@ -36,8 +66,14 @@ class TrainingCurve:
 
 
 @styled
-def trace_panels(runs: dict[str, pd.DataFrame], formation_step: int | None = None) -> Figure:
-    """The development of runs along training: loss, sink, norm of P0 and concentration, over steps on a log axis."""
+def trace_panels(runs: Mapping[str, pd.DataFrame], formation_step: int | None = None) -> Figure:
+    """Draw loss, sink, norm of P0, concentration and induction over the steps of one or several runs.
+
+    Args:
+        runs: tables of runs by name, as `Trace.to_dataframe` makes them. A row with nothing but a step is a checkpoint
+            that could not be measured; it is a gap in every line, and marked.
+        formation_step: step at which the sink emerged; drawn as a dashed line.
+    """
     panels = {
         "Loss": ("loss", "nats per token"),
         "Sink heads": ("excess", "excess score"),
@@ -47,49 +83,81 @@ def trace_panels(runs: dict[str, pd.DataFrame], formation_step: int | None = Non
         "Induction": ("induction_score", "best head"),
     }
     figure, axes = new_figure(2 * COLUMN, 4.2, 2, 3, sharex=True)
-    lines = [TrainingCurve(name, name, table) for name, table in runs.items()]
-    _draw_courses(axes.flat, panels, lines, "step")
+    curves = [TrainingCurve(name, name, table) for name, table in runs.items()]
+    _draw_curves(axes.flat, panels, curves, "step")
     for axis in axes.flat:
         if formation_step is not None:
             axis.axvline(formation_step, color=GREY, linewidth=0.8, linestyle="--")
     for axis in axes[0]:
         axis.set_xlabel("")
-    # Where hardly a head is a sink yet, what a handful of them gain can be any multiple of what there is to lose.
+    # While hardly a head is a sink, the change of a few can be any multiple of the sink rate.
     axes[1, 1].set_ylim(bottom=max(axes[1, 1].get_ylim()[0], -1.05))
     if len(runs) > 1:
         legend_below(figure, axes[0, 0])
-    told = [] if formation_step is None else ["dashed: the sink has formed"]
+    remarks = [] if formation_step is None else ["dashed: the sink has emerged"]
     if any(rows_not_measured(table, "step").any() for table in runs.values()):
-        told.append("crosses: not measured")
-    add_title(figure, f"{', '.join(runs)}: along training" + (f" ({'; '.join(told)})" if told else ""))
+        remarks.append("crosses: not measured")
+    add_title(figure, f"{', '.join(runs)}: along training" + (f" ({'; '.join(remarks)})" if remarks else ""))
     return figure
 
 
 @styled
-def training_curves(panels: dict[str, tuple[str, str]], runs: Sequence[TrainingCurve], title: str) -> Figure:
-    """Columns of many runs over the tokens seen, one panel each; a panel is its title, its column and its label.
+def training_curves(
+    panels: Mapping[str, tuple[str, str]],
+    runs: Sequence[TrainingCurve],
+    title: str,
+    over: str = "tokens",
+    limit: float | None = None,
+) -> Figure:
+    """Draw columns of many runs along training, one panel each.
 
-    Runs of a group share a colour; a circle marks the checkpoint at which a run's sink has formed.
+    Of a group with several runs at the same checkpoints the mean is drawn, with a band from the lowest to the highest
+    run. A circle marks the checkpoint at which a run's sink has emerged.
+
+    Args:
+        panels: column and label of the y axis of each panel, by the panel's title.
+        runs: the runs, in the order of the legend.
+        title: title of the figure.
+        over: column of the x axis: "step", "tokens" or "share".
+        limit: position of a dashed vertical line on the x axis.
     """
     figure, axes = new_figure(2.3 * len(panels) + 0.4, 3.1, 1, len(panels), sharex=True)
-    _draw_courses(axes.flat, panels, runs, "tokens")
+    _draw_curves(axes.flat, panels, runs, over)
+    if limit is not None:
+        for axis in axes.flat:
+            axis.axvline(limit, color=DARK, linewidth=0.9, linestyle="--")
     legend_below(figure, axes[0, 0])
     add_title(figure, title)
     return figure
 
 
 @styled
-def method_comparison(runs: Sequence[TrainingCurve], final: pd.DataFrame, title: str) -> Figure:
-    """Training methods: sink and loss along training, and the final sink against the final norm ratio, run by run."""
-    figure, axes = new_figure(2 * COLUMN + 0.6, 3.2, 1, 3)
+def method_comparison(
+    runs: Sequence[TrainingCurve], final: pd.DataFrame, differences: Mapping[str, Interval], title: str
+) -> Figure:
+    """Draw training methods: sink and loss along training, the final sink of each run, and the differences.
+
+    Args:
+        runs: the runs of the methods and of their baseline.
+        final: columns variant, norm_ratio and excess, one row per run.
+        differences: differences to the baseline by label, with their intervals.
+        title: title of the figure.
+    """
+    figure, axes = new_figure(3 * COLUMN, 3.2, 1, 4)
     panels = {"Sink heads": ("excess", "excess score"), "Held-out loss": ("loss", "nats per token")}
-    _draw_courses(axes[0, :2], panels, runs, "tokens")
-    colours = _colours_of(runs)
+    _draw_curves(axes[0, :2], panels, runs, "tokens")
+    styles = _styles_of(runs)
+    at_end, effects = axes[0, 2:]
     for group, table in final.groupby("variant", sort=False):
-        axes[0, 2].plot(
-            table["norm_ratio"], table["excess"], color=colours[str(group)], marker="o", linestyle="", markersize=5
-        )
-    axes[0, 2].set(title="Sink against outlier, at the end", xlabel="largest norm ratio of P0", ylabel="excess score")
+        colour, _ = styles[str(group)]
+        at_end.plot(table["norm_ratio"], table["excess"], color=colour, marker="o", linestyle="", markersize=5)
+    at_end.set(title="At the end, run by run", xlabel="largest norm ratio of P0", ylabel="excess score")
+    for row, interval in enumerate(differences.values()):
+        error = [[interval.value - interval.low], [interval.high - interval.value]]
+        effects.errorbar(interval.value, row, xerr=error, color=DARK, marker="o", markersize=4, capsize=2)
+    effects.axvline(0, color=GREY, linewidth=0.8)
+    effects.set_yticks(range(len(differences)), list(differences))
+    effects.set(title="Difference to the baseline", ylim=(len(differences) - 0.5, -0.5), xlabel="method - baseline")
     legend_below(figure, axes[0, 0])
     add_title(figure, title)
     return figure
@@ -97,26 +165,29 @@ def method_comparison(runs: Sequence[TrainingCurve], final: pd.DataFrame, title:
 
 @styled
 def prediction_errors(errors: pd.DataFrame, deviations: pd.DataFrame, title: str) -> Figure:
-    """Errors of two predictions, run by run, and what the second has learnt from.
+    """Draw the errors of two predictions, run by run, and the data that the second one is fitted to.
 
-    `errors`: a line per run, a column per prediction; `deviations`: columns "circuit" and "loss".
+    Args:
+        errors: one row per run, one column per prediction, in nats.
+        deviations: columns "circuit" and "loss", one row per run and checkpoint.
+        title: title of the figure.
     """
     figure, axes = new_figure(2 * COLUMN, 3.0, 1, 2)
     left, right = axes[0]
-    for place, values in enumerate(errors.to_numpy()):
-        left.plot(values, [place] * len(values), color=GREY, linewidth=0.8)
+    for row, values in enumerate(errors.to_numpy()):
+        left.plot(values, [row] * len(values), color=GREY, linewidth=0.8)
         for value, colour in zip(values, COLOURS, strict=False):
-            left.plot(value, place, color=colour, marker="o", linestyle="")
+            left.plot(value, row, color=colour, marker="o", linestyle="")
     for name, colour in zip(errors.columns, COLOURS, strict=False):
         left.plot([], [], color=colour, marker="o", linestyle="", label=str(name).replace("_", " "))
     left.set_yticks(range(len(errors)), [str(name) for name in errors.index])
-    left.set(title="Held-out runs", xlabel="error of the remaining loss (nats)")
+    left.set(title=f"Held-out runs (n = {len(errors)})", xlabel="error of the remaining loss (nats)")
     left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
     right.plot(deviations["circuit"], deviations["loss"], color=BLUE, marker="o", linestyle="", markersize=3, alpha=0.6)
     right.axhline(0, color=GREY, linewidth=0.8)
     right.axvline(0, color=GREY, linewidth=0.8)
     right.set(
-        title="Away from the mean of the seeds",
+        title=f"Away from the seeds' mean (n = {len(deviations)})",
         xlabel="sink rate from layer 2 on, deviation",
         ylabel="remaining loss, deviation (nats)",
     )
@@ -124,30 +195,56 @@ def prediction_errors(errors: pd.DataFrame, deviations: pd.DataFrame, title: str
     return figure
 
 
-def _draw_courses(
-    axes: Iterable[Axes], panels: dict[str, tuple[str, str]], runs: Sequence[TrainingCurve], over: str
+def _draw_curves(
+    axes: Iterable[Axes], panels: Mapping[str, tuple[str, str]], runs: Sequence[TrainingCurve], over: str
 ) -> None:
-    """Columns of runs over steps or tokens on a log axis, one panel each."""
-    colours = _colours_of(runs)
-    # Step 0 has its place on a log axis too, the same for all runs: at half of the first step of any.
+    """Columns of runs over a log axis, one panel each."""
+    styles = _styles_of(runs)
+    groups = {name: [run for run in runs if run.group == name] for name in styles}
+    numbered = any(len(members) > 1 for members in groups.values())
+    # Step 0 has a position on the log axis too, the same for all runs: half of the first later step of any run.
     later = [value for run in runs for value in run.table[over] if value > 0] or [1]
     start = 0.5 * min(later)
     for axis, (title, (column, label)) in zip(axes, panels.items(), strict=True):
-        told: set[str] = set()
-        for run in runs:
-            x = run.table[over].where(run.table[over] != 0, start)
-            y = run.table[column].astype(float)
-            name = None if run.group in told else run.group
-            told.add(run.group)
-            axis.plot(x, y, color=colours[run.group], marker="o", markersize=2.5, linewidth=1.2, label=name)
-            if (gaps := x[rows_not_measured(run.table, over)]).size:
-                axis.plot(gaps, 0 * gaps, "x", color=GREY, transform=axis.get_xaxis_transform(), clip_on=False)
-            if run.formation is not None:
-                at = (x.iloc[run.formation], y.iloc[run.formation])
-                axis.plot(*at, color=colours[run.group], marker="o", markersize=7, fillstyle="none")
+        for name, members in groups.items():
+            colour, dashes = styles[name]
+            legend = f"{name} (n = {len(members)})" if numbered else name
+            for bundle in _bundles(members, over):
+                x = bundle[0].table[over].where(bundle[0].table[over] != 0, start)
+                values = np.array([run.table[column].astype(float) for run in bundle])
+                mean, low, high = _mean_and_range(values)
+                axis.plot(
+                    x, mean, color=colour, linestyle=dashes, marker="o", markersize=2.5, linewidth=1.2, label=legend
+                )
+                legend = None
+                if len(bundle) > 1:
+                    axis.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+                if (gaps := x[rows_not_measured(bundle[0].table, over)]).size:
+                    axis.plot(gaps, 0 * gaps, "x", color=GREY, transform=axis.get_xaxis_transform(), clip_on=False)
+                for run, own in zip(bundle, values, strict=True):
+                    if run.formation is not None:
+                        point = x.iloc[run.formation], own[run.formation]
+                        axis.plot(*point, color=colour, marker="o", markersize=7, fillstyle="none")
         decades(axis, [start, *later])
-        axis.set(title=title, ylabel=label, xlabel=over)
+        axis.set(title=title, ylabel=label, xlabel=X_LABELS[over])
 
 
-def _colours_of(runs: Sequence[TrainingCurve]) -> dict[str, str]:
-    return dict(zip(dict.fromkeys(run.group for run in runs), itertools.cycle(COLOURS), strict=False))
+def _bundles(runs: Sequence[TrainingCurve], over: str) -> list[list[TrainingCurve]]:
+    """Runs that can be averaged: all together if they have the same checkpoints, else each alone."""
+    first = runs[0].table[over].to_numpy()
+    same = all(np.array_equal(first, run.table[over].to_numpy(), equal_nan=True) for run in runs)
+    return [list(runs)] if same else [[run] for run in runs]
+
+
+def _mean_and_range(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean, lowest and highest of [run, checkpoint] over the runs that have a value; NaN where none has."""
+    defined = ~np.isnan(values)
+    count = defined.sum(0)
+    mean = np.where(count > 0, np.where(defined, values, 0).sum(0) / np.maximum(count, 1), np.nan)
+    low = np.where(count > 0, np.where(defined, values, np.inf).min(0), np.nan)
+    high = np.where(count > 0, np.where(defined, values, -np.inf).max(0), np.nan)
+    return mean, low, high
+
+
+def _styles_of(runs: Sequence[TrainingCurve]) -> dict[str, tuple[str, str]]:
+    return dict(zip(dict.fromkeys(run.group for run in runs), itertools.cycle(GROUP_STYLES), strict=False))

@@ -1,20 +1,20 @@
-"""Ablations and surgery: change what a component says at P0 (or elsewhere), and see what becomes of the sink.
+"""Ablations and edits of node outputs at P0 (or another position), whose effect on the sink is then measured.
 
-1. The mathematics is pure functions: of vectors (`with_norm`, `with_direction`, `with_statistics`, `with_component`),
-   and of attention (`attending_to_itself`, `attending_as`, `without_key`, `redirected`, `without_value`,
-   `with_zero_logit`).
-2. An `Intervention` ties such a function to the nodes of a model, to prompts, and to a position in each of their rows.
-   Whatever differs from row to row (positions, replacement values) is found when it is made.
-3. What depends on the run (the norm of other positions, the attention of a donor) is read in the pass itself, inside
-   the hook, so that several interventions act on each other as they would in the model.
+1. The mathematics are pure functions of vectors (edits.py): `with_norm`, `with_direction`, `with_statistics`,
+   `with_component`.
+2. An `Intervention` applies such a function to nodes of a model, on given prompts, at one position of each prompt.
+   Values that differ between prompts (positions, replacement values) are computed when it is made.
+3. Values that depend on the run itself (the norm of other positions, the output at a donor position) are read in the
+   same pass, inside the hook, so that several interventions act on each other as they would in the model.
 
-Two ways to use one:
+There are two ways to use an intervention:
 
     record(model, prompts, SINK_SCORE, interventions=[ablate(model, prompts, ["attn.0"])])  # in batches of any size
-    with ablate(model, prompts, ["attn.0"]):  # all rows in one batch
+    with ablate(model, prompts, ["attn.0"]):  # all prompts in one batch
         logits = forward(model, prompts.ids, prompts.attention_mask)
 
-Positions are counted from P0: `offset` 0 is P0 itself, 8 the eighth token after it; one for all rows, or one per row.
+Positions are counted from P0: `offset` 0 is P0 itself, 8 the eighth token after it. An offset is one number for all
+prompts, or one per prompt.
 """
 
 from __future__ import annotations
@@ -49,32 +49,53 @@ from p0circuit.interventions.intervention import (
 from p0circuit.interventions.nodes import InterventionError, Node, nodes_of
 from p0circuit.prompts import PromptSet
 
-# Interventions on what nodes say
-
 
 def ablate(
     model: HookedModel, prompts: PromptSet, nodes: Sequence[str | Node], to: Given = "zero", offset: Offset = 0
 ) -> Intervention:
-    """Replace what nodes say at one position: by zero, their mean, another row's value or a given one.
+    """Replace the output of nodes at one position.
 
-    A whole block is its `attn` and its `mlp`.
+    To ablate a block, give its `attn` and its `mlp`.
+
+    Args:
+        model: a hooked model.
+        prompts: the prompts that will be run.
+        nodes: names or nodes.
+        to: "zero"; "mean" (over the positions after P0 of the same prompt); "resample" (the output at the same position
+            of the next prompt); a tensor [value] or [batch, value] for all nodes; or one tensor per node.
+        offset: position, in tokens after P0.
+
+    Returns:
+        The intervention, for `with` or for `record(..., interventions=[...])`.
 
     Raises:
-        InterventionError: a node that does not exist, a position outside the prompts, no second row to resample from,
-            or values that are not finite or do not fit. Likewise in all functions below.
+        InterventionError: a node does not exist, the position lies outside the prompts, there is no second prompt to
+            resample from, or values are not finite or have another shape. Likewise in all functions below.
+
+    Example:
+        with p0circuit.ablate(model, prompts, ["mlp.0", "attn.1.3"], to="resample"):
+            scores = p0circuit.record(model, prompts, p0circuit.SINK_SCORE)
     """
-    place, checked = positions_of(prompts, offset), nodes_of(nodes, model)
-    values = resolve_values(model, prompts, checked, to, place)
-    return edit_nodes(model, prompts, checked, place, lambda value, new: new, values)
+    positions, checked = positions_of(prompts, offset), nodes_of(nodes, model)
+    values = resolve_values(model, prompts, checked, to, positions)
+    return edit_nodes(model, prompts, checked, positions, lambda value, new: new, values)
 
 
 def replace_direction(
     model: HookedModel, prompts: PromptSet, nodes: Sequence[str | Node], direction: Given, offset: Offset = 0
 ) -> Intervention:
-    """Norm-preserving: give what nodes say at one position another direction and leave it its norm."""
-    place, checked = positions_of(prompts, offset), vector_nodes(nodes, model)
-    directions = resolve_directions(model, prompts, checked, direction, place)
-    return edit_nodes(model, prompts, checked, place, with_direction, directions)
+    """Change the direction of the output of nodes at one position, keeping its norm.
+
+    Args:
+        model: a hooked model.
+        prompts: the prompts that will be run.
+        nodes: names or nodes.
+        direction: the new direction, given as the values of `ablate`; its norm does not matter.
+        offset: position, in tokens after P0.
+    """
+    positions, checked = positions_of(prompts, offset), vector_nodes(nodes, model)
+    directions = resolve_directions(model, prompts, checked, direction, positions)
+    return edit_nodes(model, prompts, checked, positions, with_direction, directions)
 
 
 def replace_norm(
@@ -84,20 +105,26 @@ def replace_norm(
     norm: float | Float[Tensor, "*batch"] | None = None,
     offset: Offset = 0,
 ) -> Intervention:
-    """Direction-preserving: give what nodes say at one position another norm and leave it its direction.
+    """Change the norm of the output of nodes at one position, keeping its direction.
 
-    Without `norm` it is the median over the other real positions of the row, in the same pass.
+    Args:
+        model: a hooked model.
+        prompts: the prompts that will be run.
+        nodes: names or nodes.
+        norm: the new norm, one number or one per prompt; if None, the median norm at the other real positions of the
+            prompt, in the same pass.
+        offset: position, in tokens after P0.
     """
-    place = positions_of(prompts, offset)
+    positions = positions_of(prompts, offset)
 
     def median(stream: Tensor, rows: slice) -> Tensor:
-        position, mask = place[rows].to(stream.device), prompts.attention_mask[rows].to(stream.device)
+        position, mask = positions[rows].to(stream.device), prompts.attention_mask[rows].to(stream.device)
         return median_norm_of_others(stream, position, mask)
 
     norms = median if norm is None else one_per_row("norm", norm, prompts.n)
     if isinstance(norms, Tensor) and bool((norms < 0).any()):
         raise InterventionError(f"a norm is at least 0, got {float(norms.min())}")
-    return edit_nodes(model, prompts, vector_nodes(nodes, model), place, with_norm, norms)
+    return edit_nodes(model, prompts, vector_nodes(nodes, model), positions, with_norm, norms)
 
 
 def match_statistics(
@@ -108,18 +135,27 @@ def match_statistics(
     offset: Offset,
     only_norm: bool = False,
 ) -> Intervention:
-    """Give what nodes say at `offset` the mean and variance over channels (or only the norm) they have at `donor`.
+    """Give the output of nodes at one position the mean and variance over channels (or only the norm) of a donor.
 
-    The donor is read in the same pass. From P0 to t: does t become a sink? From t to P0: does P0 stop being one?
+    The donor position is read in the same pass. With P0 as donor this tests whether another position becomes a sink;
+    with P0 as `offset`, whether P0 stops being one.
+
+    Args:
+        model: a hooked model.
+        prompts: the prompts that will be run.
+        nodes: names or nodes.
+        donor: position whose statistics are used, in tokens after P0.
+        offset: position that is changed, in tokens after P0.
+        only_norm: whether to match only the norm.
     """
-    place, source = positions_of(prompts, offset), positions_of(prompts, donor)
+    positions, source = positions_of(prompts, offset), positions_of(prompts, donor)
 
     def at_donor(stream: Tensor, rows: slice) -> Tensor:
         value = stream[row_indices(stream), source[rows].to(stream.device)]
         return value.norm(dim=-1) if only_norm else value
 
     change = with_norm if only_norm else with_statistics
-    return edit_nodes(model, prompts, vector_nodes(nodes, model), place, change, at_donor)
+    return edit_nodes(model, prompts, vector_nodes(nodes, model), positions, change, at_donor)
 
 
 def set_component(
@@ -130,13 +166,21 @@ def set_component(
     size: float | Float[Tensor, "*batch"] = 0.0,
     offset: Offset = 0,
 ) -> Intervention:
-    """Fixed-direction projection: remove a direction from what nodes say at one position, or set how much is in it.
+    """Set the component of the output of nodes along a direction, at one position; 0 removes the direction.
 
-    `size` is the component along the unit direction that is left, in the units of the stream.
+    Args:
+        model: a hooked model.
+        prompts: the prompts that will be run.
+        nodes: names or nodes.
+        direction: the direction, given as the values of `ablate`; its norm does not matter.
+        size: the new component along the unit vector, one number or one per prompt, in the units of the output.
+        offset: position, in tokens after P0.
     """
-    place, checked = positions_of(prompts, offset), vector_nodes(nodes, model)
-    directions = resolve_directions(model, prompts, checked, direction, place)
-    return edit_nodes(model, prompts, checked, place, with_component, directions, one_per_row("size", size, prompts.n))
+    positions, checked = positions_of(prompts, offset), vector_nodes(nodes, model)
+    directions = resolve_directions(model, prompts, checked, direction, positions)
+    return edit_nodes(
+        model, prompts, checked, positions, with_component, directions, one_per_row("size", size, prompts.n)
+    )
 
 
 def add_component(
@@ -147,10 +191,19 @@ def add_component(
     size: float | Float[Tensor, "*batch"],
     offset: Offset = 0,
 ) -> Intervention:
-    """Insert a direction: add `size` times its unit vector to what nodes say at one position."""
-    place, checked = positions_of(prompts, offset), vector_nodes(nodes, model)
-    directions = resolve_directions(model, prompts, checked, direction, place)
-    return edit_nodes(model, prompts, checked, place, with_added, directions, one_per_row("size", size, prompts.n))
+    """Add a multiple of a direction's unit vector to the output of nodes at one position.
+
+    Args:
+        model: a hooked model.
+        prompts: the prompts that will be run.
+        nodes: names or nodes.
+        direction: the direction, given as the values of `ablate`; its norm does not matter.
+        size: the multiple, one number or one per prompt, in the units of the output.
+        offset: position, in tokens after P0.
+    """
+    positions, checked = positions_of(prompts, offset), vector_nodes(nodes, model)
+    directions = resolve_directions(model, prompts, checked, direction, positions)
+    return edit_nodes(model, prompts, checked, positions, with_added, directions, one_per_row("size", size, prompts.n))
 
 
 def replace_orthogonal(
@@ -161,8 +214,17 @@ def replace_orthogonal(
     to: Given = "resample",
     offset: Offset = 0,
 ) -> Intervention:
-    """Keep what nodes say at one position along a direction, and replace everything orthogonal to it."""
-    place, checked = positions_of(prompts, offset), vector_nodes(nodes, model)
-    others = resolve_values(model, prompts, checked, to, place)
-    directions = resolve_directions(model, prompts, checked, direction, place)
-    return edit_nodes(model, prompts, checked, place, with_orthogonal, others, directions)
+    """Replace the part of the output of nodes that is orthogonal to a direction, at one position.
+
+    Args:
+        model: a hooked model.
+        prompts: the prompts that will be run.
+        nodes: names or nodes.
+        direction: the direction whose component is kept, given as the values of `ablate`.
+        to: the output whose orthogonal part is used, as in `ablate`.
+        offset: position, in tokens after P0.
+    """
+    positions, checked = positions_of(prompts, offset), vector_nodes(nodes, model)
+    others = resolve_values(model, prompts, checked, to, positions)
+    directions = resolve_directions(model, prompts, checked, direction, positions)
+    return edit_nodes(model, prompts, checked, positions, with_orthogonal, others, directions)

@@ -1,18 +1,19 @@
-"""Int8, simulated: the inputs of a model's matrix products, and its weights, rounded to 8 bits.
+"""Simulated int8: the inputs of a model's matrix products, and its weights, rounded to 8 bits.
 
-1. *The grid* is symmetric: a value becomes the nearest multiple of `largest / 127`, up to 127 of them on either side.
-   `largest` is the largest magnitude of the row at hand ("per tensor": every row is a batch of its own), or a number
-   that was known before and is the same for all rows ("calibrated"), or the largest magnitude at the position itself
-   ("per token"). All else stays in floating point, as in simulated quantisation everywhere.
-2. *What is rounded*: the inputs of the four kinds of matrix products of a block, `INPUTS`. Norms, scores, softmax and
-   the stream are not, nor is the unembedding; the hidden layers of the experts of a mixture are out of reach.
-3. *One position apart*: it does not count for `largest`, and is then either clipped to it or kept as it was. (With a
-   grid per token it has its own anyway; clipped, that grid ends where those of the others do at the latest.)
-4. *Weights*: every matrix of the blocks, a grid for each of its outputs, by torch's own operator. That of `torchao` is
-   the same grid. Biases, norms, routers and embeddings stay.
+1. *Scale.* Quantisation is symmetric: a value becomes the nearest multiple of `largest / 127`, at most 127 multiples on
+   either side of zero. `largest` is the largest magnitude in the prompt ("per-tensor dynamic": every prompt is a batch
+   of its own), or a number that was measured before and is the same for all prompts ("static", calibrated), or the
+   largest magnitude at each position ("per-token dynamic"). Everything else stays in floating point.
+2. *Rounded inputs* are those of the four kinds of matrix products of a block, `INPUTS`. Norms, scores, softmax and the
+   residual stream are not rounded, nor is the unembedding. The hidden layers of the experts of a mixture cannot be
+   reached.
+3. *One position excluded.* It does not count for `largest`, and is then either clipped to `largest` or not rounded.
+   (With a scale per token each position has its own scale anyway; "clipped" then limits it to the others' largest.)
+4. *Weights.* Every matrix of the blocks is rounded with one scale per output, by torch's own operator, as `torchao`
+   does. Biases, norms, routers and embeddings are not rounded.
 
-Where the outliers of the first token meet int8: Yang et al. 2024 (arXiv 2405.14428), Liu et al. 2024 (arXiv
-2403.01241); a grid per token: Yao et al. 2022 (arXiv 2206.01861).
+Outliers of the first token under int8: Yang et al. 2024 (arXiv 2405.14428), Liu et al. 2024 (arXiv 2403.01241); one
+scale per token: Yao et al. 2022 (arXiv 2206.01861).
 """
 
 from __future__ import annotations
@@ -34,54 +35,73 @@ from p0circuit.models.hooks import hook_points, hooked
 from p0circuit.models.info import describe
 
 LEVELS = 127
-"""Steps of the grid on either side of zero."""
+"""Number of levels on either side of zero."""
 INPUTS = {
     "qkv": "queries, keys, values",
     "out": "attention output",
     "up": "MLP, into hidden",
     "down": "MLP, out of hidden",
 }
-"""The kinds of inputs, by name: what the matrices that read them make."""
+"""The kinds of inputs, and what the matrices that read them compute."""
 
 Treatment = Literal["in", "clipped", "kept"]
-"""Of one position: like all others; clipped to a `largest` that it was left out of; not rounded at all."""
+"""Treatment of one position: rounded as all others; clipped to a `largest` that excludes it; or not rounded."""
 
 
 class Site(NamedTuple):
-    """The input of the matrix products of one kind in one block."""
+    """The input of the matrix products of one kind in one block.
+
+    Attributes:
+        block: number of the block.
+        kind: a key of `INPUTS`.
+    """
 
     block: int
     kind: str
 
 
 Change = Callable[[Site, Tensor], Tensor | None]
-"""Gets where it is and an input [batch, pos, ...]; returns what takes its place, None for no change."""
+"""Function of a site and its input [batch, pos, ...]; returns the new input, or None for no change."""
 
 
-# The grid
+# Scales
 
 Ends = float | Float[Tensor, "batch #pos"]
-"""Where grids end: for all rows and positions, or for each of them."""
+"""The largest magnitude that int8 represents: one for all, or one per prompt or position."""
 
 
 def rounded(x: Float[Tensor, "batch pos *value"], largest: Ends) -> Float[Tensor, "batch pos *value"]:
-    """The nearest values of the grid that ends at `largest`; what lies beyond it becomes its end."""
+    """Round to the nearest int8 level; larger magnitudes are clipped.
+
+    Args:
+        x: values.
+        largest: the largest magnitude that int8 represents.
+    """
     wide = torch.promote_types(x.dtype, torch.float32)
     ends = torch.as_tensor(largest, dtype=wide, device=x.device)
-    # A grid of zeros has no step; anything over the smallest number is clipped to nothing there.
+    # If `largest` is 0 the step is the smallest number, and everything is clipped to about 0.
     step = (ends / LEVELS).clamp(min=torch.finfo(wide).tiny).view(*ends.shape, *[1] * (x.ndim - ends.ndim))
     return ((x.to(wide) / step).round().clamp(-LEVELS, LEVELS) * step).to(x)
 
 
 def magnitudes(x: Float[Tensor, "batch pos *value"]) -> Float[Tensor, "batch pos"]:
-    """The largest magnitude at every position."""
+    """Compute the largest magnitude at every position.
+
+    Args:
+        x: values.
+    """
     return x.abs().flatten(2).amax(2)
 
 
 def largest_in_row(
     x: Float[Tensor, "batch pos *value"], counted: Bool[Tensor, "batch pos"]
 ) -> Float[Tensor, "batch 1"]:
-    """The largest magnitude of each row at the positions that count, where a grid of its own ends; 0 if none does."""
+    """Compute the largest magnitude of each prompt over some positions; 0 if there are none.
+
+    Args:
+        x: values.
+        counted: positions that count.
+    """
     return magnitudes(x).masked_fill(~counted.to(x.device), 0).amax(1, keepdim=True)
 
 
@@ -92,10 +112,15 @@ def quantised(
     treatment: Treatment = "in",
     per_token: bool = False,
 ) -> Float[Tensor, "batch pos *value"]:
-    """An input in int8, on a grid that ends at `largest` or (per token) at each position's own largest value.
+    """Round an input to int8, with one scale per prompt or one per position.
 
-    One position of each row is treated as told. `largest` is to count it only where it is "in"; per token it is what
-    the position is clipped to.
+    Args:
+        x: the input.
+        largest: the largest magnitude that int8 represents. It must include the position only if `treatment` is "in".
+            With `per_token`, only the position is clipped to it.
+        position: index of the position that is treated differently.
+        treatment: how that position is rounded.
+        per_token: whether every position has a scale of its own.
     """
     apart = one_hot(position, x.shape[1]).bool().to(x.device)
     if not per_token:
@@ -110,22 +135,30 @@ def quantised(
 
 
 def input_sites(model: HookedModel) -> list[Site]:
-    """The inputs of this model that can be reached, in the order in which a pass computes them."""
-    found: dict[Site, None] = {}
+    """List the inputs of a model that can be reached, in the order in which a pass computes them.
+
+    Args:
+        model: a hooked model.
+    """
+    sites: dict[Site, None] = {}
 
     def note(site: Site, x: Tensor) -> None:
-        found[site] = None
+        sites[site] = None
 
     with torch.no_grad(), on_inputs(model, note):
         forward(model, torch.zeros(1, 2, dtype=torch.long))
-    return list(found)
+    return list(sites)
 
 
 @contextlib.contextmanager
 def on_inputs(model: HookedModel, change: Change) -> Iterator[None]:
-    """Read or change the inputs of matrix products in the passes inside the `with`.
+    """Read or change the inputs of matrix products in all passes inside a `with` block.
 
-    Queries, keys and values may read separate copies of one input; `change` then gets each of them.
+    Queries, keys and values may read separate copies of one input; `change` is then called for each copy.
+
+    Args:
+        model: a hooked model.
+        change: called with every input.
     """
     handles, hooks, rows = [], [], []
 
@@ -133,7 +166,7 @@ def on_inputs(model: HookedModel, change: Change) -> Iterator[None]:
         if x.ndim > 2:
             rows[:] = x.shape[:2]
             return change(site, x)
-        # OPT lays its rows end to end for the MLP, which comes after an attention that does not.
+        # OPT flattens batch and positions for its MLP; the attention before it gives their numbers.
         new = change(site, x.view(*rows, -1))
         return None if new is None else new.view_as(x)
 
@@ -153,17 +186,17 @@ def on_inputs(model: HookedModel, change: Change) -> Iterator[None]:
 
 
 _HOOKS = {"out": "attn.hook_z", "down": "mlp.hook_post"}
-# What attention calls what it reads: transformers' name, and HookedTransformer's three.
+# Names of the inputs of attention: that of transformers, and the three of HookedTransformer.
 _READ = ("hidden_states", "query_input", "key_input", "value_input")
 
 
-def _readers(block: Any) -> dict[str, nn.Module]:
-    """The modules of a block whose inputs no hook point shows on both backends."""
-    found = {"qkv": getattr(block, "attn", None), "up": getattr(block, "mlp", None)}
-    # A bridged MLP without a name stands for two matrices of the block itself, and is never called.
-    if getattr(found["up"], "name", "") is None:
-        found["up"] = getattr(found["up"], "in", None)
-    return {kind: module for kind, module in found.items() if module is not None}
+def _readers(block: object) -> dict[str, nn.Module]:
+    """The modules of a block whose inputs have no hook point on both backends."""
+    modules = {"qkv": getattr(block, "attn", None), "up": getattr(block, "mlp", None)}
+    # A bridged MLP without a name represents two matrices of the block itself, and is never called.
+    if getattr(modules["up"], "name", "") is None:
+        modules["up"] = getattr(modules["up"], "in", None)
+    return {kind: module for kind, module in modules.items() if module is not None}
 
 
 def _enter(
@@ -178,7 +211,7 @@ def _enter(
     return args, kwargs | {name: new(kwargs[name]) for name in _READ if name in kwargs}
 
 
-def _at_hook(change: Change, site: Site, activation: Tensor, hook: Any) -> Tensor | None:
+def _at_hook(change: Change, site: Site, activation: Tensor, hook: object) -> Tensor | None:
     return change(site, activation)
 
 
@@ -186,42 +219,55 @@ def _at_hook(change: Change, site: Site, activation: Tensor, hook: Any) -> Tenso
 
 
 class Rounded(NamedTuple):
-    """A weight of a model, and what int8 makes of it."""
+    """A weight of a model and its rounded values.
+
+    Attributes:
+        weight: the weight.
+        int8: its values rounded to int8, in floating point.
+    """
 
     weight: nn.Parameter
     int8: Tensor
 
 
 def rounded_weights(model: HookedModel) -> list[Rounded]:
-    """Every matrix of the blocks and its int8 image, back in floating point; as much memory again as they take."""
-    found, experts = [], describe(model).experts
-    # Past a bridge's own list, which leaves out the experts of a mixture.
+    """Round every matrix of the blocks to int8; this takes as much memory again as the matrices.
+
+    Args:
+        model: a hooked model.
+    """
+    rounded, experts = [], describe(model).experts
+    # nn.Module's methods, because those of a bridge omit the experts of a mixture.
     for module in (module for block in model.blocks for module in nn.Module.modules(block)):
         for name, weight in nn.Module.named_parameters(module, recurse=False):
-            # What has an output for each expert is their router.
+            # A matrix with one output per expert is their router.
             router = weight.ndim == 2 and len(weight) == experts
             if not router and (layout := _layout(module, name, weight)):
                 given, wanted = layout.split(" -> ")
                 sizes = dict(zip(given.split(), weight.shape, strict=True))
                 matrix = rearrange(weight.detach(), layout)
-                found.append(Rounded(weight, rearrange(_int8(matrix), f"{wanted} -> {given}", **sizes)))
-    return found
+                rounded.append(Rounded(weight, rearrange(_int8(matrix), f"{wanted} -> {given}", **sizes)))
+    return rounded
 
 
 @contextlib.contextmanager
 def with_weights(weights: list[Rounded]) -> Iterator[None]:
-    """The model with its weights rounded inside the `with`."""
-    kept = [each.weight.data for each in weights]
+    """Give a model its rounded weights inside a `with` block.
+
+    Args:
+        weights: as `rounded_weights` returns them.
+    """
+    originals = [each.weight.data for each in weights]
     try:
         for each in weights:
             each.weight.data = each.int8
         yield
     finally:
-        for each, data in zip(weights, kept, strict=True):
+        for each, data in zip(weights, originals, strict=True):
             each.weight.data = data
 
 
-# How a matrix lies, and how it has to lie: outputs first, a grid for each.
+# The axes of a weight, and of the matrix that is rounded: outputs first, one scale for each.
 _LAYOUTS = {
     **dict.fromkeys(("W_Q", "W_K", "W_V"), "head d e -> (head e) d"),
     "W_O": "head e d -> d (head e)",
@@ -241,7 +287,7 @@ def _layout(module: nn.Module, name: str, weight: Tensor) -> str | None:
 
 def _int8(matrix: Float[Tensor, "outputs inputs"]) -> Float[Tensor, "outputs inputs"]:
     wide = matrix.float()
-    # 255 steps for the whole range: 128 below zero and 127 above.
+    # The range has 255 steps: 128 below zero and 127 above.
     step = (wide.abs().amax(1) / 127.5).clamp(min=torch.finfo(torch.float32).eps)
     zero = torch.zeros(len(wide), dtype=torch.int32, device=wide.device)
     return torch.fake_quantize_per_channel_affine(wide, step, zero, 0, -128, 127).to(matrix)

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from types import TracebackType
 from typing import Any, Literal
 
 import torch
@@ -22,24 +23,29 @@ from p0circuit.models.hooks import Hook, hooked
 from p0circuit.prompts import PromptSet
 
 Change = Callable[[Tensor, slice], Tensor | None]
-"""Gets an activation and which rows of the prompts it holds; returns what takes its place, None for no change."""
+"""Function of an activation and of which prompts are in it; returns the new activation, or None for no change."""
 Argument = Tensor | Mapping[Node, Tensor] | Callable[[Tensor, slice], Tensor]
-"""What a pure function needs beside a node's value: a row for every prompt, the same for all nodes or for each, or
-found in the pass from the values at all positions and which rows these are."""
+"""An argument of a pure function besides the output of the node: a tensor with one row per prompt, the same for all
+nodes or one per node; or a function of the activation at all positions and of which prompts are in it."""
 Given = Literal["zero", "mean", "resample"] | Tensor | Mapping[Node, Tensor]
-"""What to put somewhere: "zero"; "mean" over the row's positions after P0; "resample", the next row's value at the
-same place; a tensor [value] or [batch, value] for all nodes; or one per node, as `values_at` and `patch_values` give.
-"""
+"""The new value of a node: "zero"; "mean" over the positions after P0 of the same prompt; "resample", the output at the
+same position of the next prompt; a tensor [value] or [batch, value] for all nodes; or one per node, as `values_at` and
+`patch_values` return them."""
 Offset = int | Int[Tensor, " batch"]
-"""A position counted from P0, for all rows or for each."""
+"""A position in tokens after P0: one for all prompts, or one per prompt."""
 
 
 @dataclass(frozen=True, eq=False)
 class Intervention:
-    """ArchitectureEdits to what a model computes, made for the rows of one set of prompts.
+    """Changes of a model's activations, made for one set of prompts.
 
-    Under `with` its hooks stand on the model and expect all rows of the prompts in one batch; leaving the block takes
-    them off, exceptions included. `record(..., interventions=[...])` takes the prompts in batches of any size.
+    Inside a `with` block its hooks are on the model, and expect all prompts in one batch. At the end of the block they
+    are removed, also after an exception. `record(..., interventions=[...])` runs the prompts in batches of any size.
+
+    Attributes:
+        model: the model.
+        prompts: the prompts it was made for.
+        changes: hook points, each with the function that changes its activation.
     """
 
     model: HookedModel = field(repr=False)
@@ -48,10 +54,10 @@ class Intervention:
     _entered: list[AbstractContextManager[None]] = field(default_factory=list, init=False, repr=False)
 
     def hooks(self, rows: slice = slice(None)) -> list[Hook]:
-        """The hooks for a batch of these rows of the prompts.
+        """Return the hooks for a batch. In a batch of another shape they raise `InterventionError`.
 
-        Raises:
-            InterventionError: from the hooks, when they meet a batch of another shape.
+        Args:
+            rows: which of the prompts are in the batch.
         """
         return [(name, functools.partial(self._apply, name, change, rows)) for name, change in self.changes]
 
@@ -61,29 +67,36 @@ class Intervention:
         self._entered.append(context)
         return self
 
-    def __exit__(self, *exception: Any) -> bool | None:
-        return self._entered.pop().__exit__(*exception)
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        exception: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool | None:
+        return self._entered.pop().__exit__(kind, exception, traceback)
 
-    def _apply(self, name: str, change: Change, rows: slice, activation: Tensor, hook: Any) -> Tensor | None:
+    def _apply(self, name: str, change: Change, rows: slice, activation: Tensor, hook: object) -> Tensor | None:
         expected = (len(range(self.prompts.n)[rows]), self.prompts.length)
-        met = (len(activation), activation.shape[2 if name.endswith(("pattern", "scores")) else 1])
-        if met != expected:
+        shape = (len(activation), activation.shape[2 if name.endswith(("pattern", "scores")) else 1])
+        if shape != expected:
             raise InterventionError(
-                f"an intervention made for {expected[0]} prompts of {expected[1]} tokens met {met[0]} of {met[1]}: "
+                f"an intervention made for {expected[0]} prompts of {expected[1]} tokens met {shape[0]} of {shape[1]}: "
                 "make it for the prompts that are run; run them in one batch, or by record(..., interventions=[...])"
             )
         return change(activation, rows)
 
 
-# What they share
-
-
 @torch.no_grad()
 def p0_direction(model: HookedModel, prompts: PromptSet, layer: int) -> Float[Tensor, " d_model"]:
-    """The mean direction, of norm 1, of the residual stream at P0 before block `layer`.
+    """Compute the mean direction of the residual stream at P0, as a vector of norm 1.
 
-    P0 sees itself alone, so rows of one token give its stream exactly. `layer` equal to the number of layers is the
-    stream after the last block. The mean is that of unit vectors, as in `sink.direction_cosines`.
+    P0 attends only to itself, so prompts of one token give its residual stream exactly. The mean is that of unit
+    vectors, as in `sink.direction_cosines`.
+
+    Args:
+        model: a hooked model.
+        prompts: the prompts.
+        layer: block before which the stream is read; the number of layers for the stream after the last block.
     """
     first = prompts.ids[row_indices(prompts.ids), prompts.p0]
     residual = forward(model, first[:, None], stop_at_layer=layer)[:, 0]
@@ -91,51 +104,64 @@ def p0_direction(model: HookedModel, prompts: PromptSet, layer: int) -> Float[Te
 
 
 def positions_of(prompts: PromptSet, offset: Offset) -> Int[Tensor, " batch"]:
-    """The index in each row of the position `offset` places after P0.
+    """Return the index in each prompt of a position counted from P0.
+
+    Args:
+        prompts: the prompts.
+        offset: position, in tokens after P0.
 
     Raises:
-        InterventionError: it lies outside the prompts.
+        InterventionError: the position lies outside the prompts.
     """
     offsets = torch.as_tensor(offset)
     if tuple(offsets.shape) not in ((), (prompts.n,)):
         raise InterventionError(f"expected one offset, or one for each of {prompts.n} rows, got {list(offsets.shape)}")
-    place = prompts.p0 + offsets
-    if bool((offsets < 0).any()) or int(place.max()) >= prompts.length:
+    positions = prompts.p0 + offsets
+    if bool((offsets < 0).any()) or int(positions.max()) >= prompts.length:
         most = prompts.length - 1 - int(prompts.p0.max())
         raise InterventionError(f"position {offset} after P0 lies outside the prompts; expected 0 to {most}")
-    return place
+    return positions
 
 
 def edit_nodes(
     model: HookedModel,
     prompts: PromptSet,
     nodes: Sequence[Node],
-    place: Int[Tensor, " batch"],
+    positions: Int[Tensor, " batch"],
     change: Callable[..., Tensor],
     *arguments: Argument,
 ) -> Intervention:
-    """Put `change(value, *arguments)` in the place of each node's value at one position."""
+    """Replace the output of each node at one position by `change(output, *arguments)`.
+
+    Args:
+        model: a hooked model.
+        prompts: the prompts that will be run.
+        nodes: the nodes.
+        positions: index of the position in each prompt.
+        change: function of the outputs [batch, value] and the arguments.
+        *arguments: further arguments of `change`.
+    """
 
     def argument_for(node: Node, argument: Argument, stream: Tensor, rows: slice) -> Tensor:
         if isinstance(argument, Mapping):
             argument = argument[node]
-        found = argument[rows] if isinstance(argument, Tensor) else argument(stream, rows)
-        return found.to(stream)
+        value = argument[rows] if isinstance(argument, Tensor) else argument(stream, rows)
+        return value.to(stream)
 
-    def changed(activation: Tensor, rows: slice, group: list[Node]) -> Tensor:
+    def edit(activation: Tensor, rows: slice, group: list[Node]) -> Tensor:
         new = activation.clone()
-        at: tuple[Any, ...] = (row_indices(activation), place[rows].to(activation.device))
+        at: tuple[Any, ...] = (row_indices(activation), positions[rows].to(activation.device))
         for node in group:
             stream = at_least_float32(activation if node.index is None else activation[:, :, node.index])
             value = change(stream[at], *(argument_for(node, argument, stream, rows) for argument in arguments))
             new[at if node.index is None else (*at, node.index)] = value.to(new)
         return new
 
-    # One hook per hook point: a hundred neurons of a layer cost one copy of its activation.
+    # One hook per hook point, so that a hundred neurons of a layer need only one copy of its activation.
     groups: dict[str, list[Node]] = {}
     for node in nodes:
         groups.setdefault(node.hook, []).append(node)
-    changes = [(hook, functools.partial(changed, group=group)) for hook, group in groups.items()]
+    changes = [(hook, functools.partial(edit, group=group)) for hook, group in groups.items()]
     return Intervention(model, prompts, tuple(changes))
 
 
@@ -147,31 +173,56 @@ def edit_attention(
     change: Callable[..., Tensor],
     *positions: Int[Tensor, " batch"],
 ) -> Intervention:
-    """Put `change(attention of the heads, *positions)` in its place."""
+    """Replace the attention of heads by `change(attention, *positions)`.
 
-    def changed(attention: Tensor, rows: slice, chosen: list[int]) -> Tensor:
+    Args:
+        model: a hooked model.
+        prompts: the prompts that will be run.
+        names: heads, as nodes: `attn.LAYER` for all heads of a block, or `attn.LAYER.HEAD`.
+        point: hook point: attention weights, or scores before the softmax.
+        change: function of the attention [batch, head, query, key] and the positions.
+        *positions: index of a position in each prompt.
+    """
+
+    def edit(attention: Tensor, rows: slice, heads: list[int]) -> Tensor:
         new = attention.clone()
-        new[:, chosen] = change(attention[:, chosen], *(place[rows].to(attention.device) for place in positions))
+        new[:, heads] = change(attention[:, heads], *(position[rows].to(attention.device) for position in positions))
         return new
 
     by_layer = heads_by_layer(names, model)
-    changes = [
-        (f"blocks.{layer}.attn.{point}", functools.partial(changed, chosen=by_layer[layer])) for layer in by_layer
-    ]
+    changes = [(f"blocks.{layer}.attn.{point}", functools.partial(edit, heads=by_layer[layer])) for layer in by_layer]
     return Intervention(model, prompts, tuple(changes))
 
 
 def heads_by_layer(names: Sequence[str | Node], model: HookedModel) -> dict[int, list[int]]:
-    found: dict[int, set[int]] = {}
+    """List the numbers of heads by layer.
+
+    Args:
+        names: heads, as nodes: `attn.LAYER` for all heads of a block, or `attn.LAYER.HEAD`.
+        model: a hooked model.
+
+    Raises:
+        InterventionError: a node is not attention, or does not exist.
+    """
+    numbers: dict[int, set[int]] = {}
     for node in nodes_of(names, model):
         if node.kind not in ("attn", "head"):
             raise InterventionError(f"{node} has no attention; expected attn.LAYER or attn.LAYER.HEAD")
         heads = range(describe(model).n_heads) if node.index is None else [node.index]
-        found.setdefault(node.layer, set()).update(heads)
-    return {layer: sorted(heads) for layer, heads in found.items()}
+        numbers.setdefault(node.layer, set()).update(heads)
+    return {layer: sorted(heads) for layer, heads in numbers.items()}
 
 
 def vector_nodes(names: Sequence[str | Node], model: HookedModel) -> list[Node]:
+    """Parse the names of nodes whose output is a vector.
+
+    Args:
+        names: names or nodes.
+        model: a hooked model.
+
+    Raises:
+        InterventionError: a node is a neuron, or does not exist.
+    """
     nodes = nodes_of(names, model)
     for node in nodes:
         if node.kind == "neuron":
@@ -180,37 +231,74 @@ def vector_nodes(names: Sequence[str | Node], model: HookedModel) -> list[Node]:
 
 
 def resolve_values(
-    model: HookedModel, prompts: PromptSet, nodes: Sequence[Node], given: Given, place: Int[Tensor, " batch"]
+    model: HookedModel, prompts: PromptSet, nodes: Sequence[Node], given: Given, positions: Int[Tensor, " batch"]
 ) -> dict[Node, Float[Tensor, "batch ..."]]:
-    """What was given as one tensor per node, with a row for every prompt."""
+    """Turn the new value of nodes into one tensor per node, with one row per prompt.
+
+    Args:
+        model: a hooked model.
+        prompts: the prompts.
+        nodes: the nodes.
+        given: the new value, of any form that `Given` allows.
+        positions: index in each prompt of the position that is changed.
+
+    Raises:
+        InterventionError: there is no second prompt to resample from, or values are missing, not finite or of another
+            shape.
+    """
     if given == "mean":
         return patch_values(model, PromptPair(prompts, prompts, 0), nodes, "mean")
     if given == "resample":
         if prompts.n == 1:
             raise InterventionError("there is no other row to resample from; expected at least 2 prompts")
-        return {node: value.roll(-1, 0) for node, value in values_at(model, prompts, nodes, place).items()}
+        return {node: value.roll(-1, 0) for node, value in values_at(model, prompts, nodes, positions).items()}
     if isinstance(given, str) and given != "zero":
         raise InterventionError(f"cannot replace by {given!r}; expected zero, mean, resample or a tensor")
     info = describe(model)
-    found = {}
+    values = {}
     for node in nodes:
         shape = {"neuron": (), "head": (info.d_head,)}.get(node.kind, (info.d_model,))
         if isinstance(given, Mapping) and node not in given:
             raise InterventionError(f"no value was given for {node}, only for {', '.join(map(str, given))}")
         value = torch.zeros(shape) if given == "zero" else given[node] if isinstance(given, Mapping) else given
-        found[node] = one_per_row(str(node), value, prompts.n, shape)
-    return found
+        values[node] = one_per_row(str(node), value, prompts.n, shape)
+    return values
 
 
-def resolve_directions(*args: Any) -> dict[Node, Float[Tensor, "batch ..."]]:
-    given = resolve_values(*args)
-    for node, value in given.items():
+def resolve_directions(
+    model: HookedModel, prompts: PromptSet, nodes: Sequence[Node], given: Given, positions: Int[Tensor, " batch"]
+) -> dict[Node, Float[Tensor, "batch ..."]]:
+    """Turn the direction for nodes into one tensor per node, as `resolve_values` does.
+
+    Args:
+        model: a hooked model.
+        prompts: the prompts.
+        nodes: the nodes.
+        given: the direction, of any form that `Given` allows.
+        positions: index in each prompt of the position that is changed.
+
+    Raises:
+        InterventionError: as `resolve_values`, or a direction is the zero vector.
+    """
+    directions = resolve_values(model, prompts, nodes, given, positions)
+    for node, value in directions.items():
         if not bool(value.any(dim=-1).all()):
             raise InterventionError(f"{node}: the given direction is the zero vector, which points nowhere")
-    return given
+    return directions
 
 
 def one_per_row(name: str, given: float | Tensor, n: int, shape: tuple[int, ...] = ()) -> Float[Tensor, "batch ..."]:
+    """Expand a number or tensor to one row per prompt.
+
+    Args:
+        name: name of the value, for the error.
+        given: a value for all prompts, or one per prompt.
+        n: number of prompts.
+        shape: shape of the value of one prompt.
+
+    Raises:
+        InterventionError: the tensor has another shape, or is not finite.
+    """
     value = given if isinstance(given, Tensor) else torch.tensor(float(given))
     if tuple(value.shape) not in (shape, (n, *shape)):
         raise InterventionError(

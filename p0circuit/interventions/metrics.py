@@ -1,12 +1,12 @@
-"""What an intervention is measured by: one number per row, from any activations and not only from logits.
+"""Metrics: one number per prompt that measures an intervention, from any activations and not only from logits.
 
-1. A `Metric` lists its readings. Each names a hook and a function that makes something small of the activation there,
-   at once and inside the hook, so that no large activation is kept.
-2. A pass collects the readings and ends with the last of them: what is not measured is not computed.
-3. The metric combines its readings to one number per row.
+1. A `Metric` lists its readings. Each names a hook and a function that reduces the activation there to something small,
+   inside the hook, so that no large activation is stored.
+2. A pass takes the readings and ends with the last of them: blocks that no reading needs do not run.
+3. The metric combines its readings to one number per prompt.
 
-The ready-made metrics look at one position of each row, its *place*: P0 in clean prompts, and in shifted ones the
-position m of the token that is at P0 in the clean ones. The same metric thus measures both. Offsets count from there.
+The ready-made metrics look at one position of each prompt: P0 in clean prompts, and in shifted prompts the position of
+the token that is at P0 in the clean ones. The same metric thus measures both. Offsets are counted from that position.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -31,8 +31,8 @@ from p0circuit.prompts import PromptSet
 from p0circuit.recording.batch_size import batch_size_for
 
 LOGITS = "logits"
-"""What to read logits by: it stands where a hook's name would."""
-# Log-probabilities are a second copy of the logits, so they are made for this many positions at a time.
+"""In place of a hook name: read the logits."""
+# Log-probabilities are a second copy of the logits, so they are computed for this many positions at a time.
 _PIECE = 16
 
 
@@ -75,15 +75,22 @@ class Rows(NamedTuple):
         return numbers, position
 
     def split(self, size: int) -> list[Rows]:
-        """The same rows, at most `size` at a time."""
+        """Split into smaller batches.
+
+        Args:
+            size: largest number of prompts of a batch.
+        """
         return [Rows(*parts) for parts in zip(*(part.split(size) for part in self), strict=True)]
 
 
 @dataclass(frozen=True)
 class Reading:
-    """One thing a metric reads: the hook it is read at (or `LOGITS`) and what is made of it, its first axis the batch.
+    """One input of a metric.
 
-    `offsets` says where logits are wanted, counted from the place; everywhere if not given.
+    Attributes:
+        hook: name of the hook it is read at, or `LOGITS`.
+        reduce: function of the activation and the `Rows`, giving a tensor whose first axis is the batch.
+        offsets: for logits: positions that are needed, in tokens after the position of the rows; all if None.
     """
 
     hook: str
@@ -93,9 +100,20 @@ class Reading:
 
 @dataclass(frozen=True)
 class Metric:
-    """One number per row of what a model computes; `combine` gets the reduced readings in their order.
+    """One number per prompt, computed from activations or logits.
 
-    Rows are measured each by itself: who else is in the batch must make no difference.
+    The value of a prompt must not depend on the other prompts of its batch.
+
+    Attributes:
+        name: name of the metric, for labels and errors.
+        readings: its inputs.
+        combine: function of the reduced readings, in their order, giving one number per prompt.
+
+    Example:
+        def first_neuron(activation, rows):
+            return activation[rows.at(0)][:, 0]
+
+        Metric("neuron 1.0", (Reading("blocks.1.mlp.hook_post", first_neuron),), lambda reading: reading)
     """
 
     name: str
@@ -104,16 +122,26 @@ class Metric:
 
     @property
     def last_layer(self) -> int | None:
-        """The last block that has to run, at most up to the last reading in it; None for all of them and the logits."""
+        """Last block that has to run; None if the metric reads logits."""
         hooks = [reading.hook for reading in self.readings]
         return None if LOGITS in hooks else max(int(hook.split(".")[1]) for hook in hooks)
 
     def end(self, model: HookedModel) -> int:
-        """The layer before which a pass may stop: nothing but logits is left to read."""
+        """Return the layer before which a pass may stop, because at most logits remain to be read.
+
+        Args:
+            model: a hooked model.
+        """
         return describe(model).n_layers if self.last_layer is None else self.last_layer + 1
 
     def check(self, model: HookedModel) -> Metric:
-        """The metric itself, if this model has all that it reads.
+        """Check that a model has everything that the metric reads.
+
+        Args:
+            model: a hooked model.
+
+        Returns:
+            The metric itself.
 
         Raises:
             ModelError: there is no such hook.
@@ -128,13 +156,16 @@ class Metric:
             )
         return self
 
-    def value(self, found: dict[int, Tensor]) -> Float[Tensor, " batch"]:
-        """The metric, from its readings by their number.
+    def value(self, reduced: dict[int, Tensor]) -> Float[Tensor, " batch"]:
+        """Compute the metric from its reduced readings.
+
+        Args:
+            reduced: reduced readings by their number.
 
         Raises:
             InterventionError: the result is not one finite number per row.
         """
-        readings = [found[number] for number in range(len(self.readings))]
+        readings = [reduced[number] for number in range(len(self.readings))]
         value = self.combine(*readings)
         if value.shape != (len(readings[0]),):
             raise InterventionError(
@@ -146,21 +177,27 @@ class Metric:
 
 
 class Complete(Exception):
-    """Ends a pass in which all readings of a metric have been taken."""
+    """Ends a pass when all readings of a metric have been taken."""
 
 
-def reading_hooks(metric: Metric, rows: Rows, found: dict[int, Tensor]) -> list[Hook]:
-    """Hooks that put into `found` what is not in it yet, and raise `Complete` when everything is."""
+def reading_hooks(metric: Metric, rows: Rows, reduced: dict[int, Tensor]) -> list[Hook]:
+    """Return hooks that take the missing readings of a metric, and raise `Complete` after the last one.
 
-    def note(activation: Tensor, hook: Any, number: int) -> None:
-        found[number] = metric.readings[number].reduce(activation, rows)
-        if len(found) == len(metric.readings):
+    Args:
+        metric: the metric.
+        rows: the batch.
+        reduced: reduced readings by their number; the hooks add to it.
+    """
+
+    def read(activation: Tensor, hook: object, number: int) -> None:
+        reduced[number] = metric.readings[number].reduce(activation, rows)
+        if len(reduced) == len(metric.readings):
             raise Complete
 
     return [
-        (reading.hook, functools.partial(note, number=number))
+        (reading.hook, functools.partial(read, number=number))
         for number, reading in enumerate(metric.readings)
-        if reading.hook != LOGITS and number not in found
+        if reading.hook != LOGITS and number not in reduced
     ]
 
 
@@ -169,69 +206,127 @@ def read_logits(
     metric: Metric,
     stream: Float[Tensor, "batch pos d_model"],
     rows: Rows,
-    found: dict[int, Tensor],
+    reduced: dict[int, Tensor],
     at_once: int | None = None,
 ) -> None:
-    """Put the readings of logits into `found`, from the stream after the last block, `at_once` rows at a time."""
+    """Compute logits from the residual stream after the last block, and take the readings of them.
+
+    Args:
+        model: a hooked model.
+        metric: the metric.
+        stream: the residual stream after the last block.
+        rows: the batch.
+        reduced: reduced readings by their number; this function adds to it.
+        at_once: number of prompts whose logits exist at a time; all if None.
+    """
     size, layers = at_once or len(stream), describe(model).n_layers
     for number, reading in enumerate(metric.readings):
         if reading.hook == LOGITS:
             parts = []
             for part, residual in zip(rows.split(size), stream.split(size), strict=True):
-                chosen = residual if reading.offsets is None else residual[part.at(reading.offsets)]
-                parts.append(reading.reduce(resume(model, chosen, layers), part))
-            found[number] = torch.cat(parts)
+                needed = residual if reading.offsets is None else residual[part.at(reading.offsets)]
+                parts.append(reading.reduce(resume(model, needed, layers), part))
+            reduced[number] = torch.cat(parts)
 
 
 @torch.no_grad()
 def measure(
-    model: HookedModel, prompts: PromptSet, metric: Metric, place: Int[Tensor, " batch"] | None = None
+    model: HookedModel, prompts: PromptSet, metric: Metric, position: Int[Tensor, " batch"] | None = None
 ) -> Float[Tensor, " batch"]:
-    """The metric of each row at its place (P0 if not given), from one forward pass up to what it reads.
+    """Measure every prompt, in one pass that ends with the last reading of the metric.
+
+    Args:
+        model: a hooked model.
+        prompts: the prompts.
+        metric: the metric.
+        position: index in each prompt of the token that the metric is about; P0 if None.
 
     Raises:
-        InterventionError, ModelError: the model does not have what the metric reads, or the result is not finite.
+        ModelError: the model does not have a hook that the metric reads.
+        InterventionError: the metric reads outside the prompts, or its value is not finite.
+
+    Example:
+        measure(model, prompts, sink_score_of([(2, 1)]))  # [sample]
     """
     metric.check(model)
-    there = batches(model, prompts, prompts.p0 if place is None else place)
-    return torch.cat([measure_rows(model, rows, metric).cpu() for rows in there])
+    positions = prompts.p0 if position is None else position
+    return torch.cat([measure_rows(model, rows, metric).cpu() for rows in batches(model, prompts, positions)])
 
 
 def measure_rows(model: HookedModel, rows: Rows, metric: Metric) -> Float[Tensor, " batch"]:
-    """The metric of each row of one batch."""
-    stream, found = run_up_to(model, rows, metric, metric.end(model))
+    """Measure every prompt of one batch.
+
+    Args:
+        model: a hooked model.
+        rows: the batch.
+        metric: the metric.
+    """
+    stream, reduced = run_up_to(model, rows, metric, metric.end(model))
     if stream is not None:
-        read_logits(model, metric, stream, rows, found)
-    return metric.value(found)
+        read_logits(model, metric, stream, rows, reduced)
+    return metric.value(reduced)
 
 
 def run_up_to(model: HookedModel, rows: Rows, metric: Metric, layer: int) -> tuple[Tensor | None, dict[int, Tensor]]:
-    """The stream before a layer, and what the metric reads below it; no stream where that is all it reads."""
-    found: dict[int, Tensor] = {}
+    """Run the blocks before a layer and take the readings of a metric in them.
+
+    Args:
+        model: a hooked model.
+        rows: the batch.
+        metric: the metric.
+        layer: first block that does not run.
+
+    Returns:
+        The residual stream before the layer, or None if the readings were complete before; and the reduced readings by
+        their number.
+    """
+    reduced: dict[int, Tensor] = {}
     with contextlib.suppress(Complete):
-        hooks = reading_hooks(metric, rows, found)
-        return forward(model, rows.ids, rows.mask, hooks=hooks, stop_at_layer=layer), found
-    return None, found
+        hooks = reading_hooks(metric, rows, reduced)
+        return forward(model, rows.ids, rows.mask, hooks=hooks, stop_at_layer=layer), reduced
+    return None, reduced
 
 
-def batches(model: HookedModel, prompts: PromptSet, place: Int[Tensor, " batch"]) -> list[Rows]:
-    """Prompts and their places as the batches they are run in."""
+def batches(model: HookedModel, prompts: PromptSet, position: Int[Tensor, " batch"]) -> list[Rows]:
+    """Split prompts into batches that fit into memory.
+
+    Args:
+        model: a hooked model.
+        prompts: the prompts.
+        position: index in each prompt of the token that a metric is about.
+    """
     device = device_of(model)
-    rows = Rows(*(part.to(device) for part in (prompts.ids, prompts.attention_mask, place)))
+    rows = Rows(*(part.to(device) for part in (prompts.ids, prompts.attention_mask, position)))
     return rows.split(batch_size_for(model, prompts.length, with_logits=True))
 
 
 def sink_score_of(heads: Sequence[int | tuple[int, int]], offset: int = 0) -> Metric:
-    """The mean sink score of some heads, given as (layer, head) or as a layer for all of its heads.
+    """Measure the mean sink score of heads.
+
+    Args:
+        heads: heads as (layer, head), or layers for all of their heads.
+        offset: position whose score is measured, in tokens after the position of the rows.
 
     Raises:
-        InterventionError: no head is given; when read, a head or position that does not exist.
+        InterventionError: no head is given; when the metric is read: a head or position does not exist.
+
+    Example:
+        metric = p0circuit.sink_score_of([(2, 1), (3, 0)])
     """
     return Metric(f"sink score of {_named(heads)}", _sink_scores(heads, offset), _mean)
 
 
 def sink_rate_of(heads: Sequence[int | tuple[int, int]], eps: float = sink.SINK_THRESHOLD, offset: int = 0) -> Metric:
-    """The share of some heads whose sink score is above `eps`; heads as in `sink_score_of`, and the same errors."""
+    """Measure the share of heads whose sink score is above a threshold.
+
+    Args:
+        heads: heads as (layer, head), or layers for all of their heads.
+        eps: threshold.
+        offset: position whose score is measured, in tokens after the position of the rows.
+
+    Raises:
+        InterventionError: as `sink_score_of`.
+    """
 
     def rate(*scores: Tensor) -> Tensor:
         return _mean(*((score > eps).to(score.dtype) for score in scores))
@@ -240,7 +335,12 @@ def sink_rate_of(heads: Sequence[int | tuple[int, int]], eps: float = sink.SINK_
 
 
 def norm_ratio_after(layer: int, offset: int = 0) -> Metric:
-    """The norm of the residual stream after a block, over its median norm at the other positions of the row."""
+    """Measure the norm of the residual stream after a block, over its median norm at the other positions.
+
+    Args:
+        layer: the block.
+        offset: position that is measured, in tokens after the position of the rows.
+    """
 
     def ratio(residual: Tensor, rows: Rows) -> Tensor:
         return sink.norm_ratio(residual, rows.at(offset)[1], rows.mask)
@@ -249,7 +349,12 @@ def norm_ratio_after(layer: int, offset: int = 0) -> Metric:
 
 
 def loss(offsets: Sequence[int] | None = None) -> Metric:
-    """Next-token loss (nats), the mean over predictions made `offsets` after the place; if not given, from there on."""
+    """Measure the next-token loss in nats, averaged over predictions.
+
+    Args:
+        offsets: where the predictions are made, in tokens after the position of the rows; all from that position on if
+            None.
+    """
 
     def mean_loss(logits: Tensor, rows: Rows) -> Tensor:
         if offsets is None:
@@ -270,7 +375,13 @@ def loss(offsets: Sequence[int] | None = None) -> Metric:
 
 
 def of_logits(name: str, function: Callable[[Tensor, Rows], Tensor], offsets: Sequence[int] | None = None) -> Metric:
-    """A function of logits [batch, pos, vocab] and `Rows` to [batch]; with `offsets`, of the logits there alone."""
+    """Make a metric of a function of logits.
+
+    Args:
+        name: name of the metric.
+        function: function of logits [batch, pos, vocab] and `Rows`, giving one number per prompt.
+        offsets: positions whose logits are needed, in tokens after the position of the rows; all if None.
+    """
     return Metric(name, (Reading(LOGITS, function, None if offsets is None else tuple(offsets)),), _only)
 
 
@@ -288,26 +399,26 @@ def _named(heads: Sequence[int | tuple[int, int]]) -> str:
 
 
 def _sink_scores(heads: Sequence[int | tuple[int, int]], offset: int) -> tuple[Reading, ...]:
-    """One reading for each layer that any of the heads is in."""
+    """One reading for each layer of the heads."""
     if not heads:
         raise InterventionError("no head to read the sink score of; expected (layer, head) pairs or layers")
-    chosen: dict[int, list[int] | None] = {}
+    by_layer: dict[int, list[int] | None] = {}
     for head in heads:
         if isinstance(head, int):
-            chosen[head] = None
-        elif (others := chosen.setdefault(head[0], [])) is not None:
+            by_layer[head] = None
+        elif (others := by_layer.setdefault(head[0], [])) is not None:
             others.append(head[1])
 
     def scores(pattern: Tensor, rows: Rows, layer: int) -> Tensor:
-        wanted, count = chosen[layer], pattern.shape[1]
+        wanted, count = by_layer[layer], pattern.shape[1]
         if wanted is not None and not all(0 <= head < count for head in wanted):
             raise InterventionError(f"layer {layer} has heads 0 to {count - 1}, and the metric asks for {wanted}")
         if bool((pattern[:, :, -1].sum(-1) == 0).any()):
-            # HookedTransformer puts 0 where softmax gives NaN.
+            # HookedTransformer replaces the NaN of a softmax by 0.
             raise InterventionError(f"layer {layer} attends to nothing: its scores are not finite, check the weights")
         pattern = pattern if wanted is None else pattern[:, wanted]
         return sink.sink_score(pattern, rows.at(offset)[1], rows.mask)
 
     return tuple(
-        Reading(f"blocks.{layer}.attn.hook_pattern", functools.partial(scores, layer=layer)) for layer in chosen
+        Reading(f"blocks.{layer}.attn.hook_pattern", functools.partial(scores, layer=layer)) for layer in by_layer
     )

@@ -1,10 +1,10 @@
-"""The places an intervention can act on, by the names used in tables and graphs.
+"""Nodes: the parts of a model that an intervention can act on, by the names used in tables and graphs.
 
-embed              what block 0 reads: token embedding, with the position embedding where that is learned
+embed              the input of block 0: the token embedding, plus the position embedding if that is learned
 resid_pre.{l}      the residual stream before block l; likewise resid_mid.{l} and resid_post.{l}
-attn.{l}           what the attention of block l adds to the stream; attn.{l}.{h}: head h of it (its z)
-mlp.{l}            what the MLP of block l adds to the stream; neuron.{l}.{i}: hidden neuron i of it (after the
-                   non-linearity and, in gated MLPs, the product with the linear branch)
+attn.{l}           the output of the attention of block l; attn.{l}.{h}: its head h (`hook_z`)
+mlp.{l}            the output of the MLP of block l; neuron.{l}.{i}: its hidden neuron i (after the non-linearity and,
+                   in gated MLPs, the product with the linear branch)
 """
 
 from __future__ import annotations
@@ -42,12 +42,18 @@ _STAGE: dict[Kind, int] = {
 
 
 class InterventionError(P0Error):
-    """An intervention that cannot be done as asked; the message says why and how to mend it."""
+    """An intervention that is not possible; the message says why, and what to do instead."""
 
 
 @dataclass(frozen=True)
 class Node:
-    """One place in the model: a component, and for heads and neurons which of them."""
+    """One node of the model.
+
+    Attributes:
+        kind: kind of the node.
+        layer: its block.
+        index: number of a head or neuron; None for other kinds.
+    """
 
     kind: Kind
     layer: int = 0
@@ -55,7 +61,10 @@ class Node:
 
     @classmethod
     def parse(cls, name: str) -> Node:
-        """The node of a name such as `embed`, `attn.0`, `attn.0.3`, `mlp.1`, `neuron.1.17` or `resid_mid.2`.
+        """Parse the name of a node.
+
+        Args:
+            name: such as `embed`, `attn.0`, `attn.0.3`, `mlp.1`, `neuron.1.17` or `resid_mid.2`.
 
         Raises:
             InterventionError: the name is not of this form.
@@ -81,16 +90,24 @@ class Node:
 
     @property
     def hook(self) -> str:
-        """The hook point whose activation holds this node's value."""
+        """Name of the hook point whose activation contains the output of this node."""
         return _HOOKS[self.kind].format(self.layer)
 
     @property
     def depth(self) -> tuple[int, int]:
-        """Sorts nodes in the order in which the model computes them: (layer, stage within the block)."""
+        """Layer and stage within the block: a key that sorts nodes in the order in which the model computes them."""
         return self.layer, _STAGE[self.kind]
 
     def read(self, activation: Tensor, position: Int[Tensor, " batch"]) -> Float[Tensor, "batch *value"]:
-        """This node's value at one position of each row: a vector, or one number for a neuron."""
+        """Read the output of this node at one position of each prompt.
+
+        Args:
+            activation: activation at `hook` [batch, pos, ...].
+            position: index of the position in each prompt.
+
+        Returns:
+            A vector per prompt, or a number for a neuron.
+        """
         rows = torch.arange(len(activation), device=activation.device)
         at = activation[rows, position.to(activation.device)]
         return at if self.index is None else at[:, self.index]
@@ -102,18 +119,31 @@ class Node:
         value: Tensor,
         rows: slice | Int[Tensor, " rows"] = slice(None),
     ) -> None:
-        """Write `value` into some rows of the activation, at their position."""
+        """Write an output of this node into an activation, in place.
+
+        Args:
+            activation: activation at `hook` [batch, pos, ...].
+            position: index of the position in each of the rows.
+            value: output to write, one per row.
+            rows: rows of the activation to write into; all by default.
+        """
         numbers = torch.arange(len(activation), device=activation.device)[rows]
-        place: tuple[Any, ...] = (numbers, position.to(activation.device))
+        index: tuple[Any, ...] = (numbers, position.to(activation.device))
         if self.index is not None:
-            place += (self.index,)
-        activation[place] = value.to(activation)
+            index += (self.index,)
+        activation[index] = value.to(activation)
 
     def check(self, info: ModelInfo) -> Node:
-        """The node itself, if this model has it.
+        """Check that a model has this node.
+
+        Args:
+            info: description of the model.
+
+        Returns:
+            The node itself.
 
         Raises:
-            InterventionError: there is no such layer, head or neuron, or no stream between attention and MLP.
+            InterventionError: there is no such layer, head or neuron, or no residual stream between attention and MLP.
         """
         if not 0 <= self.layer < info.n_layers:
             raise InterventionError(f"{self}: {info.name} has layers 0 to {info.n_layers - 1}")
@@ -130,22 +160,35 @@ class Node:
 
 
 def components(model: HookedModel, layers: Sequence[int] | None = None, heads: bool = False) -> list[Node]:
-    """The complete set of writers to the residual stream: embedding, attention outs (or their heads) and MLP outs.
+    """List the nodes that write to the residual stream: embedding, attention (or its heads) and MLP of every layer.
 
-    Over all layers, their outputs at a position add up to the final residual stream there.
+    The outputs of all of them at a position add up to the final residual stream there.
+
+    Args:
+        model: a hooked model.
+        layers: layers to list; all if None.
+        heads: whether to list heads in place of attention outputs.
     """
     info = describe(model)
-    found = [Node("embed")]
+    nodes = [Node("embed")]
     for layer in range(info.n_layers) if layers is None else layers:
         if heads:
-            found += [Node("head", layer, head) for head in range(info.n_heads)]
+            nodes += [Node("head", layer, head) for head in range(info.n_heads)]
         else:
-            found.append(Node("attn", layer))
-        found.append(Node("mlp", layer))
-    return [node.check(info) for node in found]
+            nodes.append(Node("attn", layer))
+        nodes.append(Node("mlp", layer))
+    return [node.check(info) for node in nodes]
 
 
 def nodes_of(names: Sequence[str | Node], model: HookedModel) -> list[Node]:
-    """Names and nodes as nodes, each checked against the model."""
+    """Parse names of nodes and check them against a model.
+
+    Args:
+        names: names or nodes.
+        model: a hooked model.
+
+    Raises:
+        InterventionError: a name is not that of a node, or the model does not have it.
+    """
     info = describe(model)
     return [(Node.parse(name) if isinstance(name, str) else name).check(info) for name in names]

@@ -1,8 +1,8 @@
-"""What an intervention puts in the place of the clean value: the pair that isolates being first.
+"""Clean and shifted prompts, and the values that an intervention puts in the place of the clean ones.
 
-*Clean* has token x at P0. *Shifted* has the same token, with the same continuation, at position m behind a random
-prefix. Nothing differs but that x is first in one and not in the other. What a node computes at x in the shifted run
-is therefore what it would compute at P0 if P0 were not first. The alternatives `resample`, `mean`, `zero` and
+*Clean* prompts have token x at P0. *Shifted* prompts have the same token, with the same continuation, after a random
+prefix of m tokens. The only difference is that x is first in one and not in the other. The output of a node at x in the
+shifted run is therefore its output at P0 if P0 were not first. The alternatives `resample`, `mean`, `zero` and
 `position` are the usual references of activation patching, for comparison.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -29,7 +29,13 @@ Reference = Literal["shifted", "resample", "position", "mean", "zero"]
 
 @dataclass(frozen=True)
 class PromptPair:
-    """Pairs of runs: row i of `shifted` is row i of `clean` behind `shift` other tokens."""
+    """Clean prompts and the same prompts after a prefix of other tokens.
+
+    Attributes:
+        clean: the clean prompts.
+        shifted: the same prompts, each after its own prefix.
+        shift: tokens of the prefix.
+    """
 
     clean: PromptSet
     shifted: PromptSet
@@ -37,21 +43,29 @@ class PromptPair:
 
     @property
     def position(self) -> Int[Tensor, " batch"]:
-        """Where in each shifted row the token stands that is at P0 in the clean one."""
+        """Index in each shifted prompt of the token that is at P0 in the clean one."""
         return self.shifted.p0 + self.shift
 
 
 def shifted_pair(model: HookedModel, prompts: PromptSet, shift: int = 8, seed: int = 0) -> PromptPair:
-    """Pair prompts with themselves after `shift` random tokens, so that the same token is first and not first.
+    """Pair prompts with themselves after a random prefix, so that the same token is first and not first.
 
     Args:
-        model: a hooked model; its tokenizer and embedding say which tokens can be drawn. Special ones never are.
-        prompts: the clean run.
-        shift: how many tokens to prepend.
-        seed: of the random tokens.
+        model: a hooked model. Its tokenizer and embedding decide which tokens the prefix is drawn from; special tokens
+            are never drawn.
+        prompts: the clean prompts.
+        shift: tokens of the prefix.
+        seed: seed of the prefix.
+
+    Returns:
+        The clean and the shifted prompts.
 
     Raises:
         InterventionError: `shift` is below 1.
+
+    Example:
+        pair = p0circuit.shifted_pair(model, prompts, shift=8)
+        pair.position  # where P0's token is in the shifted prompts
     """
     size, special = sampleable_vocabulary(model)
     return shift_prompts(prompts, shift, size, seed, tuple(special))
@@ -60,23 +74,30 @@ def shifted_pair(model: HookedModel, prompts: PromptSet, shift: int = 8, seed: i
 def shift_prompts(
     prompts: PromptSet, shift: int, vocab_size: int, seed: int = 0, special: Sequence[int] = ()
 ) -> PromptPair:
-    """Pair prompts with themselves behind a prefix of `shift` tokens drawn uniformly, `special` ones excepted.
+    """Pair prompts with themselves after a random prefix, given the vocabulary instead of a model.
 
-    Another seed gives other prefixes. Left-padded prompts keep their padding, before the prefix.
+    Left-padded prompts keep their padding, before the prefix.
+
+    Args:
+        prompts: the clean prompts.
+        shift: tokens of the prefix.
+        vocab_size: number of tokens of the vocabulary.
+        seed: seed of the prefix.
+        special: token ids that are never drawn.
 
     Raises:
         InterventionError: `shift` is below 1.
     """
     if shift < 1:
         raise InterventionError(f"a shift of {shift} moves nothing away from P0; expected at least 1")
-    drawable = torch.tensor([token for token in range(vocab_size) if token not in set(special)])
+    tokens = torch.tensor([token for token in range(vocab_size) if token not in set(special)])
     generator = torch.Generator().manual_seed(seed)
-    prefix = drawable[torch.randint(len(drawable), (prompts.n, shift), generator=generator)]
+    prefix = tokens[torch.randint(len(tokens), (prompts.n, shift), generator=generator)]
     ids = torch.cat([torch.zeros_like(prefix), prompts.ids], dim=1)
     mask = torch.cat([torch.zeros_like(prefix, dtype=torch.bool), prompts.attention_mask], dim=1)
-    # The prefix stands immediately before the first real token, that is over the last of the row's padding.
-    place = prompts.p0[:, None] + torch.arange(shift)
-    ids, mask = ids.scatter(1, place, prefix), mask.scatter(1, place, torch.ones_like(prefix, dtype=torch.bool))
+    # The prefix comes immediately before the first real token, after any padding.
+    positions = prompts.p0[:, None] + torch.arange(shift)
+    ids, mask = ids.scatter(1, positions, prefix), mask.scatter(1, positions, torch.ones_like(prefix, dtype=torch.bool))
     shifted = from_ids(ids, mask, vocab_size)
     return PromptPair(prompts, shifted, shift)
 
@@ -85,15 +106,30 @@ def shift_prompts(
 def values_at(
     model: HookedModel, prompts: PromptSet, nodes: Sequence[str | Node], position: Int[Tensor, " batch"] | None = None
 ) -> dict[Node, Float[Tensor, "batch *value"]]:
-    """What each node computes at one position of each row (at P0 if none is given), in batches that fit in memory."""
+    """Read the output of nodes at one position of each prompt, in batches that fit into memory.
+
+    Args:
+        model: a hooked model.
+        prompts: the prompts.
+        nodes: names or nodes.
+        position: index of the position in each prompt; P0 if None.
+
+    Returns:
+        Outputs by node: a vector per prompt, or a number for a neuron.
+
+    Raises:
+        InterventionError: a node does not exist, or a position lies outside the prompts.
+    """
     checked = nodes_of(nodes, model)
-    place = prompts.p0 if position is None else position
-    if int(place.min()) < 0 or int(place.max()) >= prompts.length:
-        raise InterventionError(f"positions {place.tolist()} lie outside the {prompts.length} tokens of the prompts")
+    positions = prompts.p0 if position is None else position
+    if int(positions.min()) < 0 or int(positions.max()) >= prompts.length:
+        raise InterventionError(
+            f"positions {positions.tolist()} lie outside the {prompts.length} tokens of the prompts"
+        )
 
     def read(activation: Tensor, node: Node, rows: slice) -> Tensor:
-        # Only this position is kept, not the activation it would be a view of.
-        return node.read(activation, place[rows]).clone()
+        # A copy, because a view would keep the whole activation in memory.
+        return node.read(activation, positions[rows]).clone()
 
     return _read(model, prompts, checked, read)
 
@@ -105,14 +141,22 @@ def patch_values(
     reference: Reference = "shifted",
     offset: int = 8,
 ) -> dict[Node, Float[Tensor, "batch *value"]]:
-    """What to put in the place of each node's clean value at P0.
+    """Compute the values that take the place of the clean outputs of nodes at P0.
 
-    `shifted`: its value at the same token behind a prefix. `resample`: at another row's P0 (each row takes the next
-    one's). `position`: at the position `offset` after P0 in the same row. `mean`: the mean over the row's positions
-    after P0. `zero`.
+    Args:
+        model: a hooked model.
+        pair: clean and shifted prompts.
+        nodes: names or nodes.
+        reference: "shifted": the output at the same token in the shifted prompt. "resample": the output at P0 of
+            another prompt (each prompt takes the next one's). "position": the output at `offset` after P0 in the same
+            prompt. "mean": the mean output over the positions after P0 of the same prompt. "zero".
+        offset: tokens after P0, for the reference "position".
+
+    Returns:
+        Values by node: a vector per prompt, or a number for a neuron.
 
     Raises:
-        InterventionError: an unknown reference, a node that does not exist, or an offset outside the prompts.
+        InterventionError: the reference is unknown, a node does not exist, or the offset lies outside the prompts.
     """
     if reference == "shifted":
         return values_at(model, pair.shifted, nodes, pair.position)
@@ -142,16 +186,16 @@ def _means_after_p0(model: HookedModel, prompts: PromptSet, nodes: Sequence[Node
 def _read(
     model: HookedModel, prompts: PromptSet, nodes: Sequence[Node], reduce: Callable[[Tensor, Node, slice], Tensor]
 ) -> dict[Node, Float[Tensor, "batch *value"]]:
-    """What `reduce` makes of each node's activation, given the node and which rows of the prompts it holds."""
-    found: dict[Node, list[Tensor]] = {node: [] for node in nodes}
+    """The reduced activation of each node; `reduce` also gets the node and which prompts are in the batch."""
+    values: dict[Node, list[Tensor]] = {node: [] for node in nodes}
 
-    def keep(activation: Tensor, hook: Any, node: Node, rows: slice) -> None:
-        found[node].append(reduce(activation, node, rows))
+    def read(activation: Tensor, hook: object, node: Node, rows: slice) -> None:
+        values[node].append(reduce(activation, node, rows))
 
     stop = max((node.layer for node in nodes), default=-1) + 1
     size = batch_size_for(model, prompts.length, with_logits=False)
     for start in range(0, prompts.n, size):
         rows = slice(start, start + size)
-        hooks = [(node.hook, functools.partial(keep, node=node, rows=rows)) for node in found]
+        hooks = [(node.hook, functools.partial(read, node=node, rows=rows)) for node in values]
         forward(model, prompts.ids[rows], prompts.attention_mask[rows], hooks=hooks, stop_at_layer=stop)
-    return {node: torch.cat(parts) for node, parts in found.items()}
+    return {node: torch.cat(parts) for node, parts in values.items()}

@@ -148,9 +148,9 @@ class PromptSet:
         # In the description, "behind" lists the tokens before the text, the first one first.
         new = int(tokens[0]) if len(tokens.unique()) == 1 else "one per row"
         old = self.description.get("behind")
-        behind = new if old is None else [new, *(old if isinstance(old, list) else [old])]
+        prefix = new if old is None else [new, *(old if isinstance(old, list) else [old])]
         ends = [self.ids[:, -1:]] if self.overflow is None else [self.ids[:, -1:], self.overflow]
-        description = {**self.description, "behind": behind}
+        description = {**self.description, "behind": prefix}
         return replace(self, ids=ids, description=description, overflow=torch.cat(ends, dim=1))
 
     def without_first(self) -> PromptSet:
@@ -168,11 +168,11 @@ class PromptSet:
             ids, overflow = torch.cat([ids, overflow[:, :1]], dim=1), overflow[:, 1:]
         if overflow is not None and not overflow.shape[1]:
             overflow = None
-        behind = self.description.get("behind")
+        prefix = self.description.get("behind")
         description = {name: value for name, value in self.description.items() if name != "behind"}
-        if isinstance(behind, list):
-            description["behind"] = behind[1] if len(behind) == 2 else behind[1:]
-        elif behind is None:
+        if isinstance(prefix, list):
+            description["behind"] = prefix[1] if len(prefix) == 2 else prefix[1:]
+        elif prefix is None:
             description |= {"length": ids.shape[1], "without_first": True}
         return replace(
             self,

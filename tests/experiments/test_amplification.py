@@ -15,9 +15,9 @@ from p0circuit.experiments import NotApplicable
 from p0circuit.experiments.paper.c06_amplification import (
     Amplification,
     AmplificationConfig,
-    _carried,
-    _projections,
-    _two_tokens,
+    first_two_tokens,
+    projections,
+    share_carried,
 )
 from p0circuit.experiments.sink_under_study import excess_scores, studied_sink
 from p0circuit.interventions.experts import experts_at_p0
@@ -87,7 +87,7 @@ def test_projections_add_up(family_model: Callable[[str, str], Any], case: tuple
     model, layer = family_model(*case), 2
     prompts = random_tokens(96, n=3, length=8)
     direction = torch.nn.functional.normalize(torch.randn(32), dim=0)
-    writers, total = _projections(model, prompts, direction, layer)
+    writers, total = projections(model, prompts, direction, layer)
     assert list(writers) == ["embed", "attn.0", "mlp.0", "attn.1", "mlp.1"]
     np.testing.assert_allclose(sum(writers.values()), total, rtol=1e-4, atol=1e-4)
     for row, ids in enumerate(prompts.ids):
@@ -101,14 +101,14 @@ def test_projections_add_up(family_model: Callable[[str, str], Any], case: tuple
 def test_what_follows_a_token_makes_no_difference_to_its_new_value(family_model: Callable[[str, str], Any]) -> None:
     model, prompts = family_model("qwen2", "hooked"), random_tokens(96, n=3, length=8)
     nodes = [Node("mlp", 1), Node("neuron", 0, 5)]
-    long, short = (patch_values(model, shift_prompts(p, 4, 96, 3), nodes) for p in (prompts, _two_tokens(prompts)))
+    long, short = (patch_values(model, shift_prompts(p, 4, 96, 3), nodes) for p in (prompts, first_two_tokens(prompts)))
     for node in nodes:
         torch.testing.assert_close(short[node], long[node], rtol=1e-4, atol=1e-5)
 
 
 def test_two_tokens_of_padded_rows() -> None:
     prompts = random_tokens(96, n=2, length=6).pad_left([3, 5])
-    short = _two_tokens(prompts)
+    short = first_two_tokens(prompts)
     assert short.ids.tolist() == [prompts.ids[0, 3:5].tolist(), prompts.ids[1, 1:3].tolist()]
     assert bool(short.attention_mask.all())
 
@@ -125,7 +125,7 @@ def test_the_share_carried_against_an_edit_by_hand() -> None:
 
     with model.hooks(fwd_hooks=[("blocks.1.hook_mlp_out", edit)]):
         left = excess_scores(model, found.prompts, found.heads)
-    carried = _carried(model, found, [node], {node: torch.zeros(found.prompts.n, 160)}, clean)
+    carried = share_carried(found, [node], {node: torch.zeros(found.prompts.n, 160)})
     assert carried.value == pytest.approx(1 - left.mean() / clean.mean(), abs=1e-6)
 
 

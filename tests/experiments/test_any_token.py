@@ -14,6 +14,7 @@ from p0circuit.experiments.paper.c03_any_token import (
     AnyToken,
     AnyTokenConfig,
     embedding_probe,
+    probe_by_layer,
     scores_by_token,
     share_at_least,
     token_share,
@@ -135,7 +136,7 @@ def test_p0_of_the_wired_model_says_less_of_its_token_than_position_8(result: Re
 
 
 def test_the_probe_of_a_model_with_more_tokens_than_channels(family_model: Callable[[str, str], Any]) -> None:
-    table, why = AnyToken()._probe(family_model("gpt2", "hooked"), torch.randperm(96), 0)
+    table, why = probe_by_layer(family_model("gpt2", "hooked"), torch.randperm(96))
     assert why == "" and len(table) == 2 * 4 and (table["chance"] == 1 / 96).all()
     # The stream before block 0 is the embedding itself.
     first = table[(table["layer"] == 0) & (table["place"] == "P0")].iloc[0]
@@ -149,10 +150,10 @@ def test_without_a_sink_no_token_makes_one(name: str, checkpoint: int | None) ->
 
 
 def test_tokens_are_shown_as_text(tiny: Any) -> None:
-    from p0circuit.experiments.paper.c03_any_token import _texts
+    from p0circuit.experiments.paper.c03_any_token import token_texts
 
     ids = tiny.tokenizer.encode("return", add_special_tokens=False)
-    assert "".join(map(eval, _texts(tiny, torch.tensor(ids)))) == "return"
+    assert "".join(map(eval, token_texts(tiny, torch.tensor(ids)))) == "return"
 
 
 def test_the_figures(result: Result) -> None:

@@ -102,7 +102,7 @@ def test_a_second_run_says_what_it_read(tiny: Any, text: PromptSet, capsys: pyte
     first = BosAblation().run(tiny, text)
     capsys.readouterr()
     second = BosAblation().run(tiny, text)
-    assert "bos-ablation: 4 of 4 recordings read from the cache" in capsys.readouterr().err
+    assert "bos-ablation: 7 of 7 recordings read from the cache" in capsys.readouterr().err
     assert second.metrics == first.metrics
 
 

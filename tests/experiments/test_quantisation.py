@@ -193,7 +193,7 @@ def test_calibration_sees_all_rows_and_no_padding(
 ) -> None:
     model = family_model("llama-grouped", "bridge")
     with monkeypatch.context() as patch:
-        patch.setattr("p0circuit.experiments.deployment.c18_quantisation.batch_size_for", lambda *_, **__: 4)
+        patch.setattr("p0circuit.experiments.deployment.int8_effects.batch_size_for", lambda *_, **__: 4)
         in_batches = calibrated(model, CALIBRATING)
     padded = calibrated(model, from_ids(CALIBRATING.ids).pad_left([7] * 6, seed=1))
     short = calibrated(model, from_ids(CALIBRATING.ids[:, :7]))
@@ -287,7 +287,7 @@ def test_a_sink_that_hangs_on_bos_is_measured_behind_it() -> None:
 def test_without_a_sink_or_enough_tokens_nothing_is_claimed(family_model: Any) -> None:
     untrained = load_model("p0-nano", checkpoint=0)
     text = natural_text(untrained, "english", n=8, length=32)
-    with pytest.raises(NotApplicable, match=r"no sink to explain.*behind BOS: there is no sink to explain"):
+    with pytest.raises(NotApplicable, match=r"no sink to explain.*after BOS: there is no sink to explain"):
         Quantisation().run(untrained, text)
     with pytest.raises(NotApplicable, match="no sink to explain"):
         Quantisation().run(decoy_model(), random_tokens(64, 8, 32))

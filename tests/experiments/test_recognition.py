@@ -17,7 +17,7 @@ from p0circuit.experiments.paper.c04_recognition import (
     mixed_values,
     norm_and_variance,
     value_summary,
-    values_at_places,
+    values_at_positions,
     variance_explained,
 )
 from p0circuit.models import load_model
@@ -119,7 +119,7 @@ def test_every_part_against_plain_loops(family_model: Callable[[str, str], Any],
     for vector, (squared, variance) in zip(out[0], both.tolist(), strict=True):
         assert squared == pytest.approx(norm(vector) ** 2, rel=1e-5)
         assert variance == pytest.approx(np.var(vector.numpy()), rel=1e-5)
-    torch.testing.assert_close(values_at_places(values, whole(ids), [0, 5])[:, 1], values[:, 5].float())
+    torch.testing.assert_close(values_at_positions(values, whole(ids), [0, 5])[:, 1], values[:, 5].float())
 
 
 def test_recognition_heads_put_out_the_purity(prompts: PromptSet) -> None:

@@ -166,7 +166,7 @@ def test_the_figure_has_a_map_per_condition_and_names_the_model(result: Result) 
 def test_without_bos_the_condition_is_left_out_and_that_is_said() -> None:
     result = SinkMap().run(wired_model(), random_tokens(64, n=3, length=6))
     assert "with BOS" not in set(result.tables["scores"]["condition"])
-    assert "There is no BOS token: the condition with BOS is left out." in result.notes
+    assert "The model has no BOS token: the condition with BOS is left out." in result.notes
     # The control stands at the last position where the prompts are shorter than it asks for.
     assert "score_at_5" in result.tables["scores"].columns
     assert set(result.tables["rates"]["position"]) == {0, 5}

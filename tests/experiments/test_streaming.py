@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.interventions.test_streaming import decode
 
 from p0circuit.experiments import NotApplicable, Streaming, StreamingConfig
 from p0circuit.experiments.deployment.c17_streaming import Costs, costs_of, decoded, first_prediction
@@ -15,6 +14,7 @@ from p0circuit.models.constructed.build import decoy_model
 from p0circuit.prompts import natural_text, random_tokens
 from p0circuit.results import Result
 from tests.families import VOCAB, build
+from tests.interventions.test_sliding_window import decode
 from tests.literal import loss
 from tests.report.test_figures import assert_legible
 
@@ -112,7 +112,7 @@ def test_without_a_sink_the_first_token_is_one_of_many() -> None:
     for model, prompts in ((untrained, text), (decoy_model(), random_tokens(64, 12, 32))):
         result = Streaming(TINY).run(model, prompts)
         assert result.judgement is not None and result.judgement.verdict == "not reproduced"
-        assert result.notes[0].endswith("here this is a control")
+        assert result.notes[0].endswith("so this measurement is a control")
 
 
 def test_learned_positions_stay_what_they_were(family_model: Any) -> None:

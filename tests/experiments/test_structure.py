@@ -140,7 +140,7 @@ def test_where_there_is_no_sink_nothing_is_claimed() -> None:
 def test_positions_that_do_not_fit(family_model: Any) -> None:
     model = family_model("llama-grouped", "hooked")
     result = Structure(StructureConfig(positions=(4, 40), samples_beside=2)).measure_on(sink_of(model))
-    assert result.notes[-1] == f"rows of {T} tokens have no place for t = 40"
+    assert result.notes[-1] == f"rows of {T} tokens are too short for t = 40"
     with pytest.raises(NotApplicable, match="too short for t"):
         Structure(StructureConfig(positions=(13, 40))).measure_on(sink_of(model))
     with pytest.raises(ValueError, match="t cannot be 8"):

@@ -191,10 +191,10 @@ def test_the_cache_by_simulation(kept: tuple[int, ...]) -> None:
     for query in range(T):
         held = [key for key in [*held, query] if key > query - WINDOW or key in kept]
         assert [key for key in range(query + 1) if cache.visible[query, key]] == held
-        assert cache.query_place[query] == len(held) - 1
-        for rank, key in enumerate(cache.kept):
-            assert bool(cache.fallen_out[query, rank]) == (key <= query - WINDOW)
-            if cache.fallen_out[query, rank]:
+        assert cache.query_position[query] == len(held) - 1
+        for rank, key in enumerate(cache.sinks):
+            assert bool(cache.outside[query, rank]) == (key <= query - WINDOW)
+            if cache.outside[query, rank]:
                 assert held.index(key) == rank
 
 
@@ -221,7 +221,7 @@ def test_neighbouring_pairs_are_found_and_turned_back() -> None:
     x, y = vectors[..., 0:4:2], vectors[..., 1:4:2]
     turned[..., 0:4:2], turned[..., 1:4:2] = x * angles.cos() - y * angles.sin(), x * angles.sin() + y * angles.cos()
     rotation = _rotation(turned, "here")
-    back = rotation.turned_back(turned[:, :, None], torch.arange(5))[:, :, 0]
+    back = rotation.rotate_back(turned[:, :, None], torch.arange(5))[:, :, 0]
     torch.testing.assert_close(back, vectors.expand_as(back), rtol=0, atol=1e-12)
 
 
@@ -234,7 +234,7 @@ def test_a_pair_of_channels_that_is_always_zero_turns_nothing() -> None:
     turned = torch.cat([x * angles.cos() - y * angles.sin(), x * angles.sin() + y * angles.cos()], dim=-1)
     rotation = _rotation(turned, "here")
     assert bool(rotation.cos.isfinite().all()) and bool(rotation.sin.isfinite().all())
-    back = rotation.turned_back(turned[:, :, None], torch.arange(5))[:, :, 0]
+    back = rotation.rotate_back(turned[:, :, None], torch.arange(5))[:, :, 0]
     torch.testing.assert_close(back, vectors.expand_as(back), rtol=0, atol=1e-12)
 
 

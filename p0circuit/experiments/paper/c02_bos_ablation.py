@@ -1,15 +1,15 @@
-"""Does the sink need BOS? The same text with and without it (paper, section on BOS).
+"""C2: does the sink need BOS? The same text with and without it (paper, section on BOS).
 
-1. Without BOS the text's own first token stands at P0; with BOS the whole text moves one place to the right. Both are
-   made from the prompts, whether these begin with BOS or not, so that the same is measured in either case.
-2. Compare sink rate, `Sink[2:]`, the score of the heads that are sinks with BOS, and the first layer with a sink.
-3. Compare the loss on the very same predicted tokens, those from the third token of the text on.
+1. Without BOS the text's own first token is at P0; with BOS the text moves one position to the right. Both conditions
+   are made from the prompts, whether or not these begin with BOS, so the result is the same in either case.
+2. Compare the sink rate, `Sink[2:]`, the score of the heads that are sinks with BOS, and the first layer with a sink.
+3. Compare the loss on the same predicted tokens: those from the third token of the text on.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from p0circuit import sink
 from p0circuit.experiments.base import Experiment, NotApplicable, mean_over_samples
@@ -25,13 +25,23 @@ from p0circuit.results import Result
 from p0circuit.sink import CONTROL
 from p0circuit.stats import Interval, bootstrap, ratio_interval
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 DEPENDS = 0.5
-"""A sink depends on BOS where less than this share of its score is left without; as in the advice."""
+"""A sink depends on BOS if less than this share of its score is left without BOS; `advice` uses the same value."""
+
+_DIFFERENCE, _FROM_LAYER = "difference", "sink_rate_from_layer_"
 
 
 @dataclass(frozen=True)
 class BosAblationConfig:
-    """`eps`: threshold of the sink rate; `from_layer`: where the restricted sink rate starts."""
+    """Settings of `BosAblation`.
+
+    Attributes:
+        eps: threshold of the sink rate.
+        from_layer: first layer of the restricted sink rate.
+    """
 
     eps: float = sink.SINK_THRESHOLD
     from_layer: int = 2
@@ -58,13 +68,16 @@ class BosAblation(Experiment[BosAblationConfig]):
     )
 
     def passes(self, model: HookedModel, prompts: PromptSet) -> float:
-        return 0.0  # all of it is in the clean recording
+        """Declare none: everything is in the clean recording."""
+        return 0.0
 
     def measure(self, model: HookedModel, prompts: PromptSet) -> Result:
-        """Raises NotApplicable where there is no BOS token, or no token that is predicted in both conditions."""
-        import pandas as pd
+        """Measure sink rates and loss in both conditions.
 
-        from p0circuit.figures.intervals import bars
+        Raises:
+            NotApplicable: there is no BOS token, rows are padded, or no token is predicted in both conditions.
+        """
+        import pandas as pd
 
         if bos_id(model) is None:
             raise NotApplicable("this model has no BOS token, so there is nothing to remove; run sink-map instead")
@@ -78,67 +91,77 @@ class BosAblation(Experiment[BosAblationConfig]):
         shared = min(sets[WITHOUT_BOS].length - 2, sets[WITH_BOS].length - 3)
         values: dict[str, dict[str, Any]] = {}
         layers = []
-        info = describe(model)
-        start = min(self.config.from_layer, info.n_layers - 1)
+        start = min(self.config.from_layer, describe(model).n_layers - 1)
         for name, condition in sets.items():
             recording = record(model, condition, [SINK_SCORE, TOKEN_LOSSES], condition=name)
             scores, losses = recording[SINK_SCORE], recording[TOKEN_LOSSES]
             common = losses[:, 1 + shift[name] :][:, :shared]
             values[name] = {
                 "sink_rate": sink.sink_rate(scores, self.config.eps).numpy(),
-                f"sink_rate_from_layer_{start}": sink.sink_rate(scores, self.config.eps, start).numpy(),
+                f"{_FROM_LAYER}{start}": sink.sink_rate(scores, self.config.eps, start).numpy(),
                 "loss": common.double().mean(1).numpy(),
             }
             layers += [(name, layer, *row) for layer, row in enumerate(mean_over_samples(scores))]
-        rows, metrics, panels = [], {}, {}
+        rows, metrics = [], {}
         for quantity in values[WITH_BOS]:
-            panels[quantity] = {name: bootstrap(values[name][quantity]) for name in (WITH_BOS, WITHOUT_BOS)}
-            for name, interval in panels[quantity].items():
-                rows.append((quantity, name, *interval.to_json().values()))
+            intervals = {name: bootstrap(values[name][quantity]) for name in (WITH_BOS, WITHOUT_BOS)}
             # Samples are paired: the interval of the difference is that of the differences.
-            difference = bootstrap(values[WITHOUT_BOS][quantity] - values[WITH_BOS][quantity])
-            rows.append((quantity, "difference", *difference.to_json().values()))
-            metrics[f"{quantity}_without_bos"] = panels[quantity][WITHOUT_BOS]
-            metrics[f"{quantity}_difference"] = difference
+            intervals[_DIFFERENCE] = bootstrap(values[WITHOUT_BOS][quantity] - values[WITH_BOS][quantity])
+            rows += [(quantity, name, *interval.to_json().values()) for name, interval in intervals.items()]
+            metrics[f"{quantity}_without_bos"] = intervals[WITHOUT_BOS]
+            metrics[f"{quantity}_difference"] = intervals[_DIFFERENCE]
         heads = [f"head_{head}" for head in range(len(layers[0]) - 2)]
         notes = _first_layers(layers, self.config.eps)
         try:
-            found = studied_sink(model, sets[WITH_BOS])
+            studied = studied_sink(model, sets[WITH_BOS])
         except NotApplicable as reason:
-            # The rest of the comparison is worth having also where there is no sink.
+            # The other comparisons are of use where there is no sink, too.
             notes.append(f"with BOS, {reason}")
         else:
-            # `split` draws by the seed: the same rows of the same text, without BOS before them.
+            # `split` draws by the seed: these are the same rows of the same text, without BOS before them.
             bare = sets[WITHOUT_BOS].split()[1]
-            with_bos, without = sink_scores(model, found.prompts, found.heads), sink_scores(model, bare, found.heads)
+            with_bos, without = (sink_scores(model, rows, studied.heads) for rows in (studied.prompts, bare))
             metrics["score_without_over_with_bos"] = left = ratio_interval(without, with_bos)
-            metrics["score_of_position_8_without_bos"] = bootstrap(sink_scores(model, bare, found.heads, CONTROL))
-            notes += [found.note, _depends(left)]
+            metrics["score_of_position_8_without_bos"] = bootstrap(sink_scores(model, bare, studied.heads, CONTROL))
+            notes += [studied.note, _dependence(left)]
         tables = {
             "summary": pd.DataFrame(rows, columns=["quantity", "condition", "value", "low", "high", "n"]),
             "heads": pd.DataFrame(layers, columns=["condition", "layer", *heads]),
         }
+        return Result(self.id, self.title, metrics, tables, notes=notes)
+
+    def draw(self, result: Result) -> dict[str, Figure]:
+        """Draw bars of sink rates and loss with and without BOS."""
+        from p0circuit.figures.intervals import bars, intervals_by
+
+        summary = result.tables["summary"]
+        conditions = summary.loc[summary["condition"] != _DIFFERENCE]
         titles = {"sink_rate": "Sink rate", "loss": "Loss"}
-        drawn = {titles.get(name, f"Sink rate, layers ≥ {start}"): panel for name, panel in panels.items()}
-        labels = ["share of heads", "share of heads", "nats per token"]
-        figure = bars(drawn, f"{info.title}: what removing BOS changes", labels)
-        return Result(self.id, self.title, metrics, tables, {"bars": figure}, notes=notes)
+        panels = {
+            titles.get(str(name), f"Sink rate, layers ≥ {str(name).removeprefix(_FROM_LAYER)}"): intervals_by(
+                part, "condition"
+            )
+            for name, part in conditions.groupby("quantity", sort=False)
+        }
+        units = ["share of heads", "share of heads", "nats per token"]
+        return {"bars": bars(panels, f"{result.model_title}: what removing BOS changes", units)}
 
 
-def _depends(left: Interval) -> str:
-    """In words, what the sink depends on; `left` is the share of the score with BOS that is there without."""
-    told = f"without BOS {left} of the score that these heads give to BOS at position zero is left"
+def _dependence(left: Interval) -> str:
+    """Whether the sink depends on BOS, in words; `left` is the share of its score that is left without BOS."""
+    share = f"without BOS, these heads give P0 {left} of the score that they give to BOS"
     if left.high < DEPENDS:
-        return f"the sink depends on BOS: {told}"
+        return f"the sink depends on BOS: {share}"
     if left.low >= DEPENDS:
-        return f"the sink does not depend on BOS: {told}"
-    return f"whether the sink depends on BOS cannot be said: {told}, on both sides of {DEPENDS:g}"
+        return f"the sink does not depend on BOS: {share}"
+    return f"these prompts do not show whether the sink depends on BOS: {share}, and the interval includes {DEPENDS:g}"
 
 
 def _first_layers(layers: list[tuple[Any, ...]], eps: float) -> list[str]:
-    """In words, the first layer with a head above the threshold in each condition."""
-    told = []
+    """The first layer with a head above the threshold in each condition, in words."""
+    notes = []
     for name in (WITH_BOS, WITHOUT_BOS):
         first = next((layer for condition, layer, *heads in layers if condition == name and max(heads) > eps), None)
-        told.append(f"{name}, " + (f"the first sink head is in layer {first}" if first is not None else "no sink head"))
-    return told
+        where = "no sink head" if first is None else f"the first sink head is in layer {first}"
+        notes.append(f"{name}, {where}")
+    return notes

@@ -1,41 +1,32 @@
-"""Is being alone what makes P0 a sink? Surgery on attention in blocks 0 and 1 (paper, section on recognition).
+"""C5: does attending to itself alone make P0 a sink? Attention edits in blocks 0 and 1 (paper, section on recognition).
 
-1. *Sufficient?* Let a position t attend to itself alone, as P0 must, in all heads of some blocks. Its excess score over
-   that of P0 in the same run says how much of a sink it has become: they compete for the same attention, so 1 is a
-   draw. Both scores are means over the queries that can see the position, as sink scores are.
-2. *Necessary?* Give P0 the mix of values that position t attends to, in all heads of some blocks. What is taken is
-   1 minus P0's excess score over that of the clean run.
-3. *Where is it decided?* Both by block: in one block alone, and in all blocks up to it.
-4. Beside both, statistics matching: give the attention output of t the mean and variance over channels (or the norm
-   alone) that P0's has, and the other way round. Nothing but these statistics changes, neither weights nor direction.
-5. Controls: t attends as a random position does; the mix of t is given to a random position instead of P0; no surgery.
+1. *Sufficient?* Let a position t attend to itself alone, as P0 must, in all heads of some blocks. Divide its excess
+   score by that of P0 in the same run. The two compete for the same attention: at 1 they are equal sinks. Both scores
+   are means over the queries that can see the position, like all sink scores.
+2. *Necessary?* Give P0 the mix of values that position t attends to, in all heads of some blocks. The share taken is 1
+   minus P0's excess score over that of the clean run.
+3. *Where is it decided?* Both edits in one block alone, and in all blocks up to it.
+4. For comparison, statistics matching: the attention output of t gets the mean and variance over channels (or the norm
+   alone) of P0's, and the other way round. Only these statistics change, not the weights or the direction.
+5. Controls: t attends as a random position does; a random position instead of P0 gets the mix of t; no edit.
 
 The verdict is about sums over several t, fixed beforehand: t's excess scores over P0's, and what mixing leaves of P0's.
-Scores are those of sink heads above the last block with surgery. Source: Peng et al., arXiv 2603.06591.
+Scores are those of sink heads above the last edited block. Source: Peng et al., arXiv 2603.06591.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from p0circuit.errors import P0Error
 from p0circuit.experiments.base import Experiment, NotApplicable, is_large, second_half
 from p0circuit.experiments.claim import Claim, Criterion
-from p0circuit.experiments.sink_under_study import (
-    ByHead,
-    Heads,
-    StudiedSink,
-    excess_by_head,
-    heads_above,
-    mean_over_heads,
-    studied_sink,
-)
+from p0circuit.experiments.sink_under_study import StudiedSink, excess_by_head, mean_over_heads, studied_sink
 from p0circuit.experiments.surgery import random_offsets, require_attention
-from p0circuit.figures.lines import series_by
 from p0circuit.hooked_model import HookedModel
 from p0circuit.interventions.ablation import match_statistics
 from p0circuit.interventions.attention_edits import attend_to_self_only, copy_attention_row
@@ -50,16 +41,19 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-Surgery = Callable[[Any, PromptSet, list[str], int], Intervention]
-"""Gets a model, prompts, the attention of blocks (`attn.LAYER`) and t."""
+Edit = Callable[[HookedModel, PromptSet, list[str], int], Intervention]
+"""Makes an edit from a model, prompts, the attention of blocks (`attn.LAYER`) and t."""
 
 
 @dataclass(frozen=True)
 class StructureConfig:
-    """`positions`: the t, counted from P0; the scan takes the middle one, and `scan_blocks` blocks.
+    """Settings of `Structure`.
 
-    All that the verdict is not about takes `samples_beside` rows. Rows that are too short for a position do without it:
-    at least one query has to come after it.
+    Attributes:
+        positions: the positions t, counted from P0; the scan over blocks takes the middle one. Positions that leave no
+            query after them in the prompts are left out.
+        samples_beside: maximum number of samples for everything that the verdict is not about.
+        scan_blocks: number of blocks in the scan.
     """
 
     positions: tuple[int, ...] = (4, 16, 32)
@@ -67,33 +61,49 @@ class StructureConfig:
     scan_blocks: int = 8
 
 
-def _attending_as_another(model: HookedModel, prompts: PromptSet, nodes: list[str], t: int) -> Intervention:
+def _attend_as_another(model: HookedModel, prompts: PromptSet, nodes: list[str], t: int) -> Intervention:
     donor = random_offsets(prompts.n, prompts.seed + t, 1, prompts.length, but=[t])
     return copy_attention_row(model, prompts, nodes, donor=donor, offset=t)
 
 
-def _mixing_elsewhere(model: HookedModel, prompts: PromptSet, nodes: list[str], t: int) -> Intervention:
-    place = random_offsets(prompts.n, prompts.seed + t, 1, prompts.length, but=[t, CONTROL])
-    return copy_attention_row(model, prompts, nodes, donor=t, offset=place)
+def _mix_at_random_position(model: HookedModel, prompts: PromptSet, nodes: list[str], t: int) -> Intervention:
+    offset = random_offsets(prompts.n, prompts.seed + t, 1, prompts.length, but=[t, CONTROL])
+    return copy_attention_row(model, prompts, nodes, donor=t, offset=offset)
 
 
-_NONE, _ALONE, _MIXED = "no surgery", "attends to itself", "attends as t"
-_AT_T: dict[str, Surgery] = {
+_NO_EDIT, _ALONE, _MIXED = "no surgery", "attends to itself", "attends as t"
+_AT_T: dict[str, Edit] = {
     _ALONE: attend_to_self_only,
     "statistics of P0": lambda model, prompts, nodes, t: match_statistics(model, prompts, nodes, 0, t),
     "norm of P0": lambda model, prompts, nodes, t: match_statistics(model, prompts, nodes, 0, t, only_norm=True),
-    "control: attends as another": _attending_as_another,
+    "control: attends as another": _attend_as_another,
 }
-_AT_P0: dict[str, Surgery] = {
+_AT_P0: dict[str, Edit] = {
     _MIXED: lambda model, prompts, nodes, t: copy_attention_row(model, prompts, nodes, donor=t),
     "statistics of t": lambda model, prompts, nodes, t: match_statistics(model, prompts, nodes, t, 0),
     "norm of t": lambda model, prompts, nodes, t: match_statistics(model, prompts, nodes, t, 0, only_norm=True),
-    "control: at a random position": _mixing_elsewhere,
+    "control: at a random position": _mix_at_random_position,
 }
+_METRICS_AT_T = {
+    _ALONE: "t_over_p0_when_alone",
+    "statistics of P0": "t_over_p0_with_statistics_of_p0",
+    "norm of P0": "t_over_p0_with_norm_of_p0",
+    "control: attends as another": "t_over_p0_control_attending_as_another",
+    _NO_EDIT: "t_over_p0_without_surgery",
+}
+_METRICS_AT_P0 = {
+    _MIXED: "taken_from_p0_by_mixing",
+    "statistics of t": "taken_from_p0_by_statistics_of_t",
+    "norm of t": "taken_from_p0_by_norm_of_t",
+    "control: at a random position": "taken_from_p0_control_mixing_elsewhere",
+}
+_T_OVER_P0, _TAKEN = "t over P0", "taken from P0"
+_PANELS = {_T_OVER_P0: "Does t become a sink?", _TAKEN: "Does P0 stop being one?"}
+_UNITS = ["excess of t / excess of P0", "share of P0's excess taken"]
 
 
 class Structure(Experiment[StructureConfig]):
-    """Mask surgery and statistics matching in blocks 0 and 1: does t become a sink, does P0 stop being one?"""
+    """Attention edits and statistics matching in blocks 0 and 1: does t become a sink, does P0 stop being one?"""
 
     id = "structure"
     title = "Structure suffices and is needed"
@@ -114,98 +124,99 @@ class Structure(Experiment[StructureConfig]):
     )
 
     def passes(self, model: HookedModel, prompts: PromptSet) -> float:
+        """Declare the edits at every t, and the scan over blocks."""
         rows, config = second_half(prompts), self.config
-        few = min(rows, config.samples_beside)
+        fewer = min(rows, config.samples_beside)
         positions = sum(t < prompts.length - 1 for t in config.positions)
         blocks = min(config.scan_blocks, describe(model).n_layers - 1)
-        verdict, beside = 2 * positions * rows, (len(_AT_T) + len(_AT_P0) - 2) * positions * few
-        return (verdict + beside + (4 * blocks - 2) * few) / prompts.n
+        verdict, others = 2 * positions * rows, (len(_AT_T) + len(_AT_P0) - 2) * positions * fewer
+        return (verdict + others + (4 * blocks - 2) * fewer) / prompts.n
 
     def quick(self, info: ModelInfo) -> Structure:
+        """Return a version for large models with fewer samples and blocks."""
         return Structure(replace(self.config, samples_beside=5, scan_blocks=3)) if is_large(info) else self
 
     def measure(self, model: HookedModel, prompts: PromptSet) -> Result:
+        """Measure on the sink heads above block 1.
+
+        Raises:
+            NotApplicable: there is no sink above block 1, rows are too short, or attention cannot be edited.
+        """
         return self.measure_on(studied_sink(model, prompts, above_block=CIRCUIT_BLOCKS[-1]))
 
     def measure_on(self, sink: StudiedSink) -> Result:
         """Measure a given sink.
 
+        Args:
+            sink: sink heads above block 1, and the prompts to measure on.
+
         Raises:
             NotApplicable: rows are too short for every t, or the attention cannot be edited.
         """
-        import pandas as pd
-
-        model = sink.model
-        require_attention(model)
+        require_attention(sink.model)
         if CONTROL in self.config.positions:
             raise P0Error(f"t cannot be {CONTROL}, the position whose score is subtracted")
-        positions = [t for t in self.config.positions if t < sink.prompts.length - 1]
+        length = sink.prompts.length
+        positions = [t for t in self.config.positions if t < length - 1]
         if not positions:
-            raise NotApplicable(f"rows of {sink.prompts.length} tokens are too short for t = {self.config.positions}")
-        some = slice(0, self.config.samples_beside)
-        few, nodes = sink.prompts.subset(some), [f"attn.{layer}" for layer in range(CIRCUIT_BLOCKS[-1] + 1)]
-        clean = excess_by_head(model, sink.prompts, offsets=(0, *positions))
-        became, lost, rows = _Ratios(), _Ratios(), []
-        for t in positions:
-            became.add(_NONE, t, *(mean_over_heads(clean[offset], sink.heads) for offset in (t, 0)))
-            for name, surgery in _AT_T.items():
-                prompts = sink.prompts if name == _ALONE else few
-                became.add(name, t, *_at_t(model, prompts, sink.heads, surgery, nodes, t))
-            for name, surgery in _AT_P0.items():
-                prompts, before = (sink.prompts, clean[0]) if name == _MIXED else (few, clean[0][some])
-                lost.add(name, t, *_at_p0(model, prompts, sink.heads, surgery, nodes, t, before))
+            raise NotApplicable(f"rows of {length} tokens are too short for t = {self.config.positions}")
+        t_over_p0, p0_left = self._edits(sink, positions)
+        pooled = {name: t_over_p0.pooled(name) for name in t_over_p0.names}
+        taken = {name: _one_minus(p0_left.pooled(name)) for name in p0_left.names}
         metrics = {
-            "p0_excess": bootstrap(mean_over_heads(clean[0], sink.heads)),
-            "t_over_p0_when_alone": became.pooled(_ALONE),
-            "t_over_p0_with_statistics_of_p0": became.pooled("statistics of P0"),
-            "t_over_p0_with_norm_of_p0": became.pooled("norm of P0"),
-            "t_over_p0_control_attending_as_another": became.pooled("control: attends as another"),
-            "t_over_p0_without_surgery": became.pooled(_NONE),
-            "p0_excess_beside_t_alone": became.denominator(_ALONE),
-            "taken_from_p0_by_mixing": _one_minus(lost.pooled(_MIXED)),
-            "taken_from_p0_by_statistics_of_t": _one_minus(lost.pooled("statistics of t")),
-            "taken_from_p0_by_norm_of_t": _one_minus(lost.pooled("norm of t")),
-            "taken_from_p0_control_mixing_elsewhere": _one_minus(lost.pooled("control: at a random position")),
+            "p0_excess": sink.excess,
+            **{metric: pooled[name] for name, metric in _METRICS_AT_T.items()},
+            "p0_excess_beside_t_alone": t_over_p0.denominator(_ALONE),
+            **{metric: taken[name] for name, metric in _METRICS_AT_P0.items()},
         }
-        for measured, ratios, turn in (("t over P0", became, _same), ("taken from P0", lost, _one_minus)):
-            for name in ratios.names:
-                for t in positions:
-                    rows.append({"measured": measured, "surgery": name, "t": t, **turn(ratios.at(name, t)).to_json()})
-        table = pd.DataFrame(rows)
         t = positions[len(positions) // 2]
-        scan = self._scan(model, sink, t)
+        tables = {"surgery": _table(t_over_p0, p0_left), "scan": self._scan(sink, t)}
         notes = [*sink.notes, f"positions t: {', '.join(map(str, positions))}; the scan over blocks is for t = {t}"]
         if dropped := [t for t in self.config.positions if t not in positions]:
-            notes.append(f"rows of {sink.prompts.length} tokens have no place for t = {', '.join(map(str, dropped))}")
-        name = describe(model).title
-        figures = {"surgery": _draw_surgery(became, lost, name), "scan": _draw_scan(scan, t, name)}
-        return Result(self.id, self.title, metrics, {"surgery": table, "scan": scan}, figures, notes=notes)
+            notes.append(f"rows of {length} tokens are too short for t = {', '.join(map(str, dropped))}")
+        return Result(self.id, self.title, metrics, tables, notes=notes)
 
-    def _scan(self, model: HookedModel, sink: StudiedSink, t: int) -> pd.DataFrame:
-        """Both surgeries in each block alone and in all up to it, measured on the sink heads above."""
+    def draw(self, result: Result) -> dict[str, Figure]:
+        """Draw the pooled effect of every edit, and the scan over blocks."""
+        return {"surgery": _draw_edits(result), "scan": _draw_scan(result)}
+
+    def _edits(self, sink: StudiedSink, positions: Sequence[int]) -> tuple[_Ratios, _Ratios]:
+        """Excess scores of t over those of P0 with edits at t, and of P0 over clean ones with edits at P0."""
+        fewer = sink.subset(slice(0, self.config.samples_beside))
+        nodes = [f"attn.{layer}" for layer in range(CIRCUIT_BLOCKS[-1] + 1)]
+        t_over_p0, p0_left = _Ratios(), _Ratios()
+        for t in positions:
+            t_over_p0.add(_NO_EDIT, t, sink.excess_scores(offset=t), sink.excess_scores())
+            for name, edit in _AT_T.items():
+                t_over_p0.add(name, t, *_edited_at_t(sink if name == _ALONE else fewer, edit, nodes, t))
+            for name, edit in _AT_P0.items():
+                p0_left.add(name, t, *_edited_at_p0(sink if name == _MIXED else fewer, edit, nodes, t))
+        return t_over_p0, p0_left
+
+    def _scan(self, sink: StudiedSink, t: int) -> pd.DataFrame:
+        """Both edits in each block alone and in all blocks up to it, measured on the sink heads above."""
         import pandas as pd
 
-        prompts = sink.prompts.subset(slice(0, self.config.samples_beside))
-        clean = excess_by_head(model, prompts)[0]
+        sink = sink.subset(slice(0, self.config.samples_beside))
         rows = []
         for last in sink.blocks_to_scan(self.config.scan_blocks):
-            heads = heads_above(sink.heads, last)
-            for kind, chosen in (("this block alone", [last]), ("blocks up to it", range(last + 1))):
-                nodes = [f"attn.{layer}" for layer in chosen]
+            later = sink.above(last)
+            for kind, blocks in (("this block alone", [last]), ("blocks up to it", range(last + 1))):
+                nodes = [f"attn.{layer}" for layer in blocks]
                 if kind == "blocks up to it" and last == 0:
                     # Block 0 alone is all blocks up to it.
                     rows += [row | {"blocks": kind} for row in rows[-2:]]
                     continue
-                alone = ratio_interval(*_at_t(model, prompts, heads, attend_to_self_only, nodes, t))
-                mixed = ratio_interval(*_at_p0(model, prompts, heads, _AT_P0[_MIXED], nodes, t, clean))
-                for measured, interval in (("t over P0", alone), ("taken from P0", _one_minus(mixed))):
-                    row = {"measured": measured, "blocks": kind, "block": last, "heads": len(heads)}
+                alone = ratio_interval(*_edited_at_t(later, attend_to_self_only, nodes, t))
+                mixed = ratio_interval(*_edited_at_p0(later, _AT_P0[_MIXED], nodes, t))
+                for measured, interval in ((_T_OVER_P0, alone), (_TAKEN, _one_minus(mixed))):
+                    row = {"measured": measured, "blocks": kind, "block": last, "heads": len(later.heads)}
                     rows.append(row | interval.to_json())
         return pd.DataFrame(rows)
 
 
 class _Ratios:
-    """Numerators and denominators by surgery and t, one number per sample."""
+    """Numerators and denominators by edit and t, one number per sample."""
 
     def __init__(self) -> None:
         self.pairs: dict[tuple[str, int], tuple[np.ndarray, np.ndarray]] = {}
@@ -216,6 +227,10 @@ class _Ratios:
     @property
     def names(self) -> list[str]:
         return list(dict.fromkeys(name for name, _ in self.pairs))
+
+    @property
+    def positions(self) -> list[int]:
+        return list(dict.fromkeys(t for _, t in self.pairs))
 
     def at(self, name: str, t: int) -> Interval:
         return ratio_interval(*self.pairs[name, t])
@@ -231,50 +246,57 @@ class _Ratios:
         return np.mean([pair[part] for (other, _), pair in self.pairs.items() if other == name], axis=0)
 
 
-def _at_t(
-    model: HookedModel, prompts: PromptSet, heads: Heads, surgery: Surgery, nodes: list[str], t: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Excess scores of t and of P0 in the same run, with surgery at t."""
-    excess = excess_by_head(model, prompts, [surgery(model, prompts, nodes, t)], (t, 0))
-    return mean_over_heads(excess[t], heads), mean_over_heads(excess[0], heads)
+def _edited_at_t(sink: StudiedSink, edit: Edit, nodes: list[str], t: int) -> tuple[np.ndarray, np.ndarray]:
+    """Excess scores of t and of P0 in the same run, with an edit at t."""
+    excess = excess_by_head(sink.model, sink.prompts, [edit(sink.model, sink.prompts, nodes, t)], (t, 0))
+    return mean_over_heads(excess[t], sink.heads), mean_over_heads(excess[0], sink.heads)
 
 
-def _at_p0(
-    model: HookedModel, prompts: PromptSet, heads: Heads, surgery: Surgery, nodes: list[str], t: int, clean: ByHead
-) -> tuple[np.ndarray, np.ndarray]:
-    """Excess scores of P0 with surgery at it, and without."""
-    excess = excess_by_head(model, prompts, [surgery(model, prompts, nodes, t)])[0]
-    return mean_over_heads(excess, heads), mean_over_heads(clean, heads)
+def _edited_at_p0(sink: StudiedSink, edit: Edit, nodes: list[str], t: int) -> tuple[np.ndarray, np.ndarray]:
+    """Excess scores of P0 with an edit at P0, and without."""
+    return sink.excess_scores(edit(sink.model, sink.prompts, nodes, t)), sink.excess_scores()
 
 
-def _same(interval: Interval) -> Interval:
-    return interval
+def _table(t_over_p0: _Ratios, p0_left: _Ratios) -> pd.DataFrame:
+    """Every ratio by edit and t."""
+    import pandas as pd
+
+    at_t = [(_T_OVER_P0, name, t, t_over_p0.at(name, t)) for name in t_over_p0.names for t in t_over_p0.positions]
+    at_p0 = [(_TAKEN, name, t, _one_minus(p0_left.at(name, t))) for name in p0_left.names for t in p0_left.positions]
+    return pd.DataFrame(
+        [
+            {"measured": measured, "surgery": name, "t": t, **interval.to_json()}
+            for measured, name, t, interval in (*at_t, *at_p0)
+        ]
+    )
 
 
 def _one_minus(interval: Interval) -> Interval:
     return Interval(1 - interval.value, 1 - interval.high, 1 - interval.low, interval.n)
 
 
-_PANELS = {"t over P0": "Does t become a sink?", "taken from P0": "Does P0 stop being one?"}
-_LABELS = ["excess of t / excess of P0", "share of P0's excess taken"]
-
-
-def _draw_surgery(became: _Ratios, lost: _Ratios, model: str) -> Figure:
+def _draw_edits(result: Result) -> Figure:
     from p0circuit.figures.intervals import intervals
 
-    title = f"{model}: attention of blocks 0 and {CIRCUIT_BLOCKS[-1]} changed at t, or at P0"
+    table, metrics = result.tables["surgery"], _METRICS_AT_T | _METRICS_AT_P0
+    # In the order of the table.
     panels = {
-        name: {surgery: turn(ratios.pooled(surgery)) for surgery in ratios.names}
-        for name, ratios, turn in zip(_PANELS.values(), (became, lost), (_same, _one_minus), strict=True)
+        title: {
+            name: result.metrics[metrics[name]] for name in table.loc[table["measured"] == measured, "surgery"].unique()
+        }
+        for measured, title in _PANELS.items()
     }
-    controls = {name for panel in panels.values() for name in panel if name == _NONE or name.startswith("control")}
-    return intervals(panels, title, _LABELS, controls, reference=0.5)
+    controls = {name for panel in panels.values() for name in panel if name == _NO_EDIT or name.startswith("control")}
+    title = f"{result.model_title}: attention of blocks 0 and {CIRCUIT_BLOCKS[-1]} changed at t, or at P0"
+    return intervals(panels, title, _UNITS, controls, reference=0.5)
 
 
-def _draw_scan(scan: pd.DataFrame, t: int, model: str) -> Figure:
-    from p0circuit.figures.lines import trajectories
+def _draw_scan(result: Result) -> Figure:
+    from p0circuit.figures.lines import series_by, trajectories
 
+    scan, table = result.tables["scan"], result.tables["surgery"]
     panels = {title: series_by(scan.loc[scan["measured"] == name], "blocks") for name, title in _PANELS.items()}
+    positions = table["t"].unique().tolist()
+    title = f"{result.model_title}: in which blocks is it decided? (t = {positions[len(positions) // 2]})"
     blocks = [str(block) for block in scan["block"].unique()]
-    about = f"{model}: in which blocks is it decided? (t = {t})"
-    return trajectories(panels, blocks, about, "block with surgery", _LABELS, reference=0.5)
+    return trajectories(panels, blocks, title, "edited block", _UNITS, reference=0.5)

@@ -1,25 +1,26 @@
-"""Amplification: MLPs 0 and 1 write the P0 direction, by a few of their neurons (paper, section on amplification).
+"""C6: MLPs 0 and 1 write the P0 direction, with a few of their neurons (paper, section on amplification).
 
 1. Choose the sink heads, the P0 direction and the neurons on one half of the samples; measure on the other half.
-2. What each component before the sink heads writes along the P0 direction, as a share of the stream's projection on it.
-3. Rank the neurons of MLPs 0 and 1 by what they do to that projection, directly or through later MLPs: integrated
-   gradients, from their values at P0 to those they have at the same token when it is not first.
-4. Put these values into the first 1 % of them, at P0, and see how much of the excess score goes; likewise for a random
-   1 %, many times, and for single neurons.
-5. In a mixture of experts, the experts take the place of the neurons: who is chosen for P0, what each writes, and how
-   much of the excess score goes without it.
+2. Measure what each component before the sink heads writes along the P0 direction, as a share of the stream's
+   projection on it.
+3. Rank the neurons of MLPs 0 and 1 by their effect on that projection, directly or through later MLPs: integrated
+   gradients, from their values at P0 to their values at the same token when it is not first.
+4. Put these values into the top 1 % of the neurons, at P0, and measure how much of the excess score is lost; likewise
+   for many random 1 %, and for single neurons.
+5. In a mixture of experts, ablate experts instead of neurons: which experts P0 is routed to, what each writes, and how
+   much of the excess score is lost without it.
 
 Decided before measuring:
 
-- *The P0 direction* is the mean direction of P0's stream as the first layer with a sink head reads it, at the earliest
-  that after block 1. *The final projection* is the stream's own, there. Whatever later blocks add counts against the
+- *The P0 direction* is the mean direction of P0's stream where the first layer with a sink head reads it, at the
+  earliest after block 1. *The final projection* is the stream's own, there. What later blocks add counts against the
   claim.
-- *Ablated* means: at P0, the value of the neuron at the same token behind 8 random ones. Nothing else of the run
-  changes, and what is computed later is free to follow.
-- *1 %* is rounded down, with one neuron at the least. Neurons are ranked by how much of the projection goes without
-  them. For a *random 1 %* all neurons of both blocks, the first 1 % not excepted, are dealt into random groups of that
-  size; each group is measured on a few samples, other ones each time. The interval is over groups.
-- P0 sees itself alone, so all that happens in its own stream is computed from rows of two tokens.
+- *Ablated* means: at P0, the neuron has its value at the same token after 8 random ones. Nothing else of the run is
+  changed, and everything computed later may respond.
+- *1 %* is rounded down, with one neuron at the least. Neurons are ranked by how much of the projection is lost without
+  them. For a *random 1 %*, all neurons of both blocks, the top 1 % included, are split into random groups of that size;
+  each group is measured on a few random samples. The interval is over groups.
+- P0 attends to itself alone, so its own stream is computed from rows of two tokens.
 
 Source: first-detector and sink neurons, Yona et al. 2025 (arXiv 2503.08908); super experts, Su et al. (2507.23279).
 """
@@ -28,7 +29,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -37,15 +38,15 @@ from torch import Tensor
 
 from p0circuit.experiments.base import Experiment, NotApplicable, is_large, second_half
 from p0circuit.experiments.claim import Claim, Criterion
-from p0circuit.experiments.sink_under_study import StudiedSink, excess_scores, studied_sink
+from p0circuit.experiments.sink_under_study import StudiedSink, studied_sink
 from p0circuit.hooked_model import HookedModel
 from p0circuit.interventions.ablation import ablate
-from p0circuit.interventions.attribution import Attribution, attribute, patch_values_at_p0
+from p0circuit.interventions.attribution import attribute, patch_values_at_p0
 from p0circuit.interventions.experts import experts_at_p0
 from p0circuit.interventions.intervention import p0_direction
 from p0circuit.interventions.metrics import Metric, Reading, Rows
 from p0circuit.interventions.nodes import Node, components
-from p0circuit.interventions.pairs import patch_values, shifted_pair, values_at
+from p0circuit.interventions.pairs import PromptPair, patch_values, shifted_pair, values_at
 from p0circuit.models import ModelError, ModelInfo, describe
 from p0circuit.models.hooks import hook_point
 from p0circuit.models.passes import WITH_GRADIENT
@@ -56,14 +57,22 @@ from p0circuit.stats import Interval, bootstrap, ratio_interval
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
 class AmplificationConfig:
-    """`shift`: tokens of the prefix behind which a token is not first; `steps` of integrated gradients.
+    """Settings of `Amplification`.
 
-    `share` of the neurons is ablated, and at most `draws` random groups of as many, on `draw_samples` samples each.
-    `choosing`: samples that neurons are ranked on; `shown`: the first of them, ablated one by one on `shown_samples`.
+    Attributes:
+        shift: number of tokens in the prefix after which a token is not first.
+        steps: steps of integrated gradients.
+        share: share of the neurons that is ablated.
+        draws: maximum number of random groups of as many neurons.
+        draw_samples: number of samples on which each random group is measured.
+        choosing: maximum number of samples on which neurons are ranked.
+        shown: number of top neurons that are ablated one by one.
+        shown_samples: number of samples on which single neurons, groups by size and experts are ablated.
     """
 
     shift: int = 8
@@ -77,7 +86,7 @@ class AmplificationConfig:
 
 
 class Amplification(Experiment[AmplificationConfig]):
-    """Who writes the P0 direction: MLPs 0 and 1 and their neurons (or experts), ablated against random ones."""
+    """The components, neurons and experts that write the P0 direction, ablated and compared with random ones."""
 
     id = "amplification"
     title = "Who writes the P0 direction"
@@ -99,214 +108,184 @@ class Amplification(Experiment[AmplificationConfig]):
     )
 
     def passes(self, model: HookedModel, prompts: PromptSet) -> float:
+        """Declare the ranking of neurons and the ablations."""
         info, config, rows = describe(model), self.config, second_half(prompts)
-        few = min(rows, config.shown_samples)
+        fewer = min(rows, config.shown_samples)
         runs = len(CIRCUIT_BLOCKS) + 1  # rows with each whole MLP replaced, and with both
         if info.experts:
-            return (runs * rows + len(CIRCUIT_BLOCKS) * 2 * few) / prompts.n
+            return (runs * rows + len(CIRCUIT_BLOCKS) * 2 * fewer) / prompts.n
         neurons = len(CIRCUIT_BLOCKS) * info.d_mlp
         count = _count(config.share, neurons)
         groups = min(config.draws, neurons // count)
-        singles = min(config.shown, neurons) + len(_numbers(count, neurons))
-        measured = (runs + 2) * rows + groups * config.draw_samples + singles * few
+        singles = min(config.shown, neurons) + len(_sizes(count, neurons))
+        measured = (runs + 2) * rows + groups * config.draw_samples + singles * fewer
         # The ranking of neurons: gradients in rows of two tokens, below the first sink heads.
         ranked = 2 * min(config.choosing, prompts.n - rows) * (1 + len(CIRCUIT_BLOCKS) * config.steps) * WITH_GRADIENT
-        return measured / prompts.n + ranked / (prompts.n * prompts.length) * min(
-            1, (max(CIRCUIT_BLOCKS) + 2) / info.n_layers
-        )
+        below = min(1, (max(CIRCUIT_BLOCKS) + 2) / info.n_layers)
+        return measured / prompts.n + ranked / (prompts.n * prompts.length) * below
 
     def quick(self, info: ModelInfo) -> Amplification:
+        """Return a version for large models with fewer groups, single neurons and samples."""
         if not is_large(info):
             return self
         return Amplification(replace(self.config, draws=8, shown=3, shown_samples=8))
 
     def measure(self, model: HookedModel, prompts: PromptSet) -> Result:
-        """Raises NotApplicable where there is no sink, or no block 1."""
-        from p0circuit.figures.intervals import bars
+        """Measure what components write along the P0 direction, and ablate MLPs, neurons or experts.
 
+        Raises:
+            NotApplicable: there is no sink, or no block 1.
+        """
         info = describe(model)
         if info.n_layers <= max(CIRCUIT_BLOCKS):
             raise NotApplicable(f"{info.title} has {info.n_layers} block: there are no blocks 0 and 1")
-        found = studied_sink(model, prompts)
-        first = prompts.split()[0]
-        layer = max(max(CIRCUIT_BLOCKS) + 1, min(layer for layer, _ in found.heads))
-        direction = p0_direction(model, first, layer)
-        writers, total = _projections(model, found.prompts, direction, layer)
-        mlps = _sum(writers[f"mlp.{block}"] for block in CIRCUIT_BLOCKS)
+        sink = studied_sink(model, prompts)
+        layer = max(max(CIRCUIT_BLOCKS) + 1, min(layer for layer, _ in sink.heads))
+        direction = p0_direction(model, sink.chosen_on, layer)
+        writers, total = projections(model, sink.prompts, direction, layer)
         shares = {name: ratio_interval(value, total) for name, value in writers.items()}
         metrics = {
-            "share_of_mlps_0_and_1": ratio_interval(mlps, total),
+            "share_of_mlps_0_and_1": ratio_interval(_sum(writers[f"mlp.{block}"] for block in CIRCUIT_BLOCKS), total),
             **{f"share_of_mlp_{block}": shares[f"mlp.{block}"] for block in CIRCUIT_BLOCKS},
             "projection": bootstrap(total),
         }
         where = f"before block {layer}" if layer < info.n_layers else "at the end"
-        notes = [found.note, f"the P0 direction is that of the stream {where}"]
-        tables = {"writers": _interval_table("writer", "share", shares)}
-        early = ("embed", "attn.0", "attn.1")
-        rest = [writers[name] for name in early]
-        later = [value for name, value in writers.items() if name not in (*early, "mlp.0", "mlp.1")]
-        shown = {name: shares[name] for name in ("mlp.0", "mlp.1")}
-        shown["embed, attention"] = ratio_interval(_sum(rest), total)
-        if later:
-            shown["later blocks"] = ratio_interval(_sum(later), total)
-        panels = {"Projection on the P0 direction": shown}
         strongest = sorted(shares, key=lambda name: -abs(shares[name].value))[:3]
-        named = ", ".join(f"{name} ({shares[name].value:.2f})" for name in strongest)
-        notes.append(f"most of the projection is written by {named}")
-
-        clean = excess_scores(model, found.prompts, found.heads)
-        carried = self._whole_mlps(model, found, clean)
+        notes = [
+            sink.note,
+            f"the P0 direction is that of the stream {where}",
+            f"most of the projection is written by {', '.join(f'{n} ({shares[n].value:.2f})' for n in strongest)}",
+        ]
+        tables = {"writers": _interval_table("writer", "share", shares)}
+        carried = self._whole_mlps(sink)
         if info.experts:
-            notes.append("neurons belong to experts and have no hook of their own: experts are ablated in their place")
-            tables["experts"], without = self._experts(model, found, direction, clean)
+            notes.append("experts are ablated instead of neurons, which have no hook in a mixture of experts")
+            tables["experts"], of_experts = self._experts(sink, direction)
             if not len(tables["experts"]):
                 del tables["experts"]
-                notes.append("the routed experts do not add up to the MLPs' outputs (a shared expert, or a norm after)")
-            carried |= without
-        elif why_not := _no_neurons(model):
-            notes.append(why_not)
+                notes.append("the routed experts do not add up to the MLPs' outputs (a shared expert, or a later norm)")
+            carried |= of_experts
+        elif reason := _no_neurons(model):
+            notes.append(reason)
         else:
-            tables["neurons"], tables["by_number"], of_neurons, few = self._neurons(
-                model, first, found, direction, layer, clean, prompts.seed
-            )
+            tables["neurons"], tables["by_number"], of_neurons, note = self._neurons(sink, direction, layer)
             metrics |= {
                 f"excess_carried_by_{name.replace(' ', '_')}": interval for name, interval in of_neurons.items()
             }
-            notes.append(few)
+            notes.append(note)
             carried |= dict(zip(("top 1 %", "random 1 %", "top, at 8"), of_neurons.values(), strict=True))
         metrics |= {f"excess_carried_by_{name.replace('.', '_')}": carried[name] for name in ("mlp.0", "mlp.1")}
         tables["ablations"] = _interval_table("ablated", "excess_carried", carried)
-        panels["Excess score lost without"] = dict(list(carried.items())[:7])
-        figure = bars(panels, f"{info.title}: who writes the P0 direction", ["share of the whole"] * 2)
+        groups = {name: ratio_interval(_sum(values), total) for name, values in _other_writers(writers).items()}
+        return Result(self.id, self.title, metrics, tables, notes=notes, drawing=groups)
+
+    def draw(self, result: Result) -> dict[str, Figure]:
+        """Draw the shares in the projection, and the excess score lost without MLPs, neurons or experts."""
+        from p0circuit.figures.intervals import bars, intervals_by
+
+        shares = intervals_by(result.tables["writers"], "writer", "share")
+        carried = intervals_by(result.tables["ablations"], "ablated", "excess_carried")
+        panels = {
+            "Projection on the P0 direction": {name: shares[name] for name in ("mlp.0", "mlp.1")} | result.drawing,
+            "Excess score lost without": dict(list(carried.items())[:7]),
+        }
+        figure = bars(panels, f"{result.model_title}: who writes the P0 direction", ["share of the whole"] * 2)
         figure.set_size_inches(7.0, 2.9)
-        return Result(self.id, self.title, metrics, tables, {"writers": figure}, notes=notes)
+        return {"writers": figure}
 
-    def _whole_mlps(self, model: HookedModel, found: StudiedSink, clean: np.ndarray) -> dict[str, Interval]:
-        """The share of the excess that goes with each whole MLP, and with both."""
+    def _whole_mlps(self, sink: StudiedSink) -> dict[str, Interval]:
+        """The share of the excess that is lost with each whole MLP ablated, and with both."""
         nodes = [Node("mlp", block) for block in CIRCUIT_BLOCKS]
-        values = self._shifted(model, found.prompts, nodes)
+        values = patch_values(sink.model, self._pair(sink.model, sink.prompts), nodes)
         groups = {"mlp.0": nodes[:1], "mlp.1": nodes[1:], "both MLPs": nodes}
-        return {name: _carried(model, found, some, values, clean) for name, some in groups.items()}
+        return {name: share_carried(sink, group, values) for name, group in groups.items()}
 
-    def _shifted(self, model: HookedModel, prompts: PromptSet, nodes: Sequence[Node]) -> dict[Node, Tensor]:
-        """The values of nodes at the same tokens, where these are not first."""
-        return patch_values(model, self._pair(model, prompts), nodes)
-
-    def _pair(self, model: HookedModel, prompts: PromptSet) -> Any:
+    def _pair(self, model: HookedModel, prompts: PromptSet) -> PromptPair:
+        """The same tokens first and not first."""
         # What a token computes does not depend on what follows it.
-        return shifted_pair(model, _two_tokens(prompts), self.config.shift, prompts.seed)
+        return shifted_pair(model, first_two_tokens(prompts), self.config.shift, prompts.seed)
 
-    def _neurons(
-        self,
-        model: HookedModel,
-        first: PromptSet,
-        found: StudiedSink,
-        direction: Tensor,
-        layer: int,
-        clean: np.ndarray,
-        seed: int,
-    ) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, Interval], str]:
-        """Steps 3 and 4: a table of all neurons, one by number ablated, the shares carried, and a note."""
-        import pandas as pd
-
-        config = self.config
-        chosen_on = first.subset(slice(0, config.choosing))
-        ranking, at_p0, shifted = self._rank(model, chosen_on, direction, layer)
-        order = ranking.mean.argsort(stable=True)
-        nodes = [ranking.nodes[number] for number in order]
-        count = _count(config.share, len(nodes))
-        values = self._all_shifted(model, found.prompts)
-        top = nodes[:count]
-        beside = ablate(model, found.prompts, top, "mean", CONTROL)
-        lost = clean - excess_scores(model, found.prompts, found.heads, interventions=[beside])
-        shares = {
-            "the top neurons": _carried(model, found, top, values, clean),
-            "random neurons": self._random(model, found, nodes, count, values, clean, seed),
-            "the top neurons at position 8": ratio_interval(lost, clean),
-        }
-        few = _part(found, slice(0, config.shown_samples))
-        here = {node: value[: few.prompts.n] for node, value in values.items()}
-        single = {node: _carried(model, few, [node], here, clean[: few.prompts.n]) for node in nodes[: config.shown]}
-        rows = []
-        for number, node in zip(order.tolist(), nodes, strict=True):
-            alone = single.get(node)
-            rows.append(
-                (str(node), node.layer, node.index, float(ranking.mean[number]), at_p0[node], shifted[node])
-                + ((alone.value, alone.low, alone.high) if alone else (np.nan,) * 3)
-            )
-        columns = ["neuron", "layer", "index", "change_of_projection", "at_p0", "not_first"]
-        table = pd.DataFrame(rows, columns=[*columns, "excess_carried_alone", "low", "high"])
-        by_number = {
-            number: _carried(model, few, nodes[:number], here, clean[: few.prompts.n])
-            for number in _numbers(count, len(nodes))
-        }
-        named = ", ".join(f"{node} ({single[node].value:.2f} alone)" for node in nodes[: min(count, config.shown)])
-        note = f"the top {count} of {len(nodes)} neurons carry {shares['the top neurons']} of the excess score: {named}"
-        return table, _interval_table("neurons", "excess_carried", by_number), shares, note
-
-    def _all_shifted(self, model: HookedModel, prompts: PromptSet) -> dict[Node, Tensor]:
+    def _shifted_neurons(self, model: HookedModel, prompts: PromptSet) -> dict[Node, Tensor]:
+        """The values of all neurons of both blocks at the same tokens, where these are not first."""
         return patch_values_at_p0(model, self._pair(model, prompts), ("neuron",), layers=CIRCUIT_BLOCKS)
 
-    def _rank(
-        self, model: HookedModel, prompts: PromptSet, direction: Tensor, layer: int
-    ) -> tuple[Attribution, dict[Node, float], dict[Node, float]]:
+    def _neurons(
+        self, sink: StudiedSink, direction: Tensor, layer: int
+    ) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, Interval], str]:
+        """Steps 3 and 4: a table of all neurons, one by number ablated, the shares carried, and a note."""
+        model, config = sink.model, self.config
+        ranking = self._rank(model, sink.chosen_on.subset(slice(0, config.choosing)), direction, layer)
+        nodes = ranking.nodes
+        count = _count(config.share, len(nodes))
+        top = nodes[:count]
+        values = self._shifted_neurons(model, sink.prompts)
+        at_control = ablate(model, sink.prompts, top, "mean", CONTROL)
+        clean = sink.excess_scores()
+        shares = {
+            "the top neurons": share_carried(sink, top, values),
+            "random neurons": self._random(sink, nodes, count, values),
+            "the top neurons at position 8": ratio_interval(clean - sink.excess_scores(at_control), clean),
+        }
+        fewer = sink.subset(slice(0, config.shown_samples))
+        first = {node: value[: fewer.prompts.n] for node, value in values.items()}
+        alone = {node: share_carried(fewer, [node], first) for node in nodes[: config.shown]}
+        by_number = {number: share_carried(fewer, nodes[:number], first) for number in _sizes(count, len(nodes))}
+        named = ", ".join(f"{node} ({alone[node].value:.2f} alone)" for node in nodes[: min(count, config.shown)])
+        note = f"the top {count} of {len(nodes)} neurons carry {shares['the top neurons']} of the excess score: {named}"
+        return _neuron_table(ranking, alone), _interval_table("neurons", "excess_carried", by_number), shares, note
+
+    def _rank(self, model: HookedModel, prompts: PromptSet, direction: Tensor, layer: int) -> _Ranking:
         """Every neuron's effect on the projection, and its mean value at P0 and where its token is not first."""
 
         def project(residual: Tensor, rows: Rows) -> Tensor:
             return residual[rows.at(0)] @ direction.to(residual)
 
         metric = Metric("projection", (Reading(f"blocks.{layer - 1}.hook_resid_post", project),), lambda value: value)
-        values = self._all_shifted(model, prompts)
-        ranking = attribute(model, _two_tokens(prompts), values, metric, self.config.steps)
-        clean = values_at(model, _two_tokens(prompts), ranking.nodes)
-        at_p0, shifted = ({node: float(one[node].double().mean()) for node in values} for one in (clean, values))
-        return ranking, at_p0, shifted
+        values = self._shifted_neurons(model, prompts)
+        attribution = attribute(model, first_two_tokens(prompts), values, metric, self.config.steps)
+        clean = values_at(model, first_two_tokens(prompts), attribution.nodes)
+        order = attribution.mean.argsort(stable=True).tolist()
+        nodes = [attribution.nodes[number] for number in order]
+        return _Ranking(
+            nodes,
+            [float(attribution.mean[number]) for number in order],
+            [float(clean[node].double().mean()) for node in nodes],
+            [float(values[node].double().mean()) for node in nodes],
+        )
 
-    def _random(
-        self,
-        model: HookedModel,
-        found: StudiedSink,
-        nodes: Sequence[Node],
-        count: int,
-        values: Mapping[Node, Tensor],
-        clean: np.ndarray,
-        seed: int,
-    ) -> Interval:
+    def _random(self, sink: StudiedSink, nodes: Sequence[Node], count: int, values: Mapping[Node, Tensor]) -> Interval:
         """The share of the excess that random neurons carry, over groups of `count` without a neuron in common."""
-        rng = np.random.default_rng(seed)
-        dealt = rng.permutation(len(nodes))[: len(nodes) // count * count].reshape(-1, count)
-        shares = []
-        for group in dealt[: self.config.draws]:
-            drawn = [nodes[number] for number in group]
-            rows = np.sort(rng.permutation(found.prompts.n)[: self.config.draw_samples])
-            here = {node: values[node][rows] for node in drawn}
-            left = _excess_without(model, _part(found, rows.tolist()), drawn, here)
+        rng = np.random.default_rng(sink.prompts.seed)
+        groups = rng.permutation(len(nodes))[: len(nodes) // count * count].reshape(-1, count)
+        clean, shares = sink.excess_scores(), []
+        for group in groups[: self.config.draws]:
+            neurons = [nodes[number] for number in group]
+            rows = np.sort(rng.permutation(sink.prompts.n)[: self.config.draw_samples])
+            left = _excess_without(sink.subset(rows.tolist()), neurons, {node: values[node][rows] for node in neurons})
             shares.append(1 - left.mean() / clean[rows].mean())
         return bootstrap(np.array(shares))
 
-    def _experts(
-        self, model: HookedModel, found: StudiedSink, direction: Tensor, clean: np.ndarray
-    ) -> tuple[pd.DataFrame, dict[str, Interval]]:
-        """Step 5: a line for every expert that P0 is routed to; and what goes without the three that write most."""
+    def _experts(self, sink: StudiedSink, direction: Tensor) -> tuple[pd.DataFrame, dict[str, Interval]]:
+        """Step 5: a row for every expert that P0 is routed to; and what is lost without the three that carry most."""
         import pandas as pd
 
-        few = _part(found, slice(0, self.config.shown_samples))
+        fewer = sink.subset(slice(0, self.config.shown_samples))
         rows, carried = [], {}
         for block in CIRCUIT_BLOCKS:
-            here = experts_at_p0(model, few.prompts, block)
-            if here is None:
+            at_p0 = experts_at_p0(sink.model, fewer.prompts, block)
+            if at_p0 is None:
                 continue
-            for expert in (here.weights > 0).any(0).nonzero().squeeze(1).tolist():
-                written = here.written[:, expert]
-                left = {Node("mlp", block): here.output - written}
-                without = _carried(model, few, list(left), left, clean[: few.prompts.n])
+            for expert in (at_p0.weights > 0).any(0).nonzero().squeeze(1).tolist():
+                written = at_p0.written[:, expert]
+                node = Node("mlp", block)
+                without = share_carried(fewer, [node], {node: at_p0.output - written})
                 along = bootstrap((written.double() @ direction.double().cpu()).numpy())
-                routed = bootstrap((here.weights[:, expert] > 0).double().numpy())
+                routed = bootstrap((at_p0.weights[:, expert] > 0).double().numpy())
                 line = {
                     "block": block,
                     "expert": expert,
                     "routed": routed.value,
-                    "weight": float(here.weights[:, expert].double().mean()),
+                    "weight": float(at_p0.weights[:, expert].double().mean()),
                     "norm": float(written.double().norm(dim=-1).mean()),
                     "projection": along.value,
                     "projection_low": along.low,
@@ -321,13 +300,30 @@ class Amplification(Experiment[AmplificationConfig]):
         return pd.DataFrame(rows), {name: carried[name] for name in strongest}
 
 
+@dataclass(frozen=True)
+class _Ranking:
+    """Neurons in the order of their effect on the projection.
+
+    Attributes:
+        nodes: the neurons, the most negative change of the projection first.
+        change: change of the projection that ablating each causes, as integrated gradients estimate it.
+        at_p0: mean value of each at P0.
+        not_first: its mean value at the same tokens where they are not first.
+    """
+
+    nodes: list[Node]
+    change: list[float]
+    at_p0: list[float]
+    not_first: list[float]
+
+
 def _count(share: float, neurons: int) -> int:
-    """A share of the neurons as a number: rounded down, at least one."""
+    """A share of the neurons as a number, rounded down, at least one."""
     return max(1, int(share * neurons))
 
 
-def _numbers(count: int, neurons: int) -> list[int]:
-    """How many of the first neurons are ablated together: powers of two up to four times `count`, `count`, and all."""
+def _sizes(count: int, neurons: int) -> list[int]:
+    """Numbers of top neurons to ablate together: powers of two up to four times `count`, `count`, and all."""
     return sorted({2**power for power in range(12) if 2**power < 4 * count} | {count, neurons})
 
 
@@ -335,44 +331,79 @@ def _sum(values: Iterable[np.ndarray]) -> np.ndarray:
     return np.sum(list(values), axis=0)
 
 
-def _two_tokens(prompts: PromptSet) -> PromptSet:
-    """P0 and the token after it: all that P0's own stream needs."""
+def first_two_tokens(prompts: PromptSet) -> PromptSet:
+    """Return P0 and the token after it, from which all of P0's own stream can be computed.
+
+    Args:
+        prompts: rows of at least two tokens, padded or not.
+    """
     rows = torch.arange(prompts.n)
     ids = torch.stack([prompts.ids[rows, prompts.p0], prompts.ids[rows, prompts.p0 + 1]], dim=1)
     return replace(prompts, ids=ids, attention_mask=torch.ones_like(ids, dtype=torch.bool), overflow=None)
 
 
-def _part(found: StudiedSink, rows: slice | Sequence[int]) -> StudiedSink:
-    return replace(found, prompts=found.prompts.subset(rows))
-
-
-def _projections(
+def projections(
     model: HookedModel, prompts: PromptSet, direction: Float[Tensor, " d_model"], layer: int
 ) -> tuple[dict[str, Float[np.ndarray, " sample"]], Float[np.ndarray, " sample"]]:
-    """What every component below `layer` writes along the direction at P0, and the projection of the stream there."""
+    """Project what every component writes at P0 on a direction.
+
+    Args:
+        model: the model.
+        prompts: prompts to run.
+        direction: the direction, of unit length.
+        layer: components of the layers below write; the stream before this layer is projected too.
+
+    Returns:
+        The projections [sample] by component, and those of the stream before `layer`.
+    """
     end = Node("resid_post", layer - 1)
     writers = components(model, range(layer))
-    values = values_at(model, _two_tokens(prompts), [*writers, end])
+    values = values_at(model, first_two_tokens(prompts), [*writers, end])
     along = {node: (value.double() @ direction.to(value).double()).cpu().numpy() for node, value in values.items()}
     return {str(node): along[node] for node in writers}, along[end]
 
 
-def _carried(
-    model: HookedModel, found: StudiedSink, nodes: Sequence[Node], values: Mapping[Node, Tensor], clean: np.ndarray
-) -> Interval:
-    """The share of the excess score that goes when nodes have other values at P0."""
-    return ratio_interval(clean - _excess_without(model, found, nodes, values), clean)
+def _other_writers(writers: Mapping[str, np.ndarray]) -> dict[str, list[np.ndarray]]:
+    """What is written by others than MLPs 0 and 1, in two groups."""
+    early, mlps = ("embed", "attn.0", "attn.1"), ("mlp.0", "mlp.1")
+    later = [value for name, value in writers.items() if name not in (*early, *mlps)]
+    groups = {"embed, attention": [writers[name] for name in early], "later blocks": later}
+    return {name: values for name, values in groups.items() if values}
+
+
+def share_carried(sink: StudiedSink, nodes: Sequence[Node], values: Mapping[Node, Tensor]) -> Interval:
+    """Measure the share of the excess score that is lost when nodes have other values at P0.
+
+    Args:
+        sink: the sink, and the prompts to measure on.
+        nodes: the nodes to ablate.
+        values: the value of each node at P0, [sample, ...].
+    """
+    clean = sink.excess_scores()
+    return ratio_interval(clean - _excess_without(sink, nodes, values), clean)
 
 
 def _excess_without(
-    model: HookedModel, found: StudiedSink, nodes: Sequence[Node], values: Mapping[Node, Tensor]
+    sink: StudiedSink, nodes: Sequence[Node], values: Mapping[Node, Tensor]
 ) -> Float[np.ndarray, " sample"]:
-    ablation = ablate(model, found.prompts, nodes, {node: values[node] for node in nodes})
-    return excess_scores(model, found.prompts, found.heads, interventions=[ablation])
+    return sink.excess_scores(ablate(sink.model, sink.prompts, nodes, {node: values[node] for node in nodes}))
+
+
+def _neuron_table(ranking: _Ranking, alone: Mapping[Node, Interval]) -> pd.DataFrame:
+    """A row for every neuron; the effect of ablating it alone is measured for the first of them."""
+    import pandas as pd
+
+    columns = ["neuron", "layer", "index", "change_of_projection", "at_p0", "not_first"]
+    rows = []
+    for node, *values in zip(ranking.nodes, ranking.change, ranking.at_p0, ranking.not_first, strict=True):
+        one = alone.get(node)
+        ends = (one.value, one.low, one.high) if one else (np.nan,) * 3
+        rows.append((str(node), node.layer, node.index, *values, *ends))
+    return pd.DataFrame(rows, columns=[*columns, "excess_carried_alone", "low", "high"])
 
 
 def _no_neurons(model: HookedModel) -> str:
-    """Why neurons cannot be ablated in this model; empty if they can."""
+    """The reason why neurons cannot be ablated in this model; empty if they can be."""
     try:
         for block in CIRCUIT_BLOCKS:
             hook_point(model, Node("neuron", block, 0).hook)
@@ -381,7 +412,7 @@ def _no_neurons(model: HookedModel) -> str:
     return ""
 
 
-def _interval_table(name: str, value: str, intervals: Mapping[Any, Interval]) -> pd.DataFrame:
+def _interval_table(name: str, value: str, intervals: Mapping[str, Interval] | Mapping[int, Interval]) -> pd.DataFrame:
     import pandas as pd
 
     rows = [(key, *interval.to_json().values()) for key, interval in intervals.items()]

@@ -1,22 +1,23 @@
-"""C15: does the circuit say anything about the loss that is still to be gained, beyond what the step says?
+"""C15: does the circuit predict the loss that is still to be gained, beyond what the step predicts?
 
 1. Remaining loss: the held-out loss at a checkpoint minus that at the end of the run.
-2. Step alone: the mean remaining loss of the other seeds of the same variant at the same checkpoint. Nothing that is a
-   function of the step, in this recipe, can do better on average.
-3. Step and circuit: what is added is linear in how far the circuit (sink rate from layer 2 on, log of the norm ratio)
-   is from its mean over those other seeds; the two slopes are fitted on the other seeds of all variants. The held-out
-   seed is predicted; every seed is held out once. Both quantities are known when one would predict: the excess score
-   is not, since it is of the heads that are sinks at the end of the run.
-4. A run's error is its mean absolute error over checkpoints. Runs of one seed see the same batches, whatever their
-   variant: what is judged is Student's interval of the difference over seeds, each the mean of its runs. The bootstrap
-   interval over runs, which takes them for independent, stands beside it.
-5. Beside it: the correlation of the deviations, within each seed, with Student's interval over seeds; and whether the
-   circuit's come before those of the loss or after.
+2. Prediction from the step alone: the mean remaining loss of the other seeds of the same variant at the same
+   checkpoint. No other function of the step, in this recipe, does better on average.
+3. Prediction from step and circuit: a term is added that is linear in the deviation of the circuit (sink rate from
+   layer 2 on, log of the norm ratio) from its mean over those other seeds. The two slopes are fitted on the other seeds
+   of all variants. Every seed is held out once and predicted. Both quantities are known during training; the excess
+   score is not, since it is that of the heads that are sinks at the end of the run.
+4. A run's error is its mean absolute error over checkpoints. Runs of one seed are trained on the same batches, whatever
+   their variant. The claim is therefore judged by Student's interval of the difference over seeds, each the mean of its
+   runs. The bootstrap interval over runs, which treats them as independent, is reported too.
+5. Also reported: the correlation of the deviations within each seed, with Student's interval over seeds, and whether
+   the circuit's deviations precede those of the loss or follow them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -30,14 +31,19 @@ from p0circuit.results import Result
 from p0circuit.stats import bootstrap, over_seeds
 from p0circuit.training.runs import Run, of_variant
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 SEEDS = 3
-"""With two others to learn from, a seed can be held out."""
+"""Seeds needed: two to fit on and one to hold out."""
 LAGS = range(-3, 4)
+"""Checkpoints by which the loss may follow the circuit."""
 PREDICTIONS = ("step_alone", "step_and_circuit", "shuffled_circuit")
+"""Columns of the errors of the predictions; the last is the control."""
 
 
 class Convergence(RunsExperiment):
-    """The circuit as a signal of convergence, put to the test on held-out seeds."""
+    """Whether the circuit predicts convergence, tested on held-out seeds."""
 
     id = "convergence"
     title = "The circuit as a signal of convergence"
@@ -53,6 +59,7 @@ class Convergence(RunsExperiment):
     )
 
     def measure(self, runs: Sequence[Run], reference: str) -> Result:
+        """Compare the errors of both predictions; the base class documents arguments and errors."""
         runs_with_sink(runs, reference, SEEDS)
         variants = [name for name in dict.fromkeys(run.variant for run in runs) if _can_be_held_out(runs, name)]
         judged = [run for run in runs if run.variant in variants]
@@ -76,23 +83,37 @@ class Convergence(RunsExperiment):
                 "partial_correlation": correlation,
             },
             {"held-out": table, "lags": lead_and_lag(circuit[:, :, 0], loss)},
-            {
-                "predictions": prediction_errors(
-                    pd.DataFrame(by_run[list(PREDICTIONS[:2])]),
-                    pd.DataFrame({"circuit": circuit[:, :, 0].ravel(), "loss": loss.ravel()}),
-                    "What the circuit adds to the step, on held-out seeds",
-                )
-            },
             notes=[
                 f"variants with a sink in {SEEDS} seeds: {', '.join(variants)}",
-                f"having more of a sink than the other seeds at a step and more loss still to be gained: correlation "
-                f"{correlation}",
+                f"correlation of the sink rate with the remaining loss at the same step, both as deviations from the "
+                f"mean over seeds: {correlation}",
             ],
+            drawing={"deviations": pd.DataFrame({"circuit": circuit[:, :, 0].ravel(), "loss": loss.ravel()})},
         )
+
+    def draw(self, result: Result) -> dict[str, Figure]:
+        """Draw the errors of both predictions and the data that the second one is fitted to."""
+        if "deviations" not in result.drawing:
+            return {}
+        errors = pd.DataFrame(result.tables["held-out"].groupby("run")[list(PREDICTIONS[:2])].mean())
+        difference = result.metrics["error_difference"]
+        title = (
+            f"What the circuit adds to the step, on held-out seeds: the error changes by {difference} nats (95 % "
+            f"interval over {difference.n} seeds)"
+        )
+        return {"predictions": prediction_errors(errors, result.drawing["deviations"], title)}
 
 
 def held_out_errors(runs: Sequence[Run], seed: int = 0) -> pd.DataFrame:
-    """Absolute errors of the remaining loss, a line for each run, held out, and checkpoint but the last."""
+    """Predict the remaining loss of every run while its seed is held out.
+
+    Args:
+        runs: runs with the same checkpoints.
+        seed: seed of the shuffled control.
+
+    Returns:
+        One row for each run and checkpoint but the last: the remaining loss and the absolute error of each prediction.
+    """
     rng = np.random.default_rng(seed)
     lines = []
     for held_out in sorted({run.seed for run in runs}):
@@ -101,33 +122,41 @@ def held_out_errors(runs: Sequence[Run], seed: int = 0) -> pd.DataFrame:
         for run in (run for run in runs if run.seed == held_out):
             same = of_variant(others, run.variant)
             expected = np.mean([remaining(other) for other in same], axis=0)
-            moved = features(run) - np.mean([features(other) for other in same], axis=0)
-            errors = {
+            deviation = features(run) - np.mean([features(other) for other in same], axis=0)
+            predictions = {
                 "step_alone": expected,
-                "step_and_circuit": expected + moved @ slopes,
-                "shuffled_circuit": expected + rng.permutation(moved) @ slopes,
+                "step_and_circuit": expected + deviation @ slopes,
+                "shuffled_circuit": expected + rng.permutation(deviation) @ slopes,
             }
             for i, value in enumerate(remaining(run)):
-                told = {name: abs(float(predicted[i] - value)) for name, predicted in errors.items()}
-                about = {"run": run.name, "seed": run.seed, "step": run["step"][i]}
-                lines.append({**about, "remaining": value, **told})
+                checkpoint = {"run": run.name, "seed": run.seed, "step": run["step"][i], "remaining": value}
+                lines.append(
+                    checkpoint | {name: abs(float(predicted[i] - value)) for name, predicted in predictions.items()}
+                )
     return pd.DataFrame(lines)
 
 
 def remaining(run: Run) -> Float[np.ndarray, " checkpoint"]:
-    """The loss still to be gained, in nats per token, at every checkpoint but the last, where it is 0 by definition."""
+    """Return the loss still to be gained, in nats per token, at every checkpoint but the last, where it is 0."""
     return (run["loss"] - run["loss"][-1])[:-1]
 
 
 def features(run: Run) -> Float[np.ndarray, "checkpoint 2"]:
-    """The circuit at the same checkpoints: sink rate from layer 2 on and log of the norm ratio."""
+    """Return the circuit at the same checkpoints: sink rate from layer 2 on, and log of the norm ratio."""
     return np.column_stack([run["sink_rate_from_layer_2"], np.log(run["norm_ratio"])])[:-1]
 
 
 def deviations(
     runs: Sequence[Run],
 ) -> tuple[Float[np.ndarray, "run checkpoint 2"], Float[np.ndarray, "run checkpoint"]]:
-    """How far each run is from its variant's mean at the same checkpoint: in its circuit, and in remaining loss."""
+    """Return the deviation of each run from the mean of its variant at the same checkpoint.
+
+    Args:
+        runs: runs with the same checkpoints.
+
+    Returns:
+        Deviations of the circuit and of the remaining loss.
+    """
     circuit, loss = [], []
     for run in runs:
         same = of_variant(runs, run.variant)
@@ -139,19 +168,27 @@ def deviations(
 def lead_and_lag(
     circuit: Float[np.ndarray, "run checkpoint"], loss: Float[np.ndarray, "run checkpoint"]
 ) -> pd.DataFrame:
-    """The correlation of the circuit's deviation with the loss's so many checkpoints later (earlier, if negative)."""
+    """Return the correlation of the circuit's deviation with that of the loss some checkpoints later.
+
+    Args:
+        circuit: deviations of the circuit.
+        loss: deviations of the remaining loss.
+
+    Returns:
+        Columns lag (in checkpoints, negative where the loss comes first) and correlation.
+    """
     lines = []
     for lag in LAGS:
         cut = slice(max(0, -lag), circuit.shape[1] - max(0, lag))
-        moved = np.roll(loss, -lag, axis=1)[:, cut]
-        lines.append({"lag": lag, "correlation": _correlation(np.stack([circuit[:, cut], moved], axis=2))})
+        shifted = np.roll(loss, -lag, axis=1)[:, cut]
+        lines.append({"lag": lag, "correlation": _correlation(np.stack([circuit[:, cut], shifted], axis=2))})
     return pd.DataFrame(lines)
 
 
 def _can_be_held_out(runs: Sequence[Run], variant: str) -> bool:
     """Whether a variant has enough seeds, all with a sink."""
-    found = of_variant(runs, variant)
-    return len(found) >= SEEDS and all(run.formation is not None for run in found)
+    of_this = of_variant(runs, variant)
+    return len(of_this) >= SEEDS and all(run.formation is not None for run in of_this)
 
 
 def _check_steps(runs: Sequence[Run]) -> None:
@@ -164,8 +201,8 @@ def _check_steps(runs: Sequence[Run]) -> None:
     for run in runs:
         measured.setdefault(", ".join(f"{step:g}" for step in run["step"]), []).append(run.name)
     if len(measured) > 1:
-        told = "; ".join(f"{', '.join(names)}: {steps}" for steps, names in measured.items())
-        raise NotApplicable(f"remaining losses compare at equal steps, and these runs have different ones: {told}")
+        steps = "; ".join(f"{', '.join(names)}: {text}" for text, names in measured.items())
+        raise NotApplicable(f"remaining losses compare at equal steps, and these runs have different ones: {steps}")
 
 
 def _difference(errors: pd.DataFrame, prediction: str) -> Float[np.ndarray, " line"]:

@@ -1,31 +1,37 @@
-"""C16: what the training methods of the paper's second version do to the sink, seed by seed.
+"""C16: what do the training methods of the paper's second version do to the sink, seed by seed?
 
-1. TNLM (no loss on the prediction made at P0) and Force-sink (P0 keeps k channels, all others the rest, before every
-   norm) beside the same recipe without them: same corpus, tokens, seeds, and BOS at every row's beginning.
-2. By pairs of the same seed: share of tokens until the sink has formed, and final excess score of the sink heads. A
-   run's sink heads are its own, few or many: the sink rate stands beside their score.
-3. Beside it the outlier (norm ratio of P0), since a sink need not have one, and the loss at equal tokens.
+1. TNLM (no loss on the prediction made at P0) and Force-sink (before every norm P0 keeps k channels and all other
+   positions keep the rest) are compared with the same recipe without them: same corpus, tokens and seeds, and BOS at
+   the beginning of every row.
+2. Runs are compared in pairs of the same seed: the share of the tokens at which the sink emerges, and the final excess
+   score of the sink heads. Every run has its own sink heads, so the sink rate is reported too.
+3. Also reported: the norm ratio of P0, since a sink need not come with an outlier, and the loss at equal tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from p0circuit.experiments.base import NotApplicable
 from p0circuit.experiments.claim import Claim, Criterion
-from p0circuit.experiments.training.runs_experiment import FIGURE_VARIANTS, RunsExperiment, training_curves_of
+from p0circuit.experiments.training.runs_experiment import RunsExperiment, training_curves_of
 from p0circuit.figures.training import method_comparison
 from p0circuit.results import Result
 from p0circuit.stats import Interval, over_seeds
 from p0circuit.training.runs import Run, of_variant, seeds_in_common
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 METHODS = {"tnlm": "TNLM", "force-sink": "Force-sink"}
+"""The methods: name of the variant, and name in figures."""
 
 
 class Methods(RunsExperiment):
-    """TNLM and Force-sink against the baseline, over seeds."""
+    """TNLM and Force-sink compared with the baseline, over seeds."""
 
     id = "methods"
     title = "TNLM and Force-sink against the baseline"
@@ -48,16 +54,17 @@ class Methods(RunsExperiment):
     )
 
     def measure(self, runs: Sequence[Run], reference: str) -> Result:
+        """Compare both methods with the baseline; the base class documents arguments and errors."""
         metrics: dict[str, Interval] = {}
         for variant in METHODS:
             pairs = _pairs(runs, variant, reference)
-            for name, value in _MEASURED.items():
+            for name, value in _QUANTITIES.items():
                 differences = [value(run) - value(baseline) for run, baseline in pairs]
-                metrics[f"{variant.replace('-', '_')}_{name}_difference"] = over_seeds(differences)
+                metrics[_metric(variant, name)] = over_seeds(differences)
         table = pd.DataFrame(
             [
                 {"run": run.name, "variant": run.variant, "seed": run.seed, "first": run.first}
-                | {name: value(run) for name, value in _MEASURED.items()}
+                | {name: value(run) for name, value in _QUANTITIES.items()}
                 for run in runs
             ]
         )
@@ -66,18 +73,35 @@ class Methods(RunsExperiment):
             self.title,
             metrics,
             {"runs": table},
-            {
-                "methods": method_comparison(
-                    training_curves_of(runs),
-                    pd.DataFrame(table[table["variant"].isin(FIGURE_VARIANTS)]),
-                    "Training methods: when the sink forms, and whether it needs an outlier",
-                )
-            },
+            drawing={"curves": training_curves_of(runs, (reference, *METHODS))},
         )
+
+    def draw(self, result: Result) -> dict[str, Figure]:
+        """Draw sink and loss along training, the final sink and norm ratio, and the differences to the baseline."""
+        if "curves" not in result.drawing:
+            return {}
+        curves = result.drawing["curves"]
+        table = result.tables["runs"]
+        final = pd.DataFrame(table[table["variant"].isin({curve.group for curve in curves})])
+        differences = {
+            f"{method},\n{label}": result.metrics[_metric(variant, name)]
+            for variant, method in METHODS.items()
+            for name, label in (("formation_share", "share of tokens"), ("excess", "excess score"))
+        }
+        title = (
+            "Training methods: when the sink emerges, and whether it needs an outlier (mean and range over n seeds; "
+            "circles: the sink of a run has emerged; differences with 95 % intervals over "
+            f"{min(interval.n for interval in differences.values())} seeds)"
+        )
+        return {"methods": method_comparison(curves, final, differences, title)}
+
+
+def _metric(variant: str, quantity: str) -> str:
+    return f"{variant.replace('-', '_')}_{quantity}_difference"
 
 
 def _pairs(runs: Sequence[Run], variant: str, reference: str) -> list[tuple[Run, ...]]:
-    """The runs of a method and of its baseline by seed.
+    """The runs of a method and of its baseline, in pairs of the same seed.
 
     Raises:
         NotApplicable: there are fewer than two, or they differ in more than the method.
@@ -94,11 +118,11 @@ def _pairs(runs: Sequence[Run], variant: str, reference: str) -> list[tuple[Run,
     return pairs
 
 
-_MEASURED = {
+_QUANTITIES: dict[str, Callable[[Run], float]] = {
     "formation_share": lambda run: run.formation_share,
     "excess": lambda run: float(run["excess"][-1]),
     "sink_rate": lambda run: float(run["sink_rate"][-1]),
     "norm_ratio": lambda run: float(run["largest_norm_ratio"][-1]),
     "loss": lambda run: float(run["loss"][-1]),
 }
-"""What is compared: of a run, one number each."""
+"""The quantities that are compared, one number per run."""

@@ -6,7 +6,7 @@ import hashlib
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from p0circuit.experiments.base import NotApplicable
 from p0circuit.experiments.claim import Claim
@@ -14,14 +14,29 @@ from p0circuit.figures.training import TrainingCurve
 from p0circuit.results import Result
 from p0circuit.training.runs import Run, of_variant
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 REFERENCE = "bos"
 """The variant that claims about training are judged on: every row begins with BOS, as in the paper's own training."""
 FIGURE_VARIANTS = (REFERENCE, "tnlm", "force-sink", "moe", "baseline", "p0-nano")
-"""What figures show; tables have all runs."""
+"""The variants in the figures; tables have all runs."""
 
 
 class RunsExperiment(ABC):
-    """A measurement over training runs; a subclass sets `id`, `title` and `claim`, and writes `measure`."""
+    """A measurement over training runs.
+
+    A subclass sets `id`, `title` and `claim`, and defines `measure` and `draw`.
+
+    Attributes:
+        id: name of the experiment on the command line, in file names and in claims.json.
+        title: heading in the report.
+        claim: the claim it tests.
+
+    Example:
+        result = Early().run(as_trained(shipped_runs()))
+        print(result.metrics["latest_formation_share"], result.judgement)
+    """
 
     id: ClassVar[str]
     title: ClassVar[str]
@@ -29,17 +44,37 @@ class RunsExperiment(ABC):
 
     @abstractmethod
     def measure(self, runs: Sequence[Run], reference: str) -> Result:
-        """The measurement itself, judged on the runs of the variant `reference`; `run` adds verdict and provenance.
+        """Measure: fill the metrics, tables and notes of a result. `run` adds judgement, provenance and figures.
+
+        Args:
+            runs: all runs.
+            reference: the variant whose runs the claim is judged on.
 
         Raises:
-            NotApplicable: these runs cannot tell.
+            NotApplicable: the claim cannot be judged on these runs.
         """
 
-    def run(self, runs: Sequence[Run], reference: str = REFERENCE) -> Result:
-        """Measure, and judge the claim; `runs` as `training.runs.as_trained` gives them.
+    def draw(self, result: Result) -> dict[str, Figure]:
+        """Draw the figures of a result.
+
+        Args:
+            result: a result of this experiment, from `measure`; one that was read from disk lacks the curves.
+
+        Returns:
+            Figures by name; the names are part of the file names.
+        """
+        return {}
+
+    def run(self, runs: Sequence[Run], reference: str = REFERENCE, figures: bool = True) -> Result:
+        """Measure, judge the claim, record the provenance, and draw the figures.
+
+        Args:
+            runs: the runs, each once, as `training.runs.as_trained` returns them.
+            reference: the variant whose runs the claim is judged on.
+            figures: whether to draw.
 
         Raises:
-            NotApplicable: these runs cannot tell.
+            NotApplicable: the claim cannot be judged on these runs.
         """
         started = time.monotonic()
         result = self.measure(runs, reference)
@@ -53,24 +88,40 @@ class RunsExperiment(ABC):
             "fingerprint": digest.hexdigest(),
             "seconds": round(time.monotonic() - started, 2),
         }
+        if figures:
+            result.figures = {**result.figures, **self.draw(result)}
         return result
 
 
 def runs_with_sink(runs: Sequence[Run], variant: str, least: int = 2) -> list[Run]:
-    """The runs of a variant that ended with a sink.
+    """Return the runs of a variant that end with a sink.
+
+    Args:
+        runs: all runs.
+        variant: name of the variant.
+        least: number of such runs that are needed.
 
     Raises:
-        NotApplicable: fewer than `least` did.
+        NotApplicable: there are fewer.
     """
-    found = [run for run in of_variant(runs, variant) if run.formation is not None]
-    if len(found) < least:
+    of_this = of_variant(runs, variant)
+    with_sink = [run for run in of_this if run.formation is not None]
+    if len(with_sink) < least:
         raise NotApplicable(
-            f"{len(found)} of {len(of_variant(runs, variant))} runs of {variant!r} end with a sink; this needs {least}"
+            f"{len(with_sink)} of {len(of_this)} runs of {variant!r} end with a sink; this needs {least}"
         )
-    return found
+    return with_sink
 
 
-def training_curves_of(runs: Sequence[Run]) -> list[TrainingCurve]:
-    """The runs that figures show, as their lines."""
-    chosen = [run for variant in FIGURE_VARIANTS for run in of_variant(runs, variant)]
-    return [TrainingCurve(run.name, run.variant, run.table, run.formation) for run in chosen]
+def training_curves_of(runs: Sequence[Run], variants: Sequence[str] = FIGURE_VARIANTS) -> list[TrainingCurve]:
+    """Return the runs of some variants as curves, with their share of the tokens as a column.
+
+    Args:
+        runs: all runs.
+        variants: names of the variants, in the order of the legend.
+    """
+    return [
+        TrainingCurve(run.name, run.variant, run.table.assign(share=run.share), run.formation)
+        for variant in variants
+        for run in of_variant(runs, variant)
+    ]
