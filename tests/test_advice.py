@@ -10,24 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from p0circuit.advice import (
-    HIGH,
-    LOW,
-    MIN_PROMPTS,
-    NO,
-    UNKNOWN,
-    YES,
-    Advice,
-    ConditionSink,
-    Statement,
-    advise,
-    draw_costs,
-    int8_risk,
-    passes,
-    tokens_to_keep,
-    write_advice,
-)
+from p0circuit.advice import Advice, Statement, advise, draw_costs, passes, write_advice
+from p0circuit.advice.facts import MIN_PROMPTS, ConditionSink, tokens_to_keep
+from p0circuit.advice.statement import HIGH, LOW, NO, UNKNOWN, YES
+from p0circuit.advice.use_sentences import int8_risk
 from p0circuit.cli import main
 from p0circuit.experiments.base import NotApplicable
 from p0circuit.experiments.deployment.int8_effects import P0_IN, P0_KEPT, PER_TOKEN, Int8Effects
@@ -60,20 +48,20 @@ KNOWN: dict[str, tuple[bool, bool | None]] = {
     "p0-nano": (True, False),
     # "No sink at the end", on plain text, all that it was trained on; close to the limit, with 0.07 of 0.076.
     "baseline-0": (False, None),
-    # A sink behind BOS, with which all of its rows began, and in the text as it is "no sink at the end".
+    # A sink after BOS, with which all of its rows began, and in the text as it is "no sink at the end".
     "bos-0": (True, True),
     "tnlm-0": (True, True),
     "moe-0": (True, True),
-    # As these, but for a gate; its card has the sink behind BOS alone.
+    # As these, but for a gate; its card has the sink after BOS alone.
     "gated-0": (True, True),
     # P0 has channels of its own, whatever stands there.
     "force-sink-0": (True, False),
-    # The sink has formed in plain text: P0 is told by its position.
+    # The sink has emerged in plain text: P0 is recognised by its position.
     "learned-0": (True, False),
     # A weak one, as most queries cannot see P0.
     "window-0": (True, True),
 }
-"""Of every shipped model, from its card: whether there is a sink, and whether it hangs on BOS (None without one)."""
+"""Of every shipped model, from its card: whether there is a sink, and whether it depends on BOS (None without one)."""
 
 
 def text_for(model: Any, n: int = 32, length: int = 48, source: str = "code") -> PromptSet:
@@ -123,10 +111,10 @@ def test_every_shipped_model(name: str) -> None:
         if found["has_sink"]:
             assert found["first_sink_layer"] in {layer for layer, _ in used_sink.heads}
         else:
-            # Behind a BOS that the model does not know there may be one.
+            # After a BOS that the model was not trained with there may be one.
             assert used_sink.condition == WITH_BOS and advice.statements[1].measured["loss added by BOS"].low > 0
     if found["has_sink"]:
-        # A sink is something to keep; and one that hangs on BOS is behind a BOS that is of use.
+        # A sink is something to keep, and one that depends on BOS comes with a BOS that lowers the loss.
         assert found["sink_tokens_to_keep"] in (None, 1, 2, 4)
         if any(describe(model).window):
             assert found["loss_without_sink"] is None and "trained with" in found["statements"][4]["advice"]
@@ -143,7 +131,7 @@ def test_every_shipped_model(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "risk"), [("p0-nano", HIGH), ("moe-0", LOW)])
 def test_the_loss_decides_on_int8(name: str, risk: str) -> None:
-    """p0-nano's outlier costs 1.6 % of the loss, and next to nothing with a grid per token."""
+    """p0-nano's outlier costs 1.6 % of the loss, and next to nothing with a scale per token."""
     model = load_model(name)
     advice = advise(model, text_for(model, 128, 64, "stdlib"))
     said = advice.statements[6]
@@ -152,7 +140,7 @@ def test_the_loss_decides_on_int8(name: str, risk: str) -> None:
     if risk == HIGH:
         assert shares[0].low > 0.01 > shares[2].high and shares[1].value < shares[0].value
         # Which of the two helps more depends on the Python whose standard library is read.
-        assert "se one grid per token" in said.advice and "osition zero in high precision" in said.advice
+        assert "se one scale per token" in said.advice and "osition zero in high precision" in said.advice
         assert "8" in advice.statements[4].verdict and advice.statements[4].verdict.endswith("more loss")
     else:
         assert shares[0].high < 0.01 and "high precision" not in said.advice
@@ -200,7 +188,7 @@ def test_too_little_text_tells_nothing(tmp_path: Path) -> None:
     assert "overlap" in advise(model, short).statements[0].text
 
 
-def test_padded_rows_cannot_be_streamed_or_put_behind_bos() -> None:
+def test_padded_rows_cannot_be_streamed_or_put_after_bos() -> None:
     model = load_model("p0-nano")
     found = checked(advise(model, text_for(model, 32, 40).pad_left([36] * 32)))
     assert found["has_sink"] is True and found["sink_tokens_to_keep"] is found["bos_dependent"] is None
@@ -247,7 +235,9 @@ def test_many_heads_are_counted_and_some_named() -> None:
     model = load_model("p0-nano")
     heads = [(layer, head) for layer in range(4) for head in range(4)]
     text = text_for(model)
-    few, many = (ConditionSink("without BOS", text, some, None, YES).names for some in (heads[:8], heads))
+    few, many = (
+        ConditionSink("without BOS", text, some, torch.zeros(2, 4, 4), YES).names for some in (heads[:8], heads)
+    )
     assert few == ", ".join(f"attn.{layer}.{head}" for layer, head in heads[:8])
     assert many == f"16 heads ({few} and others)"
 
@@ -264,7 +254,7 @@ def test_little_text_is_no_reason_to_keep_nothing() -> None:
 
 
 def made_up(kept: float, per_token: float, loss: float = 0.1, noise: float = 0.0) -> Int8Effects:
-    """Losses and errors with P0 in, with P0 kept and with a grid per token, the latter two as shares of the first."""
+    """Losses and errors with P0 in, with P0 kept and with a scale per token, the latter two as shares of the first."""
     rng = np.random.default_rng(0)
     shares = {P0_IN: 1.0, P0_KEPT: kept, PER_TOKEN: per_token}
     losses = {name: share * loss + noise * rng.normal(size=40) for name, share in shares.items()}
@@ -276,13 +266,13 @@ def test_keeping_p0_is_advised_where_it_helps() -> None:
     def said(effects: Int8Effects, sink: str = YES, reads: bool = True) -> Statement:
         return int8_risk(effects, sink, reads)
 
-    unhelpful = "Keeping position zero in high precision is not seen to help. "
+    unhelpful = "Keeping position zero in high precision has no measurable benefit. "
     # A loss of 3, of which 0.03 counts.
     cases = {
-        (0.2, 0.2): "Keep position zero in high precision, or use one grid per token.",
+        (0.2, 0.2): "Keep position zero in high precision, or use one scale per token.",
         (0.2, 1.5): "Keep position zero in high precision.",
-        (0.5, 0.1): "Use one grid per token; where that is not to be had, keep position zero in high precision.",
-        (1.0, 0.1): unhelpful + "Use one grid per token.",
+        (0.5, 0.1): "Use one scale per token; where that is not available, keep position zero in high precision.",
+        (1.0, 0.1): unhelpful + "Use one scale per token.",
         (1.0, 1.0): unhelpful + "Leave activations in higher precision.",
     }
     for (kept, per_token), advice in cases.items():

@@ -23,14 +23,16 @@ import pytest
 import torch
 
 import p0circuit
-from p0circuit.experiments import SinkMap, SinkMapConfig
+from p0circuit.experiments import SinkMap, SinkMapConfig, find_experiment
 from p0circuit.experiments.base import Experiment, NotApplicable
 from p0circuit.models import load_model
 from p0circuit.models.constructed.build import wired_model
 from p0circuit.prompts import PromptSet, random_tokens
 from p0circuit.results import Result
 from p0circuit.stats import Interval
-from p0circuit.sweep import WORKER_OVERHEAD_BYTES, Sweep, _lacking, find_experiment, memory_of, sweep
+from p0circuit.sweep import Sweep, memory_of, sweep
+from p0circuit.sweep.cluster import missing_resources
+from p0circuit.sweep.tasks import WORKER_OVERHEAD_BYTES
 
 ray = pytest.importorskip("ray")
 
@@ -124,7 +126,7 @@ def test_ray_started_here_gives_the_numbers_of_a_serial_run(tiny_model_dir, tmp_
     # One worker: what takes its time is that each imports everything. The lost node below has tasks side by side.
     found = sweep(["wired", "./tiny"], [], ["C1", *ends], out, few_tokens, workers=1)
     assert not ray.is_initialized()
-    assert [(Path(task.model).name, task.experiment, task.status, task.why) for task in found.tasks] == [
+    assert [(Path(task.model).name, task.experiment, task.status, task.reason) for task in found.tasks] == [
         (model, *rest)
         for model in ("wired", "tiny")
         for rest in (
@@ -194,7 +196,7 @@ def test_checkpoints_are_tasks_of_their_own(cluster, tmp_path):
     assert [(task.checkpoint, task.status) for task in found.tasks] == [
         (0, "done"), (20, "done"), (25, "failed"), (30, "failed"), (None, "done"),
     ]  # fmt: skip
-    damaged, missing = (task.why for task in found.failed)
+    damaged, missing = (task.reason for task in found.failed)
     assert "ModelError: run@25: a weight file" in damaged and "is damaged" in damaged
     assert missing == "ModelError: run has no checkpoint 30; it has those of steps 0, 20, 25"
     values = {
@@ -214,7 +216,7 @@ def test_a_result_that_cannot_be_written_is_that_of_its_task_alone(cluster, tmp_
     (out / "wired").write_text("a file where a directory is needed")
     found = sweep(["wired", "wired-decoy"], [], [story], out, few_tokens, "ray://elsewhere:10001")
     assert [(task.model, task.status) for task in found.tasks] == [("wired", "failed"), ("wired-decoy", "done")]
-    assert "FileExistsError" in found.failed[0].why or "NotADirectoryError" in found.failed[0].why
+    assert "FileExistsError" in found.failed[0].reason or "NotADirectoryError" in found.failed[0].reason
     assert json.loads((out / "sweep.json").read_text()) == found.to_json()
     assert "already: 'ray://elsewhere:10001' is not used" in capsys.readouterr().err
     (out / "wired").unlink()
@@ -227,9 +229,9 @@ def test_a_result_that_cannot_be_written_is_that_of_its_task_alone(cluster, tmp_
 @pytest.mark.slow
 @pytest.mark.usefixtures("shown_messages")
 def test_a_task_larger_than_any_node_waits_for_one_that_has_room(cluster, tmp_path, capsys):
-    assert _lacking(ray, {"CPU": 1, "GPU": 0, "memory": WORKER_OVERHEAD_BYTES}) is None
-    lacking = _lacking(ray, {"CPU": 1, "GPU": 0.5, "memory": 2**50})
-    assert lacking == "it needs 1 CPU, 0.5 GPU and 1048576.0 GB of memory, more than any one machine here has"
+    assert missing_resources(ray, {"CPU": 1, "GPU": 0, "memory": WORKER_OVERHEAD_BYTES}) is None
+    missing = missing_resources(ray, {"CPU": 1, "GPU": 0.5, "memory": 2**50})
+    assert missing == "it needs 1 CPU, 0.5 GPU and 1048576.0 GB of memory, more than any one machine here has"
     story, found = Tells(Story(str(tmp_path / "diary"))), []
     waiting = threading.Thread(
         target=lambda: found.append(sweep(["wired"], [], [story], tmp_path / "out", few_tokens, cpus=2)), daemon=True

@@ -240,8 +240,8 @@ class P0Monitor:
                 "shorter prompts"
             )
         if self._prefix is None:
-            drawn, special = sampleable_vocabulary_of(self._tokenizer, vocab_size)
-            self._prefix = shift_prompts(prompts, SHIFT, drawn, prompts.seed, tuple(special)).shifted.ids[:, :SHIFT]
+            tokens, special = sampleable_vocabulary_of(self._tokenizer, vocab_size)
+            self._prefix = shift_prompts(prompts, SHIFT, tokens, prompts.seed, tuple(special)).shifted.ids[:, :SHIFT]
         return prompts, self._prefix
 
 

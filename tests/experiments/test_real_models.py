@@ -12,7 +12,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from p0circuit.advice import YES, sinks_by_condition
+from p0circuit.advice.facts import sinks_by_condition
+from p0circuit.advice.statement import YES
 from p0circuit.experiments.conditions import default_text
 from p0circuit.experiments.sink_condition import find_condition
 from p0circuit.experiments.sink_summary import after_bos, sink_summary
