@@ -27,7 +27,7 @@ from p0circuit.interventions.nodes import Node, components
 from p0circuit.interventions.pairs import PromptPair, patch_values, shift_prompts
 from p0circuit.interventions.path_patching import Receiver, path_patch
 from p0circuit.models import describe, forward
-from p0circuit.models.forward import hooked
+from p0circuit.models.hooks import hooked
 from p0circuit.models.passes import count_passes
 from p0circuit.prompts import PromptSet, random_tokens
 from p0circuit.recording.quantities import SINK_SCORE

@@ -145,7 +145,7 @@ def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
 def family_model(family_folder: Callable[[str], Path]) -> Callable[[str, str], Any]:
     """A family's hooked model in float32 on the CPU; skips where the backend does not exist."""
     from p0circuit.models import load_model
-    from p0circuit.models.hooked import has_hooked_transformer
+    from p0circuit.models.hooked_transformer import has_hooked_transformer
 
     loaded: dict[tuple[str, str], Any] = {}
 

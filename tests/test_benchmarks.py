@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks import monitor, run, transformer_lens4
 from benchmarks.models import tiny_shape
-from p0circuit.models.hooked import has_hooked_transformer
+from p0circuit.models.hooked_transformer import has_hooked_transformer
 from p0circuit.training.config import TrainConfig
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "performance.md"

@@ -30,7 +30,7 @@ from p0circuit.experiments.sink_summary import sink_summary
 from p0circuit.io import data_dir
 from p0circuit.models import load_model
 from p0circuit.models.gguf_writer import write_gguf
-from p0circuit.models.source import CONSTRUCTED_MODELS
+from p0circuit.models.names import CONSTRUCTED_MODELS
 from p0circuit.prompts import natural_text
 from p0circuit.recording.fingerprint import weights_fingerprint
 from p0circuit.reproduction import parameter_count
@@ -571,7 +571,7 @@ def test_two_files_of_one_name_do_not_overwrite_each_other(p0: Run, tiny_model_d
 def test_a_refused_gguf_file_is_one_line(p0: Run, tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(10))
     refused = p0("sink", tmp_path / "model.gguf")
-    assert refused.code == 2 and "no whole GGUF file" in refused.err and "Traceback" not in refused.err
+    assert refused.code == 2 and "not a complete GGUF file" in refused.err and "Traceback" not in refused.err
 
 
 # models and training
@@ -637,7 +637,7 @@ def test_a_trained_model_can_be_measured_and_its_trace_too(p0: Run, tmp_path: Pa
     assert p0("run", "sink-map", out, "--checkpoint", 0, "--out", results, *QUICK).code == 0
     assert [path.name for path in results.iterdir()] == ["my-model@0"]
     missing = p0("sink", out, "--checkpoint", 5)
-    assert missing.code == 2 and "no checkpoint '5'; it keeps those of steps 0, 6" in missing.err
+    assert missing.code == 2 and "no checkpoint '5'; it has those of steps 0, 6" in missing.err
 
 
 # wrong use

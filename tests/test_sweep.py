@@ -198,7 +198,7 @@ def test_checkpoints_are_tasks_of_their_own(cluster, tmp_path):
     ]  # fmt: skip
     damaged, missing = (task.reason for task in found.failed)
     assert "ModelError: run@25: a weight file" in damaged and "is damaged" in damaged
-    assert missing == "ModelError: run has no checkpoint 30; it keeps those of steps 0, 20, 25"
+    assert missing == "ModelError: run has no checkpoint 30; it has those of steps 0, 20, 25"
     values = {
         name: Result.load(tmp_path / "out" / name / "works.json").metrics["x"].value for name in ("run@0", "run@20")
     }

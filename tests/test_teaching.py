@@ -22,7 +22,7 @@ from p0circuit.interventions.metrics import measure, sink_score_of
 from p0circuit.interventions.pairs import patch_values, shift_prompts
 from p0circuit.interventions.path_patching import edges_into_keys, path_patch
 from p0circuit.models import load_model
-from p0circuit.models.info import sampleable_vocabulary
+from p0circuit.models.vocabulary import sampleable_vocabulary
 from p0circuit.report.contents import find_reproductions
 from p0circuit.stats import Interval
 from tests.report.made_up import claim, result, view, write_run

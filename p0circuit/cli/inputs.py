@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from p0circuit.models.device_map import DeviceMap
-    from p0circuit.models.load import StoredModel
+    from p0circuit.models.metadata import StoredModel
     from p0circuit.prompts import PromptSet
 
 LARGE_BYTES = 2**30

@@ -60,7 +60,7 @@ def cache(
 
     The cache holds recordings, and models converted from GGUF.
     """
-    from p0circuit.models.gguf import clear_converted_models, list_converted_models
+    from p0circuit.models.gguf_conversion import clear_converted_models, list_converted_models
     from p0circuit.recording.cache import Cache
 
     store = Cache()

@@ -31,7 +31,7 @@ from p0circuit.errors import P0Error
 from p0circuit.log import report_progress
 
 if TYPE_CHECKING:
-    from p0circuit.models.load import StoredModel
+    from p0circuit.models.metadata import StoredModel
     from p0circuit.prompts import PromptSet
     from p0circuit.training.trace import Trace
 

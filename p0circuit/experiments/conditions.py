@@ -15,7 +15,7 @@ from p0circuit.experiments.base import NotApplicable
 from p0circuit.hooked_model import HookedModel
 from p0circuit.models import StoredModel, describe
 from p0circuit.models.catalog import named_model
-from p0circuit.models.info import sampleable_vocabulary
+from p0circuit.models.vocabulary import sampleable_vocabulary
 from p0circuit.prompts import (
     RANDOM_FIRST,
     RANDOM_TOKENS,

@@ -12,7 +12,7 @@ from torch import Tensor
 from p0circuit.experiments.base import NotApplicable
 from p0circuit.hooked_model import HookedModel
 from p0circuit.models import describe
-from p0circuit.models.forward import hook_points
+from p0circuit.models.hooks import hook_points
 from p0circuit.prompts import PromptSet
 from p0circuit.recording.quantities import residual_at
 from p0circuit.recording.record import record

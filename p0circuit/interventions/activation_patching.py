@@ -41,7 +41,7 @@ from p0circuit.interventions.metrics import Complete, Metric, Rows, batches, mea
 from p0circuit.interventions.nodes import InterventionError, Node, nodes_of
 from p0circuit.interventions.pairs import PromptPair, values_at
 from p0circuit.models import ModelError, describe, forward, resume
-from p0circuit.models.forward import Hook, hook_point
+from p0circuit.models.hooks import Hook, hook_point
 from p0circuit.prompts import PromptSet
 from p0circuit.recording.batch_size import batch_size_for
 from p0circuit.stats import LEVEL, RESAMPLES, Interval

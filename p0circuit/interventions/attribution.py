@@ -49,7 +49,7 @@ from p0circuit.interventions.metrics import Complete, Metric, Rows, read_logits,
 from p0circuit.interventions.nodes import InterventionError, Kind, Node, nodes_of
 from p0circuit.interventions.pairs import PromptPair, Reference, patch_values
 from p0circuit.models import ModelInfo, describe, device_of, forward
-from p0circuit.models.forward import Hook
+from p0circuit.models.hooks import Hook
 from p0circuit.prompts import PromptSet
 from p0circuit.recording.batch_size import BATCH_BYTES
 

@@ -24,7 +24,7 @@ from p0circuit.hooked_model import HookedModel
 from p0circuit.interventions.metrics import Complete, Metric, Rows, read_logits, reading_hooks
 from p0circuit.interventions.nodes import InterventionError, Node
 from p0circuit.models import describe, resume
-from p0circuit.models.forward import Hook
+from p0circuit.models.hooks import Hook
 
 Through = Literal["direct", "mlps", "all"]
 """What may carry an effect from sender to receiver: the residual stream alone; MLPs as well; attention too."""

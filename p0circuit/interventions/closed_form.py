@@ -30,7 +30,7 @@ from p0circuit.hooked_model import HookedModel
 from p0circuit.interventions.batched_runs import Through, by_slot, repeated, sender_hooks
 from p0circuit.interventions.nodes import Node, nodes_of
 from p0circuit.models import describe, device_of, forward
-from p0circuit.models.forward import Hook
+from p0circuit.models.hooks import Hook
 from p0circuit.prompts import PromptSet
 from p0circuit.sink import attention_to, mean_over_queries
 

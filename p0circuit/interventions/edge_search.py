@@ -62,7 +62,7 @@ from p0circuit.interventions.receiver_inputs import (
     read_at_p0,
 )
 from p0circuit.models import ModelInfo, describe, device_of, forward, resume
-from p0circuit.models.forward import Hook
+from p0circuit.models.hooks import Hook
 from p0circuit.models.memory import return_freed_memory
 from p0circuit.models.passes import WITH_GRADIENT
 from p0circuit.prompts import PromptSet

@@ -25,7 +25,7 @@ from p0circuit.hooked_model import HookedModel
 from p0circuit.interventions.intervention import Change, Intervention, Offset, positions_of
 from p0circuit.interventions.nodes import InterventionError
 from p0circuit.models import describe, forward
-from p0circuit.models.forward import Hook
+from p0circuit.models.hooks import Hook
 from p0circuit.prompts import PromptSet
 from p0circuit.recording.batch_size import batch_size_for
 

@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from p0circuit.hooked_model import HookedModel
-from p0circuit.models.forward import forward, hook_points, hooked
+from p0circuit.models.forward import forward
+from p0circuit.models.hooks import hook_points, hooked
 from p0circuit.models.info import describe
 
 LEVELS = 127

@@ -19,7 +19,7 @@ from p0circuit.interventions.edits import at_least_float32, row_indices
 from p0circuit.interventions.nodes import InterventionError, Node, nodes_of
 from p0circuit.interventions.pairs import PromptPair, patch_values, values_at
 from p0circuit.models import describe, forward
-from p0circuit.models.forward import Hook, hooked
+from p0circuit.models.hooks import Hook, hooked
 from p0circuit.prompts import PromptSet
 
 Change = Callable[[Tensor, slice], Tensor | None]

@@ -26,7 +26,7 @@ from p0circuit import sink
 from p0circuit.hooked_model import HookedModel
 from p0circuit.interventions.nodes import InterventionError
 from p0circuit.models import describe, device_of, forward, resume
-from p0circuit.models.forward import Hook, hook_point
+from p0circuit.models.hooks import Hook, hook_point
 from p0circuit.prompts import PromptSet
 from p0circuit.recording.batch_size import batch_size_for
 

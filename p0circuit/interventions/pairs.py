@@ -20,7 +20,7 @@ from torch import Tensor
 from p0circuit.hooked_model import HookedModel
 from p0circuit.interventions.nodes import InterventionError, Node, nodes_of
 from p0circuit.models import forward
-from p0circuit.models.info import sampleable_vocabulary
+from p0circuit.models.vocabulary import sampleable_vocabulary
 from p0circuit.prompts import PromptSet, from_ids
 from p0circuit.recording.batch_size import batch_size_for
 

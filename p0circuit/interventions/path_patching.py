@@ -44,7 +44,7 @@ from p0circuit.interventions.metrics import Complete, Metric, Rows, measure_rows
 from p0circuit.interventions.nodes import InterventionError, Node, nodes_of
 from p0circuit.log import progress_bar
 from p0circuit.models import ModelInfo, describe, device_of, forward, resume
-from p0circuit.models.forward import Hook
+from p0circuit.models.hooks import Hook
 from p0circuit.prompts import PromptSet
 from p0circuit.sink import attention_to, mean_over_queries, sink_score
 from p0circuit.stats import bootstrap

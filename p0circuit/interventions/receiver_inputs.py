@@ -27,7 +27,7 @@ from p0circuit.interventions.closed_form import ROWS_AT_ONCE, ScoreForm, key_hoo
 from p0circuit.interventions.metrics import Complete, Metric, Rows, reading_hooks
 from p0circuit.interventions.nodes import Node
 from p0circuit.models import describe, forward, resume
-from p0circuit.models.forward import Hook
+from p0circuit.models.hooks import Hook
 
 Input = Literal["q", "k", "v", "mlp"]
 TOKENS_AT_ONCE = 2**13

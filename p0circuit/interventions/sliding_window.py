@@ -33,7 +33,7 @@ from p0circuit.interventions.closed_form import ScoreForm, key_hook, query_hook
 from p0circuit.interventions.intervention import Change, Intervention
 from p0circuit.interventions.nodes import InterventionError
 from p0circuit.models import describe, forward
-from p0circuit.models.forward import hook_points
+from p0circuit.models.hooks import hook_points
 from p0circuit.prompts import PromptSet
 
 PROBES = 4

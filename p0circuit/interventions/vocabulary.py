@@ -26,7 +26,7 @@ from p0circuit.interventions.nodes import InterventionError
 from p0circuit.interventions.single_token import p0_blocks
 from p0circuit.log import progress_bar
 from p0circuit.models import describe, forward
-from p0circuit.models.forward import Hook
+from p0circuit.models.hooks import Hook
 from p0circuit.prompts import PromptSet
 
 CHUNK = 1024

@@ -1,12 +1,13 @@
-"""Forward passes that no library knows: what the `p0circuit` field of a config.json adds to a known architecture.
+"""Forward passes that no library implements: what the `p0circuit` field of config.json changes in an architecture.
 
-- Force-sink masking: before every pre-norm, P0 keeps its first `k` channels alone and all other positions the other
-  `d_model - k`. The stream itself keeps everything (paper, v2, section on training methods).
-- Gated attention: each head's output is multiplied by `sigmoid(W x)`, element by element, where `x` is what the
-  attention read (Qiu et al. 2025, arXiv 2505.06708).
+- Force-sink masking: before every pre-norm, the first `k` channels are kept at P0 only, and the other `d_model - k`
+  channels at all other positions only. The residual stream itself is not masked (paper, version 2, section on training
+  methods).
+- Gated attention: each head's output is multiplied elementwise by `sigmoid(W x)`, where `x` is the input of the
+  attention (Qiu et al. 2025, arXiv 2505.06708).
 
-Both are hooks on modules, the same ones on a `transformers` model (to train it, and as the reference when it is loaded)
-and on the TransformerLens model that is made of it.
+Both are hooks on modules. The same hooks serve a `transformers` model, to train it and as the reference when it is
+loaded, and the TransformerLens model that is made of it.
 """
 
 from __future__ import annotations
@@ -15,27 +16,33 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from p0circuit.hooked_model import HookedModel
-from p0circuit.models.info import ModelError
+from p0circuit.models.errors import ModelError
+from p0circuit.models.hooks import hook_point
 
-FIELD = "p0circuit"
-"""The entry of config.json, a dictionary of the fields of `ArchitectureEdits`."""
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+    from transformers import PretrainedConfig, PreTrainedModel
+
+CONFIG_FIELD = "p0circuit"
+"""The entry of config.json that holds the fields of `ArchitectureEdits`."""
 GATES = "p0circuit_gates"
-"""The buffer of a hooked model that holds its gates."""
+"""The buffer of a hooked model that holds its gates, [layer, heads * d_head, d_model]."""
 
 
 @dataclass(frozen=True)
 class ArchitectureEdits:
-    """How a forward pass differs from its architecture's.
+    """How a forward pass differs from that of its architecture.
 
-    `force_sink` is the number of channels kept for P0 alone, 0 for no masking; `gated_attention` puts a gate on the
-    output of every head.
+    Attributes:
+        force_sink: number of channels that only P0 may use; 0 for no masking.
+        gated_attention: whether the output of every head is gated.
     """
 
     force_sink: int = 0
@@ -44,44 +51,57 @@ class ArchitectureEdits:
     def __bool__(self) -> bool:
         return self != ArchitectureEdits()
 
-    def to_json(self) -> dict[str, Any]:
-        """The dictionary that goes into config.json."""
+    def to_json(self) -> dict[str, int | bool]:
+        """Return the dictionary that is stored in config.json."""
         return {name: value for name, value in asdict(self).items() if value}
 
     @classmethod
-    def of(cls, config: Any, name: str = "config.json") -> ArchitectureEdits:
-        """Read them from a `transformers` config.
+    def from_config(cls, config: PretrainedConfig, name: str = "config.json") -> ArchitectureEdits:
+        """Read the edits of a `transformers` config.
+
+        Args:
+            config: of a causal language model.
+            name: what an error message calls the config.
 
         Raises:
-            ModelError: the field holds something that this version does not know; to ignore it would be wrong.
+            ModelError: the field holds an entry that this version does not know; ignoring it would compute another
+                model.
         """
-        given = getattr(config, FIELD, None) or {}
+        entries = getattr(config, CONFIG_FIELD, None) or {}
         known = {field.name: type(field.default) for field in fields(cls)}
-        wrong = {key: value for key, value in given.items() if type(value) is not known.get(key)}
-        if wrong or not 0 <= given.get("force_sink", 0) < config.hidden_size:
+        wrong = {key: value for key, value in entries.items() if type(value) is not known.get(key)}
+        if wrong or not 0 <= entries.get("force_sink", 0) < config.hidden_size:
             raise ModelError(
-                f"{name}: its field {FIELD!r} is {given}; expected {' and '.join(known)}, a number of channels below "
-                f"{config.hidden_size} and true or false"
+                f"{name}: its field {CONFIG_FIELD!r} is {entries}; expected {' and '.join(known)}, a number of "
+                f"channels below {config.hidden_size} and true or false"
             )
-        return cls(**given)
+        return cls(**entries)
 
 
 class _Sites(NamedTuple):
-    """The modules to hook: per layer its pre-norms, the attention's first, and what receives the heads' output."""
+    """The modules to hook: for every layer its pre-norms, the attention's first, and the module after the heads."""
 
     norms: list[list[nn.Module]]
     after_heads: list[nn.Module]
 
 
 class P0Positions:
-    """Where P0 stands in the batch that is being run: index 0, or under left padding one index per row."""
+    """The position of P0 in each row of the batch that is being run.
+
+    Attributes:
+        index: the position of P0 by row, [batch]; None where it is 0 in every row.
+    """
 
     def __init__(self) -> None:
         self.index: Int[Tensor, " batch"] | None = None
 
     @contextlib.contextmanager
-    def at(self, mask: Bool[Tensor, "batch pos"] | Int[Tensor, "batch pos"] | None) -> Iterator[None]:
-        """Take P0's place from an attention mask, for the passes inside the `with`."""
+    def from_mask(self, mask: Bool[Tensor, "batch pos"] | Int[Tensor, "batch pos"] | None) -> Iterator[None]:
+        """Read the positions from an attention mask, for the passes inside the `with`.
+
+        Args:
+            mask: 1 at real tokens and 0 at padding, [batch, pos]; None if there is no padding.
+        """
         self.index = None if mask is None else mask.long().argmax(dim=1)
         try:
             yield
@@ -92,63 +112,104 @@ class P0Positions:
 def reserve_channels(
     stream: Float[Tensor, "batch pos *head d_model"], channels: int, p0: Int[Tensor, " batch"] | None = None
 ) -> Float[Tensor, "batch pos *head d_model"]:
-    """Force-sink masking: the first `channels` of the stream survive at P0 alone, the others everywhere but at P0."""
+    """Apply force-sink masking: the first channels are kept at P0 only, the others everywhere but at P0.
+
+    Args:
+        stream: what a pre-norm reads, [batch, pos, ..., d_model].
+        channels: how many channels are reserved for P0.
+        p0: the position of P0 by row, [batch]; None for position 0.
+    """
     positions = torch.arange(stream.shape[1], device=stream.device)
     at_p0 = positions == (torch.zeros(1, dtype=torch.long, device=stream.device) if p0 is None else p0)[:, None]
     reserved = torch.arange(stream.shape[-1], device=stream.device) < channels
-    kept = at_p0[..., None] == reserved
-    return stream * kept.view(*kept.shape[:2], *(1,) * (stream.ndim - 3), -1)
+    mask = at_p0[..., None] == reserved
+    return stream * mask.view(*mask.shape[:2], *(1,) * (stream.ndim - 3), -1)
 
 
-def gated(
+def apply_gate(
     heads: Float[Tensor, "batch pos ..."],
-    read: Float[Tensor, "batch pos d_model"],
+    attention_input: Float[Tensor, "batch pos d_model"],
     gate: Float[Tensor, "inner d_model"],
 ) -> Float[Tensor, "batch pos ..."]:
-    """Gated attention: the output of all heads times the sigmoid of a linear map of what the attention read."""
-    return heads * torch.sigmoid(read @ gate.to(read).T).reshape(heads.shape)
+    """Multiply the output of all heads by the sigmoid of a linear map of the attention's input.
+
+    Args:
+        heads: output of the heads, [batch, pos, inner] or [batch, pos, head, d_head].
+        attention_input: the normed stream that the attention reads, [batch, pos, d_model].
+        gate: the linear map, [inner, d_model], where inner is the number of heads times d_head.
+    """
+    return heads * torch.sigmoid(attention_input @ gate.to(attention_input).T).reshape(heads.shape)
 
 
-def add_gates(hf: Any) -> None:
-    """Give every attention of an untrained `transformers` model a gate, all half open."""
+def add_gates(hf: PreTrainedModel) -> None:
+    """Give every attention of an untrained `transformers` model a gate of zeros, which halves its output.
+
+    Args:
+        hf: a model with Llama's layout.
+    """
     for layer in _layers(hf):
         width = layer.self_attn.o_proj.in_features
         layer.self_attn.gate = nn.Linear(hf.config.hidden_size, width, bias=False)
         nn.init.zeros_(layer.self_attn.gate.weight)
 
 
-def gates_of(hf: Any) -> list[Tensor]:
-    """The gates that `add_gates` gave to a model, by layer; none if it has none."""
+def gates_of(hf: PreTrainedModel) -> list[Tensor]:
+    """Return the gates that `add_gates` has given to a model.
+
+    Args:
+        hf: a model with Llama's layout.
+
+    Returns:
+        One matrix per layer, [inner, d_model]; an empty list for a model without gates.
+    """
     return [layer.self_attn.gate.weight for layer in _layers(hf) if hasattr(layer.self_attn, "gate")]
 
 
 def gate_name(layer: int) -> str:
-    """The name under which a layer's gate is saved."""
+    """Return the name under which a gate is stored in the weight file.
+
+    Args:
+        layer: the index of its block.
+    """
     return f"model.layers.{layer}.self_attn.gate.weight"
 
 
 def edit_hf_model(
-    hf: Any, changes: ArchitectureEdits, gates: Sequence[Float[Tensor, "inner d_model"]] = ()
-) -> list[Any]:
-    """Change the forward pass of a `transformers` model; returns the handles that undo it.
+    hf: PreTrainedModel, edits: ArchitectureEdits, gates: Sequence[Float[Tensor, "inner d_model"]] = ()
+) -> list[RemovableHandle]:
+    """Edit the forward pass of a `transformers` model.
+
+    Args:
+        hf: a model with Llama's layout.
+        edits: what to change.
+        gates: one per layer if the attention is gated.
+
+    Returns:
+        The handles that undo the edits.
 
     Raises:
-        ModelError: its layers are not of the kind that can be changed.
+        ModelError: the model has another layout than Llama's.
     """
     layers = _layers(hf)
     sites = _Sites(
         [[layer.input_layernorm, layer.post_attention_layernorm] for layer in layers],
         [layer.self_attn.o_proj for layer in layers],
     )
-    return _change(sites, changes, P0Positions(), gates.__getitem__)
+    return _add_hooks(sites, edits, P0Positions(), gates.__getitem__)
 
 
 @contextlib.contextmanager
-def changed(
-    hf: Any, changes: ArchitectureEdits, gates: Sequence[Float[Tensor, "inner d_model"]] = ()
+def temporary_edits(
+    hf: PreTrainedModel, edits: ArchitectureEdits, gates: Sequence[Float[Tensor, "inner d_model"]] = ()
 ) -> Iterator[None]:
-    """Change the forward pass of a `transformers` model inside a `with`; nothing if there is nothing to change."""
-    handles = edit_hf_model(hf, changes, gates) if changes else []
+    """Edit the forward pass of a `transformers` model inside a `with`.
+
+    Args:
+        hf: a model, which may have any layout if there are no edits.
+        edits: what to change.
+        gates: one per layer if the attention is gated.
+    """
+    handles = edit_hf_model(hf, edits, gates) if edits else []
     try:
         yield
     finally:
@@ -157,61 +218,85 @@ def changed(
 
 
 def edit_hooked_model(
-    model: HookedModel, changes: ArchitectureEdits, gates: Sequence[Float[Tensor, "inner d_model"]] = ()
+    model: HookedModel, edits: ArchitectureEdits, gates: Sequence[Float[Tensor, "inner d_model"]] = ()
 ) -> HookedModel:
-    """Change the forward pass of a hooked model for good, hook points included; returns the model."""
-    from p0circuit.models.forward import hook_point
+    """Edit the forward pass of a hooked model for good; its hook points see the edited activations.
 
-    if not changes:
+    Args:
+        model: a hooked model, which is changed in place.
+        edits: what to change.
+        gates: one per layer if the attention is gated.
+
+    Returns:
+        The same model.
+    """
+    if not edits:
         return model
-    model.cfg.p0circuit = changes
+    model.cfg.p0circuit = edits
     module = cast(nn.Module, model)
     if gates:
         module.register_buffer(GATES, torch.stack(list(gates)).to(model.cfg.device, model.cfg.dtype))
-    place = P0Positions()
-    model.__dict__["p0_place"] = place
+    positions = P0Positions()
+    model.__dict__["p0_positions"] = positions
     sites = _Sites(
         [[block.ln1, block.ln2] for block in model.blocks],
         [hook_point(model, f"blocks.{layer}.attn.hook_z") for layer in range(len(model.blocks))],
     )
     # Past a bridge's own attribute look-up, which knows no buffers.
-    _change(sites, changes, place, lambda layer: cast(Tensor, module._buffers[GATES])[layer])
+    _add_hooks(sites, edits, positions, lambda layer: cast(Tensor, module._buffers[GATES])[layer])
     return model
 
 
-def p0_positions(model: HookedModel, mask: Tensor | None) -> contextlib.AbstractContextManager[None]:
-    """Tell a changed model where P0 stands in the passes inside the `with`; nothing for any other model."""
-    place = model.__dict__.get("p0_place")
-    return contextlib.nullcontext() if place is None else place.at(mask)
+def p0_positions(
+    model: HookedModel, mask: Bool[Tensor, "batch pos"] | Int[Tensor, "batch pos"] | None
+) -> contextlib.AbstractContextManager[None]:
+    """Give an edited model the positions of P0 for the passes inside a `with`; for other models nothing happens.
+
+    Args:
+        model: a hooked model.
+        mask: 1 at real tokens and 0 at padding, [batch, pos]; None if there is no padding.
+    """
+    positions = model.__dict__.get("p0_positions")
+    return contextlib.nullcontext() if positions is None else positions.from_mask(mask)
 
 
-def _change(sites: _Sites, changes: ArchitectureEdits, place: P0Positions, gate: Callable[[int], Tensor]) -> list[Any]:
+def _add_hooks(
+    sites: _Sites, edits: ArchitectureEdits, positions: P0Positions, gate_of: Callable[[int], Tensor]
+) -> list[RemovableHandle]:
     handles = []
-    for layer, (norms, after) in enumerate(zip(*sites, strict=True)):
-        if changes.gated_attention:
-            read: list[Tensor] = []
-            handles.append(norms[0].register_forward_hook(partial(_keep, read)))
-            handles.append(after.register_forward_pre_hook(partial(_gate, read, gate, layer)))
-        if changes.force_sink:
+    for layer, (norms, after_heads) in enumerate(zip(*sites, strict=True)):
+        if edits.gated_attention:
+            attention_input: list[Tensor] = []
+            handles.append(norms[0].register_forward_hook(partial(_store_output, attention_input)))
+            handles.append(after_heads.register_forward_pre_hook(partial(_gate_input, attention_input, gate_of, layer)))
+        if edits.force_sink:
             for norm in norms:
-                handles.append(norm.register_forward_pre_hook(partial(_reserve, changes.force_sink, place)))
+                handles.append(norm.register_forward_pre_hook(partial(_mask_input, edits.force_sink, positions)))
     return handles
 
 
-def _keep(read: list[Tensor], module: Any, inputs: Any, output: Tensor) -> None:
-    read[:] = [output]
+def _store_output(storage: list[Tensor], module: nn.Module, inputs: tuple[object, ...], output: Tensor) -> None:
+    storage[:] = [output]
 
 
-def _gate(read: list[Tensor], gate: Callable[[int], Tensor], layer: int, module: Any, inputs: Any) -> tuple[Any, ...]:
-    return (gated(inputs[0], read.pop(), gate(layer)), *inputs[1:])
+def _gate_input(
+    attention_input: list[Tensor],
+    gate_of: Callable[[int], Tensor],
+    layer: int,
+    module: nn.Module,
+    inputs: tuple[Tensor, ...],
+) -> tuple[Tensor, ...]:
+    return (apply_gate(inputs[0], attention_input.pop(), gate_of(layer)), *inputs[1:])
 
 
-def _reserve(channels: int, place: P0Positions, module: Any, inputs: Any) -> tuple[Any, ...]:
-    return (reserve_channels(inputs[0], channels, place.index), *inputs[1:])
+def _mask_input(
+    channels: int, positions: P0Positions, module: nn.Module, inputs: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    return (reserve_channels(inputs[0], channels, positions.index), *inputs[1:])
 
 
-def _layers(hf: Any) -> Any:
-    layers = getattr(getattr(hf, "model", None), "layers", [])
-    if not len(layers) or not hasattr(getattr(layers[0], "self_attn", None), "o_proj"):
-        raise ModelError(f"the forward pass of {type(hf).__name__} cannot be changed; expected the layout of Llama")
+def _layers(hf: PreTrainedModel) -> list[Any]:
+    layers = list(getattr(getattr(hf, "model", None), "layers", []))
+    if not layers or not hasattr(getattr(layers[0], "self_attn", None), "o_proj"):
+        raise ModelError(f"the forward pass of {type(hf).__name__} cannot be edited; expected the layout of Llama")
     return layers

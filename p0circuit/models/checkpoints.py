@@ -1,4 +1,4 @@
-"""The names of training checkpoints, and what they say: the step, the stage of training, the tokens seen by then.
+"""The names of training checkpoints: the step, the stage of training, and the number of tokens that they state.
 
 `checkpoint-500` is the Trainer's, `step-000123` this package's own, `step1000` Pythia's; OLMo has `step1000-tokens4B`
 and, for models trained in stages, `stage1-step1000-tokens5B`.
@@ -14,11 +14,18 @@ STEP = re.compile(
     r"(?:stage(?P<stage>\d+)-(?:ingredient\d+-)?)?(?:step|checkpoint)-?(?P<step>\d+)"
     r"(?:-tokens(?P<tokens>\d+)(?P<unit>[KMBT]))?"
 )
+"""The names that contain a step."""
 _UNITS = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
 class Label(NamedTuple):
-    """What a name says of its checkpoint: `stage` is 0 and `tokens` None where it says nothing; tokens are rounded."""
+    """What the name of a checkpoint states.
+
+    Attributes:
+        step: of the training.
+        stage: of the training; 0 where the name states none.
+        tokens: the rounded number of tokens that the model was trained on; None where the name states none.
+    """
 
     step: int
     stage: int = 0
@@ -26,7 +33,19 @@ class Label(NamedTuple):
 
 
 def parse_label(label: int | str) -> Label | None:
-    """What the name of a checkpoint says; a bare number is a step. None for a name without one."""
+    """Parse the name of a checkpoint; a number is a step.
+
+    Args:
+        label: such as "step1000-tokens4B" or 1000.
+
+    Returns:
+        The parts of the name; None for a name without a step.
+
+    Example:
+        ```python
+        assert parse_label("stage1-step1000-tokens5B") == (1000, 1, 5 * 10**9)
+        ```
+    """
     if str(label).isdecimal():
         return Label(int(label))
     if (match := STEP.fullmatch(str(label))) is None:
@@ -35,13 +54,19 @@ def parse_label(label: int | str) -> Label | None:
     return Label(int(match["step"]), int(match["stage"] or 0), tokens)
 
 
-def by_step(labels: Iterable[str]) -> dict[int, str]:
-    """The name of the checkpoint at each step, in order of steps; what is no checkpoint's name is left out.
+def labels_by_step(labels: Iterable[str]) -> dict[int, str]:
+    """Select the names of checkpoints, and sort them by step.
 
-    Every stage of a training counts its steps anew: those of the first stage are found by their number, and those of
-    later ones by their whole name alone. Of two names for one step the first in order counts.
+    Every stage of a training counts its steps anew, so only the checkpoints of the first stage are returned; those of
+    later stages can be loaded by their names. Of two names with one step the first in alphabetical order is returned.
+
+    Args:
+        labels: names, which need not all be those of checkpoints.
+
+    Returns:
+        The name by step, in order of steps.
     """
-    named = [(told, label) for label in sorted(labels) if STEP.fullmatch(label) and (told := parse_label(label))]
-    first = min((told.stage for told, _ in named), default=0)
-    found = {told.step: label for told, label in reversed(named) if told.stage == first}
-    return dict(sorted(found.items()))
+    parsed = [(label, name) for name in sorted(labels) if STEP.fullmatch(name) and (label := parse_label(name))]
+    first = min((label.stage for label, _ in parsed), default=0)
+    by_step = {label.step: name for label, name in reversed(parsed) if label.stage == first}
+    return dict(sorted(by_step.items()))

@@ -1,11 +1,11 @@
-"""Models in which there should be nothing to find: the same architecture untrained, or with its neurons shuffled."""
+"""Control models that should have no circuit: the same architecture with untrained weights or with shuffled neurons."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -13,19 +13,30 @@ from torch import Tensor
 
 from p0circuit.hooked_model import HookedModel
 from p0circuit.models.device_map import placement_of
-from p0circuit.models.forward import hook_points, hooked
-from p0circuit.models.info import ModelError, describe
+from p0circuit.models.errors import ModelError
+from p0circuit.models.hooks import hook_points, hooked
+from p0circuit.models.info import describe
+
+if TYPE_CHECKING:
+    from transformer_lens.hook_points import HookPoint
 
 INITIAL_DEVIATION = 0.02
-"""Standard deviation of untrained matrices, as GPT-2 and most models after it start."""
+"""Standard deviation of untrained matrices, as in GPT-2 and most later models."""
 
 
 @contextlib.contextmanager
-def untrained_weights(model: HookedModel, seed: int = 0) -> Iterator[Any]:
-    """The model with the weights of a beginner inside a `with`: matrices normal, biases 0, gains 1.
+def untrained_weights(model: HookedModel, seed: int = 0) -> Iterator[HookedModel]:
+    """Give a model random initial weights inside a `with`: normal matrices, biases 0, gains 1.
+
+    Args:
+        model: which is changed in place and restored afterwards.
+        seed: of the random weights.
+
+    Yields:
+        The same model.
 
     Raises:
-        ModelError: it was loaded with a device map, so that there need not be room for other weights beside its own.
+        ModelError: the model was loaded with a device map, so that a second set of weights may not fit into memory.
     """
     if placement_of(model) is not None:
         raise ModelError(f"{describe(model).name} was loaded with a device map: its weights stay as they are")
@@ -34,7 +45,7 @@ def untrained_weights(model: HookedModel, seed: int = 0) -> Iterator[Any]:
     parameters = {
         name: parameter.data for name, parameter in torch.nn.Module.named_parameters(cast(torch.nn.Module, model))
     }
-    kept = {name: parameter.clone() for name, parameter in parameters.items()}
+    original = {name: parameter.clone() for name, parameter in parameters.items()}
     try:
         for name, parameter in parameters.items():
             last = name.rpartition(".")[2]
@@ -43,24 +54,31 @@ def untrained_weights(model: HookedModel, seed: int = 0) -> Iterator[Any]:
             elif parameter.ndim == 1:
                 parameter.fill_(1.0)
             else:
-                drawn = torch.randn(parameter.shape, generator=generator) * INITIAL_DEVIATION
-                parameter.copy_(drawn)
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * INITIAL_DEVIATION)
         yield model
     finally:
         for name, parameter in parameters.items():
-            parameter.copy_(kept[name])
+            parameter.copy_(original[name])
 
 
 @contextlib.contextmanager
-def shuffled_neurons(model: HookedModel, seed: int = 0) -> Iterator[Any]:
-    """The model with every MLP neuron writing what another one of its layer should write, inside a `with`.
+def shuffled_neurons(model: HookedModel, seed: int = 0) -> Iterator[HookedModel]:
+    """Shuffle the output weights of the neurons of every MLP inside a `with`.
 
-    All weights are still there, and each layer's outputs have their usual size; what reads and what writes no longer
-    belong together. A HookedTransformer has its output matrices permuted, so that clean runs can be recorded and shared
-    like those of any model; a bridge, whose matrices have many names, has its hidden activations permuted by hooks.
+    All weights remain, and the outputs of every layer have their usual size, but a neuron's input weights no longer
+    belong to its output weights. In a HookedTransformer the output matrices are permuted, so that its clean runs are
+    recorded and cached like those of any model. In a bridge, whose matrices have many names, hooks permute the hidden
+    activations.
+
+    Args:
+        model: which is changed in place and restored afterwards.
+        seed: of the permutations.
+
+    Yields:
+        The same model.
 
     Raises:
-        ModelError: its neurons cannot be reached, as in a mixture of experts.
+        ModelError: the neurons have no hook point, as in a mixture of experts.
     """
     layers = range(describe(model).n_layers)
     names = [f"blocks.{layer}.mlp.hook_post" for layer in layers]
@@ -81,8 +99,8 @@ def shuffled_neurons(model: HookedModel, seed: int = 0) -> Iterator[Any]:
 def _shuffled_weights(
     weights: Sequence[Float[Tensor, "d_mlp d_model"]], orders: Sequence[Int[Tensor, " d_mlp"]]
 ) -> Iterator[None]:
-    """Give each neuron the output of another inside a `with`: hidden[order] @ W is hidden @ W[argsort(order)]."""
-    own = [weight.detach().clone() for weight in weights]
+    """Permute output weights inside a `with`: hidden[order] @ W is hidden @ W[argsort(order)]."""
+    originals = [weight.detach().clone() for weight in weights]
     try:
         with torch.no_grad():
             for weight, order in zip(weights, orders, strict=True):
@@ -90,11 +108,11 @@ def _shuffled_weights(
         yield
     finally:
         with torch.no_grad():
-            for weight, before in zip(weights, own, strict=True):
-                weight.copy_(before)
+            for weight, original in zip(weights, originals, strict=True):
+                weight.copy_(original)
 
 
 def _shuffle(
-    hidden: Float[Tensor, "batch pos d_mlp"], hook: Any, order: Int[Tensor, " d_mlp"]
+    hidden: Float[Tensor, "batch pos d_mlp"], hook: HookPoint, order: Int[Tensor, " d_mlp"]
 ) -> Float[Tensor, "batch pos d_mlp"]:
     return hidden[..., order]

@@ -1,40 +1,21 @@
-"""What a hooked model is, in one small frozen record, whichever TransformerLens class holds it."""
+"""The description of a hooked model, the same whichever TransformerLens class holds it."""
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from p0circuit.errors import P0Error
-from p0circuit.prompts import sampleable_vocabulary_of
+from p0circuit.hooked_model import HookedModel
+from p0circuit.models.errors import ModelError
+from p0circuit.models.hf_config import layer_windows, mlp_width, n_experts
 from p0circuit.results import model_title
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PretrainedConfig
 
 Positions = Literal["rotary", "learned", "alibi", "none"]
-
-# The hook points of a block under their common names, `blocks.{layer}.` before each; see p0circuit.models.
-BLOCK_HOOKS = (
-    "hook_resid_pre",
-    "hook_resid_mid",
-    "hook_resid_post",
-    "hook_attn_out",
-    "hook_mlp_out",
-    "attn.hook_q",
-    "attn.hook_k",
-    "attn.hook_v",
-    "attn.hook_z",
-    "attn.hook_rot_q",
-    "attn.hook_rot_k",
-    "attn.hook_attn_scores",
-    "attn.hook_pattern",
-    "mlp.hook_pre",
-    "mlp.hook_post",
-)
+"""How a model encodes positions; "learned" is any table that is added to the embeddings."""
 
 _POSITIONS: dict[str, Positions] = {
     "rotary": "rotary",
@@ -45,19 +26,27 @@ _POSITIONS: dict[str, Positions] = {
 }
 
 
-class ModelError(P0Error):
-    """A model, checkpoint or input that p0circuit refuses; the message says why and how to mend it."""
-
-
 @dataclass(frozen=True)
 class ModelInfo:
     """The description of a hooked model that the rest of the package relies on.
 
-    `positions` is "learned" for any table added to the embeddings. `window` holds one entry per layer: how many keys a
-    query sees, itself included, or None for all of them. `n_ctx` is the longest sequence in tokens, None where
-    nothing limits it. `d_mlp` is the width of one expert in a mixture of experts; `experts` is then their number, and
-    0 for dense models. In `parallel_blocks` the MLP reads the block's input instead of the stream after attention.
-    `quantisation` is how the weights were rounded before they were loaded, as in "Q4_1"; None for plain weights.
+    Attributes:
+        name: of the model, with its checkpoint if one was loaded.
+        backend: "hooked" for a HookedTransformer, "bridge" for a TransformerBridge.
+        architecture: the class of the `transformers` model, such as "LlamaForCausalLM".
+        n_layers: number of blocks.
+        n_heads: attention heads per block.
+        n_kv_heads: key and value heads per block; fewer than `n_heads` in grouped-query attention.
+        d_head: width of a head.
+        d_model: width of the residual stream.
+        d_mlp: width of an MLP, or of one expert in a mixture of experts.
+        vocab_size: number of token ids that the embedding has.
+        n_ctx: the longest sequence in tokens; None where nothing limits it.
+        positions: how positions are encoded.
+        window: for every layer the number of keys that a query attends to, itself included; None for all of them.
+        experts: routed experts per block; 0 for a dense model.
+        parallel_blocks: whether the MLP reads the block's input instead of the stream after attention.
+        quantisation: how the weights were rounded before they were loaded, such as "Q4_1"; None if they were not.
     """
 
     name: str
@@ -79,58 +68,82 @@ class ModelInfo:
 
     @property
     def title(self) -> str:
-        """What people are shown: the name, and how the weights were rounded if they were."""
+        """The name that readers see: with the quantisation, if there is one."""
         return model_title(self.name, self.quantisation)
 
 
-def set_quantisation(model: Any, quantisation: str | None) -> Any:
-    """The hooked model, with what `describe` will say of its quantisation."""
+def set_quantisation(model: HookedModel, quantisation: str | None) -> HookedModel:
+    """Record how a model's weights were rounded, for `describe`.
+
+    Args:
+        model: a hooked model.
+        quantisation: such as "Q4_1"; None for weights that were not rounded.
+
+    Returns:
+        The same model.
+    """
     model.__dict__["quantisation"] = quantisation
     return model
 
 
-def describe(model: Any) -> ModelInfo:
-    """Describe a `HookedTransformer` or `TransformerBridge`, loaded by us or built by hand.
+def describe(model: HookedModel) -> ModelInfo:
+    """Describe a `HookedTransformer` or a `TransformerBridge`.
+
+    Args:
+        model: as `load_model` returns it, or built with TransformerLens.
 
     Raises:
-        ModelError: if `model` is neither.
+        ModelError: the model is neither.
+
+    Example:
+        ```python
+        model = load_model("p0-nano")
+        assert describe(model).n_layers == len(model.blocks)
+        ```
     """
     backend = backend_of(model)
     cfg = model.cfg
-    hf = model.original_model.config.get_text_config() if backend == "bridge" else None
-    positions = _positions(model, hf)
+    config = _hf_config(model) if backend == "bridge" else None
+    positions = _positions(model, config)
     return ModelInfo(
         name=cfg.model_name or "custom",
         backend=backend,
-        architecture=(cfg.original_architecture if hf is None else cfg.architecture) or "custom",
+        architecture=(cfg.original_architecture if config is None else cfg.architecture) or "custom",
         n_layers=cfg.n_layers,
         n_heads=cfg.n_heads,
         n_kv_heads=cfg.n_key_value_heads or cfg.n_heads,
         d_head=cfg.d_head,
         d_model=cfg.d_model,
-        d_mlp=0 if cfg.attn_only else (cfg.d_mlp if hf is None else _mlp_width(hf, cfg)) or 0,
+        d_mlp=0 if cfg.attn_only else (None if config is None else mlp_width(config)) or cfg.d_mlp or 0,
         vocab_size=cfg.d_vocab,
         n_ctx=None if positions in ("alibi", "none") else cfg.n_ctx,
         positions=positions,
-        window=_hooked_windows(cfg) if hf is None else layer_windows(hf),
-        experts=(cfg.num_experts or 0) if hf is None else experts(hf),
-        parallel_blocks=bool(getattr(cfg, "parallel_attn_mlp", False)) if hf is None else _is_parallel(model),
+        window=_hooked_windows(model) if config is None else layer_windows(config),
+        experts=(cfg.num_experts or 0) if config is None else n_experts(config),
+        parallel_blocks=_has_parallel_blocks(model, backend),
         quantisation=model.__dict__.get("quantisation"),
     )
 
 
-def device_of(model: Any) -> torch.device:
-    """Where a hooked model takes token ids; of one with a device map, other parts may be elsewhere."""
+def device_of(model: HookedModel) -> torch.device:
+    """Return the device that takes a model's token ids; with a device map other weights may be elsewhere.
+
+    Args:
+        model: a hooked model.
+    """
     import torch
 
     return torch.device(model.cfg.device)
 
 
-def backend_of(model: Any) -> Literal["hooked", "bridge"]:
-    """Which TransformerLens class a model is.
+def backend_of(model: object) -> Literal["hooked", "bridge"]:
+    """Return which TransformerLens class a model is.
+
+    Args:
+        model: any object; a `HookedTransformer` gives "hooked" and a `TransformerBridge` "bridge".
 
     Raises:
-        ModelError: if it is neither `HookedTransformer` nor `TransformerBridge`.
+        ModelError: the model is neither.
     """
     # By name and not by isinstance: HookedTransformer cannot be imported from TransformerLens 4 on.
     classes = {cls.__name__ for cls in type(model).__mro__}
@@ -144,59 +157,33 @@ def backend_of(model: Any) -> Literal["hooked", "bridge"]:
     )
 
 
-def layer_windows(config: Any) -> tuple[int | None, ...]:
-    """The sliding window of every layer of a `transformers` config, None where a layer sees everything."""
-    layers = config.num_hidden_layers
-    size = next((getattr(config, field) for field in _window_fields(type(config))), None)
-    if not isinstance(size, int) or getattr(config, "use_sliding_window", True) is False:
-        return (None,) * layers
-    kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None)
-    if kinds is None:
-        return (size,) * layers
-    return tuple(size if kind in ("sliding_attention", "local") else None for kind in kinds)
+def _hf_config(model: HookedModel) -> PretrainedConfig:
+    bridge: Any = model
+    return bridge.original_model.config.get_text_config()
 
 
-@functools.cache
-def _window_fields(kind: type) -> list[str]:
-    """The window fields a config class declares: files carry others too, of which their family knows nothing."""
-    return [name for name in ("sliding_window", "window_size") if name in inspect.signature(kind).parameters]
-
-
-def experts(config: Any) -> int:
-    """The number of routed experts a `transformers` config asks for, 0 for a dense model."""
-    names = ("num_local_experts", "num_experts", "n_routed_experts")
-    return next((count for count in (getattr(config, name, None) for name in names) if count), 0)
-
-
-def _mlp_width(config: Any, cfg: Any) -> int | None:
-    names = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
-    names = ("moe_intermediate_size", *names) if experts(config) else names
-    return next((width for width in (getattr(config, name, None) for name in names) if width), cfg.d_mlp)
-
-
-def _hooked_windows(cfg: Any) -> tuple[int | None, ...]:
+def _hooked_windows(model: HookedModel) -> tuple[int | None, ...]:
+    cfg = model.cfg
     if not cfg.use_local_attn:
         return (None,) * cfg.n_layers
     return tuple(cfg.window_size if kind == "local" else None for kind in cfg.attn_types)
 
 
-def _positions(model: Any, hf: Any) -> Positions:
+def _positions(model: HookedModel, config: PretrainedConfig | None) -> Positions:
     kind = _POSITIONS.get(model.cfg.positional_embedding_type, "none")
     # One entry per layer, 1 where it rotates: SmolLM 3 can leave rotation out.
-    if (rotated := getattr(hf, "no_rope_layers", None)) and not any(rotated):
+    if (rotated := getattr(config, "no_rope_layers", None)) and not any(rotated):
         return "none"
-    if hf is None or kind != "learned" or hasattr(model, "pos_embed"):
+    if config is None or kind != "learned" or hasattr(model, "pos_embed"):
         return kind
-    # The bridge says "standard" unless its adapter says otherwise, table or no table.
+    # A bridge has "standard" here unless its adapter sets another value, whether there is a table or not.
     tables = ("wpe", "embed_positions", "position_embeddings")
-    has_table = any(name.endswith(tables) for name, _ in model.original_model.named_modules())
+    bridge: Any = model
+    has_table = any(name.endswith(tables) for name, _ in bridge.original_model.named_modules())
     return "learned" if has_table else "none"
 
 
-def _is_parallel(model: Any) -> bool:
+def _has_parallel_blocks(model: HookedModel, backend: str) -> bool:
+    if backend == "hooked":
+        return bool(getattr(model.cfg, "parallel_attn_mlp", False))
     return any(cls.__name__ == "ParallelBlockBridge" for cls in type(model.blocks[0]).__mro__)
-
-
-def sampleable_vocabulary(model: Any) -> tuple[int, Collection[int]]:
-    """What random tokens are drawn from: the size of the vocabulary, and the special tokens to leave out."""
-    return sampleable_vocabulary_of(getattr(model, "tokenizer", None), describe(model).vocab_size)

@@ -1,4 +1,4 @@
-"""Memory: how much weights take, how much is free, and returning what is no longer used."""
+"""Memory: how much weights need, how much is free, and how to return what is no longer used."""
 
 from __future__ import annotations
 
@@ -6,22 +6,30 @@ import contextlib
 import ctypes
 import sys
 from pathlib import Path
-from typing import Any
+
+import torch
 
 
-def bytes_while_loading(parameters: int, dtype: Any) -> int:
-    """Bytes that weights take at most: HookedTransformer has its own, made beside those of `transformers`."""
-    import torch
+def bytes_while_loading(parameters: int, dtype: torch.dtype) -> int:
+    """Return the bytes that weights need at most while a model is loaded.
 
+    HookedTransformer copies the weights of `transformers`, so there are two of each for a while.
+
+    Args:
+        parameters: the number of weights.
+        dtype: of the weights.
+    """
     return 2 * parameters * torch.finfo(dtype).bits // 8
 
 
-def free_memory(device: Any) -> int | None:
-    """Bytes that can still be had on a device; None where the system does not say."""
-    import torch
+def free_memory(device: torch.device) -> int | None:
+    """Return the free bytes of a device; None where the system does not state them.
 
+    Args:
+        device: a GPU or the CPU.
+    """
     if device.type == "cuda":
-        # What torch holds without using it can be had too.
+        # Memory that torch holds without using it is free too.
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
     with contextlib.suppress(OSError):
@@ -32,10 +40,10 @@ def free_memory(device: Any) -> int | None:
 
 
 def return_freed_memory() -> None:
-    """Give memory that Python has freed back to the system, where the C library keeps it (glibc on Linux).
+    """Return memory that Python has freed to the system, where the C library holds it (glibc on Linux).
 
-    An experiment leaves many freed tensors of different sizes behind. Without this the process keeps their pages, and
-    the next experiment's peak is added to them.
+    An experiment frees many tensors of different sizes. Without this the process holds their pages, and the peak of the
+    next experiment is added to them.
     """
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):

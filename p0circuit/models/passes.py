@@ -1,12 +1,12 @@
-"""The currency of cost: how often a model was run.
+"""The cost of an experiment: how often a model was run.
 
-One *pass* is all prompts of an experiment through all blocks. Half of the rows, or half of the blocks, is half a pass;
-a row of one token is one token's share of a row. What is counted is tokens times blocks, wherever this package runs
-blocks (`forward`, `resume`, and the single-token forward of `interventions.single_token`). A forward pass with its
-gradient counts three times, since the backward pass costs about two more. The unembedding is not counted.
+One *pass* is all prompts of an experiment through all blocks. Half of the prompts, or half of the blocks, is half a
+pass. The count is in tokens times blocks, wherever this package runs blocks (`forward`, `resume`, and the single-token
+forward of `interventions.single_token`). A forward pass with its gradient counts three times, since the backward pass
+costs about two more. The unembedding is not counted.
 
-Passes are exact and repeatable where seconds depend on the machine: they are what experiments declare and what tests
-compare.
+Passes are exact and repeatable, while seconds depend on the machine. Experiments declare their passes, and tests
+compare them.
 """
 
 from __future__ import annotations
@@ -19,18 +19,28 @@ from dataclasses import dataclass
 import torch
 
 WITH_GRADIENT = 3
-"""What a forward pass counts whose gradient is taken."""
+"""How often a forward pass is counted if its gradient is computed."""
 
 
 @dataclass
 class PassCount:
-    """Blocks run since the count began, in tokens times blocks."""
+    """A count of what was run.
+
+    Attributes:
+        token_blocks: tokens times blocks since the count began.
+    """
 
     token_blocks: int = 0
 
-    def passes(self, n: int, length: int, layers: int) -> float:
-        """The count in passes of `n` prompts of `length` tokens through `layers` blocks."""
-        return self.token_blocks / (n * length * layers)
+    def passes(self, n: int, length: int, n_layers: int) -> float:
+        """Return the count in passes.
+
+        Args:
+            n: number of prompts of one pass.
+            length: tokens per prompt.
+            n_layers: blocks of the model.
+        """
+        return self.token_blocks / (n * length * n_layers)
 
 
 _COUNTS: ContextVar[tuple[PassCount, ...]] = ContextVar("counts", default=())
@@ -38,12 +48,17 @@ _COUNTS: ContextVar[tuple[PassCount, ...]] = ContextVar("counts", default=())
 
 @contextlib.contextmanager
 def count_passes() -> Iterator[PassCount]:
-    """Count the blocks that are run inside a `with`; counts may be nested.
+    """Count the blocks that are run inside a `with`; counts can be nested.
+
+    Yields:
+        The count, which grows while the block inside the `with` runs.
 
     Example:
-        with count_passes() as count:
+        ```python
+        with torch.no_grad(), count_passes() as count:
             forward(model, prompts.ids)
-        count.passes(prompts.n, prompts.length, describe(model).n_layers)  # 1.0
+        assert count.passes(prompts.n, prompts.length, describe(model).n_layers) == 1.0
+        ```
     """
     count = PassCount()
     token = _COUNTS.set((*_COUNTS.get(), count))
@@ -54,6 +69,11 @@ def count_passes() -> Iterator[PassCount]:
 
 
 def count_blocks(tokens: int, blocks: int) -> None:
-    """Add `tokens` that went through `blocks` blocks to every count under way."""
+    """Add a run to every count in progress; three times if gradients are enabled.
+
+    Args:
+        tokens: number of tokens of the batch.
+        blocks: number of blocks that they were run through.
+    """
     for count in _COUNTS.get():
         count.token_blocks += tokens * blocks * (WITH_GRADIENT if torch.is_grad_enabled() else 1)

@@ -11,8 +11,9 @@ import torch
 
 from p0circuit.hooked_model import HookedModel
 from p0circuit.models import describe
-from p0circuit.models.device_map import placement_of, weights_of
-from p0circuit.models.forward import hook_points
+from p0circuit.models.device_map import placement_of
+from p0circuit.models.hooks import hook_points
+from p0circuit.models.offload import weights_of
 from p0circuit.recording.cache import checksum
 
 _FINGERPRINTS: weakref.WeakKeyDictionary[Any, tuple[str, str]] = weakref.WeakKeyDictionary()

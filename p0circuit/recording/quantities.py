@@ -20,7 +20,7 @@ from p0circuit import sink
 from p0circuit.errors import P0Error
 from p0circuit.hooked_model import HookedModel
 from p0circuit.models import describe
-from p0circuit.models.forward import layer_of
+from p0circuit.models.hook_names import layer_of
 from p0circuit.recording.cache import checksum
 
 

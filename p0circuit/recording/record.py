@@ -24,7 +24,7 @@ from p0circuit.hooked_model import HookedModel
 from p0circuit.io import code_fingerprint
 from p0circuit.log import progress_bar
 from p0circuit.models import describe, device_of, forward
-from p0circuit.models.forward import Hook
+from p0circuit.models.hooks import Hook
 from p0circuit.prompts import PromptSet
 from p0circuit.recording.batch_size import batch_size_for
 from p0circuit.recording.cache import Cache, key_of

@@ -12,7 +12,9 @@ from safetensors import SafetensorError
 from p0circuit.hooked_model import HookedModel
 from p0circuit.models import describe, forward, load_model, named_model
 from p0circuit.models.device_map import placement_of
-from p0circuit.models.source import CONSTRUCTED_MODELS, count_parameters, resolve
+from p0circuit.models.model_files import count_parameters
+from p0circuit.models.names import CONSTRUCTED_MODELS
+from p0circuit.models.source import resolve
 from p0circuit.prompts import PromptSet
 from p0circuit.recording.batch_size import batch_size_for
 

@@ -14,19 +14,12 @@ from p0circuit.hooked_model import HookedModel
 from p0circuit.io import data_dir
 from p0circuit.models import ModelError
 from p0circuit.models.catalog import CATALOG
+from p0circuit.models.hub import revision_of
 from p0circuit.models.load import Backend
 from p0circuit.models.memory import bytes_while_loading
-from p0circuit.models.source import (
-    CONSTRUCTED_MODELS,
-    checkpoint_folders,
-    count_parameters,
-    gguf_model_name,
-    hub_id_of,
-    is_gguf_model,
-    local_folder,
-    resolve,
-    revision_of,
-)
+from p0circuit.models.model_files import count_parameters
+from p0circuit.models.names import CONSTRUCTED_MODELS, hub_id_of
+from p0circuit.models.source import checkpoint_folders, gguf_model_name, is_gguf_model, local_folder, resolve
 from p0circuit.prompts import PromptSet
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from p0circuit.models.architecture_edits import FIELD, add_gates
+from p0circuit.models.architecture_edits import CONFIG_FIELD, add_gates
 from p0circuit.text import BOS_ID, EOS_ID
 from p0circuit.training.config import TrainConfig
 
@@ -63,7 +63,7 @@ def build_model(config: TrainConfig) -> PreTrainedModel:
         "rms_norm_eps": 1e-5,
     }
     if config.architecture_edits:
-        shared[FIELD] = config.architecture_edits.to_json()
+        shared[CONFIG_FIELD] = config.architecture_edits.to_json()
     if config.architecture == "mistral":
         return MistralForCausalLM(MistralConfig(sliding_window=config.window, **shared))
     if config.architecture == "qwen3_moe":

@@ -14,7 +14,7 @@ from p0circuit.hooked_model import HookedModel
 from p0circuit.interventions.ablation import ablate
 from p0circuit.interventions.pairs import patch_values, shifted_pair
 from p0circuit.models import ModelError, describe
-from p0circuit.models.info import sampleable_vocabulary
+from p0circuit.models.vocabulary import sampleable_vocabulary
 from p0circuit.prompts import PromptSet, from_ids, random_tokens
 from p0circuit.recording.quantities import (
     NORM_RATIO,

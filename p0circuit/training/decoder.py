@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from p0circuit.models.info import ModelError
+from p0circuit.models.errors import ModelError
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from p0circuit.models.info import ModelError
+from p0circuit.models.errors import ModelError
 from p0circuit.training.decoder import Decoder
 from p0circuit.training.model_state import attention_configs
 

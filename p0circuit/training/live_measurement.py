@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from p0circuit import sink
 from p0circuit.errors import NotFiniteError
-from p0circuit.models.info import ModelError
+from p0circuit.models.errors import ModelError
 from p0circuit.sink import CONTROL, sink_heads
 from p0circuit.training.decoder import Decoder, decoder_of
 from p0circuit.training.formation import EARLY_BLOCKS, lost_share, observed_concentration

@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerBase
 
 from p0circuit.errors import P0Error
 from p0circuit.interventions.pairs import shift_prompts
-from p0circuit.models.info import ModelError
+from p0circuit.models.errors import ModelError
 from p0circuit.prompts import PromptSet, from_ids, random_tokens, sampleable_vocabulary_of, tokenized_text
 from p0circuit.sink import CONTROL, least_excess
 from p0circuit.training.callbacks import Log, P0TrainerCallback, lightning_callback

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from p0circuit.models import ModelError, describe, forward
-from p0circuit.models.forward import hook_point
-from p0circuit.models.info import BLOCK_HOOKS
+from p0circuit.models.hook_names import BLOCK_HOOKS
+from p0circuit.models.hooks import hook_point
 from tests.families import CASES, CONTEXT, FAMILIES, LAYERS, VOCAB
 
 LENGTH = 20

@@ -12,7 +12,7 @@ from p0circuit.models.bridge import to_bridge
 from p0circuit.models.constructed.build import wired_huggingface
 from p0circuit.models.constructed.truth import wired_truth
 from p0circuit.models.constructed.weights import purity, residual_subspaces
-from p0circuit.models.hooked import has_hooked_transformer, to_hooked
+from p0circuit.models.hooked_transformer import has_hooked_transformer, to_hooked
 from p0circuit.prompts import PromptSet, from_ids
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from p0circuit.models import load_model
-from p0circuit.models.hooked import has_hooked_transformer
+from p0circuit.models.hooked_transformer import has_hooked_transformer
 
 
 @pytest.fixture(scope="session")

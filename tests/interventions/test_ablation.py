@@ -38,7 +38,7 @@ from p0circuit.interventions.pairs import patch_values, shift_prompts, values_at
 from p0circuit.models import ModelError, describe, forward
 from p0circuit.models.constructed.build import wired_model
 from p0circuit.models.constructed.truth import wired_truth
-from p0circuit.models.forward import hook_point
+from p0circuit.models.hooks import hook_point
 from p0circuit.prompts import PromptSet, random_tokens
 from p0circuit.recording.quantities import SINK_SCORE, TOKEN_LOSSES, residual_at
 from p0circuit.recording.record import record

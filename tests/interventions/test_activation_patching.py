@@ -38,8 +38,8 @@ from p0circuit.interventions.pairs import PromptPair, patch_values, shift_prompt
 from p0circuit.models import ModelError, describe, forward, load_model
 from p0circuit.models.constructed.build import wired_model
 from p0circuit.models.constructed.truth import wired_truth
-from p0circuit.models.forward import hook_points
-from p0circuit.models.hooked import has_hooked_transformer
+from p0circuit.models.hooked_transformer import has_hooked_transformer
+from p0circuit.models.hooks import hook_points
 from p0circuit.prompts import random_tokens
 from p0circuit.recording import batch_size
 from p0circuit.stats import ratio_interval

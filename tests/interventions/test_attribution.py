@@ -26,7 +26,7 @@ from p0circuit.interventions.pairs import PromptPair, patch_values, shift_prompt
 from p0circuit.models import ModelError, describe, forward
 from p0circuit.models.constructed.build import wired_model
 from p0circuit.models.constructed.truth import wired_truth
-from p0circuit.models.hooked import has_hooked_transformer
+from p0circuit.models.hooked_transformer import has_hooked_transformer
 from p0circuit.prompts import from_ids, random_tokens
 from tests.families import CASES, VOCAB
 

@@ -17,9 +17,9 @@ from p0circuit.interventions.receiver_inputs import InputPatch, measure_inputs, 
 from p0circuit.models import describe, forward, load_model, passes
 from p0circuit.models.constructed.build import wired_model
 from p0circuit.models.constructed.truth import wired_truth
-from p0circuit.models.forward import hooked
-from p0circuit.models.info import sampleable_vocabulary
+from p0circuit.models.hooks import hooked
 from p0circuit.models.passes import count_passes
+from p0circuit.models.vocabulary import sampleable_vocabulary
 from p0circuit.prompts import natural_text, random_tokens
 from tests.families import CASES, VOCAB
 

@@ -16,8 +16,8 @@ from p0circuit.models import describe, forward
 from p0circuit.models.bridge import to_bridge
 from p0circuit.models.constructed.build import wired_model
 from p0circuit.models.constructed.truth import wired_truth
-from p0circuit.models.forward import hook_point
-from p0circuit.models.hooked import has_hooked_transformer, to_hooked
+from p0circuit.models.hooked_transformer import has_hooked_transformer, to_hooked
+from p0circuit.models.hooks import hook_point
 from p0circuit.prompts import random_tokens
 from tests.families import CASES, VOCAB, build
 from tests.interventions.oracles import component_outputs

@@ -13,7 +13,7 @@ from torch import Tensor
 from p0circuit.interventions.nodes import InterventionError
 from p0circuit.interventions.sliding_window import _check_form, _rotation, cache_of, rotations, streamed
 from p0circuit.models import forward, load_model
-from p0circuit.models.hooked import has_hooked_transformer
+from p0circuit.models.hooked_transformer import has_hooked_transformer
 from p0circuit.prompts import PromptSet, random_tokens
 from p0circuit.recording.quantities import TOKEN_LOSSES
 from p0circuit.recording.record import record

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from p0circuit.models import ModelError, ModelInfo, describe, load_model
-from p0circuit.models.hooked import has_hooked_transformer
+from p0circuit.models.hooked_transformer import has_hooked_transformer
+from p0circuit.models.info import backend_of
 from tests.families import CASES, CONTEXT, FAMILIES, LAYERS, VOCAB, Family, write
 
 EXPECTED: dict[str, dict[str, Any]] = {
@@ -108,4 +109,4 @@ def test_families_beyond_the_named_ones(family: Family, expected: dict[str, Any]
 
 def test_what_is_no_hooked_model() -> None:
     with pytest.raises(ModelError, match="got Linear; load one with"):
-        describe(torch.nn.Linear(2, 2))
+        backend_of(torch.nn.Linear(2, 2))

@@ -22,7 +22,7 @@ from p0circuit.interventions.experts import experts_at_p0, remove_experts
 from p0circuit.models import ModelError, describe, device_of, forward, load_model, model_placement, resume
 from p0circuit.models.controls import shuffled_neurons, untrained_weights
 from p0circuit.models.device_map import Placement, parse_device_map, placement_of, plan_placement
-from p0circuit.models.hooked import has_hooked_transformer
+from p0circuit.models.hooked_transformer import has_hooked_transformer
 from p0circuit.prompts import random_tokens
 from p0circuit.recording.batch_size import ATTENTION_COPIES
 from p0circuit.recording.fingerprint import weights_fingerprint
@@ -308,8 +308,8 @@ def test_auto_fills_gpus_then_memory_then_the_disk() -> None:
         ({**SPLIT, "model.layers.7": "cpu"}, r"small has no model\.layers\.7; its blocks are model\.layers\.0"),
         ({name: place for name, place in SPLIT.items() if name != "model.norm"}, r"parameters: model\.norm\.weight"),
         ({**SPLIT, "lm_head": "tape"}, r"'lm_head' cannot be put on 'tape'; expected a GPU's number, cpu or disk"),
-        ("everywhere", "'everywhere': expected auto, cpu, disk or the places of modules"),
-        ({}, "expected auto, cpu, disk or the places of modules"),
+        ("everywhere", "'everywhere': expected auto, cpu, disk or the devices of modules"),
+        ({}, "expected auto, cpu, disk or the devices of modules"),
     ],
 )
 def test_maps_that_do_not_fit_the_model(device_map: Any, message: str) -> None:
@@ -318,7 +318,7 @@ def test_maps_that_do_not_fit_the_model(device_map: Any, message: str) -> None:
 
 
 def test_tied_weights_have_one_place(family_folder: FAMILY) -> None:
-    with pytest.raises(ModelError, match="are the same weights: put them in one place"):
+    with pytest.raises(ModelError, match="are the same weights; put them on the same device"):
         model_placement(family_folder("llama"), {"model": "cpu", "lm_head": "disk"})
 
 

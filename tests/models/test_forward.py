@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from p0circuit.models import ModelError, describe, forward, load_model, resume
-from p0circuit.models.forward import _check_ids, _check_mask, hook_point, hooked
+from p0circuit.models.forward import _check_ids, _checked_mask
+from p0circuit.models.hooks import hook_point, hooked
 from tests.families import CASES, LAYERS, VOCAB, Family, write
 
 cases = pytest.mark.parametrize(("family", "backend"), CASES, ids=[f"{name}-{backend}" for name, backend in CASES])
@@ -190,7 +191,7 @@ def test_what_cannot_be_run(backend: str, family_model: Any, ids: Tensor) -> Non
     with pytest.raises(ModelError, match="must hold 1"):
         forward(model, ids, mask * 2)
     with pytest.raises(ModelError, match=r"attention mask has shape \[2, 3\], the input"):
-        _check_mask(mask[:, :3], (2, 12), model)
+        _checked_mask(mask[:, :3], (2, 12), model)
     with pytest.raises(ModelError, match=r"residual of shape \[batch, pos, 32\], got \[2, 12, 31\]"):
         resume(model, torch.randn(2, 12, 31), 0)
     for stop in (-1, 4):

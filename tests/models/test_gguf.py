@@ -21,15 +21,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufCo
 from p0circuit.models import (
     ModelError,
     describe,
-    gguf as gguf_module,
+    gguf_conversion,
     list_checkpoints,
     load_model,
     model_placement,
     stored_model,
 )
-from p0circuit.models.gguf import check_dense, list_converted_models, read_header
-from p0circuit.models.gguf_writer import gguf_weights, interleaved, write_gguf
-from p0circuit.models.hooked import has_hooked_transformer
+from p0circuit.models.gguf import read_header
+from p0circuit.models.gguf_conversion import check_dense, list_converted_models
+from p0circuit.models.gguf_writer import gguf_weights, interleave_rotary_rows, write_gguf
+from p0circuit.models.hooked_transformer import has_hooked_transformer
 
 KINDS = ["F32", "F16", "Q8_0", "Q4_1"]
 IDS = torch.arange(40)[None] * 3 % 384
@@ -51,7 +52,7 @@ def q4(files: Path, tmp_path: Path) -> Path:
 
 
 def plain(weight: np.ndarray, heads: int) -> np.ndarray:
-    """The inverse of `interleaved`, row by row: the slow twin of what `transformers` does."""
+    """The inverse of `interleave_rotary_rows`, row by row: the slow twin of what `transformers` does."""
     out, half = np.empty_like(weight), weight.shape[0] // heads // 2
     for head in range(heads):
         for pair in range(half):
@@ -88,7 +89,7 @@ def test_what_was_written_reads_back_as_gguf_itself_takes_it_back(files: Path, k
 
 def test_interleaved_rows_are_put_back(tiny_model_dir: Path) -> None:
     weight = np.random.default_rng(0).normal(size=(24, 5))
-    np.testing.assert_array_equal(plain(interleaved(weight, 3), 3), weight)
+    np.testing.assert_array_equal(plain(interleave_rotary_rows(weight, 3), 3), weight)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -137,8 +138,8 @@ def test_the_tokenizer_is_the_one_that_transformer_lens_makes_of_it(files: Path,
 
     path, text = files / "tiny-Q8_0.gguf", "one text\nand  another"
     once = load_model(path, device="cpu").tokenizer
-    plainly = load_module._load_tokenizer
-    monkeypatch.setattr(load_module, "_load_tokenizer", lambda source, with_bos: plainly(source))
+    plainly = load_module.load_tokenizer
+    monkeypatch.setattr(load_module, "load_tokenizer", lambda source, with_bos: plainly(source))
     twice = load_model(path, device="cpu").tokenizer
     for special in (True, False):
         assert once(text, add_special_tokens=special).input_ids == twice(text, add_special_tokens=special).input_ids
@@ -209,8 +210,8 @@ def test_a_file_has_no_checkpoints(files: Path) -> None:
 
 def test_it_is_converted_once(q4: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved: list[Path] = []
-    save = gguf_module._save
-    monkeypatch.setattr(gguf_module, "_save", lambda *given: (saved.append(given[1]), save(*given)))
+    save = gguf_conversion._save
+    monkeypatch.setattr(gguf_conversion, "_save", lambda *given: (saved.append(given[1]), save(*given)))
     first = stored_model(q4)
     assert stored_model(q4).folders == first.folders and saved == [q4]
     # It is the content that counts, not where it lies.
@@ -244,7 +245,7 @@ def test_a_damaged_conversion_is_made_again(q4: Path, damage: str) -> None:
 
 def test_other_versions_do_not_share_a_conversion(q4: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = stored_model(q4).folders
-    monkeypatch.setattr(gguf_module, "version", lambda name: "0.0")
+    monkeypatch.setattr(gguf_conversion, "version", lambda name: "0.0")
     assert stored_model(q4).folders != first
 
 
@@ -280,14 +281,14 @@ def test_a_truncated_file_is_refused_wherever_it_ends(q4: Path) -> None:
     whole = q4.read_bytes()
     for end in (0, 3, 4, 20, 100, len(whole) // 4, len(whole) // 2, len(whole) - 64):
         q4.write_bytes(whole[:end])
-        with pytest.raises(ModelError, match="no whole GGUF file"):
+        with pytest.raises(ModelError, match="not a complete GGUF file"):
             load_model(q4, device="cpu")
 
 
 def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(b"PK\x03\x04" + bytes(1000))
-    with pytest.raises(ModelError, match="no whole GGUF file"):
+    with pytest.raises(ModelError, match="not a complete GGUF file"):
         load_model(path, device="cpu")
     other = tmp_path / "weights.bin"
     other.write_bytes(bytes(100))
@@ -305,7 +306,7 @@ def test_an_absurd_count_is_no_endless_loop(q4: Path) -> None:
     whole = q4.read_bytes()
     for position in (8, 16):
         q4.write_bytes(whole[:position] + struct.pack("<Q", 2**62) + whole[position + 8 :])
-        with pytest.raises(ModelError, match="no whole GGUF file"):
+        with pytest.raises(ModelError, match="not a complete GGUF file"):
             read_header(q4)
 
 
@@ -360,7 +361,7 @@ def test_weights_that_only_run_packed_are_refused(tmp_path: Path) -> None:
     from gguf import GGMLQuantizationType
 
     path = header_only(tmp_path / "model.gguf", "llama", kind=GGMLQuantizationType.Q1_0)
-    with pytest.raises(ModelError, match=r"type Q1_0, which can only be run as they are packed"):
+    with pytest.raises(ModelError, match=r"type Q1_0, which gguf .* cannot de-quantise"):
         load_model(path, device="cpu")
 
 
@@ -369,7 +370,7 @@ def test_an_architecture_that_stays_packed_is_refused(tiny_model_dir: Path) -> N
     check_dense("tiny", model)
     blocks = torch.zeros(4, 20, dtype=torch.uint8)
     model.model.layers[1].mlp.up_proj.weight = torch.nn.Parameter(blocks, requires_grad=False)
-    with pytest.raises(ModelError, match=r"only run it with its weights packed.*layers.1.mlp.up_proj"):
+    with pytest.raises(ModelError, match=r"run it with packed weights only.*layers.1.mlp.up_proj"):
         check_dense("tiny", model)
 
 
@@ -435,7 +436,7 @@ def test_what_does_not_fit_is_refused_before_it_is_read(q4: Path, monkeypatch: p
         patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
         with pytest.raises(ModelError, match="set P0CIRCUIT_CACHE to a folder with more room"):
             load_model(q4, device="cpu")
-    monkeypatch.setattr(gguf_module, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(gguf_conversion, "free_memory", lambda device: 1000)
     with pytest.raises(ModelError, match="of memory to be converted"):
         load_model(q4, device="cpu")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from p0circuit.models.checkpoints import Label, by_step, parse_label
+from p0circuit.models.checkpoints import Label, labels_by_step, parse_label
 
 
 @pytest.mark.parametrize(
@@ -33,9 +33,9 @@ def test_what_a_name_says(name: str | int, told: Label | None) -> None:
 
 
 def test_steps_are_those_of_the_first_stage() -> None:
-    assert by_step(["main", "step1000", "step0", "step512"]) == {0: "step0", 512: "step512", 1000: "step1000"}
+    assert labels_by_step(["main", "step1000", "step0", "step512"]) == {0: "step0", 512: "step512", 1000: "step1000"}
     stages = ["stage2-ingredient1-step1000-tokens3B", "stage1-step1000-tokens5B", "stage2-ingredient1-step7-tokens1B"]
-    assert by_step(stages) == {1000: "stage1-step1000-tokens5B"}
-    assert by_step(["step-000005", "checkpoint-5"]) == {5: "checkpoint-5"}
+    assert labels_by_step(stages) == {1000: "stage1-step1000-tokens5B"}
+    assert labels_by_step(["step-000005", "checkpoint-5"]) == {5: "checkpoint-5"}
     # A branch of digits alone may be anything.
-    assert by_step(["main", "2024"]) == {}
+    assert labels_by_step(["main", "2024"]) == {}

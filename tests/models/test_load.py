@@ -24,7 +24,7 @@ from p0circuit.models import (
     load_model,
     stored_model,
 )
-from p0circuit.models.hooked import has_hooked_transformer
+from p0circuit.models.hooked_transformer import has_hooked_transformer
 from tests.families import FAMILIES, Family, build, write
 
 needs_hooked = pytest.mark.skipif(
@@ -37,7 +37,7 @@ PARAMETERS = 96 * 32 + 3 * (4 * 32 * 32 + 3 * 32 * 48 + 2 * 32) + 32
 @pytest.fixture
 def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A data folder with one shipped model, `tiny`, that keeps three checkpoints."""
-    monkeypatch.setattr("p0circuit.models.source.data_dir", lambda: tmp_path / "data")
+    monkeypatch.setattr("p0circuit.models.names.data_dir", lambda: tmp_path / "data")
     folder = write("llama", tmp_path / "data" / "models" / "tiny")
     save_tokenizer(folder)
     for step in (1000, 0, 20):
@@ -111,11 +111,9 @@ def test_checkpoints_with_labels(llama: Path) -> None:
 
 def test_checkpoints_that_do_not_exist(shipped: Path, llama: Path) -> None:
     for missing in (21, "step-21", "final", "../tiny"):
-        with pytest.raises(
-            ModelError, match=rf"tiny has no checkpoint {missing!r}; it keeps those of steps 0, 20, 1000"
-        ):
+        with pytest.raises(ModelError, match=rf"tiny has no checkpoint {missing!r}; it has those of steps 0, 20, 1000"):
             load_model("tiny", checkpoint=missing)
-    with pytest.raises(ModelError, match="llama keeps no checkpoints"):
+    with pytest.raises(ModelError, match="llama has no checkpoints"):
         load_model(llama, checkpoint=3)
 
 
@@ -190,7 +188,7 @@ def test_what_hooked_transformer_cannot_hold_falls_to_the_bridge(
     model = load_model(folder, device="cpu")
     assert describe(model).backend == "bridge"
     assert torch.allclose(logits_of(model), expected(0, family, **fields), atol=1e-4)
-    with pytest.raises(ModelError, match=f"cannot hold model: {reason}.*backend='bridge'"):
+    with pytest.raises(ModelError, match=f"cannot represent model: {reason}.*backend='bridge'"):
         load_model(folder, backend="hooked")
 
 
@@ -219,7 +217,7 @@ def test_variants_that_hooked_transformer_holds(family: str, fields: dict[str, A
 @needs_hooked
 def test_a_conversion_that_goes_wrong_is_seen_in_the_logits(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Converted with the wrong base of rotation, the model is refused by name and replaced by the bridge."""
-    monkeypatch.setattr("p0circuit.models.hooked._rope_fields", lambda config: {"rotary_base": 10.0})
+    monkeypatch.setattr("p0circuit.models.hooked_transformer._rope_fields", lambda config: {"rotary_base": 10.0})
     with pytest.raises(ModelError, match="HookedTransformer gives other logits than transformers"):
         load_model(llama, backend="hooked", device="cpu")
     assert describe(load_model(llama, device="cpu")).backend == "bridge"
@@ -232,7 +230,7 @@ def test_no_hooked_transformer_in_transformer_lens_4(llama: Path) -> None:
 
 
 def test_wrong_arguments(llama: Path) -> None:
-    for dtype in (torch.int64, "float32"):
+    for dtype in (torch.int64, torch.bool):
         with pytest.raises(ModelError, match=r"floating-point dtype such as torch.bfloat16"):
             load_model(llama, dtype=dtype)
 
@@ -339,7 +337,7 @@ def test_models_without_a_causal_mask(tmp_path: Path) -> None:
 
 def test_a_model_without_attention(tmp_path: Path) -> None:
     family = Family("MambaConfig", {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2})
-    with pytest.raises(ModelError, match="no blocks with attention"):
+    with pytest.raises(ModelError, match="no block with attention"):
         load_model(write(family, tmp_path / "mamba"), device="cpu")
 
 
@@ -437,7 +435,7 @@ def test_what_would_not_fit_is_refused_before_it_is_read(llama: Path, monkeypatc
     numbers = sum(weight.numel() for weight in load_file(llama / "model.safetensors").values())
     whole, reads = 2 * 4 * numbers, []
     monkeypatch.setattr(load_module, "free_memory", lambda device: whole - 1)
-    monkeypatch.setattr(load_module, "_load_hf", lambda *given: reads.append(given))
+    monkeypatch.setattr(load_module, "load_hf_model", lambda *given: reads.append(given))
     with pytest.raises(ModelError, match=r"needs about .* GB on cpu and .* are free; load it with a smaller dtype"):
         load_model(llama, device="cpu")
     assert not reads

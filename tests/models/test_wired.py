@@ -34,7 +34,7 @@ from p0circuit.models.constructed.weights import (
     residual_subspaces,
     wired_weights,
 )
-from p0circuit.models.hooked import has_hooked_transformer
+from p0circuit.models.hooked_transformer import has_hooked_transformer
 from p0circuit.models.info import Positions
 
 POSITIONS: tuple[Positions, ...] = ("rotary", "learned")

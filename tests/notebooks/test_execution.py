@@ -33,7 +33,7 @@ from p0circuit.interventions.pairs import patch_values, shift_prompts
 from p0circuit.interventions.path_patching import edges_into_keys
 from p0circuit.models import load_model
 from p0circuit.models.constructed.truth import wired_truth
-from p0circuit.models.info import sampleable_vocabulary
+from p0circuit.models.vocabulary import sampleable_vocabulary
 from p0circuit.prompts import random_tokens
 from p0circuit.recording.quantities import SINK_SCORE
 from p0circuit.recording.record import record

@@ -19,7 +19,7 @@ from p0circuit.course.page import read_prompts
 from p0circuit.interventions.closed_form import key_hook
 from p0circuit.interventions.pairs import patch_values, shift_prompts
 from p0circuit.models import load_model
-from p0circuit.models.info import sampleable_vocabulary
+from p0circuit.models.vocabulary import sampleable_vocabulary
 from p0circuit.training.runs import as_trained, of_variant, shipped_runs
 from tests.notebooks.command import ROOT, p0circuit
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from p0circuit.models import forward, load_model
-from p0circuit.models.forward import hook_point
-from p0circuit.models.hooked import has_hooked_transformer
+from p0circuit.models.hooked_transformer import has_hooked_transformer
+from p0circuit.models.hooks import hook_point
 from p0circuit.prompts import PromptSet, from_ids, random_tokens
 from p0circuit.recording import fingerprint, quantities
 from p0circuit.recording.cache import Cache

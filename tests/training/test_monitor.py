@@ -42,7 +42,7 @@ from p0circuit.interventions.pairs import shift_prompts, values_at
 from p0circuit.io import data_dir
 from p0circuit.models import ModelError, forward, load_model
 from p0circuit.models.architecture_edits import edit_hf_model, gates_of
-from p0circuit.models.info import sampleable_vocabulary
+from p0circuit.models.vocabulary import sampleable_vocabulary
 from p0circuit.prompts import from_ids, random_tokens, tokenized_text
 from p0circuit.recording.quantities import NORM_RATIO, SINK_SCORE, residual_at, score_at
 from p0circuit.recording.record import record

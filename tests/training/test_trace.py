@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from p0circuit.io import data_dir
-from p0circuit.models import ModelError, describe, forward, load as load_module, load_model, stored_model
+from p0circuit.models import ModelError, describe, forward, load_model, metadata, stored_model
 from p0circuit.prompts import natural_text, random_tokens
 from p0circuit.recording.quantities import RESIDUAL_NORMS, SINK_SCORE
 from p0circuit.recording.record import record
@@ -243,16 +243,18 @@ def test_a_damaged_checkpoint_is_named_left_out_and_a_gap(run, tmp_path):
 
 
 def test_a_checkpoint_that_goes_while_it_is_read_is_a_gap(run, monkeypatch):
-    whole = load_module._file_digest
+    whole = metadata._file_digest
 
     def vanishing(path):
         if path.parent.name == "checkpoint-4339" and path.suffix == ".safetensors":
             raise FileNotFoundError(2, "No such file or directory", str(path))
         return whole(path)
 
-    monkeypatch.setattr(load_module, "_file_digest", vanishing)
+    monkeypatch.setattr(metadata, "_file_digest", vanishing)
     found = trace(run, prompts_for, STEPS)
-    assert [row["step"] for row in found.rows] == [0, 20000] and "went or cannot be read" in found.missing["4339"]
+    assert [row["step"] for row in found.rows] == [0, 20000] and "was deleted or cannot be read" in found.missing[
+        "4339"
+    ]
 
 
 def test_all_checkpoints_are_measured_on_the_same_prompts(run):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from p0circuit.models import ModelError, describe, forward, load_model
 from p0circuit.models.architecture_edits import ArchitectureEdits, edit_hf_model, gates_of, reserve_channels
-from p0circuit.models.hooked import has_hooked_transformer
+from p0circuit.models.hooked_transformer import has_hooked_transformer
 from p0circuit.prompts import from_ids
 from p0circuit.recording.fingerprint import weights_fingerprint
 from p0circuit.recording.quantities import SINK_SCORE

@@ -36,7 +36,7 @@ from p0circuit.experiments.sink_under_study import studied_sink
 from p0circuit.hooked_model import HookedModel
 from p0circuit.interventions.attention_edits import remove_heads
 from p0circuit.models import ModelInfo, describe, forward
-from p0circuit.models.info import sampleable_vocabulary
+from p0circuit.models.vocabulary import sampleable_vocabulary
 from p0circuit.prompts import RANDOM_TOKENS, SHIPPED_TEXTS, PromptSet, bos_id, natural_text, random_tokens
 from p0circuit.recording.batch_size import batch_size_for
 from p0circuit.recording.quantities import SINK_SCORE, TOKEN_LOSSES

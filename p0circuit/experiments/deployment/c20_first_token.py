@@ -42,8 +42,8 @@ from p0circuit.interventions.ablation import ablate
 from p0circuit.interventions.attribution import rows_with_gradients
 from p0circuit.models import ModelInfo, describe, forward
 from p0circuit.models.device_map import placement_of
-from p0circuit.models.info import sampleable_vocabulary
 from p0circuit.models.passes import WITH_GRADIENT
+from p0circuit.models.vocabulary import sampleable_vocabulary
 from p0circuit.prompts import PromptSet, bos_id, from_ids
 from p0circuit.recording.quantities import TOKEN_LOSSES
 from p0circuit.recording.record import cached, record

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from transformer_lens.hook_points import HookPoint
 
-    from p0circuit.models.forward import Hook
+    from p0circuit.models.hooks import Hook
 
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
 JOINT, WHOLE_STREAM, JOINT_CONTROL = "blocks 0-1", "whole stream", "blocks 0-1 at a random position"

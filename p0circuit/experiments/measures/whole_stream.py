@@ -29,7 +29,7 @@ from p0circuit.prompts import PromptSet
 if TYPE_CHECKING:
     from transformer_lens.hook_points import HookPoint
 
-    from p0circuit.models.forward import Hook
+    from p0circuit.models.hooks import Hook
 
 
 @dataclass(frozen=True, eq=False)

@@ -46,7 +46,7 @@ from p0circuit.interventions.closed_form import NotOfTheClosedForm, QueryScores,
 from p0circuit.interventions.vocabulary import CHUNK, vocabulary_sweep
 from p0circuit.log import progress_bar
 from p0circuit.models import ModelError, ModelInfo, describe
-from p0circuit.models.info import sampleable_vocabulary
+from p0circuit.models.vocabulary import sampleable_vocabulary
 from p0circuit.prompts import WITH_BOS, PromptSet, bos_id, condition_of, random_tokens
 from p0circuit.recording.quantities import residual_at, score_at
 from p0circuit.recording.record import record

@@ -45,7 +45,7 @@ from p0circuit.experiments.claim import Claim, Criterion
 from p0circuit.experiments.sink_under_study import studied_sink
 from p0circuit.hooked_model import HookedModel
 from p0circuit.models import ModelError, describe
-from p0circuit.models.forward import hook_point
+from p0circuit.models.hooks import hook_point
 from p0circuit.prompts import PromptSet
 from p0circuit.recording.quantities import Batch, Quantity
 from p0circuit.recording.record import record

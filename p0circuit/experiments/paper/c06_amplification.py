@@ -48,7 +48,7 @@ from p0circuit.interventions.metrics import Metric, Reading, Rows
 from p0circuit.interventions.nodes import Node, components
 from p0circuit.interventions.pairs import PromptPair, patch_values, shifted_pair, values_at
 from p0circuit.models import ModelError, ModelInfo, describe
-from p0circuit.models.forward import hook_point
+from p0circuit.models.hooks import hook_point
 from p0circuit.models.passes import WITH_GRADIENT
 from p0circuit.prompts import PromptSet
 from p0circuit.results import Result

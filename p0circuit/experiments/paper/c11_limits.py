@@ -42,7 +42,7 @@ from p0circuit.experiments.sink_under_study import StudiedSink, studied_sink
 from p0circuit.hooked_model import HookedModel
 from p0circuit.interventions.pairs import shifted_pair
 from p0circuit.models import ModelInfo, describe
-from p0circuit.models.info import sampleable_vocabulary
+from p0circuit.models.vocabulary import sampleable_vocabulary
 from p0circuit.prompts import SHIPPED_TEXTS, PromptSet, natural_text, random_tokens
 from p0circuit.recording.batch_size import ATTENTION_COPIES
 from p0circuit.recording.quantities import Batch, Quantity, score_at

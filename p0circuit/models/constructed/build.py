@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from einops import rearrange
+from torch import nn
 
+from p0circuit.hooked_model import HookedModel
 from p0circuit.models.bridge import to_bridge
 from p0circuit.models.constructed.weights import (
     CONTEXT,
@@ -21,8 +23,12 @@ from p0circuit.models.constructed.weights import (
     Weights,
     wired_weights,
 )
-from p0circuit.models.hooked import has_hooked_transformer, to_hooked
-from p0circuit.models.info import ModelError, Positions
+from p0circuit.models.errors import ModelError
+from p0circuit.models.hooked_transformer import has_hooked_transformer, to_hooked
+from p0circuit.models.info import Positions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def wired_model(
@@ -32,14 +38,28 @@ def wired_model(
     backend: str = "auto",
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
-) -> Any:
+) -> HookedModel:
     """Build the model with the constructed P0 sink: 3 layers, 5 heads of 32, d_model 160, 64 tokens, 256 positions.
 
-    A hooked model in eval mode, named `wired` or `wired-learned`. `backend` "auto" is HookedTransformer where there is
-    one and TransformerBridge on TransformerLens 4, with the same weights. `seed` turns the stream, never the circuit.
+    Args:
+        positions: "rotary" or "learned".
+        seed: rotates the residual stream; the circuit stays the same.
+        backend: "hooked" for HookedTransformer, "bridge" for TransformerBridge; "auto" is HookedTransformer where
+            TransformerLens has it (before version 4).
+        dtype: of the weights.
+        device: of the weights.
+
+    Returns:
+        A hooked model in eval mode, named `wired` or `wired-learned`.
 
     Raises:
-        ModelError: for positions other than "rotary" and "learned", and for a backend that cannot be had.
+        ModelError: for other positions, and for a backend that TransformerLens does not have.
+
+    Example:
+        ```python
+        model = wired_model("learned")
+        assert describe(model).name == "wired-learned"
+        ```
     """
     return _build("wired", positions, seed, True, backend, dtype, device)
 
@@ -51,13 +71,23 @@ def decoy_model(
     backend: str = "auto",
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
-) -> Any:
-    """Build the wired model without step 4: P0 has its norm and its direction, but no head reads them in K, so no sink.
+) -> HookedModel:
+    """Build the wired model without step 4: P0 has its norm and its direction, but no head reads them in K.
 
-    Named `wired-decoy` or `wired-decoy-learned`; the former sink heads average. Arguments are those of `wired_model`.
+    So there is no sink; the heads that are sink heads in the wired model attend uniformly.
+
+    Args:
+        positions: as for `wired_model`.
+        seed: as for `wired_model`.
+        backend: as for `wired_model`.
+        dtype: as for `wired_model`.
+        device: as for `wired_model`.
+
+    Returns:
+        A hooked model in eval mode, named `wired-decoy` or `wired-decoy-learned`.
 
     Raises:
-        ModelError: as `wired_model`.
+        ModelError: as `wired_model` does.
     """
     return _build("wired-decoy", positions, seed, False, backend, dtype, device)
 
@@ -70,7 +100,7 @@ def _build(
     backend: str,
     dtype: torch.dtype,
     device: str | torch.device,
-) -> Any:
+) -> HookedModel:
     name = name if positions == "rotary" else f"{name}-{positions}"
     weights = wired_weights(positions, seed=seed, sinks=sinks)
     return model_from_weights(weights, name, positions, backend=backend, dtype=dtype, device=device)
@@ -84,50 +114,65 @@ def model_from_weights(
     backend: str = "auto",
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
-) -> Any:
-    """Build a hooked model of the wired model's shape from weights such as `wired_weights` gives.
+) -> HookedModel:
+    """Build a hooked model of the wired model's shape from weights such as those of `wired_weights`.
+
+    Args:
+        weights: by HookedTransformer's names.
+        name: what `describe` calls the model.
+        positions: as for `wired_model`.
+        backend: as for `wired_model`.
+        dtype: as for `wired_model`.
+        device: as for `wired_model`.
 
     Raises:
-        ModelError: for a backend that cannot be had.
+        ModelError: for a backend that TransformerLens does not have.
     """
     if backend == "auto":
         backend = "hooked" if has_hooked_transformer() else "bridge"
     if backend != "bridge" and not (backend == "hooked" and has_hooked_transformer()):
         raise ModelError(
-            f"backend={backend!r} cannot be had here: expected 'auto', 'bridge', or (with transformer-lens<4) 'hooked'"
+            f"backend={backend!r} is not available: expected 'auto', 'bridge', or (with transformer-lens<4) 'hooked'"
         )
-    # New modules draw initial weights; the caller's random numbers are left as they were.
+    # New modules are initialised at random; the caller's random state is restored.
     with torch.random.fork_rng(devices=[]):
-        module = _huggingface(weights, positions, dtype).to(device)
+        module = _huggingface(weights, positions, dtype)
+        # Modules are moved in place; the type of transformers' own `to` is wrong.
+        nn.Module.to(module, device)
         return to_hooked(module, name) if backend == "hooked" else to_bridge(module, name)
 
 
 def wired_huggingface(
     positions: Positions = "rotary", *, seed: int = 0, sinks: bool = True, dtype: torch.dtype = torch.float32
-) -> Any:
-    """Build the same weights as a `transformers` model: GPT-NeoX for rotary positions, GPT-2 for learned, with ReLU.
+) -> PreTrainedModel:
+    """Build the wired model as a `transformers` model: GPT-NeoX for rotary positions, GPT-2 for learned, with ReLU.
 
-    `save_pretrained` makes an ordinary model directory of it. `sinks=False` is the decoy model.
+    Args:
+        positions: as for `wired_model`.
+        seed: as for `wired_model`.
+        sinks: whether to construct the sink heads; False gives the decoy model.
+        dtype: of the weights.
 
     Raises:
-        ModelError: if `positions` is neither "rotary" nor "learned".
+        ModelError: `positions` is neither "rotary" nor "learned".
     """
     return _huggingface(wired_weights(positions, seed=seed, sinks=sinks), positions, dtype)
 
 
-def _huggingface(weights: Weights, positions: Positions, dtype: torch.dtype) -> Any:
+def _huggingface(weights: Weights, positions: Positions, dtype: torch.dtype) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         model, state = _gpt2(weights) if positions == "learned" else _neox(weights)
-    model = model.to(dtype).eval()
+    nn.Module.to(model, dtype)
+    model.eval()
     parameters = dict(model.named_parameters())
-    assert parameters.keys() == state.keys(), f"on one side only: {sorted(parameters.keys() ^ state.keys())}"
+    assert parameters.keys() == state.keys(), f"in one of the two only: {sorted(parameters.keys() ^ state.keys())}"
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(state[name])
     return model
 
 
-def _gpt2(weights: Weights) -> tuple[Any, Weights]:
+def _gpt2(weights: Weights) -> tuple[PreTrainedModel, Weights]:
     """An empty GPT-2 of our shape, and our weights in its layout (matrices as ours, heads joined)."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -170,7 +215,7 @@ def _gpt2(weights: Weights) -> tuple[Any, Weights]:
     return GPT2LMHeadModel(config), state
 
 
-def _neox(weights: Weights) -> tuple[Any, Weights]:
+def _neox(weights: Weights) -> tuple[PreTrainedModel, Weights]:
     """An empty GPT-NeoX of our shape, and our weights in its layout (matrices transposed, Q, K, V within each head)."""
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 

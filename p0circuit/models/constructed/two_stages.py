@@ -1,19 +1,19 @@
-"""A second constructed model, whose P0 has two stages by construction: written, erased, and written again.
+"""A second constructed model, whose P0 has two stages: its direction is written, erased, and written again.
 
 Blocks 0 to 2 are those of the wired model (`weights.py`): recognition, detection, the first amplifier in MLP 1, and
 sink heads in layer 2. Three blocks follow:
 
 - *Block 3, the eraser.* One neuron of its MLP reads the direction `p0`. At P0 its cosine is
   `60 / sqrt(2 + 9 + 9 + 60^2) = 0.997`; the neuron is 0 up to a cosine of 0.5 and 1 at that value, and writes -60 times
-  `p0`. Decoys make the first amplifier write a little less than 60, so less than a tenth of it is left, with its sign
-  turned. No head reads it.
-- *Block 4, the second amplifier.* `mark` still stands at P0, since nothing erases it. A neuron like the first sink
-  neuron reads it and writes 60 times `second_p0`, a direction at right angles to `p0`.
+  `p0`. Decoys make the first amplifier write a little less than 60, so less than a tenth of it remains, with the
+  opposite sign. No head reads it.
+- *Block 4, the second amplifier.* `mark` remains at P0, since nothing erases it. A neuron like the first sink neuron
+  reads it and writes 60 times `second_p0`, a direction orthogonal to `p0`.
 - *Block 5, the second readers.* Three heads read `second_p0` as the first sink heads read `p0`.
 
-What is true of it: two stages, after blocks 1 to 2 and after blocks 4 to 5, with a cosine of 0 between their directions
-but for the rest of `p0`. Recognition happens in block 0 alone, so the circuit's depth is 1; later blocks recognise
-nothing, so what is taken away after block 0 is not rebuilt. Layers 3 and 4 have no sink head.
+The ground truth: there are two stages, after blocks 1 to 2 and after blocks 4 to 5. The cosine between their directions
+is 0, up to what remains of `p0`. Recognition happens in block 0 alone, so the circuit's depth is 1. Later blocks
+recognise nothing, so what is removed after block 0 is not restored. Layers 3 and 4 have no sink head.
 
 Source: our own construction, on the design of `weights.py`.
 """
@@ -44,7 +44,8 @@ from p0circuit.models.constructed.weights import (
     set_neuron,
     wired_weights,
 )
-from p0circuit.models.info import ModelError, Positions
+from p0circuit.models.errors import ModelError
+from p0circuit.models.info import Positions
 
 N_LAYERS = 6
 ERASER, SECOND_SINK_NEURON = 77, 51
@@ -53,15 +54,15 @@ ERASER_THRESHOLD = 0.5
 
 @dataclass(frozen=True)
 class TwoStagesTruth:
-    """What is true of the two-stage model.
+    """The ground truth of the two-stage model.
 
     Attributes:
         stages: first and last depth of each stage; depth i is after block i - 1.
         writers: the neuron that writes each stage.
         erasers: the neurons that erase a stage.
         sink_heads: the heads that read each stage.
-        circuit_depth: in how many first blocks recognition has to happen.
-        cosine: between the directions of the stages.
+        circuit_depth: number of first blocks in which recognition happens.
+        cosine: between the directions of the two stages.
     """
 
     stages: tuple[tuple[int, int], ...] = ((2, 3), (5, 6))
@@ -78,7 +79,7 @@ def two_stages_weights(*, seed: int = 0) -> Weights:
     """Construct all weights with rotary positions, in float64, with HookedTransformer's names and shapes.
 
     Args:
-        seed: turns the residual stream, never the circuit.
+        seed: rotates the residual stream; the circuit stays the same.
     """
     space, square = residual_subspaces(seed), 1 + RULER**2 + ECHO**2 + MARK**2
     weights = blank_weights(N_LAYERS) | wired_weights("rotary", seed=seed)
@@ -111,16 +112,16 @@ def two_stages_model(
 
     Args:
         positions: "rotary"; there is no other.
-        seed: turns the residual stream, never the circuit.
+        seed: rotates the residual stream; the circuit stays the same.
         backend: "auto", "hooked" or "bridge".
         dtype: of the weights.
-        device: where they are.
+        device: of the weights.
 
     Returns:
         A hooked model in eval mode, named `wired-two-stages`.
 
     Raises:
-        ModelError: for other positions, and for a backend that cannot be had.
+        ModelError: for other positions, and for a backend that TransformerLens does not have.
     """
     if positions != "rotary":
         raise ModelError(f"positions={positions!r}, but the two-stage model exists with 'rotary' only")

@@ -17,7 +17,7 @@ from p0circuit.experiments import NotApplicable
 from p0circuit.experiments.exploratory.experts import Experts, ExpertsConfig, _in_use, _random_order
 from p0circuit.experiments.sink_under_study import excess_scores, studied_sink
 from p0circuit.models import load_model
-from p0circuit.models.hooked import has_hooked_transformer
+from p0circuit.models.hooked_transformer import has_hooked_transformer
 from p0circuit.prompts import PromptSet, natural_text, random_tokens
 from p0circuit.results import Result
 from tests.families import build

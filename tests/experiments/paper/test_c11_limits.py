@@ -19,7 +19,7 @@ from p0circuit.experiments.paper.c11_limits import (
 from p0circuit.interventions.pairs import shift_prompts
 from p0circuit.models import load_model
 from p0circuit.models.constructed.build import decoy_model, wired_model
-from p0circuit.models.hooked import has_hooked_transformer
+from p0circuit.models.hooked_transformer import has_hooked_transformer
 from p0circuit.prompts import from_ids, natural_text, random_tokens
 from p0circuit.recording.record import record
 from p0circuit.results import Result

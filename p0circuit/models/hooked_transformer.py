@@ -1,20 +1,25 @@
-"""Build a raw HookedTransformer from a loaded `transformers` model, offline and of any size.
+"""Build a HookedTransformer from a loaded `transformers` model, its weights unprocessed, offline and of any size.
 
-1. Translate the `transformers` config into TransformerLens's.
-2. Rearrange the weights with TransformerLens's own converters; nothing is folded, nothing centred.
-3. Refuse configs it has no words for; what that list has forgotten, `load_model` sees in the logits.
+1. Translate the `transformers` config into that of TransformerLens.
+2. Rearrange the weights with TransformerLens's own converters; no norm is folded, no weight is centred.
+3. Refuse configs that HookedTransformer cannot represent; `load_model` compares logits, and so finds what this list
+   lacks.
 """
 
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from p0circuit.models.info import ModelError, experts, layer_windows
+from p0circuit.hooked_model import HookedModel
+from p0circuit.models.errors import ModelError
+from p0circuit.models.hf_config import layer_windows, n_experts
 
-# Architecture -> the converter in transformer_lens.pretrained.weight_conversions.
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
 FAMILIES = {
     "GPT2LMHeadModel": "convert_gpt2_weights",
     "GPTNeoXForCausalLM": "convert_neox_weights",
@@ -26,13 +31,14 @@ FAMILIES = {
     "Qwen2ForCausalLM": "convert_qwen2_weights",
     "Qwen3ForCausalLM": "convert_qwen3_weights",
 }
+"""The converter in `transformer_lens.pretrained.weight_conversions` by architecture."""
 
 _ACTIVATIONS = {name: name for name in ("gelu", "gelu_fast", "gelu_new", "gelu_pytorch_tanh", "relu", "silu")}
 _ACTIVATIONS["swish"] = "silu"
 
 
 def has_hooked_transformer() -> bool:
-    """Whether this TransformerLens still has HookedTransformer (before version 4)."""
+    """Return whether the installed TransformerLens has HookedTransformer, as versions before 4 do."""
     try:
         from transformer_lens import HookedTransformer  # noqa: F401
     except ImportError:
@@ -40,11 +46,16 @@ def has_hooked_transformer() -> bool:
     return True
 
 
-def to_hooked(hf: Any, name: str, tokenizer: Any = None) -> Any:
+def to_hooked(hf: PreTrainedModel, name: str, tokenizer: PreTrainedTokenizerBase | None = None) -> HookedModel:
     """Copy a `transformers` model into a HookedTransformer of the same device and dtype.
 
+    Args:
+        hf: a causal language model with eager attention.
+        name: what `describe` calls the model.
+        tokenizer: of the model; None for a model that is given token ids only.
+
     Raises:
-        ModelError: if HookedTransformer cannot compute the same function.
+        ModelError: HookedTransformer cannot compute the same function.
     """
     from transformer_lens import HookedTransformer
     from transformer_lens.config import HookedTransformerConfig
@@ -53,7 +64,7 @@ def to_hooked(hf: Any, name: str, tokenizer: Any = None) -> Any:
     architecture = type(hf).__name__
     unsupported = _unsupported(hf.config, architecture)
     if unsupported:
-        raise ModelError(f"HookedTransformer cannot hold {name}: {unsupported}; load it with backend='bridge'")
+        raise ModelError(f"HookedTransformer cannot represent {name}: {unsupported}; load it with backend='bridge'")
     weight = next(hf.parameters())
     fields = _family_fields(hf.config, architecture) | {
         "model_name": name,
@@ -72,14 +83,14 @@ def to_hooked(hf: Any, name: str, tokenizer: Any = None) -> Any:
         missing, unexpected = model.load_state_dict(state, strict=False)
     missing = [key for key in missing if not key.endswith(_BUFFERS)]
     if missing or unexpected:
-        raise ModelError(f"HookedTransformer cannot hold {name}: weights {[*missing, *unexpected]} do not fit")
-    return model.eval()
+        raise ModelError(f"HookedTransformer cannot represent {name}: weights {[*missing, *unexpected]} do not fit")
+    return cast(HookedModel, model.eval())
 
 
 _BUFFERS = (".mask", ".IGNORE", ".rotary_sin", ".rotary_cos", "unembed.b_U")
 
 
-def _family_fields(config: Any, architecture: str) -> dict[str, Any]:
+def _family_fields(config: PretrainedConfig, architecture: str) -> dict[str, Any]:
     """The fields of HookedTransformerConfig for one of the supported families."""
     if architecture == "GPT2LMHeadModel":
         return {
@@ -134,15 +145,15 @@ def _family_fields(config: Any, architecture: str) -> dict[str, Any]:
         shape["use_qk_norm"] = True
     if architecture == "MixtralForCausalLM":
         per_token = config.num_experts_per_tok
-        shape |= {"num_experts": experts(config), "experts_per_token": per_token, "norm_topk_prob": True}
+        shape |= {"num_experts": n_experts(config), "experts_per_token": per_token, "norm_topk_prob": True}
     return shape
 
 
-def _rope(config: Any) -> dict[str, Any]:
+def _rope(config: PretrainedConfig) -> dict[str, Any]:
     return getattr(config, "rope_parameters", None) or {}
 
 
-def _rope_fields(config: Any) -> dict[str, Any]:
+def _rope_fields(config: PretrainedConfig) -> dict[str, Any]:
     rope = _rope(config)
     fields: dict[str, Any] = {"rotary_base": rope.get("rope_theta", 10000.0)}
     if rope.get("rope_type") == "linear":
@@ -158,8 +169,8 @@ def _rope_fields(config: Any) -> dict[str, Any]:
     return fields
 
 
-def _unsupported(config: Any, architecture: str) -> str | None:
-    """What in a config HookedTransformer (or TransformerLens's converter) has no words for, None if nothing."""
+def _unsupported(config: PretrainedConfig, architecture: str) -> str | None:
+    """The property of a config that HookedTransformer or its converter cannot represent, None if there is none."""
     if architecture not in FAMILIES:
         return f"{architecture} is not among {', '.join(FAMILIES)}"
     activation = getattr(config, "hidden_act", None) or getattr(config, "activation_function", None)
