@@ -167,7 +167,7 @@ def test_c3_fails_where_only_bos_is_the_sink(on_bos: Any, nano: Any) -> None:
     bound = AnyToken(config).run(on_bos, text_of(on_bos, n=24).prepend(BOS))
     assert bound.judgement is not None and bound.judgement.verdict == "not reproduced"
     assert bound.metrics["median_score_over_that_of_bos"].high < 0.5
-    assert any("the sink is bound to BOS" in note for note in bound.notes)
+    assert any("the sink depends on BOS" in note for note in bound.notes)
     # By hand: every token's score as a row of the same table, BOS's among them.
     scores = bound.tables["tokens"].set_index("token")["sink_score"]
     assert bound.metrics["median_score_over_that_of_bos"].value == pytest.approx(scores.median() / scores[BOS], rel=0.2)
