@@ -203,7 +203,7 @@ def test_the_sink_map_shows_the_heads_of_the_condition(on_bos: Any) -> None:
     plain, after = (SinkMap().run(on_bos, prompts) for prompts in (text, text.prepend(BOS)))
     assert plain.metrics == after.metrics
     assert after.view is not None and after.view.tokens[0] == "<|bos|>"
-    assert any("given after BOS" in note for note in after.notes)
+    assert any("these prompts begin with BOS" in note for note in after.notes)
 
 
 def test_the_sink_after_bos_is_told_where_there_is_none_without(on_bos: Any, nano: Any) -> None:

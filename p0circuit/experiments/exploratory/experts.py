@@ -158,7 +158,7 @@ class Experts(Experiment[ExpertsConfig]):
         return Result(self.id, self.title, metrics, tables, notes=notes)
 
     def draw(self, result: Result) -> dict[str, Figure]:
-        """Draw the routing and the norms of the experts' outputs at P0, and the sink by the number of removed experts."""
+        """Draw the routing, the norms of the experts' outputs at P0, and the sink by the number of removed experts."""
         tables, name, model = result.tables, result.model_title, result.provenance["model"]
         return {
             "routing": _draw_routing(tables["routing"], model["n_layers"], model["experts"], name),
