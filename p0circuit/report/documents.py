@@ -5,6 +5,7 @@ A part of a document is marked by comments that Markdown does not show, and ever
     <!-- claims: smollm2-135m, p0-nano -->  ...  <!-- end -->
 
 claims     a table of claims by models, each cell a verdict with what decided it
+verdicts   the same in short: each cell a mark and the first value that decided it
 misses     one line for each claim that was not reproduced, with its reason
 controls   how many tests of a claim on a control came to what
 passes     for one model, the passes that each experiment declared, used, and takes with its full configuration
@@ -30,7 +31,7 @@ from p0circuit.report.markdown import table
 from p0circuit.stats import Interval
 
 _PART = re.compile(
-    r"(<!-- (claims|misses|controls|passes|mitigations|depth|training)(?:: ([^>]*?))? -->\n).*?(<!-- end -->)",
+    r"(<!-- (claims|verdicts|misses|controls|passes|mitigations|depth|training)(?:: ([^>]*?))? -->\n).*?(<!-- end -->)",
     re.DOTALL,
 )
 TRAINING = "training"
@@ -67,6 +68,15 @@ def _filled(part: re.Match[str], runs: Mapping[str, Reproduction], path: Path) -
 
 def claims_table(runs: Sequence[Reproduction]) -> list[str]:
     """A row for each claim, a column for each model: the verdict and the values that decided it."""
+    return _by_claim(runs, _cell)
+
+
+def verdicts_table(runs: Sequence[Reproduction]) -> list[str]:
+    """A row for each claim, a column for each model: a mark for the verdict and the first value that decided it."""
+    return _by_claim(runs, _short_cell)
+
+
+def _by_claim(runs: Sequence[Reproduction], cell: Callable[[Mapping[str, Any] | None], str]) -> list[str]:
     entries: dict[str, dict[str, Any]] = {}
     for run in runs:
         for claim in run.claims:
@@ -74,7 +84,7 @@ def claims_table(runs: Sequence[Reproduction]) -> list[str]:
     rows = []
     for by_model in sorted(entries.values(), key=lambda one: claim_number(next(iter(one.values())))):
         first = next(iter(by_model.values()))
-        rows.append([f"{first['id']} {first['title']}", *(_cell(by_model.get(run.model)) for run in runs)])
+        rows.append([f"{first['id']} {first['title']}", *(cell(by_model.get(run.model)) for run in runs)])
     return table(["claim", *(run.title for run in runs)], rows)
 
 
@@ -190,6 +200,13 @@ def _cell(claim: Mapping[str, Any] | None) -> str:
     return f"{_MARKS.get(verdict, '!')} {verdict}" + (f"<br>{', '.join(map(_short, values[:2]))}" if values else "")
 
 
+def _short_cell(claim: Mapping[str, Any] | None) -> str:
+    if claim is None:
+        return ""
+    values = [f"{claim['measured'][name]['value']:.2f}" for name in deciding(claim)]
+    return " ".join([_MARKS.get(shown_verdict(claim), "!"), *values[:1]])
+
+
 def deciding(claim: Mapping[str, Any]) -> list[str]:
     """The metrics that the reason of a verdict names, in its order."""
     found = {name: re.search(rf"(?<!\w){re.escape(name)} is ", claim["why"]) for name in claim["measured"]}
@@ -202,6 +219,7 @@ def _short(interval: Interval) -> str:
 
 _KINDS: dict[str, Callable[[Sequence[Reproduction]], list[str]]] = {
     "claims": claims_table,
+    "verdicts": verdicts_table,
     "training": claims_table,
     "misses": misses,
     "controls": controls_table,
