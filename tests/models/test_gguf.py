@@ -506,7 +506,10 @@ def test_two_processes_convert_it_once(q4: Path) -> None:
     import subprocess
     import sys
 
-    code = f"from p0circuit.models import stored_model; print(stored_model({str(q4)!r}).folders[0])"
+    code = (
+        "from p0circuit.log import show_messages; from p0circuit.models import stored_model; show_messages(); "
+        f"print(stored_model({str(q4)!r}).folders[0])"
+    )
     both = [
         subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for _ in range(2)
@@ -514,4 +517,4 @@ def test_two_processes_convert_it_once(q4: Path) -> None:
     ended = [process.communicate(timeout=300) for process in both]
     assert [process.returncode for process in both] == [0, 0], ended
     assert ended[0][0] == ended[1][0] and Path(ended[0][0].strip(), "model.safetensors").is_file()
-    assert sum("converting tiny" in told for _, told in ended) == 1
+    assert sum("converting tiny" in errors for _, errors in ended) == 1
