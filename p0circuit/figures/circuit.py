@@ -1,4 +1,4 @@
-"""The circuit as a graph."""
+"""Figure of a circuit as a graph."""
 
 from __future__ import annotations
 
@@ -13,14 +13,20 @@ from p0circuit.figures.style import BLUE, COLUMN, GREY, ORANGE, new_figure, styl
 
 @styled
 def draw_circuit(graph: nx.DiGraph, ends: Collection[str], title: str) -> Figure:
-    """A circuit of components, the embedding at the bottom and the sink heads on top.
+    """Draw a circuit of components, with the embedding at the bottom and the sink heads at the top.
 
-    Blue edges lower the sink when they are patched, so they carry it; orange ones hold it back. Widths are effects.
+    The width of an edge is the size of its effect. Patching a blue edge lowers the sink; patching an orange one raises
+    it.
+
+    Args:
+        graph: nodes are names of components; edges have `effect` (change of the sink score) and `inputs` (node names).
+        ends: names of the sink heads.
+        title: title of the figure.
     """
-    names = sorted(graph.nodes, key=_place)
+    names = sorted(graph.nodes, key=_layout_key)
     rows: dict[tuple[int, int], list[str]] = {}
     for name in names:
-        rows.setdefault(_place(name)[:2], []).append(name)
+        rows.setdefault(_layout_key(name)[:2], []).append(name)
     widest = max(map(len, rows.values()))
     figure, axes = new_figure(max(COLUMN, 0.9 * widest + 0.9), 0.8 * len(rows) + 0.8)
     axis = axes[0, 0]
@@ -34,12 +40,12 @@ def draw_circuit(graph: nx.DiGraph, ends: Collection[str], title: str) -> Figure
         sorted(graph.edges(data=True), key=lambda edge: abs(edge[2]["effect"]))
     ):
         size = abs(data["effect"]) / strongest
-        # Edges over more than one row are bent past the widest row between, to alternating sides: the middle of an
-        # arc lies rad * height / 2 beside the straight line.
+        # An edge over more than one row is bent around the widest row between, to alternating sides. The middle of an
+        # arc is rad * height / 2 away from the straight line.
         low, high = at[start][1], at[end][1]
-        between = [len(row) for place, row in enumerate(rows.values()) if low < place < high]
-        beside = ((max(between) - 1) / 2 + 0.75) * (-1) ** number if between else 0.0
-        bend = 2 * beside / (high - low)
+        between = [len(row) for height, row in enumerate(rows.values()) if low < height < high]
+        offset = ((max(between) - 1) / 2 + 0.75) * (-1) ** number if between else 0.0
+        bend = 2 * offset / (high - low)
         axis.annotate(
             "",
             at[end],
@@ -59,7 +65,7 @@ def draw_circuit(graph: nx.DiGraph, ends: Collection[str], title: str) -> Figure
         label = f"{inputs} {data['effect']:+.2f}".strip()
         axis.annotate(
             label,
-            (middle[0] + beside, middle[1]),
+            (middle[0] + offset, middle[1]),
             fontsize=6.5,
             ha="center",
             va="center",
@@ -85,8 +91,8 @@ def draw_circuit(graph: nx.DiGraph, ends: Collection[str], title: str) -> Figure
     return figure
 
 
-def _place(name: str) -> tuple[int, int, int]:
-    """Where a component is drawn: layer, attention before MLP, index; a set of heads of many layers on top."""
+def _layout_key(name: str) -> tuple[int, int, int]:
+    """Return the sort key of a component: layer, attention before MLP, index. A set of heads of many layers is last."""
     part, *numbers = name.split(".")
     if part == "embed":
         return -1, 0, 0

@@ -11,16 +11,23 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 from p0circuit.figures.style import add_title, new_figure, styled, whole_ticks
 
-# More cells than this are told by their colour alone.
+# Larger maps show no numbers in their cells.
 _MOST_ANNOTATED_CELLS = 80
 
 
 @styled
 def heat_maps(panels: dict[str, np.ndarray], title: str, value_label: str, x_label: str = "head") -> Figure:
-    """One map of layers by heads (or `x_label`) per panel, from 0 to 1; cells carry their value where there is room."""
+    """Draw heat maps on a scale from 0 to 1, layers by heads; cells show their value where there is room.
+
+    Args:
+        panels: values [layer, head] by title of the panel.
+        title: title of the figure.
+        value_label: label of the colour scale.
+        x_label: label of the x axis.
+    """
     count = len(panels)
     layers, heads = next(iter(panels.values())).shape
-    # Five panels fill the page, fewer may be wider.
+    # Five panels fill the page; fewer panels can be wider.
     width = max(1.2, min(0.34 * heads + 0.35, 6.1 / count))
     height = max(1.6, min(5.0, 0.3 * layers + 0.9))
     figure, axes = new_figure(width * count + 0.9, height + 0.25, 1, count, sharey=True)
@@ -46,9 +53,12 @@ def heat_maps(panels: dict[str, np.ndarray], title: str, value_label: str, x_lab
 
 @styled
 def effect_maps(panels: dict[str, pd.DataFrame], title: str, value_label: str = "effect") -> Figure:
-    """One map per panel of what patching does: layers (the table's lines) by components, heads or neurons (columns).
+    """Draw heat maps of patching effects on a scale from -1 (blue) over 0 (white) to 1 (red); missing cells are grey.
 
-    The scale is the same for all, from -1 (blue) over no effect (white) to 1 (red); cells there are none of stay grey.
+    Args:
+        panels: tables by title of the panel; rows are layers, columns are components, heads or neurons.
+        title: title of the figure.
+        value_label: label of the colour scale.
     """
     count = len(panels)
     layers, columns = (max(table.shape[axis] for table in panels.values()) for axis in (0, 1))
