@@ -16,7 +16,7 @@ import torch
 from benchmarks.activation_patching import SHIFT
 from benchmarks.memory import peak_mb
 from benchmarks.models import gpt2_shape
-from p0circuit.interventions.activation_patching import patch_components, patch_neurons
+from p0circuit.interventions.activation_patching import patch
 from p0circuit.interventions.closed_form import key_edges
 from p0circuit.interventions.metrics import sink_score_of
 from p0circuit.interventions.nodes import components
@@ -39,13 +39,13 @@ def measure(layers: Sequence[int] = (6, 12), lengths: Sequence[int] = (64, 128))
             values = patch_values(model, pair, senders)
 
             def neurons(number: int, model: Any = model, pair: Any = pair, metric: Any = metric) -> Any:
-                return lambda: patch_neurons(model, pair, metric, layers=[0], neurons=range(number))
+                return lambda: patch(model, pair, metric, [f"neuron.0.{index}" for index in range(number)])
 
             ways: dict[str, tuple[int, Callable[[], Any]]] = {
                 "forward": (0, lambda model=model, pair=pair: forward(model, pair.clean.ids)),
                 "components": (
                     5 * count,
-                    lambda model=model, pair=pair, metric=metric: patch_components(model, pair, metric),
+                    lambda model=model, pair=pair, metric=metric: patch(model, pair, metric, "components"),
                 ),
                 "64 neurons": (64, neurons(64)),
                 "256 neurons": (256, neurons(256)),

@@ -21,13 +21,16 @@ from p0circuit.experiments.base import Experiment, NotApplicable
 from p0circuit.experiments.measures.sink_head_edges import input_shares
 from p0circuit.experiments.sink_under_study import head_list, sink_scores
 from p0circuit.hooked_model import HookedModel
+from p0circuit.interventions.batched_runs import TOKENS_AT_ONCE
 from p0circuit.interventions.circuit import circuit_graph, owner
 from p0circuit.interventions.closed_form import KeyEdges, NotOfTheClosedForm
 from p0circuit.interventions.edge_search import expected_passes, search_edges
 from p0circuit.interventions.metrics import sink_score_of
 from p0circuit.interventions.nodes import components
+from p0circuit.interventions.own_scores import edges_into_keys
 from p0circuit.interventions.pairs import PromptPair, patch_values, shifted_pair
-from p0circuit.interventions.path_patching import TOKENS_AT_ONCE, edges_into_keys, path_patch, receivers_of
+from p0circuit.interventions.path_patching import patch_edges
+from p0circuit.interventions.receivers import receivers_of
 from p0circuit.models import ModelInfo, describe
 from p0circuit.prompts import PromptSet
 from p0circuit.recording.quantities import SINK_SCORE
@@ -75,9 +78,9 @@ class Circuit(Experiment[CircuitConfig]):
         heads = sink_heads(scores, config.eps, config.fallback_heads)
         above = any_sink_head(scores, config.eps)
         names = [f"attn.{layer}.{head}" for layer, head in heads]
-        chosen = second.subset(slice(0, config.samples))
+        patched_prompts = second.subset(slice(0, config.samples))
         layers = range(max(layer for layer, _ in heads) + 1)
-        pair = shifted_pair(model, chosen, config.shift, prompts.seed)
+        pair = shifted_pair(model, patched_prompts, config.shift, prompts.seed)
         which = f"sink heads: {head_list(heads)}" + ("" if above else " (the highest; none is above the threshold)")
         study = _Study(model, pair, heads, names, layers, which)
         edges = _edges_up_to(info, layers[-1])
@@ -93,28 +96,28 @@ class Circuit(Experiment[CircuitConfig]):
             return (recording + expected_passes(info, length, rows, screening, config.budget, heads=True)) / n
         senders, heads = 1 + info.n_layers * (info.n_heads + 1), info.n_heads
         per_batch = max(1, TOKENS_AT_ONCE // (rows * length))
-        slots = senders + -(-senders // per_batch)
+        variants = senders + -(-senders // per_batch)
         total = 2.0
         for layer in range(info.n_layers):
             before = 1 + layer * (heads + 1)
             # Edges into Q have no effect and are not run.
             edges = 2 * heads * before + before + heads
             # The clean run up to the layer; what its receivers read from every sender; the edges themselves.
-            total += layer / info.n_layers + slots * (layer + 1) / info.n_layers
+            total += layer / info.n_layers + variants * (layer + 1) / info.n_layers
             total += edges * (info.n_layers - layer) / info.n_layers
         return (recording + rows * (total + (senders + 1) / length)) / n
 
     def _patch_all(self, study: _Study) -> Result:
         """Step 3 for small models: every edge, exactly."""
-        model, chosen, heads, names = study.model, study.pair.clean, study.heads, study.names
+        model, patched_prompts, heads, names = study.model, study.pair.clean, study.heads, study.names
         senders, receivers = components(model, study.layers, heads=True), receivers_of(model, study.layers)
         values = patch_values(model, study.pair, senders)
-        effects = path_patch(model, chosen, senders, receivers, values, sink_score_of(heads))
-        keys = edges_into_keys(model, chosen, senders, values)
+        effects = patch_edges(model, patched_prompts, senders, receivers, values, sink_score_of(heads))
+        keys = edges_into_keys(model, patched_prompts, senders, values)
 
         table = effects.to_dataframe()
         clean = bootstrap(effects.clean.double().cpu().numpy())
-        graph = circuit_graph(table, names, self.config.share * clean.value)
+        graph = effects.circuit(self.config.share * clean.value, relative=False, ends=names).graph
         metrics = {"sink_score": clean}
         if (shares := input_shares(effects, names)) is not None:
             metrics["share_of_k_among_edges_into_sink_heads"] = shares["k"]
@@ -124,19 +127,19 @@ class Circuit(Experiment[CircuitConfig]):
 
     def _search(self, study: _Study, edges: int) -> Result:
         """Step 3 for large models: the edges that have the share, coarse to fine."""
-        model, chosen, heads, config = study.model, study.pair.clean, study.heads, self.config
+        model, patched_prompts, heads, config = study.model, study.pair.clean, study.heads, self.config
         senders, last = components(model, study.layers, heads=True), study.layers[-1]
         # What the MLP of the last sink heads' block writes, none of them reads.
         receivers = [f"mlp.{layer}" for layer in range(last)]
         receivers += [f"attn.{layer}.{part}" for layer in study.layers for part in "kv"]
         sets = {f"sink.{part}": [f"{name}.{part}" for name in study.names] for part in "kv"}
         values = patch_values(model, study.pair, senders)
-        clean = bootstrap(sink_scores(model, chosen, heads))
+        clean = bootstrap(sink_scores(model, patched_prompts, heads))
         threshold = config.share * clean.value
         try:
             search = search_edges(
                 model,
-                chosen,
+                patched_prompts,
                 senders,
                 receivers,
                 values,
@@ -161,7 +164,8 @@ class Circuit(Experiment[CircuitConfig]):
         ends = [end for end in ends if end in graph]
         notes = [
             f"about {edges} edges are more than {config.most_edges}: they were searched, coarse to fine, with first "
-            f"estimates from {min(config.screening_rows, chosen.n)} prompts and exact effects from {chosen.n}",
+            f"estimates from {min(config.screening_rows, patched_prompts.n)} prompts and exact effects from "
+            f"{patched_prompts.n}",
             *search.summary(),
             f"{len(search.strong_edges)} of those patched exactly change the score by {config.share:.0%} of it or more",
         ]
@@ -184,7 +188,7 @@ class Circuit(Experiment[CircuitConfig]):
         """Step 4, written down: the notes name every edge of the circuit, the figure draws it."""
         from p0circuit.figures.circuit import draw_circuit
 
-        found = [
+        edges = [
             (sender, receiver, effect)
             for sender, _, inputs in graph.edges(data="inputs")
             for receiver, effect in inputs.items()
@@ -192,9 +196,9 @@ class Circuit(Experiment[CircuitConfig]):
         notes = [
             study.which,
             *notes,
-            f"{len(found)} of {count} edges lead to the sink heads and change their score of {clean.value:.3f} by "
+            f"{len(edges)} of {count} edges lead to the sink heads and change their score of {clean.value:.3f} by "
             f"{self.config.share:.0%} or more:",
-            *(f"{s} -> {r}: {effect:+.3f}" for s, r, effect in sorted(found, key=lambda edge: -abs(edge[2]))),
+            *(f"{s} -> {r}: {effect:+.3f}" for s, r, effect in sorted(edges, key=lambda edge: -abs(edge[2]))),
         ]
         title = f"The circuit of the P0 sink in {describe(study.model).title}"
         return Result(self.id, self.title, metrics, tables, {"graph": draw_circuit(graph, ends, title)}, notes=notes)
