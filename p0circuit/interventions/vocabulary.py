@@ -149,7 +149,7 @@ def sink_scores_by_token(
         part = slice(start, start + chunk)
         sweep = vocabulary_sweep(model, tokens[part], key_layers=range(info.n_layers), chunk=chunk)
         for layer, key in sweep.keys.items():
-            for place, some in zip(range(start, start + chunk, at_once), key.split(at_once), strict=False):
-                spread = some[:, None].expand(-1, prompts.n, -1, -1)
-                scores[place : place + len(some), layer] = side[layer].sink_scores(spread).mean(1).to(scores)
+            for first, keys in zip(range(start, start + chunk, at_once), key.split(at_once), strict=False):
+                spread = keys[:, None].expand(-1, prompts.n, -1, -1)
+                scores[first : first + len(keys), layer] = side[layer].sink_scores(spread).mean(1).to(scores)
     return scores
