@@ -85,14 +85,17 @@ class DirectionOrNorm(Experiment[DirectionOrNormConfig]):
     )
 
     def passes(self, model: HookedModel, prompts: PromptSet) -> float:
+        """Declare two interventions at two positions, the scan over blocks, and the doses."""
         rows, config = second_half(prompts), self.config
         scan_rows, blocks = min(rows, config.scan_samples), min(config.scan_blocks, describe(model).n_layers - 1)
         return (4 * rows + (2 * blocks + len(config.doses)) * scan_rows) / prompts.n
 
     def quick(self, info: ModelInfo) -> DirectionOrNorm:
+        """Return a version for large models with fewer samples and blocks in the scan."""
         return DirectionOrNorm(replace(self.config, scan_samples=8, scan_blocks=4)) if is_large(info) else self
 
     def measure(self, model: HookedModel, prompts: PromptSet) -> Result:
+        """Measure on the sink heads above the circuit; see `measure_on`."""
         return self.measure_on(studied_sink(model, prompts, above_block=max(self.config.blocks)))
 
     def measure_on(self, sink: StudiedSink) -> Result:

@@ -88,15 +88,18 @@ class Content(Experiment[ContentConfig]):
     )
 
     def passes(self, model: HookedModel, prompts: PromptSet) -> float:
+        """Declare four interventions after the circuit, and after each block of the scan."""
         rows, config = second_half(prompts), self.config
         scan_rows, blocks = min(rows, config.scan_samples), min(config.scan_blocks, describe(model).n_layers - 1)
         # Four variants, after block 1 and after each block of the scan.
         return 4 * (rows + blocks * scan_rows) / prompts.n
 
     def quick(self, info: ModelInfo) -> Content:
+        """Return a version for large models with fewer samples and blocks in the scan."""
         return Content(replace(self.config, scan_samples=8, scan_blocks=2)) if is_large(info) else self
 
     def measure(self, model: HookedModel, prompts: PromptSet) -> Result:
+        """Measure on the sink heads above the circuit; see `measure_on`."""
         return self.measure_on(studied_sink(model, prompts, above_block=max(self.config.blocks)))
 
     def measure_on(self, sink: StudiedSink) -> Result:
