@@ -177,16 +177,18 @@ class Amplification(Experiment[AmplificationConfig]):
         metrics |= {f"excess_carried_by_{name.replace('.', '_')}": carried[name] for name in ("mlp.0", "mlp.1")}
         tables["ablations"] = _interval_table("ablated", "excess_carried", carried)
         groups = {name: ratio_interval(_sum(values), total) for name, values in _other_writers(writers).items()}
-        return Result(self.id, self.title, metrics, tables, notes=notes, drawing=groups)
+        tables["writer_groups"] = _interval_table("writers", "share", groups)
+        return Result(self.id, self.title, metrics, tables, notes=notes)
 
     def draw(self, result: Result) -> dict[str, Figure]:
         """Draw the shares in the projection, and the excess score lost without MLPs, neurons or experts."""
         from p0circuit.figures.intervals import bars, intervals_by
 
         shares = intervals_by(result.tables["writers"], "writer", "share")
+        groups = intervals_by(result.tables["writer_groups"], "writers", "share")
         carried = intervals_by(result.tables["ablations"], "ablated", "excess_carried")
         panels = {
-            "Projection on the P0 direction": {name: shares[name] for name in ("mlp.0", "mlp.1")} | result.drawing,
+            "Projection on the P0 direction": {name: shares[name] for name in ("mlp.0", "mlp.1")} | groups,
             "Excess score lost without": dict(list(carried.items())[:7]),
         }
         figure = bars(panels, f"{result.model_title}: who writes the P0 direction", ["share of the whole"] * 2)
