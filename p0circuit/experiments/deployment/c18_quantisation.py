@@ -297,6 +297,6 @@ def _draw_inputs(blocks: pd.DataFrame, sites: pd.DataFrame, model: str) -> Figur
 def _draw_schemes(schemes: pd.DataFrame, measured: str, name: str, unit: str, model: str) -> Figure:
     from p0circuit.figures.intervals import intervals, intervals_by
 
-    panel = intervals_by(schemes[schemes["measured"] == measured], "scheme")
+    panel = intervals_by(schemes.loc[schemes["measured"] == measured], "scheme")
     title = f"{model}: int8 in use (a grid per row where none is named)"
     return intervals({name: panel}, title, [unit], controls=(ANOTHER_KEPT,), reference=0)

@@ -468,7 +468,7 @@ def _draw_curves(curves: pd.DataFrame, model: str) -> Figure:
         return Series(name, *((100 * part[f"growth_{end}"]).tolist() for end in ("value", "low", "high")))
 
     at_random = curves[curves["order"].str.startswith(RANDOM)]
-    growth = 100 * at_random["growth_value"].to_numpy().reshape(-1, len(counts))
+    growth = 100 * np.asarray(at_random["growth_value"], dtype=float).reshape(-1, len(counts))
     ends = (growth.mean(0), growth.min(0), growth.max(0))
     lines = [
         line(SINK),

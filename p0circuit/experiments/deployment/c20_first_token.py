@@ -478,7 +478,7 @@ def _recall_table(recalled: Mapping[str, Mapping[int, np.ndarray]]) -> pd.DataFr
 def _draw_spread(table: pd.DataFrame, model: str) -> Figure:
     from p0circuit.figures.intervals import intervals, intervals_by
 
-    far, _, pair = (intervals_by(table[table["predictions"] == kind], "condition") for kind in _PREDICTIONS)
+    far, _, pair = (intervals_by(table.loc[table["predictions"] == kind], "condition") for kind in _PREDICTIONS)
     panels = {
         "Other tokens in the first place": {name: interval for name, interval in far.items() if name != MIDDLE},
         "Beside other tokens in the middle": {"in the first place": pair[NONE], MIDDLE: pair[MIDDLE]},

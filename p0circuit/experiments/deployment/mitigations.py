@@ -359,7 +359,7 @@ def _draw(result: Result) -> Figure:
     # Losses are drawn as differences: their spread over rows is the same for all mitigations.
     measured = {quantity: "loss_added" if quantity == "loss" else quantity for quantity in QUANTITIES}
     panels = {
-        title: intervals_by(table[table["measured"] == measured[quantity]], "remedy")
+        title: intervals_by(table.loc[table["measured"] == measured[quantity]], "remedy")
         for quantity, (title, _) in QUANTITIES.items()
     }
     names = table["remedy"].unique().tolist()

@@ -103,7 +103,7 @@ class NormDirection(Experiment[NormDirectionConfig]):
         """Draw norm ratio and direction consistency of the stream, and those of every component."""
         table, name = result.tables["layers"], result.model_title
         return {
-            "layers": _draw_layers(table[table["component"] == "residual"], name),
+            "layers": _draw_layers(table.loc[table["component"] == "residual"], name),
             "components": _draw_components(table, name),
         }
 
@@ -149,7 +149,7 @@ def _draw_layers(stream: pd.DataFrame, model: str) -> Figure:
 def _draw_components(table: pd.DataFrame, model: str) -> Figure:
     from p0circuit.figures.lines import trajectories
 
-    parts = {name: table[table["component"] == name] for name in _NAMES.values()}
+    parts = {name: table.loc[table["component"] == name] for name in _NAMES.values()}
     layers = [str(layer) for layer in parts["MLP out"]["layer"]]
     return trajectories(
         {
