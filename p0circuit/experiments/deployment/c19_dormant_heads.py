@@ -173,7 +173,7 @@ class DormantHeads(Experiment[DormantHeadsConfig]):
             f"orders made on {made_on.n} prompts, losses measured on {measured_on.n} others",
         ]
         if model.tokenizer is None:
-            notes.append("the prompts are random tokens: their losses say nothing about a use of the heads")
+            notes.append("the prompts are random tokens: their losses do not show whether the heads are of use")
         counts, scores = {GIVEN: metrics}, {GIVEN: record(model, measured_on, SINK_SCORE)}
         texts = _other_texts(model, prompts, sink.condition, 2 * config.domain_samples, notes) if config.domains else {}
         for name, text in texts.items():
