@@ -58,7 +58,7 @@ from p0circuit.course.page import (
 page = Page(out)
 lm = open_model(model)
 prompts = read_prompts(lm, samples, seed)
-# Heads and directions are chosen on one half of the prompts (sink.others), and what is measured
+# Heads and directions are chosen on one half of the prompts (sink.chosen_on), and what is measured
 # is measured on the other (sink.prompts).
 sink = sink_of(lm, prompts)
 print("sink heads:", ", ".join(f"{layer}.{head}" for layer, head in sink.heads))
@@ -125,7 +125,7 @@ page.show(pd.DataFrame(rows, columns=columns))
 from p0circuit.interventions.intervention import p0_direction
 
 read_at = min(layer for layer, _ in sink.heads)
-u = p0_direction(lm, sink.others, read_at)  # mean of unit vectors, on the other half
+u = p0_direction(lm, sink.chosen_on, read_at)  # mean of unit vectors, on the other half
 first_tokens = sink.prompts.ids[:, :1]
 with torch.no_grad():
     _, cache = lm.run_with_cache(first_tokens)

@@ -506,7 +506,10 @@ def test_two_processes_convert_it_once(q4: Path) -> None:
     import subprocess
     import sys
 
-    code = f"from p0circuit.models import stored_model; print(stored_model({str(q4)!r}).folders[0])"
+    code = (
+        "from p0circuit.log import show_messages; from p0circuit.models import stored_model; show_messages(); "
+        f"print(stored_model({str(q4)!r}).folders[0])"
+    )
     both = [
         subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for _ in range(2)

@@ -138,7 +138,13 @@ def kept(length: int = 64) -> Tensor:
 
 
 def test_the_stream_is_an_orthonormal_frame_without_a_mean() -> None:
-    parts = [SPACE.token, SPACE.echo, SPACE.place, SPACE.spare, *(v[None] for v in (SPACE.ruler, SPACE.mark, SPACE.p0))]
+    parts = [
+        SPACE.token,
+        SPACE.echo,
+        SPACE.position,
+        SPACE.spare,
+        *(v[None] for v in (SPACE.ruler, SPACE.mark, SPACE.p0)),
+    ]
     frame = torch.cat(parts)
     torch.testing.assert_close(frame @ frame.T, torch.eye(len(frame), dtype=torch.float64), rtol=0, atol=1e-13)
     assert frame.sum(1).abs().max() < 1e-12
@@ -566,5 +572,5 @@ def test_what_cannot_be_built_is_refused_in_words() -> None:
     with pytest.raises(ModelError, match=r"'hoked'.*'auto', 'bridge'"):
         wired_model(backend="hoked")
     if not has_hooked_transformer():
-        with pytest.raises(ModelError, match=r"'hooked' cannot be had.*transformer-lens<4"):
+        with pytest.raises(ModelError, match=r"'hooked' is not available.*transformer-lens<4"):
             wired_model(backend="hooked")
