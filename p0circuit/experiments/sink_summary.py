@@ -60,8 +60,8 @@ def sink_rates(scores: Float[Tensor, "sample layer head"], length: int) -> dict[
 def after_bos(model: HookedModel, prompts: PromptSet) -> dict[str, Any] | None:
     """The sink rates that a model without a sink on these prompts has after BOS, on the first `PROBED` of them.
 
-    Keys: n, sink_rate, sink_rate_from_layer_2. None where the prompts begin with BOS or cannot, where there is a sink
-    without it, and where there is none after it either.
+    Keys: n, sink_rate, sink_rate_from_layer_2. None if the prompts begin with BOS or there is no BOS token, if there is
+    a sink without BOS, or if there is none after BOS either.
     """
     if condition_of(model, prompts) != WITHOUT_BOS:
         return None

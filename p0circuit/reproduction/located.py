@@ -85,4 +85,4 @@ def located_note(row: Mapping[str, Any]) -> str:
 
 def _without_blocks(metric: str) -> str:
     """The name of a metric without the numbers of the blocks it is about."""
-    return re.sub(r"_block_\d+$|(?<=^share_of_mlps)_\d+(_and_\d+)*$", "", metric)
+    return re.sub(r"_block_\d+$|(?<=^share_of_mlps)_\d+(_and_\d+)*$|(?<=^share_of_blocks)(_\d+)+", "", metric)

@@ -14,9 +14,7 @@ from p0circuit.models import load_model
 from p0circuit.recording.memory import remember_rows
 from p0circuit.results import Result
 
-KEPT_ASIDE = {"any-token", "amplification"}
-"""Their figures have numbers that no table holds."""
-TAKES_LONG = {"experts", "dormant-heads", "limits", "remedies", "first-token"}
+TAKES_LONG = {"amplification", "experts", "dormant-heads", "limits", "remedies", "first-token"}
 
 
 def numbers(figure: Any) -> list[np.ndarray]:
@@ -44,11 +42,7 @@ def words(figure: Any) -> list[str]:
 
 @pytest.mark.parametrize(
     "experiment",
-    [
-        pytest.param(name, marks=pytest.mark.slow if name in TAKES_LONG else ())
-        for name in EXPERIMENTS
-        if name not in KEPT_ASIDE
-    ],
+    [pytest.param(name, marks=pytest.mark.slow if name in TAKES_LONG else ()) for name in EXPERIMENTS],
 )
 def test_a_saved_result_is_drawn_again(experiment: str, tmp_path: Any) -> None:
     model = load_model("moe-0" if experiment == "experts" else "p0-nano")

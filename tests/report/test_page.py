@@ -11,7 +11,7 @@ import pytest
 
 from p0circuit import load_model, natural_text
 from p0circuit.experiments import SinkMap
-from p0circuit.report.contents import command_for, number, write_overview
+from p0circuit.report.contents import command_for, number, plain, write_overview
 from p0circuit.report.html import MOST_ROWS, write_report
 from tests.report.made_up import HOSTILE, ROWS, result, write_run
 
@@ -84,9 +84,14 @@ def test_nothing_is_loaded_from_outside(run: Path, page: Reader) -> None:
     assert "default-src 'none'" in (run / "report.html").read_text()
 
 
+@pytest.mark.parametrize(("windows", "text"), [([None, None], "none"), ([None, 512], "full 512"), ([], "none")])
+def test_windows_of_layers(windows: list[int | None], text: str) -> None:
+    assert plain({"name": "m", "window": windows}) == f"name m, window {text}"
+
+
 def test_figures_tables_notes_and_commands(page: Reader) -> None:
     assert len(page.images) == 3  # C2, C10, circuit; C11 points to C10's
-    assert f"The first {MOST_ROWS} of {ROWS} rows" in page.text
+    assert f"The first {MOST_ROWS} of {ROWS} rows; all are in\ntables/" in page.text
     assert page.text.count("tables/kept-tokens.csv") == 1
     assert "A note on <b>nothing</b>." in page.text
     assert "p0circuit run kept made-up --text 'my texts/a.txt' --samples 64 --length 16 --seed 3" in page.text

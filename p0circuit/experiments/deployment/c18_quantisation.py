@@ -201,7 +201,7 @@ def _as_large_as_p0(effects: Int8Effects, calibration: Calibration) -> list[str]
     return [
         f"in {as_large.sum()} of these {len(as_large)} rows another position (position {rows.argmax()} in "
         f"{rows.max()} of them) has, in block {site.block}, {INPUTS[site.kind]}, a value as large as P0's usual one, "
-        f"{usual:.3g}: a calibrated grid has to hold it, P0 kept or not"
+        f"{usual:.3g}: so a calibrated grid must cover it, whether P0 is kept or not"
     ]
 
 

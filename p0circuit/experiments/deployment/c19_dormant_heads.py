@@ -175,7 +175,7 @@ class DormantHeads(Experiment[DormantHeadsConfig]):
             f"orders made on {made_on.n} prompts, losses measured on {measured_on.n} others",
         ]
         if model.tokenizer is None:
-            notes.append("the prompts are random tokens: their losses say nothing about a use of the heads")
+            notes.append("the prompts are random tokens: their losses do not show whether the heads are of use")
         counts, scores = {GIVEN: metrics}, {GIVEN: record(model, measured_on, SINK_SCORE)}
         texts = _other_texts(model, prompts, sink.condition, 2 * config.domain_samples, notes) if config.domains else {}
         for name, text in texts.items():
@@ -469,8 +469,8 @@ def _draw_curves(curves: pd.DataFrame, model: str) -> Figure:
         part = curves[curves["order"] == name]
         return Series(name, *((100 * part[f"growth_{end}"]).tolist() for end in ("value", "low", "high")))
 
-    at_random = curves.loc[curves["order"].str.startswith(RANDOM)]
-    growth = 100 * np.asarray(at_random["growth_value"]).reshape(-1, len(counts))
+    at_random = curves[curves["order"].str.startswith(RANDOM)]
+    growth = 100 * np.asarray(at_random["growth_value"], dtype=float).reshape(-1, len(counts))
     ends = (growth.mean(0), growth.min(0), growth.max(0))
     lines = [
         line(SINK),

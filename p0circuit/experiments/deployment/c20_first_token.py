@@ -98,7 +98,7 @@ class FirstToken(Experiment[FirstTokenConfig]):
     """The spread of the loss over first tokens, and the recall of the start, with and without a prefix."""
 
     id = "first-token"
-    title = "What hangs on the first token"
+    title = "What depends on the first token"
     config_type = FirstTokenConfig
     needs_control = False
     claim = Claim(
@@ -198,7 +198,7 @@ class FirstToken(Experiment[FirstTokenConfig]):
         if BOS not in prefixes:
             notes.append("there is no BOS token: the condition with BOS is left out")
         if model.tokenizer is None:
-            notes.append("the prompts are random tokens: their losses tell little about text")
+            notes.append("the prompts are random tokens: their losses say little about text")
         return Result(self.id, self.title, metrics, tables, notes=notes)
 
     def draw(self, result: Result) -> dict[str, Figure]:

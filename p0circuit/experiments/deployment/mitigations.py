@@ -181,7 +181,7 @@ class Mitigations(Experiment[MitigationsConfig]):
         notes = [sink.note, f"that sink is in text {sink.condition}; measured on {rows.n} rows"]
         base, mitigations = mitigations_for(model, rows, sink.names, sink.condition, register, notes)
         if model.tokenizer is None:
-            notes.append("the prompts are random tokens: their losses tell little about text")
+            notes.append("the prompts are random tokens: their losses say little about text")
         measured = {
             each: measured_with(model, rows, mitigation, sink.heads, config) for each, mitigation in mitigations.items()
         }

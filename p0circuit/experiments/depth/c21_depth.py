@@ -1,11 +1,11 @@
-"""Does the circuit fit into two blocks? The paper speaks of two transformer blocks; here they are found.
+"""Does the circuit fit into two blocks? The paper says that it has two; here its depth is measured (C21).
 
-1. *Circuit depth K*: the fewest first blocks in which recognition alone leaves at least 0.8 of the sink. In all later
-   blocks P0's attention output is that of the same token when it is not first.
-2. *Formation curve*: what is left of the sink above block b when P0's stream after it is that of the same token when it
-   is not first. After block 1 next to nothing may be left if the circuit is complete there.
-3. K is found for all measured samples, and for those of each of the three seeds that the prompts were drawn with.
-4. The stages of the stream, who writes and who erases each, and the curves themselves are in the tables; they are no
+1. *Circuit depth K*: the smallest number of first blocks whose recognition alone leaves at least 0.8 of the sink. In
+   all later blocks P0's attention output is that of the same token when it is not first.
+2. *Formation curve*: the share of the sink above block b that is left when P0's stream after b is that of the same
+   token when it is not first. If the circuit is complete after block 1, next to nothing may be left there.
+3. K is measured for all samples, and for those of each of the three seeds of the prompts.
+4. The stages of the stream, the components that write and erase each, and the curves are in the tables; they are no
    part of the verdict.
 
 Source: Peng et al., arXiv 2603.06591.
@@ -75,7 +75,15 @@ class Depth(Experiment[DepthConfig]):
         return Depth(quick_config(self.config, 8)) if is_large(info) else self
 
     def measure(self, model: HookedModel, prompts: PromptSet) -> Result:
-        """Raises NotApplicable where there is no sink or attention cannot be edited."""
+        """Measure the depth of the circuit, and the stages of P0's stream.
+
+        Args:
+            model: the model to measure.
+            prompts: natural text.
+
+        Raises:
+            NotApplicable: there is no sink, or attention cannot be edited.
+        """
         located = locate(model, prompts, self.config)
         info = describe(model)
         depths = depths_by_seed(located, prompts)

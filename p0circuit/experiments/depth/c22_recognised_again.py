@@ -62,7 +62,15 @@ class RecognisedAgain(Experiment[DepthConfig]):
         return RecognisedAgain(quick_config(self.config, 8)) if is_large(info) else self
 
     def measure(self, model: HookedModel, prompts: PromptSet) -> Result:
-        """Raises NotApplicable where there is no sink, no block after the circuit, or no sink head there."""
+        """Measure the sink above the circuit with and without recognition in later blocks.
+
+        Args:
+            model: the model to measure.
+            prompts: natural text.
+
+        Raises:
+            NotApplicable: there is no sink, no block after the circuit, or no sink head there.
+        """
         import pandas as pd
 
         located = locate(model, prompts, self.config)

@@ -69,7 +69,15 @@ class NormProtects(Experiment[DepthConfig]):
         return NormProtects(quick_config(self.config, 8)) if is_large(info) else self
 
     def measure(self, model: HookedModel, prompts: PromptSet) -> Result:
-        """Raises NotApplicable where there is no sink or no stage."""
+        """Measure the sink of every stage with P0's norm cut.
+
+        Args:
+            model: the model to measure.
+            prompts: natural text.
+
+        Raises:
+            NotApplicable: there is no sink, or no stage.
+        """
         import pandas as pd
 
         located = staged_sink(model, prompts, self.config)

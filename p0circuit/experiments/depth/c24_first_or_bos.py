@@ -1,11 +1,11 @@
 """First or BOS: does the sink belong to the position or to the token?
 
-The same text in four forms: without BOS, with BOS at P0, with two BOS, and with BOS at position m while another token
-stands at P0. In each, the excess scores of P0 and of position m.
+The same text in four forms: without BOS, with BOS at P0, with two BOS, and with BOS at position m and another token at
+P0. In each, the excess scores of P0 and of position m (C24).
 
 - *Position-bound*: with BOS at m, P0 still gets at least half of what it gets without BOS.
 - *Token-bound*: with BOS at m, that position gets at least half of what BOS gets at P0.
-- A model can be both. Each is said from the interval: yes or no where it lies on one side of one half, else open.
+- A model can be both. Each is decided by the interval: yes or no if it lies on one side of one half, else open.
 
 Source: ours; on BOS as a sink, Gu et al., arXiv 2410.10781.
 """

@@ -53,7 +53,15 @@ class OneCircuit(Experiment[DepthConfig]):
         return 0.0  # all of it is in the clean recording
 
     def measure(self, model: HookedModel, prompts: PromptSet) -> Result:
-        """Raises NotApplicable where there is no sink or no stage."""
+        """Compare the directions of P0's stream in the first and the last stage.
+
+        Args:
+            model: the model to measure.
+            prompts: natural text.
+
+        Raises:
+            NotApplicable: there is no sink, or no stage.
+        """
         import pandas as pd
 
         sink = studied_sink(model, prompts)

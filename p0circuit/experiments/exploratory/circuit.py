@@ -1,8 +1,8 @@
 """The P0 circuit as a graph, recovered by path patching between the clean and the shifted run.
 
 1. Choose the sink heads on one half of the samples; everything else is measured on the other half.
-2. Pair the prompts with themselves behind a random prefix; what each component computes at the same token, when that
-   token is not first, is its new value at P0.
+2. Pair the prompts with themselves after a random prefix. The output of each component at the same token, when that
+   token is not first, is its patch value at P0.
 3. Patch every edge between components at P0 (Q, K, V and MLP inputs), and measure the sink heads' score. If there are
    more than `most_edges`, search for the edges that change it by a fixed share (`interventions.edge_search`): the heads
    of a block are one receiver, K (and V) of all sink heads together another, `sink.k`; single heads are receivers only

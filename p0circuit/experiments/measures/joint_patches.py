@@ -99,6 +99,7 @@ def joint_changes(
     heads: Heads,
     control_offsets: Int[Tensor, " sample"],
     runs: PairRuns | None = None,
+    blocks: Sequence[int] = CIRCUIT_BLOCKS,
 ) -> JointChanges:
     """Patch jointly in both directions, and measure the change of the sink heads' score.
 
@@ -108,29 +109,30 @@ def joint_changes(
         heads: the sink heads, as (layer, head).
         control_offsets: for each sample, how many positions after P0 the control patches.
         runs: what the two runs compute; measured here if None.
+        blocks: the blocks whose components are patched together; not used if `runs` is given.
 
     Returns:
         The change of the score of P0 (noising) or of position m (denoising), for `JOINT`, `WHOLE_STREAM` and
         `JOINT_CONTROL`.
     """
-    runs = pair_runs(model, pair, heads) if runs is None else runs
+    runs = pair_runs(model, pair, heads, blocks=blocks) if runs is None else runs
     stream = [node for node in runs.clean_values if node.kind == "resid_pre"]
-    blocks = [node for node in runs.clean_values if node.kind != "resid_pre"]
+    together = [node for node in runs.clean_values if node.kind != "resid_pre"]
     clean, shifted = pair.clean, pair.shifted
     patched_runs = {
         "noising": (clean, 0, runs.shifted_values, runs.clean_scores),
         "denoising": (shifted, pair.shift, runs.clean_values, runs.shifted_scores),
     }
     control_values = {
-        "noising": values_at(model, shifted, blocks, pair.position + control_offsets),
-        "denoising": values_at(model, clean, blocks, clean.p0 + control_offsets),
+        "noising": values_at(model, shifted, together, pair.position + control_offsets),
+        "denoising": values_at(model, clean, together, clean.p0 + control_offsets),
     }
     changes: JointChanges = {}
     for direction, (prompts, offset, values, unpatched) in patched_runs.items():
         patches = {
-            JOINT: ablate(model, prompts, blocks, values, offset),
+            JOINT: ablate(model, prompts, together, values, offset),
             WHOLE_STREAM: ablate(model, prompts, stream, values, offset),
-            JOINT_CONTROL: ablate(model, prompts, blocks, control_values[direction], offset + control_offsets),
+            JOINT_CONTROL: ablate(model, prompts, together, control_values[direction], offset + control_offsets),
         }
         for name, patch in patches.items():
             changes[direction, name] = sink_scores(model, prompts, heads, offset, [patch]) - unpatched
@@ -138,7 +140,11 @@ def joint_changes(
 
 
 def pair_runs(
-    model: HookedModel, pair: PromptPair, heads: Heads, clean_values: Mapping[Node, Tensor] | None = None
+    model: HookedModel,
+    pair: PromptPair,
+    heads: Heads,
+    clean_values: Mapping[Node, Tensor] | None = None,
+    blocks: Sequence[int] = CIRCUIT_BLOCKS,
 ) -> PairRuns:
     """Measure what the two runs of a pair give before anything is patched.
 
@@ -147,8 +153,9 @@ def pair_runs(
         pair: clean and shifted prompts.
         heads: the sink heads, as (layer, head).
         clean_values: the values of the clean run, if they are known.
+        blocks: the blocks whose components are patched together.
     """
-    nodes = _patched_nodes(model)
+    nodes = _patched_nodes(model, blocks)
     return PairRuns(
         values_at(model, pair.clean, nodes) if clean_values is None else clean_values,
         values_at(model, pair.shifted, nodes, pair.position),
@@ -158,7 +165,11 @@ def pair_runs(
 
 
 def joint_changes_at_every_shift(
-    model: HookedModel, pairs: Sequence[PromptPair], heads: Heads, control_offsets: Int[Tensor, " sample"]
+    model: HookedModel,
+    pairs: Sequence[PromptPair],
+    heads: Heads,
+    control_offsets: Int[Tensor, " sample"],
+    blocks: Sequence[int] = CIRCUIT_BLOCKS,
 ) -> list[JointChanges]:
     """Patch every sample jointly at every shift.
 
@@ -167,19 +178,24 @@ def joint_changes_at_every_shift(
         pairs: one pair for each shift, all with the same clean prompts.
         heads: the sink heads, as (layer, head).
         control_offsets: for each sample, how many positions after P0 the control patches.
+        blocks: the blocks whose components are patched together.
 
     Returns:
         The changes at each shift.
     """
-    clean_values = values_at(model, pairs[0].clean, _patched_nodes(model))
+    clean_values = values_at(model, pairs[0].clean, _patched_nodes(model, blocks))
     return [
-        joint_changes(model, pair, heads, control_offsets, pair_runs(model, pair, heads, clean_values))
+        joint_changes(model, pair, heads, control_offsets, pair_runs(model, pair, heads, clean_values, blocks))
         for pair in pairs
     ]
 
 
 def joint_changes_at_one_shift(
-    model: HookedModel, pairs: Sequence[PromptPair], heads: Heads, control_offsets: Int[Tensor, " sample"]
+    model: HookedModel,
+    pairs: Sequence[PromptPair],
+    heads: Heads,
+    control_offsets: Int[Tensor, " sample"],
+    blocks: Sequence[int] = CIRCUIT_BLOCKS,
 ) -> list[JointChanges]:
     """Patch every sample jointly at one of the shifts, in as few runs as that takes.
 
@@ -188,6 +204,7 @@ def joint_changes_at_one_shift(
         pairs: one pair for each shift, all with the same clean prompts.
         heads: the sink heads, as (layer, head).
         control_offsets: for each sample, how many positions after P0 the control patches.
+        blocks: the blocks whose components are patched together.
 
     Returns:
         The changes at each shift, NaN in the samples of the other shifts.
@@ -195,7 +212,7 @@ def joint_changes_at_one_shift(
     clean, last = pairs[0].clean, max(layer for layer, _ in heads)
     clean_scores = sink_scores(model, clean, heads)
     # The stream above the last sink heads changes no score.
-    nodes = [node for node in _patched_nodes(model) if node.kind != "resid_pre" or node.layer <= last]
+    nodes = [node for node in _patched_nodes(model, blocks) if node.kind != "resid_pre" or node.layer <= last]
     # P0 sees itself alone, so two tokens are enough for its values: the token at P0 and any other.
     two_tokens = from_ids(torch.stack([clean.ids[torch.arange(clean.n), clean.p0]] * 2, dim=1))
     clean_values = values_at(model, two_tokens, nodes)
@@ -235,15 +252,19 @@ def total_effects(changes: Sequence[JointChanges], samples: Int[Tensor, " row"])
     return np.array([changes[int(row) % len(changes)]["noising", WHOLE_STREAM][int(row)] for row in samples])
 
 
-def joint_table(pairs: Sequence[PromptPair], changes: Sequence[JointChanges]) -> pd.DataFrame:
+def joint_table(
+    pairs: Sequence[PromptPair], changes: Sequence[JointChanges], blocks: Sequence[int] = CIRCUIT_BLOCKS
+) -> pd.DataFrame:
     """Tabulate the changes by direction, shift and what is patched, with their share of the total effect.
 
     Args:
         pairs: one pair for each shift.
         changes: the changes at each shift.
+        blocks: the blocks whose components were patched together, for the name of these patches.
     """
     import pandas as pd
 
+    named = f"blocks {blocks[0]}-{blocks[-1]}" if len(blocks) > 1 else f"block {blocks[0]}"
     rows = []
     for pair, change in zip(pairs, changes, strict=False):
         for (direction, name), values in change.items():
@@ -251,7 +272,7 @@ def joint_table(pairs: Sequence[PromptPair], changes: Sequence[JointChanges]) ->
             mean = bootstrap(values[patched])
             share = ratio_interval(values[patched], change[direction, WHOLE_STREAM][patched])
             ends = [getattr(interval, end) for interval in (mean, share) for end in ("value", "low", "high")]
-            rows.append((direction, pair.shift, name, *ends, mean.n))
+            rows.append((direction, pair.shift, name.replace(JOINT, named), *ends, mean.n))
     names = ["change", "change_low", "change_high", "share", "share_low", "share_high", "n"]
     return pd.DataFrame(rows, columns=["direction", "shift", "patched", *names])
 
@@ -260,10 +281,10 @@ def _subset(pair: PromptPair, rows: Int[Tensor, " row"]) -> PromptPair:
     return PromptPair(pair.clean.subset(rows), pair.shifted.subset(rows), pair.shift)
 
 
-def _patched_nodes(model: HookedModel) -> list[Node]:
-    """The outputs of attention and MLP in blocks 0-1, then the stream before every block."""
-    blocks = [node for node in components(model, CIRCUIT_BLOCKS) if node.kind != "embed"]
-    return [*blocks, *(Node("resid_pre", layer) for layer in range(describe(model).n_layers))]
+def _patched_nodes(model: HookedModel, blocks: Sequence[int]) -> list[Node]:
+    """The outputs of attention and MLP in some blocks, then the stream before every block."""
+    together = [node for node in components(model, blocks) if node.kind != "embed"]
+    return [*together, *(Node("resid_pre", layer) for layer in range(describe(model).n_layers))]
 
 
 @torch.no_grad()

@@ -29,6 +29,7 @@ Decided before measuring:
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -197,14 +198,13 @@ class AnyToken(Experiment[AnyTokenConfig]):
             metrics[f"token_share_of_the_stream_after_block_1_at_{metric_name(position)}"] = Interval(
                 last["token_share"], last["token_share_low"], last["token_share_high"], int(last["n"])
             )
-        return Result(
-            self.id,
-            self.title,
-            metrics,
-            {"tokens": table, "exceptions": exceptions, "probe": probe},
-            notes=notes,
-            drawing={"P0, full runs": full, f"position {config.control}, full runs": control, "sampled": sampled},
-        )
+        runs = {
+            f"P0 ({'a sample of' if sampled else 'all'} {len(table)} tokens)": table["sink_score"].to_numpy(),
+            "P0, full runs": full,
+            f"position {config.control}, full runs": control,
+        }
+        tables = {"tokens": table, "exceptions": exceptions, "quantiles": _quantiles(runs), "probe": probe}
+        return Result(self.id, self.title, metrics, tables, notes=notes)
 
     def draw(self, result: Result) -> dict[str, Figure]:
         """Draw the scores of the tokens in order, and the probe by layer."""
@@ -416,15 +416,25 @@ def _named(exceptions: pd.DataFrame, most: int = 8) -> str:
     return ", ".join(names[:most]) + (" …" if len(names) > most else "")
 
 
+def _quantiles(runs: Mapping[str, np.ndarray]) -> pd.DataFrame:
+    """The percentiles of the tokens' sink scores in every run."""
+    import pandas as pd
+
+    rows = [
+        {"run": name, "percent": percent, "sink_score": float(value)}
+        for name, scores in runs.items()
+        for percent, value in zip(_PERCENT, np.percentile(scores, _PERCENT), strict=True)
+    ]
+    return pd.DataFrame(rows)
+
+
 def _draw_tokens(result: Result, half: float) -> Figure:
     from p0circuit.figures.lines import trajectories
     from p0circuit.figures.style import Series
 
     by_token = result.tables["tokens"]["sink_score"].to_numpy()
-    runs = dict(result.drawing)
-    which = "a sample of" if runs.pop("sampled", False) else "all"
-    quantiles = {f"P0 ({which} {len(by_token)} tokens)": by_token, **runs}
-    series = [Series(name, np.percentile(values, _PERCENT).tolist()) for name, values in quantiles.items()]
+    runs = result.tables["quantiles"].groupby("run", sort=False)
+    series = [Series(str(name), part["sink_score"].tolist()) for name, part in runs]
     return trajectories(
         {"Dashed: half the median score": series},
         [str(percent) for percent in _PERCENT],

@@ -180,9 +180,9 @@ class Amplification(Experiment[AmplificationConfig]):
             carried |= dict(zip(("top 1 %", "random 1 %", "top, at 8"), of_neurons.values(), strict=True))
         metrics |= {f"excess_carried_by_mlp_{block}": carried[f"mlp.{block}"] for block in blocks}
         tables["ablations"] = _interval_table("ablated", "excess_carried", carried)
-        groups = _other_writers(writers, blocks)
-        others = {name: ratio_interval(_sum(values), total) for name, values in groups.items()}
-        tables["other_writers"] = _interval_table("writers", "share", others)
+        written = _other_writers(writers, blocks)
+        groups = {name: ratio_interval(_sum(values), total) for name, values in written.items()}
+        tables["writer_groups"] = _interval_table("writers", "share", groups)
         return Result(self.id, self.title, metrics, tables, notes=notes)
 
     def draw(self, result: Result) -> dict[str, Figure]:
@@ -190,10 +190,11 @@ class Amplification(Experiment[AmplificationConfig]):
         from p0circuit.figures.intervals import bars, intervals_by
 
         shares = intervals_by(result.tables["writers"], "writer", "share")
+        groups = intervals_by(result.tables["writer_groups"], "writers", "share")
         carried = intervals_by(result.tables["ablations"], "ablated", "excess_carried")
         mlps = {name: shares[name] for name in (f"mlp.{block}" for block in result.provenance["config"]["blocks"])}
         panels = {
-            "Projection on the P0 direction": mlps | intervals_by(result.tables["other_writers"], "writers", "share"),
+            "Projection on the P0 direction": mlps | groups,
             "Excess score lost without": dict(list(carried.items())[:7]),
         }
         figure = bars(panels, f"{result.model_title}: who writes the P0 direction", ["share of the whole"] * 2)

@@ -49,7 +49,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from p0circuit.experiments.base import Experiment, NotApplicable
+from p0circuit.experiments.base import Experiment, NotApplicable, block_names
 from p0circuit.experiments.claim import Claim, Criterion
 from p0circuit.experiments.measures.joint_patches import (
     DIRECTIONS,
@@ -97,6 +97,7 @@ class CausalPathConfig:
         rows: number of samples for edges and for estimates of a bounded run.
         row_runs: bound on the exact single patches of a bounded run, and on its exact edges, each in rows through all
             blocks.
+        blocks: where the circuit is: the first two blocks, as the paper says, or those that `depth` finds.
     """
 
     shifts: tuple[int, ...] = (4, 16, 32)
@@ -105,6 +106,7 @@ class CausalPathConfig:
     most_edges: int = 2_000
     rows: int = 6
     row_runs: int = 72
+    blocks: tuple[int, ...] = CIRCUIT_BLOCKS
 
 
 class CausalPath(Experiment[CausalPathConfig]):
@@ -140,9 +142,9 @@ class CausalPath(Experiment[CausalPathConfig]):
         info, n, length = describe(model), prompts.n, prompts.length
         config, samples, layers = self.config, min(self.config.samples, n - n // 2), info.n_layers
         shifts = _shifts_that_fit(config.shifts, length, info) or [0]
-        # Length of a shifted row, and depth of the blocks 0-1, in units of the clean row and of the model.
+        # Length of a shifted row, and depth of the circuit, in units of the clean row and of the model.
         shifted = 1 + sum(shifts) / len(shifts) / length
-        early = len(CIRCUIT_BLOCKS) / layers
+        early = len(config.blocks) / layers
         if self._is_bounded(info):
             rows, exact = min(samples, config.rows), min(samples, max(len(shifts), FEWEST_EXACT_SAMPLES))
             joint = samples * (shifted + 3 + 3 * shifted + 2 * early)
@@ -174,8 +176,8 @@ class CausalPath(Experiment[CausalPathConfig]):
             NotApplicable: the model has no block 1, or no sink, or P0's whole stream has no effect on its sink.
         """
         info = describe(model)
-        if info.n_layers <= CIRCUIT_BLOCKS[-1]:
-            raise NotApplicable(f"{info.title} has {info.n_layers} block, and the claim is about blocks 0 and 1")
+        if info.n_layers <= (last := max(self.config.blocks)):
+            raise NotApplicable(f"the last block of {info.title} is {info.n_layers - 1}: there is no block {last}")
         shifts = _shifts_that_fit(self.config.shifts, prompts.length, info)
         if not shifts:
             raise NotApplicable(
@@ -188,8 +190,8 @@ class CausalPath(Experiment[CausalPathConfig]):
         control_offsets = _random_offsets_after_p0(clean, prompts.seed)
         bounded = self._is_bounded(info)
         patch_jointly = joint_changes_at_one_shift if bounded else joint_changes_at_every_shift
-        changes = patch_jointly(model, pairs, sink.heads, control_offsets)
-        metrics = _joint_metrics(mean_over_shifts(changes))
+        changes = patch_jointly(model, pairs, sink.heads, control_offsets, self.config.blocks)
+        metrics = _joint_metrics(mean_over_shifts(changes), self.config.blocks)
         try:
             singles, notes_on_singles = self._single_patches(model, pairs, sink, changes, bounded)
             edges = self._edges(model, pairs, sink, changes, control_offsets, bounded)
@@ -208,7 +210,7 @@ class CausalPath(Experiment[CausalPathConfig]):
         if len(shifts) < len(self.config.shifts):
             notes.append(f"longer prefixes do not fit {info.n_ctx} positions")
         tables = {
-            "joint": joint_table(pairs, changes),
+            "joint": joint_table(pairs, changes, self.config.blocks),
             "components": singles,
             "edges": edges.table,
             "edges_at_random_position": edges.control_table,
@@ -223,7 +225,7 @@ class CausalPath(Experiment[CausalPathConfig]):
         """
         return {
             "components": _draw_components(result.tables["components"], result.model_title),
-            "shares": _draw_shares(result.metrics, result.model_title),
+            "shares": _draw_shares(result.metrics, result.model_title, result.provenance["config"]["blocks"]),
         }
 
     def _is_bounded(self, info: ModelInfo) -> bool:
@@ -273,7 +275,7 @@ def _random_offsets_after_p0(clean: PromptSet, seed: int) -> Int[Tensor, " sampl
     return 1 + (torch.rand(clean.n, generator=generator) * (lengths - 1)).long()
 
 
-def _joint_metrics(changes: JointChanges) -> dict[str, Interval]:
+def _joint_metrics(changes: JointChanges, blocks: Sequence[int]) -> dict[str, Interval]:
     """Shares of the total effect, from the mean change of each sample."""
     metrics: dict[str, Interval] = {}
     for direction in DIRECTIONS:
@@ -285,7 +287,9 @@ def _joint_metrics(changes: JointChanges) -> dict[str, Interval]:
             )
     for direction in DIRECTIONS:
         total = changes[direction, WHOLE_STREAM]
-        metrics[f"share_of_blocks_0_1_in_{direction}"] = ratio_interval(changes[direction, JOINT], total)
+        metrics[f"share_of_blocks_{'_'.join(map(str, blocks))}_in_{direction}"] = ratio_interval(
+            changes[direction, JOINT], total
+        )
         metrics[f"share_of_random_position_in_{direction}"] = ratio_interval(changes[direction, JOINT_CONTROL], total)
         metrics[f"total_effect_of_{direction}"] = bootstrap(total)
     return metrics
@@ -328,7 +332,7 @@ def _draw_components(singles: pd.DataFrame, model: str) -> Figure:
     return effect_maps(panels, f"{model}: sink carried by single components at P0 (n = {n})", "share of total effect")
 
 
-def _draw_shares(metrics: Mapping[str, Interval], model: str) -> Figure:
+def _draw_shares(metrics: Mapping[str, Interval], model: str, blocks: Sequence[int]) -> Figure:
     from p0circuit.figures.intervals import intervals
 
     def rounded(name: str) -> Interval:
@@ -336,11 +340,12 @@ def _draw_shares(metrics: Mapping[str, Interval], model: str) -> Figure:
         one = metrics[name]
         return Interval(round(one.value, 3) + 0.0, round(one.low, 3) + 0.0, round(one.high, 3) + 0.0, one.n)
 
+    numbers = "_".join(map(str, blocks))
     joint, edges = metrics["total_effect_of_noising"].n, metrics["share_of_k_in_total_effect"].n
     panels = {
-        f"All components of blocks 0-1 (n = {joint})": {
-            "noising at P0": rounded("share_of_blocks_0_1_in_noising"),
-            "denoising at m": rounded("share_of_blocks_0_1_in_denoising"),
+        f"All components of {block_names(blocks)} (n = {joint})": {
+            "noising at P0": rounded(f"share_of_blocks_{numbers}_in_noising"),
+            "denoising at m": rounded(f"share_of_blocks_{numbers}_in_denoising"),
             "noising, control position": rounded("share_of_random_position_in_noising"),
             "denoising, control position": rounded("share_of_random_position_in_denoising"),
         },

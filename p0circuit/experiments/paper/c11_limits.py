@@ -143,7 +143,7 @@ class Limits(Experiment[LimitsConfig]):
         studied = studied_sink(model, _beginning(prompts, in_view))
         notes = [studied.note]
         if in_view < prompts.length:
-            notes.append(f"a window of {in_view} would hide P0: all but the lengths are measured on {in_view} tokens")
+            notes.append(f"a window of {in_view} would mask P0: all but the lengths are measured on {in_view} tokens")
 
         repeated, metrics = self._repetitions(model, studied, notes)
         fewer = studied.prompts.subset(slice(0, self.config.samples))
@@ -210,14 +210,14 @@ class Limits(Experiment[LimitsConfig]):
         }
         weak = [count for count in counts if 2 * excess["repeated", count].mean() <= excess["repeated", 1].mean()]
         notes += [
-            f"P0 is imitated where its token stands {imitated} times or more: the last one has half of P0's score"
+            f"P0 is imitated by {imitated} copies of its token or more: the last one has half of P0's score"
             if imitated
             else "P0 is never imitated: no copy of its token has half of P0's score",
-            f"half of its excess score is gone where its token stands {weak[0]} times or more; from end to end "
-            f"{metrics['excess_on_one_repeated_token']} is left, uniform attention would leave "
+            f"P0 loses half of its excess score if its token is repeated {weak[0]} times or more; in a row of one "
+            f"token {metrics['excess_on_one_repeated_token']} is left, and uniform attention would leave "
             f"{uniform_excess(all_of_it):.3f}"
             if weak
-            else "however often its token stands there, more than half of its excess score stays",
+            else "P0 keeps more than half of its excess score with any number of copies of its token",
         ]
         return pd.DataFrame(rows, columns=["tokens", "count", "quantity", *_ENDS]), metrics
 
@@ -266,7 +266,7 @@ class Limits(Experiment[LimitsConfig]):
         rows, windows, left_out = [], {}, {}
         for length in sorted({*config.lengths, prompts.length}):
             if length <= CONTROL + 1:
-                left_out[length] = f"there is no position {CONTROL} with a query behind it"
+                left_out[length] = f"there is no query after position {CONTROL}"
             elif not _fits(info, length):
                 left_out[length] = f"the context is {info.n_ctx} tokens"
             elif 4 * ATTENTION_COPIES * info.n_heads * length**2 > _ROW_BYTES:

@@ -144,15 +144,15 @@ class Function(Experiment[FunctionConfig]):
         notes = [
             sink.note,
             f"losses of the predictions made at positions {start} to {stop}; the perturbed token is at {start}",
-            f"loss added in nats per token: {intervals[_MASKED]} with P0 hidden, {intervals[_MASKED_BESIDE]} with a "
-            f"random position hidden, {intervals[_ZEROED]} with P0's value zeroed (attention as it was), "
+            f"loss added in nats per token: {intervals[_MASKED]} with P0 masked, {intervals[_MASKED_BESIDE]} with a "
+            f"random position masked, {intervals[_ZEROED]} with P0's value zeroed (attention unchanged), "
             f"{intervals[_MOVED]} with P0's attention given to a random position",
             "a changed token changes later positions after the last block "
-            f"{_times(metrics['spread_with_p0_hidden_over_with_sink'])} as much with P0 hidden, and "
-            f"{_times(metrics['spread_with_random_hidden_over_with_sink'])} with a random position hidden",
+            f"{_times(metrics['spread_with_p0_hidden_over_with_sink'])} as much with P0 masked, and "
+            f"{_times(metrics['spread_with_random_hidden_over_with_sink'])} with a random position masked",
         ]
         if getattr(model, "tokenizer", None) is None:
-            notes.append("the prompts are random tokens: their losses say nothing about a use of the sink")
+            notes.append("the prompts are random tokens: their losses do not show whether the sink is of use")
         return Result(self.id, self.title, metrics, tables, notes=notes)
 
     def draw(self, result: Result) -> dict[str, Figure]:

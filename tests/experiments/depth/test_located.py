@@ -8,7 +8,16 @@ from typing import Any
 
 import pytest
 
-from p0circuit.experiments import Content, Depth, DirectionOrNorm, Recognition, Structure, StructureConfig
+from p0circuit.experiments import (
+    CausalPath,
+    CausalPathConfig,
+    Content,
+    Depth,
+    DirectionOrNorm,
+    Recognition,
+    Structure,
+    StructureConfig,
+)
 from p0circuit.experiments.base import block_names
 from p0circuit.experiments.paper.c06_amplification import Amplification, AmplificationConfig
 from p0circuit.models import load_model
@@ -68,10 +77,27 @@ def test_three_blocks(kind: Any) -> None:
     assert result.judgement is None and deciding_metrics(kind(), result.metrics)
 
 
+def test_the_path_of_one_block() -> None:
+    model = load_model("wired")
+    prompts = random_tokens(model.cfg.d_vocab, n=12, length=16)
+    config = CausalPathConfig(shifts=(4,), samples=4, runs=64)
+    result = with_blocks(CausalPath(config), (0,)).run(model, prompts)
+    names = ["share_of_blocks_0_in_noising", "share_of_blocks_0_in_denoising", "share_of_k_among_edges_into_sink_heads"]
+    assert list(deciding_metrics(CausalPath(), result.metrics)) == names and set(result.figures) == {
+        "components",
+        "shares",
+    }
+    assert set(result.tables["joint"]["patched"]) == {"block 0", "whole stream", "block 0 at a random position"}
+    # Later blocks make the rest from what block 0 recognises; what block 2 writes, no sink head reads.
+    assert result.metrics["share_of_blocks_0_in_denoising"].value > 0.9
+    later = with_blocks(CausalPath(config), (2,)).run(model, prompts, figures=False)
+    assert abs(later.metrics["share_of_blocks_2_in_denoising"].value) < 0.1
+
+
 def test_amplification_in_one_block_and_in_three() -> None:
     model = load_model("wired")
     prompts = random_tokens(model.cfg.d_vocab, n=12, length=16)
-    config = AmplificationConfig(draws=2, singles=2, choosing=4)
+    config = AmplificationConfig(draws=2, choosing=4)
     for blocks, name in (((0,), "share_of_mlps_0"), ((0, 1, 2), "share_of_mlps_0_and_1_and_2")):
         result = with_blocks(Amplification(config), blocks).run(model, prompts)
         assert name in result.metrics and set(result.figures) == {"writers"}

@@ -67,9 +67,9 @@ def test_copies_share_the_sink_in_equal_parts(wired: Result) -> None:
         assert table["repeated", count, "score of the last of them"] == pytest.approx(last, abs=3e-3)
         assert table["different", count, "score of P0"] == pytest.approx(shared_score(1, LENGTH), abs=3e-3)
         assert table["different", count, "score of the last of them"] == pytest.approx(0, abs=3e-3)
-    assert "P0 is imitated where its token stands 2 times or more: the last one has half of P0's score" in wired.notes
+    assert "P0 is imitated by 2 copies of its token or more: the last one has half of P0's score" in wired.notes
     assert any(
-        note.startswith("half of its excess score is gone where its token stands 4 times") for note in wired.notes
+        note.startswith("P0 loses half of its excess score if its token is repeated 4 times") for note in wired.notes
     )
 
 
@@ -91,7 +91,7 @@ def test_lengths_go_as_far_as_the_context_and_what_is_left_out_is_named(wired: R
     assert list(dict.fromkeys(table.index.get_level_values(0))) == [12, LENGTH, 48]
     assert table.loc[(12, "P0"), "value"] == pytest.approx(shared_score(1, 12), abs=2e-3)
     assert table.loc[(12, "position 8"), "value"] < 1e-2
-    assert "length 8: left out, there is no position 8 with a query behind it" in wired.notes
+    assert "length 8: left out, there is no query after position 8" in wired.notes
     assert "length 512: left out, the context is 256 tokens" in wired.notes
     few = Limits(LimitsConfig(lengths=(16, 200), tokens=420)).run(wired_model(), distinct(12, LENGTH))
     assert few.tables["lengths"].set_index("length")["n"].to_dict() == {16: 6, LENGTH: 6, 200: 2}
@@ -109,7 +109,7 @@ def test_learned_positions_that_make_the_sink_keep_it() -> None:
     assert result.judgement is not None and result.judgement.verdict == "reproduced"
     assert result.metrics["excess_kept_with_learned_positions"].value == pytest.approx(1, abs=1e-2)
     assert "P0 is never imitated: no copy of its token has half of P0's score" in result.notes
-    assert "however often its token stands there, more than half of its excess score stays" in result.notes
+    assert "P0 keeps more than half of its excess score with any number of copies of its token" in result.notes
 
 
 @pytest.mark.parametrize("layers", [(0, 1, 2), (0, 1), (2,)])
@@ -132,7 +132,7 @@ def test_a_window_that_hides_p0_has_no_sink_at_it(layers: tuple[int, ...]) -> No
     # What is not about windows is measured on as many tokens as the window shows.
     left = uniform_excess(window) / shared_score(1, window)
     assert result.metrics["excess_left_of_one_repeated_token"].value == pytest.approx(left, abs=2e-3)
-    assert any(note.startswith("a window of 14 would hide P0") for note in result.notes)
+    assert any(note.startswith("a window of 14 would mask P0") for note in result.notes)
 
 
 def windowed(window: int, layers: tuple[int, ...]) -> Any:
