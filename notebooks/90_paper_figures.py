@@ -109,7 +109,7 @@ else:
     # Fewer rows where many things are tried on each, fewer draws, no very long rows; the thresholds are the same.
     less = {
         "any-token": AnyTokenConfig(continuations=8, full_tokens=64),
-        "amplification": AmplificationConfig(draws=32, shown_samples=8),
+        "amplification": AmplificationConfig(draws=32, single_samples=8),
         "path": CausalPathConfig(runs=1024),
         "circuit": CircuitConfig(samples=8),
         "limits": LimitsConfig(lengths=(16, 32, 64, 128, 256, 512), tokens=2048),

@@ -194,9 +194,21 @@ def number(value: float) -> str:
 
 
 def plain(value: Any) -> str:
-    """A piece of provenance on one line."""
+    """Write a piece of provenance on one line.
+
+    Args:
+        value: a value of the provenance; in a description of a model, `window` is a list with one entry per layer.
+    """
     if isinstance(value, dict):
-        return ", ".join(f"{key} {plain(one)}" for key, one in value.items()) or "none"
+        parts = (f"{key} {_windows(one) if key == 'window' else plain(one)}" for key, one in value.items())
+        return ", ".join(parts) or "none"
     if isinstance(value, list):
         return " ".join(map(plain, value)) or "none"
     return "not known" if value is None else str(value)
+
+
+def _windows(windows: Any) -> str:
+    """The sliding windows of all layers: "none" if no layer has one, else "full" for the layers without."""
+    if not isinstance(windows, list):
+        return plain(windows)
+    return " ".join("full" if window is None else str(window) for window in windows) if any(windows) else "none"
