@@ -185,9 +185,9 @@ page.show(figure, "published sink rates of other models beside ours")
 lines = {"Sink rate, natural text": own | {run.model: ours["sink_rate"]}}
 figure = intervals(lines, "What moves the sink rate of a small model", ["share"], others)
 page.show(figure, "published sink rates of variants of one small model beside ours")
-for row in run.beside:
+for row in run.comparisons:
     print(row)
-if not run.beside:
+if not run.comparisons:
     print(f"nothing that we know of has been published about {run.model} itself")
 
 # %% [markdown]

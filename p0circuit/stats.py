@@ -42,6 +42,7 @@ class Interval:
         return asdict(self)
 
     def __str__(self) -> str:
+        """Return the value and its interval with three decimals."""
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 

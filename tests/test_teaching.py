@@ -342,8 +342,8 @@ def test_evidence_names_figures_by_what_stands_above_them(capsys: pytest.Capture
     assert "C2 What is kept: REPRODUCED" in shown and "C12 What broke: BROKE OFF" in shown
     assert shown.count("  note: A note on <b>nothing</b>.") == 2
     assert "[figure: kept, map: made up; text]" in shown and "[figure: circuit, map: made up; text]" in shown
-    assert "About circuit: measured; no claim hangs on it." in shown
-    assert "nowhere: no figures: this run has not come to it" in shown
+    assert "About circuit: measured; it tests no claim." in shown
+    assert "nowhere: no figures: this run has not reached it" in shown
     # Without its drawing a figure is named by its experiment.
     (tmp_path / "figures" / "kept-map.svg").unlink()
     course_page.show_evidence(Page(), run, "kept")

@@ -29,33 +29,6 @@ REJECTED = {
 WORDS = {"told", "heard", "lent", "lenders", "beginner", "remedies", "courses", "drawable", "readable", "behind"}
 """Compared with each word of a name, as in `told_by`."""
 
-ELSEWHERE = {("models/device_map.py", "place"), ("resources.py", "place"), ("models/memory.py", "place")}
-"""Where a word has its plain sense: a device map has places for modules."""
-# Names that are still to be replaced, by file. The list may only become shorter.
-ALLOWED_YET: dict[str, str] = {
-    "course/build.py": "found",
-    "course/checks.py": "beside changed found told whole",
-    "course/exercise.py": "_shown found told",
-    "course/page.py": "chosen found shown told whole",
-    "figures/attention_view.py": "place shown",
-    "figures/intervals.py": "place told",
-    "models/architecture_edits.py": "changed kept place",
-    "models/bridge.py": "place shown",
-    "models/checkpoints.py": "found told",
-    "models/constructed/truth.py": "kept",
-    "models/constructed/weights.py": "place some",
-    "models/controls.py": "drawn kept",
-    "models/device_map.py": "_place chosen found waiting",
-    "models/download.py": "place whole",
-    "models/gguf.py": "_whole shown",
-    "models/gguf_writer.py": "chosen",
-    "models/load.py": "chosen found place shown",
-    "models/source.py": "chosen found kept told",
-    "report/contents.py": "beside place told",
-    "report/documents.py": "changed found",
-    "report/published.py": "why",
-}
-
 
 def bound_names(tree: ast.AST) -> Iterator[str]:
     """Every name that a module binds, and every attribute that it sets."""
@@ -100,5 +73,4 @@ def test_names_are_seen_where_they_are_bound() -> None:
 
 def test_names_of_the_package_are_the_fields_nouns() -> None:
     rejected = set().union(*(rejected_names(path) for path in sorted(PACKAGE.rglob("*.py"))))
-    allowed = {(file, name) for file, names in ALLOWED_YET.items() for name in names.split()}
-    assert sorted(rejected - ELSEWHERE - allowed) == []
+    assert sorted(rejected) == []

@@ -149,7 +149,7 @@ def _list_experiments(as_json: bool) -> None:
         print_table(("id", "claim", "title"), rows)
 
 
-def _save(result: Result, directory: Path, started: float, **details: Any) -> None:
+def _save(result: Result, directory: Path, started: float, **details: object) -> None:
     """Save a result, and last its manifest, whose presence means that the run is complete."""
     from p0circuit.results import write_manifest
 

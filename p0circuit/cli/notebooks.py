@@ -25,7 +25,7 @@ app = typer.Typer(
 class _PairsCommand(TyperCommand):
     """A command that takes `-p NAME VALUE`, as papermill does, and `-p NAME=VALUE`."""
 
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # noqa: ANN401 - typer has a private copy of click
         """Join the name and value of every `-p` into one argument.
 
         Args:

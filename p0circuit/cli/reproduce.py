@@ -104,7 +104,7 @@ def reproduce(
                 initial_checkpoint=initial_checkpoint_of(name, lambda step, source=source: load(source, step)),
             )
             label = describe(model).name
-        for published in run.beside:
+        for published in run.comparisons:
             report_progress(f"published: {published}")
         report_progress(f"claims, tables, figures, manifest and report.html are in {run.directory}")
         if not as_json:

@@ -50,7 +50,7 @@ def with_settings(config: Config, settings: Sequence[str]) -> Config:
     return replace(config, **values)
 
 
-def _value(name: str, text: str, kind: Any, current: object) -> object:
+def _value(name: str, text: str, kind: object, current: object) -> object:
     """Read a value of an annotated type from text."""
     candidates: list[object] = [text]
     with contextlib.suppress(json.JSONDecodeError):
@@ -65,7 +65,7 @@ class _WrongTypeError(Exception):
     """A value is not of a type."""
 
 
-def _converted(kind: Any, value: object) -> object:
+def _converted(kind: object, value: object) -> object:
     """Return a value as one of an annotated type: a plain type, a union, a Literal, or a tuple of one type."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
@@ -90,7 +90,7 @@ def _converted(kind: Any, value: object) -> object:
 _PLURALS = {int: "whole numbers", float: "numbers", str: "texts"}
 
 
-def _name(kind: Any) -> str:
+def _name(kind: object) -> str:
     """The name of a type as a person would write it."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
@@ -99,7 +99,13 @@ def _name(kind: Any) -> str:
         return "one of " + ", ".join(map(json.dumps, parts))
     if origin is tuple:
         return f"a list of {_PLURALS.get(parts[0], _name(parts[0]))}"
-    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+    names: dict[object, str] = {
+        int: "a whole number",
+        float: "a number",
+        str: "text",
+        bool: "true or false",
+        type(None): "null",
+    }
     return names.get(kind, str(kind))
 
 

@@ -1,0 +1,1 @@
+"""The course: notebooks, the checkers of their exercises, and what they share."""

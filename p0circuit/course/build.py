@@ -1,10 +1,11 @@
-"""The notebooks of the course: find, run and build them.
+"""Find, run and build the notebooks of the course.
 
-1. A notebook is written as plain Python, `notebooks/NN_name.py` (jupytext's percent format), and that is its source.
-2. `build` runs it in a fresh kernel and writes `notebooks/NN_name.ipynb` with its outputs, without anything that would
-   differ from build to build but the outputs themselves; a picture of it goes to `docs/notebooks/`.
-3. `run` executes the shipped notebooks with other parameters by papermill. They live in the repository and are no part
-   of the installed package.
+1. The source of a notebook is plain Python, `notebooks/NN_name.py`, in jupytext's percent format.
+2. `build` runs a source in a fresh kernel and writes `notebooks/NN_name.ipynb` with the outputs. Times, versions and
+   random ids are removed, so that two builds differ only if outputs differ. It also writes a picture of the notebook
+   to `docs/notebooks/`.
+3. `run` executes a built notebook with other parameters, by papermill. The notebooks belong to the repository, not to
+   the installed package.
 """
 
 from __future__ import annotations
@@ -16,69 +17,87 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from p0circuit.errors import P0Error
 
+if TYPE_CHECKING:
+    from nbformat import NotebookNode
+
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 COVER = "cover"
-"""The tag of the cell whose figure is the notebook's picture."""
+"""Tag of the cell whose figure is the picture of the notebook."""
 _COVER_WIDTH, _COVER_COLOURS = 720, 256
 
 
 class NotebookFailed(RuntimeError):
-    """A cell did not run to its end; the message names it."""
+    """A cell raised an error or the kernel died; the message names the cell."""
 
 
 def folder() -> Path:
-    """The repository's folder of notebooks.
+    """Return the folder of the notebooks in the repository.
 
     Raises:
         P0Error: the package is installed without the repository.
     """
-    found = Path(__file__).resolve().parents[2] / "notebooks"
-    if not any(found.glob("*.ipynb")) and not any(found.glob("*.py")):
+    path = Path(__file__).resolve().parents[2] / "notebooks"
+    if not any(path.glob("*.ipynb")) and not any(path.glob("*.py")):
         raise P0Error(
-            f"there are no notebooks at {found}: they come with the repository of p0circuit and are no part of the "
+            f"there are no notebooks at {path}: they come with the repository of p0circuit and are no part of the "
             "installed package; clone the repository and run this there"
         )
-    return found
+    return path
 
 
 def names() -> list[str]:
-    """The notebooks in the order of the course, by the names of their sources."""
+    """Return the names of all notebooks, in the order of the course."""
     return sorted(path.stem for path in folder().glob("[0-9]*.py"))
 
 
 def find(name: str) -> str:
-    """The notebook of a name, its number, or any part of the name that no other has.
+    """Return the notebook with a name, a number, or a part of the name that no other notebook has.
+
+    Args:
+        name: as in `04_patching_the_circuit`, `04` or `patching`.
 
     Raises:
-        P0Error: there is none, or more than one.
+        P0Error: no notebook matches, or more than one.
     """
-    wanted, every = Path(name).stem, names()
-    found = [one for one in every if one == wanted] or [one for one in every if one.startswith(f"{wanted}_")]
-    found = found or [one for one in every if wanted in one]
-    if len(found) != 1:
-        raise P0Error(f"{name!r} names {len(found) or 'no'} notebooks; there are: {', '.join(every)}")
-    return found[0]
+    query, notebooks = Path(name).stem, names()
+    matches = [one for one in notebooks if one == query] or [one for one in notebooks if one.startswith(f"{query}_")]
+    matches = matches or [one for one in notebooks if query in one]
+    if len(matches) != 1:
+        raise P0Error(f"{name!r} names {len(matches) or 'no'} notebooks; there are: {', '.join(notebooks)}")
+    return matches[0]
 
 
 def title(name: str) -> str:
-    """The first heading of a notebook."""
+    """Return the first heading of a notebook; its name if it has none.
+
+    Args:
+        name: name of the notebook.
+    """
     text = (folder() / f"{name}.py").read_text(encoding="utf-8")
-    found = re.search(r"^# # (.+)$", text, re.MULTILINE)
-    return found.group(1) if found else name
+    heading = re.search(r"^# # (.+)$", text, re.MULTILINE)
+    return heading.group(1) if heading else name
 
 
 def run(name: str, out: Path, parameters: Mapping[str, Any] = {}) -> Path:
-    """Execute a notebook with some of its parameters set anew; returns the executed one, `out`/NAME.ipynb.
+    """Execute a built notebook with other parameters.
 
-    Its figures and key figures go to `out`/NAME, unless its parameter `out` says otherwise.
+    Its figures and key figures go to `out`/NAME, unless its parameter `out` is given.
+
+    Args:
+        name: name of the notebook.
+        out: directory of the executed notebook.
+        parameters: new values of parameters by name.
+
+    Returns:
+        The path of the executed notebook, `out`/NAME.ipynb.
 
     Raises:
-        P0Error: it has no such parameter.
-        NotebookFailed: a cell failed; what ran before it is in the executed notebook.
+        P0Error: the notebook has not been built, or has no such parameter.
+        NotebookFailed: a cell failed; the executed notebook holds the outputs of the cells before it.
     """
     source = folder() / f"{name}.ipynb"
     if not source.is_file():
@@ -91,10 +110,16 @@ def run(name: str, out: Path, parameters: Mapping[str, Any] = {}) -> Path:
 
 
 def build(name: str) -> Path:
-    """Run a notebook from its source in a fresh kernel, and write it with its outputs, and its picture.
+    """Run a notebook's source in a fresh kernel, and write the notebook with its outputs, and its picture.
+
+    Args:
+        name: name of the notebook.
+
+    Returns:
+        The path of the notebook.
 
     Raises:
-        P0Error: it wrote to standard error, or has no picture.
+        P0Error: a cell wrote to standard error, or no cell shows the picture.
         NotebookFailed: a cell failed.
     """
     import jupytext
@@ -117,8 +142,13 @@ def build(name: str) -> Path:
     return source.with_suffix(".ipynb")
 
 
-def tidy(notebook: Any, name: str) -> None:
-    """Take off a notebook all that would differ from one run to the next: times, versions, random identities."""
+def tidy(notebook: NotebookNode, name: str) -> None:
+    """Remove from a notebook what differs between runs: times, versions, random ids.
+
+    Args:
+        notebook: which is changed in place.
+        name: name of the notebook.
+    """
     notebook.metadata = {
         "jupytext": {"formats": "ipynb,py:percent"},
         "kernelspec": KERNEL,
@@ -134,10 +164,13 @@ def tidy(notebook: Any, name: str) -> None:
 
 
 def key_figures(notebook: Path) -> dict[str, float]:
-    """The key figures of an executed notebook: the JSON that its last cell printed.
+    """Return the key figures of an executed notebook: the JSON that its last cell printed.
+
+    Args:
+        notebook: path of the notebook.
 
     Raises:
-        P0Error: it printed none.
+        P0Error: its last cell printed no JSON.
     """
     import nbformat
 
@@ -156,7 +189,7 @@ def _execute(source: Path, target: Path, parameters: Mapping[str, Any]) -> Path:
 
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        # The kernel of this environment before any other of the same name.
+        # Prefer the kernel of this environment to others of the same name.
         with _environment(JUPYTER_PREFER_ENV_PATH="1"):
             papermill.execute_notebook(
                 str(source),
@@ -165,21 +198,21 @@ def _execute(source: Path, target: Path, parameters: Mapping[str, Any]) -> Path:
                 kernel_name=KERNEL["name"],
                 cwd=str(folder()),
                 progress_bar=_progress(source.stem),
-                # It would say every time that it talks over TCP, and now and then that it was told to end.
+                # The kernel would otherwise print that it uses TCP, and sometimes that it was stopped.
                 extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
             )
     except PapermillExecutionError as error:
         raise NotebookFailed(
             f"{source.stem}: cell {error.exec_count} ({first_line(error.source)}) failed: {error.ename}: "
-            f"{error.evalue}; the notebook up to there is {target}"
+            f"{error.evalue}; the notebook up to this cell is {target}"
         ) from None
     except DeadKernelError as error:
         raise NotebookFailed(f"{source.stem}: its kernel died ({error}); was there enough memory?") from None
     return target
 
 
-def _progress(name: str) -> Any:
-    """What papermill is to show: a bar, where someone is there to see it."""
+def _progress(name: str) -> Any:  # noqa: ANN401 - papermill accepts a dictionary, but declares a bool
+    """Return the progress bar for papermill, or False if nobody sees it."""
     from rich.console import Console
 
     return {"desc": name, "leave": False} if Console(stderr=True).is_terminal else False
@@ -193,7 +226,7 @@ def _parameters_of(source: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _environment(**variables: str) -> Iterator[None]:
-    """Some variables in this process's environment, which kernels get as it is."""
+    """Set environment variables of this process, which its kernels inherit, and restore them afterwards."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:
@@ -207,7 +240,7 @@ def _environment(**variables: str) -> Iterator[None]:
 
 
 def _joined(outputs: Sequence[Any]) -> list[Any]:
-    """The outputs of a cell, what was printed in a row as one: where it was cut is a matter of chance."""
+    """Join consecutive outputs of the same stream; where they are split depends on timing."""
     joined: list[Any] = []
     for output in outputs:
         last = joined[-1] if joined else None
@@ -218,7 +251,7 @@ def _joined(outputs: Sequence[Any]) -> list[Any]:
     return joined
 
 
-def _cover(notebook: Any, name: str) -> bytes:
+def _cover(notebook: NotebookNode, name: str) -> bytes:
     import base64
 
     for cell in notebook.cells:
@@ -230,7 +263,7 @@ def _cover(notebook: Any, name: str) -> bytes:
 
 
 def _small(png: bytes) -> bytes:
-    """A picture small enough for the README: few pixels, few colours."""
+    """Shrink a picture for the README: fewer pixels and fewer colours."""
     import io
 
     from PIL import Image
@@ -243,4 +276,9 @@ def _small(png: bytes) -> bytes:
 
 
 def first_line(source: str) -> str:
+    """Return the first line of a cell.
+
+    Args:
+        source: source of the cell.
+    """
     return source.strip().partition("\n")[0]

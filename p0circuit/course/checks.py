@@ -1,44 +1,54 @@
-"""The checkers of the exercises, one for each.
+"""Checkers of the exercises, one function each.
 
-Each has the number of its exercise. `put` and `ramp` are two of the solutions: the cells after a task take them from
-here, so that nobody reads the solution by accident.
+A checker has the number of its exercise. `put` and `ramp` are two of the solutions: the cells after the exercise import
+them from here, so that the notebook does not show them.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
+from p0circuit.course.exercise import Wrong, as_number, as_tensor, ask, compare, exercise
 from p0circuit.hooked_model import HookedModel
 from p0circuit.interventions.nodes import Node
 from p0circuit.prompts import PromptSet
 from p0circuit.sink import SINK_THRESHOLD
 
-if TYPE_CHECKING:
-    pass
-from p0circuit.course.exercise import Wrong, as_number, as_tensor, ask, compare, exercise
-
 # Exercises
 
 
-def put(position: int, values: Tensor) -> Callable[[Tensor, Any], Tensor]:
-    """A hook that puts values [batch, ...] at one position of an activation [batch, pos, ...]."""
+def put(position: int, values: Tensor) -> Callable[[Tensor, object], Tensor]:
+    """Return a hook that puts values at one position of an activation.
 
-    def hook_function(activation: Tensor, hook: Any) -> Tensor:
-        changed = activation.clone()
-        changed[:, position] = values
-        return changed
+    Args:
+        position: the position.
+        values: what is put there, [batch, ...].
+
+    Returns:
+        A hook for activations [batch, pos, ...].
+    """
+
+    def hook_function(activation: Tensor, hook: object) -> Tensor:
+        result = activation.clone()
+        result[:, position] = values
+        return result
 
     return hook_function
 
 
 def ramp(off: float, on: float) -> tuple[float, float]:
-    """(gain, bias) of a neuron whose input before the non-linearity is 0 at `off` and 1 at `on`."""
+    """Return gain and bias of a neuron whose pre-activation is 0 at one input and 1 at another.
+
+    Args:
+        off: input at which the pre-activation is 0.
+        on: input at which it is 1.
+    """
     gain = 1 / (on - off)
     return gain, -gain * off
 
@@ -48,7 +58,7 @@ def _generator(seed: int = 0) -> torch.Generator:
 
 
 def _pattern(*shape: int, seed: int = 0) -> Tensor:
-    """Causal attention patterns [*shape, query, key] drawn at random, in float64; the last of `shape` is the length."""
+    """Draw random causal attention patterns [*shape, query, key] in float64; the last of `shape` is the length."""
     length = shape[-1]
     scores = 2 * torch.randn(*shape, length, generator=_generator(seed), dtype=torch.float64)
     hidden = torch.ones(length, length).triu(1).bool()
@@ -56,13 +66,17 @@ def _pattern(*shape: int, seed: int = 0) -> Tensor:
 
 
 @exercise("1.1 sink score")
-def check_sink_score(answer: Any) -> None:
-    """`answer(pattern)`: the sink scores [head] of attention patterns [head, query, key]."""
+def check_sink_score(answer: object) -> None:
+    """Check the sink score of attention patterns.
+
+    Args:
+        answer: function of patterns [head, query, key] that returns the sink scores [head].
+    """
     pattern = _pattern(3, 6)
     to_p0 = pattern[:, :, 0]
-    found = as_tensor(ask(answer, pattern), (3,))
+    result = as_tensor(ask(answer, pattern), (3,))
     compare(
-        found,
+        result,
         to_p0.mean(-1),
         [
             (to_p0.sum(-1), "that is the sum over queries, which grows with the length of the prompt."),
@@ -77,13 +91,18 @@ def check_sink_score(answer: Any) -> None:
             (pattern[:, :, 1].mean(-1), "that is the score of position 1."),
         ],
         f"on a random pattern of 3 heads the scores should lie between 0 and 1 and differ from head to head; yours are "
-        f"{[round(value, 3) for value in found.tolist()]}.",
+        f"{[round(value, 3) for value in result.tolist()]}.",
     )
 
 
 @exercise("1.2 attention everywhere alike")
-def check_uniform_score(answer: Any, length: int = 64) -> None:
-    """`answer`: the sink score of a head that attends to all it sees alike, on `length` tokens."""
+def check_uniform_score(answer: object, length: int = 64) -> None:
+    """Check the sink score of a head with uniform attention.
+
+    Args:
+        answer: the sink score.
+        length: tokens per prompt.
+    """
     compare(
         as_number(answer),
         sum(1 / (t + 1) for t in range(length)) / length,
@@ -106,15 +125,19 @@ def check_uniform_score(answer: Any, length: int = 64) -> None:
 
 
 @exercise("1.3 sink rate")
-def check_sink_rate(answer: Any) -> None:
-    """`answer(scores, eps)`: the sink rate, one number, of sink scores [sample, layer, head]."""
+def check_sink_rate(answer: object) -> None:
+    """Check the sink rate.
+
+    Args:
+        answer: function of sink scores [sample, layer, head] and a threshold that returns one number.
+    """
     scores = torch.rand(5, 3, 4, generator=_generator(), dtype=torch.float64)
     eps = 0.45
-    found = as_number(ask(answer, scores, eps))
-    if abs(found - float((scores > SINK_THRESHOLD).double().mean())) < 1e-6:
+    result = as_number(ask(answer, scores, eps))
+    if abs(result - float((scores > SINK_THRESHOLD).double().mean())) < 1e-6:
         raise Wrong(f"your function counts scores above {SINK_THRESHOLD} whatever eps it is given.")
     compare(
-        found,
+        result,
         float((scores > eps).double().mean()),
         [
             (
@@ -129,24 +152,30 @@ def check_sink_rate(answer: Any) -> None:
                 "that is the share of samples that have a sink head at all.",
             ),
         ],
-        f"of 60 (sample, head) pairs your function finds a share of {found:.3f} above {eps}; count a few by hand.",
+        f"of 60 (sample, head) pairs your function finds a share of {result:.3f} above {eps}; count a few by hand.",
     )
 
 
 @exercise("2.1 the cone model")
-def check_cone(answer: Any) -> None:
-    """`answer(cosine, weights)`: the predicted squared norm [query] of mixes of unit values by weights [query, key]."""
+def check_cone(answer: object) -> None:
+    """Check the cone model.
+
+    Args:
+        answer: function of a cosine and attention weights [query, key] that returns the expected squared norm [query]
+            of
+            the weighted means of unit vectors.
+    """
     weights, cosine = _pattern(6), 0.4
     purity = weights.square().sum(-1)
-    found = as_tensor(ask(answer, cosine, weights), (6,))
-    if abs(float(found[0]) - 1) > 1e-6:
-        told = (
-            f"the first query attends to itself alone, so its mix is one unit vector; yours has {float(found[0]):.3f}."
+    result = as_tensor(ask(answer, cosine, weights), (6,))
+    if abs(float(result[0]) - 1) > 1e-6:
+        message = (
+            f"the first query attends to itself alone, so its mix is one unit vector; yours has {float(result[0]):.3f}."
         )
-        raise Wrong(told)
+        raise Wrong(message)
     right = cosine**2 + (1 - cosine**2) * purity
     compare(
-        found,
+        result,
         right,
         [
             (
@@ -160,68 +189,78 @@ def check_cone(answer: Any) -> None:
             (purity * cosine**2 + (1 - cosine**2), "there mixing wears off what the values share, and not the rest."),
         ],
         "your prediction should fall from 1 the more evenly a query attends, and never below what all values share; at "
-        f"the last query (sum of squared weights {float(purity[-1]):.3f}) it is {float(found[-1]):.3f}.",
+        f"the last query (sum of squared weights {float(purity[-1]):.3f}) it is {float(result[-1]):.3f}.",
     )
 
 
 @exercise("2.2 mask surgery")
-def check_alone(answer: Any) -> None:
-    """`answer(pattern, t)`: patterns [batch, head, query, key] in which query t attends to itself alone."""
+def check_alone(answer: object) -> None:
+    """Check an edit of attention patterns after which one query attends to itself alone.
+
+    Args:
+        answer: function of patterns [batch, head, query, key] and a query that returns the edited patterns.
+    """
     pattern, t = _pattern(2, 3, 7), 4
-    found = as_tensor(ask(answer, pattern, t), pattern.shape)
+    result = as_tensor(ask(answer, pattern, t), pattern.shape)
     right = pattern.clone()
     right[:, :, t] = one_hot(torch.tensor(t), 7).double()
     others = [query for query in range(7) if query != t]
-    if torch.allclose(found, pattern):
+    if torch.allclose(result, pattern):
         raise Wrong("nothing has changed.")
-    if not torch.allclose(found[:, :, others], right[:, :, others], atol=1e-6):
-        changed = [query for query in others if not torch.allclose(found[:, :, query], right[:, :, query], atol=1e-6)]
-        raise Wrong(f"only query {t} should attend otherwise, but so do queries {changed}: rows are queries.")
-    if not torch.allclose(found[:, :, t].sum(-1), torch.ones(2, 3, dtype=torch.float64), atol=1e-6):
-        total = float(found[0, 0, t].sum())
+    if not torch.allclose(result[:, :, others], right[:, :, others], atol=1e-6):
+        wrong_queries = [
+            query for query in others if not torch.allclose(result[:, :, query], right[:, :, query], atol=1e-6)
+        ]
+        raise Wrong(f"only query {t} should attend otherwise, but so do queries {wrong_queries}: rows are queries.")
+    if not torch.allclose(result[:, :, t].sum(-1), torch.ones(2, 3, dtype=torch.float64), atol=1e-6):
+        total = float(result[0, 0, t].sum())
         raise Wrong(f"the attention of query {t} adds up to {total:.3f}; what becomes of its other keys?")
     compare(
-        found,
+        result,
         right,
         [
             (_with_row(pattern, t, 0), f"query {t} attends to position zero alone; that is not itself."),
             (_in_one_head(pattern, right, t), "in the other heads, or the other samples, nothing has changed."),
         ],
         f"query {t} should give all of its attention to key {t}; in the first head it gives it "
-        f"{float(found[0, 0, t, t]):.3f}.",
+        f"{float(result[0, 0, t, t]):.3f}.",
     )
 
 
 def _with_row(pattern: Tensor, query: int, key: int) -> Tensor:
-    changed = pattern.clone()
-    changed[:, :, query] = one_hot(torch.tensor(key), pattern.shape[-1]).to(pattern)
-    return changed
+    result = pattern.clone()
+    result[:, :, query] = one_hot(torch.tensor(key), pattern.shape[-1]).to(pattern)
+    return result
 
 
 def _in_one_head(pattern: Tensor, right: Tensor, query: int) -> Tensor:
-    changed = pattern.clone()
-    changed[:, 0, query] = right[:, 0, query]
-    return changed
+    result = pattern.clone()
+    result[:, 0, query] = right[:, 0, query]
+    return result
 
 
 @exercise("3.2 cut the norm")
-def check_norm_cut(answer: Any) -> None:
-    """`answer(stream)`: streams [batch, pos, d] in which position 0 has the median norm of the others."""
+def check_norm_cut(answer: object) -> None:
+    """Check an edit of the residual stream after which P0 has the median norm of the other positions.
+
+    Args:
+        answer: function of streams [batch, pos, d] that returns the edited streams.
+    """
     stream = torch.randn(3, 6, 8, generator=_generator(), dtype=torch.float64)
     stream *= torch.rand(3, 6, 1, generator=_generator(1), dtype=torch.float64) + 0.5
     stream[:, 0] *= torch.tensor([12, 9, 0.01])[:, None]
-    found = as_tensor(ask(answer, stream), stream.shape)
-    if not torch.allclose(found[:, 1:], stream[:, 1:], atol=1e-6):
+    result = as_tensor(ask(answer, stream), stream.shape)
+    if not torch.allclose(result[:, 1:], stream[:, 1:], atol=1e-6):
         raise Wrong("positions other than 0 have changed.")
-    if torch.allclose(found[:, 0], stream[:, 0]):
+    if torch.allclose(result[:, 0], stream[:, 0]):
         raise Wrong("position 0 is as it was.")
-    cosine = (normalize(found[:, 0], dim=-1) * normalize(stream[:, 0], dim=-1)).sum(-1)
+    cosine = (normalize(result[:, 0], dim=-1) * normalize(stream[:, 0], dim=-1)).sum(-1)
     if float(cosine.min()) < 1 - 1e-5:
         raise Wrong(f"position 0 points elsewhere now: its cosine with what it was is {float(cosine.min()):.3f}.")
     norms = stream.norm(dim=-1)
     others = norms[:, 1:]
     compare(
-        found[:, 0].norm(dim=-1),
+        result[:, 0].norm(dim=-1),
         others.median(-1).values,
         [
             (torch.ones(3), "the norm is 1 now, whatever the others' is."),
@@ -237,21 +276,26 @@ def check_norm_cut(answer: Any) -> None:
                 "its norm is now the ratio of two norms.",
             ),
         ],
-        f"in the first sample the norm is {float(found[0, 0].norm()):.3f}, and the others' are "
+        f"in the first sample the norm is {float(result[0, 0].norm()):.3f}, and the others' are "
         f"{[round(norm, 3) for norm in others[0].tolist()]}.",
     )
 
 
 @exercise("3.1 what a neuron writes")
-def check_contribution(answer: Any) -> None:
-    """`answer(activation, w_out, direction)`: what each neuron writes along a direction, [neuron]."""
+def check_contribution(answer: object) -> None:
+    """Check what neurons write along a direction.
+
+    Args:
+        answer: function of activations [neuron], output weights [neuron, d] and a direction [d] that returns the
+            projections [neuron].
+    """
     activation, w_out = (torch.randn(*shape, generator=_generator(), dtype=torch.float64) for shape in ((5,), (5, 8)))
     direction = 3 * torch.randn(8, generator=_generator(2), dtype=torch.float64)
     unit = normalize(direction, dim=-1)
-    found = as_tensor(ask(answer, activation, w_out, direction), (5,))
+    result = as_tensor(ask(answer, activation, w_out, direction), (5,))
     right = activation * (w_out @ unit)
     compare(
-        found,
+        result,
         right,
         [
             (
@@ -271,17 +315,22 @@ def check_contribution(answer: Any) -> None:
             (right / right.sum(), "those are shares; asked for is the projection, in the units of the stream."),
         ],
         f"the first neuron fires with {float(activation[0]):.3f}; along the direction it writes something else than "
-        f"{float(found[0]):.3f}.",
+        f"{float(result[0]):.3f}.",
     )
 
 
 @exercise("4.1 a hook that patches")
-def check_patch_hook(answer: Any) -> None:
-    """`answer(activation, hook, values)`: activations [batch, pos, d] with values [batch, d] at P0."""
+def check_patch_hook(answer: object) -> None:
+    """Check a hook that patches P0.
+
+    Args:
+        answer: function of activations [batch, pos, d], the hook point and values [batch, d] that returns the patched
+            activations.
+    """
     activation = torch.randn(3, 5, 4, generator=_generator(), dtype=torch.float64)
     values = torch.randn(3, 4, generator=_generator(1), dtype=torch.float64)
     raw = ask(answer, activation, None, values, may_edit=True, nothing="the hook returns nothing.")
-    found = as_tensor(raw, activation.shape)
+    result = as_tensor(raw, activation.shape)
     right = activation.clone()
     right[:, 0] = values
     everywhere = values[:, None].expand(-1, 5, -1)
@@ -289,8 +338,9 @@ def check_patch_hook(answer: Any) -> None:
     added[:, 0] += values
     first = activation.clone()
     first[0] = right[0]
+    edited_positions = sorted({position for _, position, _ in (result != activation).nonzero().tolist()})
     compare(
-        found,
+        result,
         right,
         [
             (activation, "nothing has changed."),
@@ -299,22 +349,26 @@ def check_patch_hook(answer: Any) -> None:
             (first, "only the first sample is patched."),
             (_with_first(activation, values), "every sample got the first one's value."),
         ],
-        f"positions {sorted({int(p) for _, p, _ in (found != activation).nonzero().tolist()})} have changed (axis 1 is "
-        f"the position), and of the {values.numel()} given values {int((found[:, 0] == values).sum())} stand at P0.",
+        f"positions {edited_positions} have changed (axis 1 is the position), and of the {values.numel()} given values "
+        f"{int((result[:, 0] == values).sum())} stand at P0.",
     )
 
 
 def _with_first(activation: Tensor, values: Tensor) -> Tensor:
-    changed = activation.clone()
-    changed[:, 0] = values[0]
-    return changed
+    result = activation.clone()
+    result[:, 0] = values[0]
+    return result
 
 
 @exercise("4.3 the closed form")
-def check_closed_form(answer: Any) -> None:
-    """`answer(score, others)`: attention to P0 [query] from its scores [query] and those of other keys [query, key].
+def check_closed_form(answer: object) -> None:
+    """Check the closed form of the attention to P0.
 
-    Keys that a query does not see have the score -inf; the first query sees no other key at all.
+    Keys that a query cannot see have the score -inf. The first query sees no key but P0.
+
+    Args:
+        answer: function of the scores of P0 [query] and of the other keys [query, key] that returns the attention to P0
+            [query].
     """
     scores = 2 * torch.randn(6, 6, generator=_generator(), dtype=torch.float64)
     scores = scores.masked_fill(torch.ones(6, 6).triu(1).bool(), -torch.inf)
@@ -322,10 +376,10 @@ def check_closed_form(answer: Any) -> None:
     raw = ask(answer, score, others)
     if isinstance(raw, Tensor) and raw.shape == (6,) and not bool(torch.isfinite(raw).all()):
         raise Wrong("there are values that are not finite: a query that sees P0 alone has no other score but -inf.")
-    found = as_tensor(raw, (6,))
+    result = as_tensor(raw, (6,))
     visible = others.masked_fill(others.isinf(), 0)
     compare(
-        found,
+        result,
         scores.softmax(-1)[:, 0],
         [
             (score.sigmoid(), "P0 competes with nobody there: its score alone decides."),
@@ -338,21 +392,30 @@ def check_closed_form(answer: Any) -> None:
             ((score - others.max(-1).values).sigmoid(), "P0 competes with the best of the others alone."),
             (1 - scores.softmax(-1)[:, 0], "that is what goes to the others."),
         ],
-        f"softmax gives P0 {float(scores.softmax(-1)[-1, 0]):.4f} of the last query, you {float(found[-1]):.4f}.",
+        f"softmax gives P0 {float(scores.softmax(-1)[-1, 0]):.4f} of the last query, you {float(result[-1]):.4f}.",
         1e-6,
     )
 
 
 @exercise("4.2 an edge by hand")
 def check_edge(
-    answer: Any,
+    answer: object,
     model: HookedModel,
     prompts: PromptSet,
     values: Mapping[Node, Tensor],
     sender: str,
     head: tuple[int, int],
 ) -> None:
-    """`answer`: the mean change of a head's sink score when the edge from a sender at P0 into its key is patched."""
+    """Check the effect of one edge, from a sender at P0 into the key of a head.
+
+    Args:
+        answer: mean change of the head's sink score when the edge is patched.
+        model: a hooked model.
+        prompts: the prompts of the notebook.
+        values: the values that are patched in, by node.
+        sender: name of the sender.
+        head: layer and head of the receiver.
+    """
     from p0circuit.interventions.ablation import ablate
     from p0circuit.interventions.metrics import measure, sink_score_of
     from p0circuit.interventions.own_scores import edges_into_keys
@@ -367,18 +430,18 @@ def check_edge(
 
     clean = float(measure(model, prompts, metric).mean())
     with ablate(model, prompts, [node], values):
-        whole = float(measure(model, prompts, metric).mean()) - clean
-    beside = edges_into_keys(model, prompts, [node], values).effect[0, :, layer].mean(0).tolist()
-    of_others = [(value, f"that is the edge into head {layer}.{one}.") for one, value in enumerate(beside)]
-    found, right = as_number(answer), effect("direct")
+        total_effect = float(measure(model, prompts, metric).mean()) - clean
+    head_effects = edges_into_keys(model, prompts, [node], values).effect[0, :, layer].mean(0).tolist()
+    of_others = [(value, f"that is the edge into head {layer}.{one}.") for one, value in enumerate(head_effects)]
+    result, right = as_number(answer), effect("direct")
     compare(
-        found,
+        result,
         right,
         [
             (-right, "the sign is turned round: the effect is the patched score minus the clean one."),
             (clean + right, "that is the patched score itself; the effect is its change."),
             (
-                whole,
+                total_effect,
                 "that is the effect along all paths: what lies between sender and receiver was free to follow.",
             ),
             (effect("mlps"), "MLPs between sender and receiver were free to follow."),
@@ -386,15 +449,21 @@ def check_edge(
             *of_others,
         ],
         f"the head's clean sink score is {clean:.4f}, so the change lies between {-clean:.4f} and {1 - clean:.4f}; "
-        f"yours is {found:+.4f}. Whose key have you patched, and whose attention have you read?",
+        f"yours is {result:+.4f}. Whose key have you patched, and whose attention have you read?",
         # An edge may carry nothing, and rounding leaves 1e-6.
         max(1e-3 * abs(right), 1e-5),
     )
 
 
 @exercise("5.1 the detector")
-def check_detector(answer: Any) -> None:
-    """`answer(threshold, at_p0)`: gain and bias with relu(gain * cosine + bias) 0 from `threshold` on, 1 at P0's."""
+def check_detector(answer: object) -> None:
+    """Check the weights of the neuron that detects P0.
+
+    Args:
+        answer: function of a threshold and of the cosine at P0 that returns gain and bias; relu(gain * cosine + bias)
+            is 0
+            from the threshold on and 1 at P0.
+    """
     for threshold, at_p0 in ((0.338, 0.302), (0.5, 0.2)):
         gain, bias = as_tensor(ask(answer, threshold, at_p0), (2,)).tolist()
 
@@ -415,14 +484,18 @@ def check_detector(answer: Any) -> None:
 
 
 @exercise("5.2 how strong a sink")
-def check_strength(answer: Any) -> None:
-    """`answer(strength, length)`: the sink score of a head that scores P0 with `strength` and all others with 0."""
+def check_strength(answer: object) -> None:
+    """Check the sink score of a head that gives P0 one score and all other keys the score 0.
+
+    Args:
+        answer: function of the score of P0 and the number of tokens that returns the sink score.
+    """
     for strength, length in ((3.0, 10), (8.0, 64), (0.0, 5)):
-        found = as_number(ask(answer, strength, length))
+        result = as_number(ask(answer, strength, length))
         size = math.exp(strength)
         queries = range(length)
         compare(
-            found,
+            result,
             sum(size / (size + t) for t in queries) / length,
             [
                 (size / (size + length - 1), "that is what the last query gives to P0, not the mean over queries."),
@@ -437,7 +510,7 @@ def check_strength(answer: Any) -> None:
                     "P0's score competes there as it is; in a softmax no score does.",
                 ),
             ],
-            f"with strength {strength:g} on {length} tokens your score is {found:.4f}; what does query t give to P0, "
+            f"with strength {strength:g} on {length} tokens your score is {result:.4f}; what does query t give to P0, "
             "beside t others that score 0?",
             1e-4,
         )

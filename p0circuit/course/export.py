@@ -1,9 +1,9 @@
-"""A notebook as one HTML page that opens offline and asks for nothing outside.
+"""Export a notebook as one HTML page that opens offline.
 
-1. Formulas become MathML, which browsers draw themselves; they are taken out before Markdown is read, so that nothing
-   in them is taken for markup, and put back after it.
-2. nbconvert makes the cells; of its page, which loads scripts from outside hosts, only these are taken.
-3. Links between notebooks lead to their pages; links to files of the repository, which is not there, become text.
+1. Formulas become MathML, which browsers display without a script. They are replaced by marks before Markdown is
+   rendered, so that Markdown does not read their symbols as markup, and are put back afterwards.
+2. nbconvert renders the cells. Its own page would load scripts from outside hosts, so only the cells are used.
+3. Links between notebooks lead to their pages. Links to files of the repository become text.
 """
 
 from __future__ import annotations
@@ -21,10 +21,13 @@ _LINK = re.compile(r'<a href="(?P<to>(?!https?:|#)[^"]*)">(?P<text>.*?)</a>', re
 
 
 def notebook_page(path: Path) -> str:
-    """The page of an executed notebook.
+    """Return the HTML page of an executed notebook.
+
+    Args:
+        path: path of the notebook.
 
     Raises:
-        P0Error: there is no notebook there, or a formula in it cannot be read.
+        P0Error: there is no such notebook, or a formula cannot be converted.
     """
     import nbformat
     from nbconvert import HTMLExporter
@@ -50,7 +53,7 @@ def notebook_page(path: Path) -> str:
 
 
 def _without_math(source: str, formulas: list[str]) -> str:
-    """Markdown with a mark in the place of each formula, which is added to `formulas` as MathML."""
+    """Replace each formula in Markdown by a mark, and append its MathML to `formulas`."""
     from latex2mathml.converter import convert
 
     def mark(match: re.Match[str]) -> str:
@@ -62,9 +65,9 @@ def _without_math(source: str, formulas: list[str]) -> str:
             formula = convert(latex, display=display)
         except Exception as error:
             raise P0Error(f"the formula {latex!r} cannot be read: {type(error).__name__} {error}") from error
-        # What it does not know it leaves as it stands.
+        # The converter leaves unknown commands unchanged.
         if unknown := re.search(r"\\\w+", formula):
-            raise P0Error(f"the formula {latex!r} cannot be read: {unknown.group()} is not known")
+            raise P0Error(f"the formula {latex!r} cannot be read: {unknown.group()} is unknown")
         formulas.append(formula)
         return f"FORMULA{len(formulas) - 1}FORMULA"
 

@@ -1,7 +1,7 @@
-"""What the notebooks share: models, prompts, and how a page shows results.
+"""What the notebooks share: models, prompts, and the display of results.
 
-A `Page` shows figures, tables and attention views where there is a notebook to show them in. It saves figures in a
-directory if it is given one, and ends with its key figures as JSON, for people and for tests.
+A `Page` displays figures, tables and attention views in a notebook. With a directory it also saves figures. The last
+cell of every notebook prints its key figures as JSON, for readers and for tests.
 """
 
 from __future__ import annotations
@@ -39,32 +39,50 @@ if TYPE_CHECKING:
 
 
 TEXT = "code"
-"""The text notebooks read: it comes with the package, so that everyone gets the same figures."""
+"""The text of the prompts. It is shipped, so every reader gets the same figures."""
 _CSS_PIXELS = 105
-"""Of an inch of a figure, as it stands in a notebook."""
+"""Pixels of a notebook page per inch of a figure."""
 _LONGEST_NAME = 60
 PRINT_WIDTH = 92
-"""Of what is printed, in characters."""
+"""Width of printed text, in characters."""
 _HEADING = re.compile(r'<text style="font-size: (9|9\.5)px[^>]*>([^<]+)</text>')
-"""In the SVG of a figure of ours: nothing but the titles of panels (9) and of the whole (9.5) has these sizes."""
+"""Titles in the SVG of a figure, by font size: 9 for a panel and 9.5 for the figure. No other text has these sizes."""
 WITH_A_SINK = ("p0-nano", "force-sink-0", "wired")
-"""Shipped models that have what the notebooks take apart: a sink on text without BOS, in heads above block 1."""
+"""Shipped models with a sink on text without BOS in heads above block 1, which the notebooks study."""
 
 
-def open_model(name: str | Path, checkpoint: int | str | None = None) -> Any:
-    """`load_model`, on one thread where more would be slower; OMP_NUM_THREADS, if set, has the last word."""
+def open_model(name: str | Path, checkpoint: int | str | None = None) -> HookedModel:
+    """Load a model, and use one thread if it is so small that more threads are slower.
+
+    OMP_NUM_THREADS takes precedence if it is set.
+
+    Args:
+        name: as in `load_model`.
+        checkpoint: as in `load_model`.
+    """
     model = load_model(name, checkpoint=checkpoint)
     one_thread_if_small(model)
     return model
 
 
 def read_prompts(model: HookedModel, samples: int, seed: int = 0, length: int = 64) -> PromptSet:
-    """Crops of the shipped code, without BOS; random tokens for a model that has no tokenizer to read text with."""
+    """Draw prompts of the shipped code without BOS; prompts of random tokens for a model without a tokenizer.
+
+    Args:
+        model: a hooked model.
+        samples: number of prompts.
+        seed: of the random draw.
+        length: tokens per prompt.
+    """
     return prompts_for(model, TEXT, samples, length, seed)
 
 
 def sink_of(model: HookedModel, prompts: PromptSet) -> StudiedSink:
-    """`studied_sink` above block 1, for a notebook; where there is none, the error names models that have one.
+    """Select the sink under study above block 1; if there is none, the error names models that have one.
+
+    Args:
+        model: a hooked model.
+        prompts: of which one half selects the sink heads and the other half is measured.
 
     Raises:
         NotApplicable: there is no sink, or none above block 1.
@@ -75,33 +93,43 @@ def sink_of(model: HookedModel, prompts: PromptSet) -> StudiedSink:
         *others, last = WITH_A_SINK
         shipped = f"{', '.join(others)} and {last}"
         raise NotApplicable(
-            f"{reason}. This notebook takes a sink apart that needs no BOS; of the shipped models {shipped} have one "
-            f"(-p model {WITH_A_SINK[0]})"
+            f"{reason}. This notebook studies a sink that does not depend on BOS; of the shipped models {shipped} have "
+            f"one (-p model {WITH_A_SINK[0]})"
         ) from None
 
 
 @dataclass(frozen=True)
 class Page:
-    """One notebook: what it shows, and where it leaves figures and key figures if `out` names a directory."""
+    """The output of one notebook.
+
+    Attributes:
+        out: directory for figures and key figures; None to save nothing.
+    """
 
     out: str | Path | None = None
 
     def show(self, thing: Figure | Path | pd.DataFrame | AttentionView, title: str = "") -> None:
-        """Show a figure, a table or an attention view; a figure needs a title: what it shows, for those who cannot see.
+        """Display a figure, a table or an attention view.
 
-        The path of a PNG is a figure that a run has left on disk. A script has no place for pictures: it prints tables,
-        and of the others that they are there.
+        A script cannot display pictures: it prints tables, and one line for any other thing.
+
+        Args:
+            thing: a figure, the path of a PNG file, a table, or an attention view.
+            title: what a figure shows, for readers who cannot see it; needed for a figure.
 
         Raises:
             P0Error: it is none of these, or a figure has no title.
         """
-        if isinstance(thing, Path) or hasattr(thing, "savefig"):
+        import pandas as pd
+        from matplotlib.figure import Figure
+
+        if isinstance(thing, Path | Figure):
             if not title:
                 raise P0Error("a figure needs a title, as in page.show(figure, 'sink scores of all heads')")
             if not isinstance(thing, Path):
                 self._save(thing, title)
             _display({"text/plain": f"[figure: {title}]"}, functools.partial(_picture, thing, title))
-        elif hasattr(thing, "to_html"):
+        elif isinstance(thing, pd.DataFrame):
             _display({"text/plain": _plain(thing), "text/html": _table(thing)})
         elif isinstance(thing, AttentionView):
             _display({"text/plain": f"[attention view: {thing.title}]"}, lambda: {"text/html": thing._repr_html_()})
@@ -109,10 +137,13 @@ class Page:
             raise P0Error(f"a page shows figures, tables and attention views, not {type(thing).__name__}; print it")
 
     def key_figures(self, **values: float) -> None:
-        """Print the page's key figures as one JSON object: the last output of every notebook.
+        """Print the key figures of the page as one JSON object; this is the last output of every notebook.
+
+        Args:
+            **values: key figures by name.
 
         Raises:
-            P0Error: one of them is not a finite number.
+            P0Error: a key figure is not a finite number.
         """
         for name, value in values.items():
             if not math.isfinite(value):
@@ -122,7 +153,7 @@ class Page:
             write_json(Path(self.out) / "key-figures.json", rounded)
         print(json.dumps(rounded, indent=2))
 
-    def _save(self, figure: Any, title: str) -> None:
+    def _save(self, figure: Figure, title: str) -> None:
         if self.out is not None:
             name = re.sub(r"\W+", "-", title.lower()).strip("-")[:_LONGEST_NAME]
             for kind in ("png", "svg"):
@@ -131,7 +162,10 @@ class Page:
 
 
 def print_verdict(result: Result) -> None:
-    """Print the claim that a result tests: what was required, what was measured, how it ended, and what to know of it.
+    """Print the claim that a result tests: threshold, measurement, verdict and notes.
+
+    Args:
+        result: result of an experiment that tests a claim.
 
     Raises:
         P0Error: the experiment tests no claim.
@@ -142,7 +176,15 @@ def print_verdict(result: Result) -> None:
 
 
 def try_claim(experiment: Experiment, model: HookedModel, prompts: PromptSet) -> Result | None:
-    """Run an experiment that tests a claim, and print the verdict; None where it does not apply: the reason is printed.
+    """Run an experiment that tests a claim and print the verdict.
+
+    Args:
+        experiment: the experiment.
+        model: a hooked model.
+        prompts: the prompts to run it on.
+
+    Returns:
+        The result; None if the experiment is not applicable, and then the reason is printed.
 
     Raises:
         P0Error: the experiment tests no claim.
@@ -170,40 +212,50 @@ def _print_notes(notes: Sequence[str]) -> None:
         _print_below(f"note: {note}")
 
 
-def _print_below(told: str) -> None:
-    """A paragraph that belongs to the line above it."""
-    print(textwrap.fill(told, PRINT_WIDTH, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False))
+def _print_below(text: str) -> None:
+    """Print a paragraph that is indented below the line before it."""
+    print(textwrap.fill(text, PRINT_WIDTH, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False))
 
 
 def show_evidence(page: Page, run: Reproduction, experiment: str) -> None:
-    """What a run's report holds of one experiment: the claim with its verdict, all figures, or why there are none."""
+    """Show what a run contains of one experiment: the claim with its verdict and all figures, or why there are none.
+
+    Args:
+        page: where to show it.
+        run: a run of `p0circuit reproduce`.
+        experiment: id of the experiment.
+    """
     claim = next((claim for claim in run.claims if claim["experiment"] == experiment), None)
     result = run.results.get(experiment)
     missing = run.manifest.get("left_out", {}) | run.manifest.get("broken", {}) | run.unreadable
     if claim is not None:
         _print_claim(claim, claim.get("notes", ()))
     elif result is not None:
-        print(f"{result.title}: measured; no claim hangs on it.")
+        print(f"{result.title}: measured; it tests no claim.")
         _print_notes(result.notes)
     if result is None and (claim is None or experiment in run.unreadable):
-        told = f"{experiment}: no figures: {missing.get(experiment, 'this run has not come to it')}"
-        print(textwrap.fill(told, PRINT_WIDTH, subsequent_indent="  "))
+        message = f"{experiment}: no figures: {missing.get(experiment, 'this run has not reached it')}"
+        print(textwrap.fill(message, PRINT_WIDTH, subsequent_indent="  "))
     if result is not None:
         for name, figure in result.figures.items():
             page.show(figure, f"{experiment}, {name}: {_headings(figure) or result.title}")
 
 
-def _headings(figure: Any) -> str:
-    """What stands above a figure that a run has left, and above its panels: in the SVG beside it text is still text."""
+def _headings(figure: Figure | Path) -> str:
+    """Return the titles of a figure on disk and of its panels, read from the SVG next to the PNG."""
     if not isinstance(figure, Path) or not (drawing := figure.with_suffix(".svg")).is_file():
         return ""
-    found = _HEADING.findall(drawing.read_text(encoding="utf-8"))
-    whole, panels = ([html.unescape(text) for size, text in found if size == one] for one in ("9.5", "9"))
-    return "; ".join(filter(None, [" ".join(whole), *dict.fromkeys(panels)]))
+    headings = _HEADING.findall(drawing.read_text(encoding="utf-8"))
+    title, panels = ([html.unescape(text) for size, text in headings if size == one] for one in ("9.5", "9"))
+    return "; ".join(filter(None, [" ".join(title), *dict.fromkeys(panels)]))
 
 
 def print_advice(advice: Advice) -> None:
-    """Print what `advise` says of a model: each question with its answer, the values behind it, and what to do."""
+    """Print the advice for a model: each question with its answer, the measured values and what to do.
+
+    Args:
+        advice: result of `advise`.
+    """
     print(f"{advice.title}: what the first token does, and what to do about it")
     for one in advice.statements:
         print(f"\n{one.topic} {one.verdict.upper()}")
@@ -213,16 +265,21 @@ def print_advice(advice: Advice) -> None:
 
 
 def metrics_table(result: Result, names: Sequence[str] = ()) -> pd.DataFrame:
-    """Some metrics of a result (all if none are named) as a table: value and 95 % interval."""
+    """Make a table of metrics with their 95 % intervals.
+
+    Args:
+        result: result of an experiment.
+        names: names of metrics; all if none are named.
+    """
     import pandas as pd
 
-    chosen = names or list(result.metrics)
-    rows = [(name.replace("_", " "), *result.metrics[name].to_json().values()) for name in chosen]
+    metrics = names or list(result.metrics)
+    rows = [(name.replace("_", " "), *result.metrics[name].to_json().values()) for name in metrics]
     return pd.DataFrame(rows, columns=["quantity", "value", "low", "high", "n"])
 
 
 def _display(plain: dict[str, str], rich: Callable[[], dict[str, Any]] | None = None) -> None:
-    """Show something in a notebook; elsewhere print its plain text. What takes time is made in a notebook only."""
+    """Display something in a notebook; elsewhere print its plain text. `rich` is called only in a notebook."""
     if not in_notebook():
         print(plain["text/plain"])
         return
@@ -233,19 +290,19 @@ def _display(plain: dict[str, str], rich: Callable[[], dict[str, Any]] | None = 
     display(bundle, raw=True, metadata=metadata)
 
 
-def _picture(figure: Any, title: str) -> dict[str, Any]:
+def _picture(figure: Figure | Path, title: str) -> dict[str, Any]:
     import base64
 
     if isinstance(figure, Path):
         image, inches = _few_colours(figure)
     else:
         image, inches = figure_bytes(figure, "png"), figure.get_figwidth()
-    shown = {"alt": title, "width": round(inches * _CSS_PIXELS)}
-    return {"image/png": base64.b64encode(image).decode(), "metadata": {"image/png": shown}}
+    attributes = {"alt": title, "width": round(inches * _CSS_PIXELS)}
+    return {"image/png": base64.b64encode(image).decode(), "metadata": {"image/png": attributes}}
 
 
 def _few_colours(png: Path) -> tuple[bytes, float]:
-    """A figure from disk at a third of its size, for a page of many, and its width in inches."""
+    """Return a figure from disk with 256 colours, a third of the size, and its width in inches."""
     import io
 
     from PIL import Image
@@ -256,11 +313,11 @@ def _few_colours(png: Path) -> tuple[bytes, float]:
         return buffer.getvalue(), image.width / FIGURE_DPI
 
 
-def _plain(table: Any) -> str:
+def _plain(table: pd.DataFrame) -> str:
     return table.to_string(index=False, float_format=_number)
 
 
-def _table(table: Any) -> str:
+def _table(table: pd.DataFrame) -> str:
     return table.to_html(index=False, float_format=_number, border=0, justify="left")
 
 

@@ -1,4 +1,4 @@
-"""The circuit as a graph."""
+"""Figure of a circuit as a graph."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Values with intervals: bars, points, and values side by side."""
+"""Figures of values with intervals: bars, points, and columns on separate scales."""
 
 from __future__ import annotations
 
@@ -18,16 +18,22 @@ from p0circuit.figures.style import BLUE, COLOURS, COLUMN, GREY, add_title, new_
 
 @styled
 def bars(panels: Mapping[str, Mapping[str, Interval]], title: str, y_labels: Sequence[str]) -> Figure:
-    """One panel per quantity, one bar with its 95 % interval per condition; the value stands above the bar."""
+    """Draw bars with 95 % intervals, one panel per quantity and one bar per condition, with the value above the bar.
+
+    Args:
+        panels: intervals by condition, by title of the panel.
+        title: title of the figure.
+        y_labels: label of the y axis of each panel.
+    """
     figure, axes = new_figure(max(COLUMN, 2.0 * len(panels)), 2.6, 1, len(panels))
     for axis, (name, intervals), y_label in zip(axes[0], panels.items(), y_labels, strict=True):
-        for place, (interval, colour) in enumerate(zip(intervals.values(), COLOURS, strict=False)):
+        for x, (interval, colour) in enumerate(zip(intervals.values(), COLOURS, strict=False)):
             errors = [[interval.value - interval.low], [interval.high - interval.value]]
-            axis.bar(place, interval.value, color=colour, width=0.65)
-            axis.errorbar(place, interval.value, yerr=np.clip(errors, 0, None), color="black", capsize=3, linewidth=1)
+            axis.bar(x, interval.value, color=colour, width=0.65)
+            axis.errorbar(x, interval.value, yerr=np.clip(errors, 0, None), color="black", capsize=3, linewidth=1)
             axis.annotate(
                 f"{interval.value:.3g}",
-                (place, max(interval.high, interval.value)),
+                (x, max(interval.high, interval.value)),
                 xytext=(0, 4),
                 textcoords="offset points",
                 ha="center",
@@ -43,13 +49,13 @@ def bars(panels: Mapping[str, Mapping[str, Interval]], title: str, y_labels: Seq
     return figure
 
 
-def _draw_interval(axis: Axes, place: int, interval: Interval, colour: str, told: str, gap: float) -> None:
-    """A lying line with a dot, and its value `gap` points beside the panel."""
-    axis.plot([interval.low, interval.high], [place, place], color=colour, linewidth=2.4, solid_capstyle="butt")
-    axis.plot(interval.value, place, color=colour, marker="o", markersize=5)
+def _draw_interval(axis: Axes, y: int, interval: Interval, colour: str, text: str, gap: float) -> None:
+    """Draw a horizontal line with a dot, and its value `gap` points to the right of the panel."""
+    axis.plot([interval.low, interval.high], [y, y], color=colour, linewidth=2.4, solid_capstyle="butt")
+    axis.plot(interval.value, y, color=colour, marker="o", markersize=5)
     axis.annotate(
-        told,
-        (1, place),
+        text,
+        (1, y),
         xycoords=("axes fraction", "data"),
         xytext=(gap, 0),
         textcoords="offset points",
@@ -66,9 +72,16 @@ def intervals(
     controls: Collection[str] = (),
     reference: float | None = None,
 ) -> Figure:
-    """One panel per quantity, one line with a dot and its 95 % interval per condition; the value stands beside it.
+    """Draw dots with 95 % intervals, one panel per quantity and one line per condition, with the value at the right.
 
-    Panels stand above each other on a common scale; controls are grey. For labels too long to stand under bars.
+    Panels are stacked and share one scale. Use it where labels are too long to be set under bars.
+
+    Args:
+        panels: intervals by condition, by title of the panel.
+        title: title of the figure.
+        x_labels: label of the x axis of each panel.
+        controls: conditions that are drawn in grey.
+        reference: value of a dashed vertical line.
     """
     heights = [len(lines) for lines in panels.values()]
     figure, axes = new_figure(
@@ -77,9 +90,9 @@ def intervals(
     for axis, (name, lines), x_label in zip(axes[:, 0], panels.items(), x_labels, strict=True):
         if reference is not None:
             axis.axvline(reference, color=GREY, linewidth=0.8, linestyle="--")
-        for place, (label, interval) in enumerate(lines.items()):
+        for y, (label, interval) in enumerate(lines.items()):
             colour = GREY if label in controls else BLUE
-            _draw_interval(axis, place, interval, colour, f"{interval.value:.3g}", gap=4)
+            _draw_interval(axis, y, interval, colour, f"{interval.value:.3g}", gap=4)
         axis.set_yticks(range(len(lines)), list(lines))
         axis.set_ylim(len(lines) - 0.4, -0.6)
         axis.set(title=name, xlabel=x_label)
@@ -94,10 +107,15 @@ def intervals(
 def side_by_side(
     panels: Mapping[str, Mapping[str, Interval]], title: str, x_labels: Sequence[str], base: str
 ) -> Figure:
-    """The same conditions under each other, one column with its own scale per quantity; the value stands beside it.
+    """Draw the same conditions in several columns, one quantity and scale per column, with the value at the right.
 
-    The condition that the others are compared with is grey, with a dashed line through all of them. Where a quantity
-    was not measured there is no dot.
+    A condition in which a quantity was not measured has no dot there.
+
+    Args:
+        panels: intervals by condition, by title of the column.
+        title: title of the figure.
+        x_labels: label of the x axis of each column.
+        base: condition that the others are compared with; drawn in grey with a dashed vertical line.
     """
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
     figure, axes = new_figure(1.7 * len(panels) + 1.8, 0.27 * len(names) + 1.1, 1, len(panels), sharey=True)
@@ -105,9 +123,9 @@ def side_by_side(
         if base in lines:
             axis.axvline(lines[base].value, color=GREY, linewidth=0.8, linestyle="--")
         for name, interval in lines.items():
-            place, colour = names.index(name), GREY if name == base else BLUE
-            told = f"{interval.value:.3f}" if abs(interval.value) < 1 else f"{interval.value:.3g}"
-            _draw_interval(axis, place, interval, colour, told, gap=2)
+            y, colour = names.index(name), GREY if name == base else BLUE
+            text = f"{interval.value:.3f}" if abs(interval.value) < 1 else f"{interval.value:.3g}"
+            _draw_interval(axis, y, interval, colour, text, gap=2)
         axis.set(title=quantity, xlabel=x_label)
         axis.margins(x=0.12)
         axis.grid(axis="y", visible=False)

@@ -1,4 +1,4 @@
-"""Lines over positions, layers and doses, with their intervals."""
+"""Figures of lines with intervals, over positions, layers and doses."""
 
 from __future__ import annotations
 
@@ -23,10 +23,20 @@ def trajectories(
     log: Sequence[bool] | bool = False,
     reference: float | None = None,
 ) -> Figure:
-    """Lines with their intervals over a common axis (usually the layers), one panel for each group."""
+    """Draw lines with their intervals over a common x axis, usually the layers, one panel per group.
+
+    Args:
+        panels: lines by title of the panel.
+        positions: labels along the x axis.
+        title: title of the figure.
+        x_label: label of the x axis.
+        y_labels: label of the y axis of each panel.
+        log: whether the y axis is logarithmic, for all panels or for each.
+        reference: value of a dashed horizontal line.
+    """
     logs = [log] * len(panels) if isinstance(log, bool) else list(log)
     most = max(map(len, panels.values()))
-    # More names than two find no room that no line passes through: they go below.
+    # A legend of more than two lines would cover some of them, so it goes below the panel.
     below = most > 2
     figure, axes = new_figure(COLUMN * len(panels), 2.7 + 0.17 * most * below, 1, len(panels))
     x = np.arange(len(positions))
@@ -54,9 +64,13 @@ def trajectories(
 def sweeps(
     panels: Mapping[str, tuple[Sequence[Series], Sequence[str]]], title: str, x_labels: Sequence[str], y_label: str
 ) -> Figure:
-    """Lines with their intervals, each panel over the settings of its own sweep, all on a common scale.
+    """Draw lines with their intervals, each panel over the settings of its own sweep, all on a common y axis.
 
-    A panel is its lines and the labels of the settings; a line has NaN where it has no value.
+    Args:
+        panels: lines and labels of the settings, by title of the panel; a line is NaN where it has no value.
+        title: title of the figure.
+        x_labels: label of the x axis of each panel.
+        y_label: label of the common y axis.
     """
     figure, axes = new_figure(2.7 * len(panels) + 0.3, 3.0, 1, len(panels), sharey=True)
     for axis, (name, (lines, settings)), x_label in zip(axes[0], panels.items(), x_labels, strict=True):
@@ -67,7 +81,7 @@ def sweeps(
                 axis.fill_between(x, line.low, line.high, color=colour, alpha=0.18, linewidth=0)
         axis.set_xticks(x, settings)
         axis.set(title=name, xlabel=x_label)
-        # Under the panel, where it can hide no line.
+        # Below the panel, where it covers no line.
         axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2))
     axes[0, 0].set_ylabel(y_label)
     add_title(figure, title)

@@ -12,16 +12,23 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 from p0circuit.figures.style import add_title, new_figure, styled, whole_ticks
 
-# More cells than this are told by their colour alone.
+# Larger maps show no numbers in their cells.
 _MOST_ANNOTATED_CELLS = 80
 
 
 @styled
 def heat_maps(panels: dict[str, np.ndarray], title: str, value_label: str, x_label: str = "head") -> Figure:
-    """One map of layers by heads (or `x_label`) per panel, from 0 to 1; cells carry their value where there is room."""
+    """Draw heat maps on a scale from 0 to 1, layers by heads; cells show their value where there is room.
+
+    Args:
+        panels: values [layer, head] by title of the panel.
+        title: title of the figure.
+        value_label: label of the colour scale.
+        x_label: label of the x axis.
+    """
     count = len(panels)
     layers, heads = next(iter(panels.values())).shape
-    # Five panels fill the page, fewer may be wider.
+    # Five panels fill the page; fewer panels can be wider.
     width = max(1.2, min(0.34 * heads + 0.35, 6.1 / count))
     height = max(1.6, min(5.0, 0.3 * layers + 0.9))
     figure, axes = new_figure(width * count + 0.9, height + 0.25, 1, count, sharey=True)
@@ -53,14 +60,13 @@ def effect_maps(
     limit: float | None = 1.0,
     uncertain: Mapping[str, pd.DataFrame] | None = None,
 ) -> Figure:
-    """Draw effects of patching: layers (lines of the tables) by components, heads or neurons (columns).
+    """Draw heat maps of patching effects on a scale from blue (below 0) over white to red; missing cells are grey.
 
     Args:
-        panels: one map for each panel, by title.
+        panels: tables by title of the panel; rows are layers, columns are components, heads or neurons.
         title: title of the figure.
         value_label: label of the colour scale.
-        limit: end of the scale, which goes from minus this (blue) over no effect (white) to this (red), for all panels.
-            If None, the largest size of an effect. Cells without a value are grey.
+        limit: the scale goes from minus this to this. If None, it is the size of the largest effect.
         uncertain: for each panel, which cells get a dot.
     """
     count = len(panels)

@@ -44,7 +44,7 @@ GROUP_STYLES = (
     (GREEN, ":"),
     (PURPLE, ":"),
 )
-"""Colour and dashes of the groups of a figure, in order: no more colours than can be told apart in thin lines."""
+"""Colour and dashes of the groups of a figure, in order. Thin lines allow only so many distinct colours."""
 X_LABELS = {"step": "step", "tokens": "tokens", "share": "share of the run's tokens"}
 
 
@@ -90,7 +90,7 @@ def trace_panels(runs: Mapping[str, pd.DataFrame], formation_step: int | None = 
             axis.axvline(formation_step, color=GREY, linewidth=0.8, linestyle="--")
     for axis in axes[0]:
         axis.set_xlabel("")
-    # While hardly a head is a sink, the change of a few can be any multiple of the sink rate.
+    # While there are few sink heads, the concentration is a ratio with a small denominator and can be any number.
     axes[1, 1].set_ylim(bottom=max(axes[1, 1].get_ylim()[0], -1.05))
     if len(runs) > 1:
         legend_below(figure, axes[0, 0])
@@ -198,7 +198,7 @@ def prediction_errors(errors: pd.DataFrame, deviations: pd.DataFrame, title: str
 def _draw_curves(
     axes: Iterable[Axes], panels: Mapping[str, tuple[str, str]], runs: Sequence[TrainingCurve], over: str
 ) -> None:
-    """Columns of runs over a log axis, one panel each."""
+    """Draw columns of runs over a logarithmic x axis, one panel each."""
     styles = _styles_of(runs)
     groups = {name: [run for run in runs if run.group == name] for name in styles}
     numbered = any(len(members) > 1 for members in groups.values())
@@ -230,14 +230,14 @@ def _draw_curves(
 
 
 def _bundles(runs: Sequence[TrainingCurve], over: str) -> list[list[TrainingCurve]]:
-    """Runs that can be averaged: all together if they have the same checkpoints, else each alone."""
+    """Group runs that can be averaged: all together if they have the same checkpoints, otherwise each alone."""
     first = runs[0].table[over].to_numpy()
     same = all(np.array_equal(first, run.table[over].to_numpy(), equal_nan=True) for run in runs)
     return [list(runs)] if same else [[run] for run in runs]
 
 
 def _mean_and_range(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean, lowest and highest of [run, checkpoint] over the runs that have a value; NaN where none has."""
+    """Return mean, lowest and highest of [run, checkpoint] over the runs with a value; NaN where there is none."""
     defined = ~np.isnan(values)
     count = defined.sum(0)
     mean = np.where(count > 0, np.where(defined, values, 0).sum(0) / np.maximum(count, 1), np.nan)

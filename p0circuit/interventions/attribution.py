@@ -35,7 +35,7 @@ import contextlib
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 import torch
@@ -385,7 +385,7 @@ def _first_order(
     ways: dict[int, Tensor] = {}
     readings: dict[int, Tensor] = {}
 
-    def enter(activation: Tensor, hook: Any, number: int) -> Tensor:
+    def enter(activation: Tensor, hook: object, number: int) -> Tensor:
         index = _index(sets[number], rows)
         ways[number] = targets[number].to(activation) - activation.detach()[index]
         moves[number] = (fraction * ways[number]).requires_grad_()

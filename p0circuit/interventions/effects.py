@@ -263,7 +263,7 @@ def line_figure(effects: Effects, names: Sequence[str], title: str, relative: bo
     size = abs(_numpy(effects.effect).mean(1))
     strongest = np.argsort(-size, kind="stable")[:MOST_LINES]
     every = effects.interval(relative)
-    lines = {names[number]: every[number] for number in strongest.tolist()}
+    lines = {names[int(number)]: every[int(number)] for number in strongest}
     part = f"the {len(strongest)} largest of {len(names)}" if len(strongest) < len(names) else ""
     title = ", ".join(filter(None, [title, part, f"n = {effects.effect.shape[1]}, 95 % intervals"]))
     return intervals({"": lines}, title, [effects.value_label(relative)], reference=0.0)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -89,12 +88,12 @@ def vocabulary_sweep(
     for start in progress_bar(range(0, len(tokens), chunk), "sweeping the vocabulary"):
         part = slice(start, start + chunk)
 
-        def read_stream(stream: Tensor, hook: Any, layer: int, part: slice = part) -> None:
+        def read_stream(stream: Tensor, hook: object, layer: int, part: slice = part) -> None:
             norms[part, layer] = stream[:, 0].norm(dim=-1).cpu()
             if layer in residual:
                 residual[layer][part] = stream[:, 0].cpu()
 
-        def read_key(key: Tensor, hook: Any, layer: int, part: slice = part) -> None:
+        def read_key(key: Tensor, hook: object, layer: int, part: slice = part) -> None:
             keys[layer][part] = key[:, 0].cpu()
 
         hooks: list[Hook] = [(name, functools.partial(read_stream, layer=layer)) for layer, name in enumerate(streams)]

@@ -49,6 +49,7 @@ class ArchitectureEdits:
     gated_attention: bool = False
 
     def __bool__(self) -> bool:
+        """Tell whether there is any edit."""
         return self != ArchitectureEdits()
 
     def to_json(self) -> dict[str, int | bool]:
@@ -93,6 +94,7 @@ class P0Positions:
     """
 
     def __init__(self) -> None:
+        """Start with P0 at position 0 in every row."""
         self.index: Int[Tensor, " batch"] | None = None
 
     @contextlib.contextmanager

@@ -163,13 +163,13 @@ def plan_placement(
     skeleton = _skeleton(config, dtype)
     blocks = block_names(skeleton, name)
     computing = [
-        size for place, size in free_bytes.items() if place.startswith("cuda" if device.type == "cuda" else CPU)
+        size for target, size in free_bytes.items() if target.startswith("cuda" if device.type == "cuda" else CPU)
     ]
     activation_bytes = min([ACTIVATION_BYTES, *(size // 4 for size in computing)])
     module_devices = _module_devices(skeleton, blocks, device_map, device, free_bytes, activation_bytes, name)
     sizes = {weight: tensor.numel() * tensor.element_size() for weight, tensor in _tensors(skeleton)}
     devices = {weight: _device_of_weight(weight, module_devices) for weight in sizes}
-    gpus = [place for place in module_devices.values() if isinstance(place, int)]
+    gpus = [number for number in module_devices.values() if isinstance(number, int)]
     # `accelerate` offloads weights in CPU memory where a GPU computes; where none does, `offload_to_cpu` does it.
     cpu_only = device_map not in ("auto", None) and set(module_devices.values()) == {CPU}
     offload_devices = {DISK} | ({CPU} if gpus or cpu_only else set())
@@ -180,14 +180,15 @@ def plan_placement(
         return sum(size for weight, size in sizes.items() if selected(weight))
 
     weight_bytes = {
-        place: total(lambda weight, place=place: devices[weight] == place) for place in dict.fromkeys(devices.values())
+        target: total(lambda weight, target=target: devices[weight] == target)
+        for target in dict.fromkeys(devices.values())
     }
     placement = Placement(
         name=name,
         module_devices=module_devices,
         device=torch.device("cuda", gpus[0]) if gpus else torch.device(CPU) if device.type == "cuda" else device,
         weight_bytes=weight_bytes,
-        offloaded_bytes={place: size for place, size in weight_bytes.items() if place in offload_devices},
+        offloaded_bytes={target: size for target, size in weight_bytes.items() if target in offload_devices},
         block_bytes=max(
             total(lambda weight, block=block: weight.startswith(f"{block}.") and devices[weight] in offload_devices)
             for block in blocks
@@ -313,11 +314,11 @@ def _spread(
     from accelerate import infer_auto_device_map
 
     room: dict[int | str, int | str] = {}
-    for place, size in free_bytes.items():
-        if place.startswith("cuda:") and device.type == "cuda":
-            room[int(place.removeprefix("cuda:"))] = size - activation_bytes
-        elif place == CPU:
-            room[place] = size - (activation_bytes if device.type != "cuda" else 0)
+    for target, size in free_bytes.items():
+        if target.startswith("cuda:") and device.type == "cuda":
+            room[int(target.removeprefix("cuda:"))] = size - activation_bytes
+        elif target == CPU:
+            room[target] = size - (activation_bytes if device.type != "cuda" else 0)
     devices: Any = infer_auto_device_map(skeleton, room, list(skeleton._no_split_modules or ()))
     return devices
 

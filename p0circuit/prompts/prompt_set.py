@@ -39,6 +39,7 @@ class PromptSet:
     overflow: Int[Tensor, "_ overflow"] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
+        """Check shapes, ids and padding."""
         _check_prompts(self.ids, self.attention_mask)
         if self.overflow is not None and len(self.overflow) != len(self.ids):
             raise P0Error(

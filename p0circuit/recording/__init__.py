@@ -1,0 +1,1 @@
+"""Recording: which quantities are measured inside a model, and how."""

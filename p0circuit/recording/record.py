@@ -119,6 +119,7 @@ class Recording:
     cached: frozenset[str]
 
     def __getitem__(self, quantity: Quantity) -> Tensor:
+        """Return the tensor of a quantity."""
         return self.values[quantity.name]
 
 

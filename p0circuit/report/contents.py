@@ -1,4 +1,4 @@
-"""What runs left on disk, read for a report."""
+"""The contents of a report, read from the files of a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from p0circuit.errors import P0Error
 from p0circuit.io import write_json
-from p0circuit.report.published import Comparison, beside_ours
+from p0circuit.report.published import Comparison, comparisons_for
 from p0circuit.results import Result, model_title
 
 CLAIMS = "claims.json"
@@ -23,13 +23,15 @@ BROKE_OFF = "broke off"
 
 @dataclass(frozen=True)
 class Reproduction:
-    """One model's run.
+    """The run of `p0circuit reproduce` on one model.
 
     Attributes:
-        claims: the entries of claims.json, C1 first.
-        results: by experiment.
-        unreadable: experiments whose result could not be read, with the reason.
-        manifest: where it all came from; empty for a run that has not come to its end.
+        directory: directory of the run.
+        model: name of the model.
+        claims: entries of claims.json, in the order of their numbers.
+        results: results by experiment.
+        unreadable: the reason for each experiment whose result could not be read.
+        manifest: provenance of the run; empty for a run that did not finish.
     """
 
     directory: Path
@@ -41,9 +43,9 @@ class Reproduction:
 
     @property
     def title(self) -> str:
-        """The model's name, and how its weights were rounded if they were."""
-        told = [self.manifest, *self.claims]
-        return model_title(self.model, next((one["quantisation"] for one in told if one.get("quantisation")), None))
+        """The model's name, with its quantisation if its weights are quantised."""
+        entries = [self.manifest, *self.claims]
+        return model_title(self.model, next((one["quantisation"] for one in entries if one.get("quantisation")), None))
 
     @property
     def controls(self) -> list[str]:
@@ -52,66 +54,85 @@ class Reproduction:
 
     @property
     def about_training(self) -> bool:
-        """Whether this is about training runs and not about a model."""
+        """Whether the run is about training runs instead of a model."""
         return "runs" in self.manifest
 
     @property
     def samples(self) -> int | None:
-        """The number of prompts, of which an experiment may take fewer; None where it is not known."""
+        """The number of prompts, of which an experiment may use fewer; None if it is not known."""
         counts = [result.provenance["samples"] for result in self.results.values() if "samples" in result.provenance]
         return self.manifest.get("samples") or max(counts, default=None)
 
     @property
     def condition(self) -> str | None:
-        """What the rows begin with: "without BOS", "with BOS"; None where it is not known."""
+        """The condition of the prompts, "without BOS" or "with BOS"; None if it is not known."""
         return self.manifest.get("condition", {}).get("name")
 
     @property
     def control_cells(self) -> Counter[str]:
-        """How many tests of a claim on a control came to which verdict."""
+        """The number of tests of claims on controls, by verdict."""
         return Counter(shown_verdict(entry) for claim in self.claims for entry in claim.get("controls", ()))
 
     @property
     def has_views(self) -> bool:
-        """Whether any result has attention patterns to click through."""
+        """Whether any result has interactive attention patterns."""
         return any(result.view is not None for result in self.results.values())
 
     @property
     def other_results(self) -> list[Result]:
-        """What was measured and tests no claim."""
+        """The results of experiments that test no claim."""
         claimed = {claim["experiment"] for claim in self.claims}
         return [result for name, result in self.results.items() if name not in claimed]
 
     @property
-    def beside(self) -> list[Comparison]:
-        """What was published about this model, beside ours."""
-        return beside_ours(self.model, self.results.values())
+    def comparisons(self) -> list[Comparison]:
+        """The values that papers published about this model, each compared with ours."""
+        return comparisons_for(self.model, self.results.values())
 
 
 def find_reproductions(directory: Path) -> list[Reproduction]:
-    """The run in `directory`, or the runs in its sub-directories if it holds none itself.
+    """Read the run in a directory, or the runs in its sub-directories if it holds none itself.
+
+    Args:
+        directory: directory of one run, or of several.
+
+    Returns:
+        The runs, in the order of the overview.
 
     Raises:
         P0Error: there is none, or its claims.json is not a list of claims.
     """
     alone = (directory / CLAIMS).is_file()
-    places = [directory] if alone else sorted(path.parent for path in directory.glob(f"*/{CLAIMS}"))
+    paths = [directory] if alone else sorted(path.parent for path in directory.glob(f"*/{CLAIMS}"))
     order = read_overview(directory)["models"]
-    places.sort(key=lambda place: order.index(place.name) if place.name in order else len(order))
-    if not places:
+    paths.sort(key=lambda path: order.index(path.name) if path.name in order else len(order))
+    if not paths:
         raise P0Error(
             f"no {CLAIMS} in {str(directory)!r} or in a directory in it; name one `p0circuit reproduce` has written"
         )
-    return [_read_run(place) for place in places]
+    return [_read_run(path) for path in paths]
 
 
 def write_overview(directory: Path, runs: Sequence[Path], left_out: Mapping[str, str]) -> Path:
-    """Write down, for the page over several models, in which order they come and which are missing for what reason."""
+    """Write the order of the runs and the missing ones, for the page over several models.
+
+    Args:
+        directory: directory of the runs.
+        runs: directory of each run, in order.
+        left_out: the reason for each model that has no run.
+
+    Returns:
+        The path of the file.
+    """
     return write_json(directory / OVERVIEW, {"models": [run.name for run in runs], "left_out": dict(left_out)})
 
 
 def read_overview(directory: Path) -> dict[str, Any]:
-    """What `write_overview` wrote; nothing where it did not."""
+    """Read what `write_overview` wrote; without the file, both entries are empty.
+
+    Args:
+        directory: directory of the runs.
+    """
     empty: dict[str, Any] = {"models": [], "left_out": {}}
     path = directory / OVERVIEW
     return empty | (json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {})
@@ -133,45 +154,70 @@ def _read_run(directory: Path) -> Reproduction:
         try:
             results[path.stem] = Result.load(path)
         except (ValueError, KeyError, TypeError, OSError) as reason:
-            # The rest of the report is worth having all the same.
+            # The report is written without this result.
             unreadable[path.stem] = str(reason)
     model = manifest.get("model") or next((claim["model"] for claim in claims if claim.get("model")), directory.name)
     return Reproduction(directory, model, sorted(claims, key=claim_number), results, unreadable, manifest)
 
 
 def claim_number(claim: dict[str, Any]) -> tuple[int, str]:
-    """Sorts C2 before C10."""
+    """Return the sort key of a claim, which puts C2 before C10.
+
+    Args:
+        claim: an entry of claims.json.
+    """
     digits = "".join(sign for sign in claim["id"] if sign.isdigit())
     return int(digits or 0), claim["id"]
 
 
 def shown_verdict(entry: Mapping[str, Any]) -> str:
-    """The verdict of a claim or of its control as the report shows it."""
+    """Return the verdict of a claim or of its control as the report shows it.
+
+    Args:
+        entry: an entry of claims.json, or of its controls.
+    """
     return BROKE_OFF if entry.get("error") else entry["verdict"]
 
 
 def verdict_of_control(claim: dict[str, Any], control: str) -> str:
-    """What a claim came to on a control; empty where it was not tried."""
+    """Return the verdict of a claim on a control; empty if it was not tested there.
+
+    Args:
+        claim: an entry of claims.json.
+        control: name of the control.
+    """
     return next((shown_verdict(entry) for entry in claim.get("controls", ()) if entry["control"] == control), "")
 
 
 def condition_in_words(condition: str | None) -> str:
-    """The condition that claims were tested in, as a reader is told it."""
+    """Return the condition of the prompts in words.
+
+    Args:
+        condition: "without BOS", "with BOS", or None if it is not known.
+    """
     words = {None: "–", "without BOS": "text as it is", "with BOS": "text after BOS"}
     return words.get(condition, str(condition))
 
 
 def tally(claims: Iterable[dict[str, Any]]) -> str:
-    """How many claims have which verdict: "9 reproduced, 2 not reproduced"."""
+    """Return the number of claims by verdict as text: "9 reproduced, 2 not reproduced".
+
+    Args:
+        claims: entries of claims.json.
+    """
     counts = Counter(map(shown_verdict, claims))
     order = ("reproduced", "not reproduced", "not applicable", BROKE_OFF)
     return ", ".join(f"{counts[verdict]} {verdict}" for verdict in order if counts[verdict]) or "no claims"
 
 
 def command_for(experiment: str, model: str, result: Result | None, quick: bool = False) -> str:
-    """The command that runs one experiment alone, on the prompts it was run on; `quick` if the whole run was.
+    """Return the command that runs one experiment alone, on the same prompts.
 
-    A quick run of a large model has its number of prompts from the model's size.
+    Args:
+        experiment: id of the experiment.
+        model: name of the model.
+        result: its result, which holds the settings of the prompts; None if there is none.
+        quick: whether the run was quick; then the number of prompts follows from the size of the model.
     """
     words = ["p0circuit", "run", experiment]
     if result is not None and "runs" in result.provenance:
@@ -187,17 +233,21 @@ def command_for(experiment: str, model: str, result: Result | None, quick: bool 
 
 
 def number(value: float) -> str:
-    """A measured value: three decimals, or three digits where those would say nothing."""
+    """Format a measured value: three decimals, or three significant digits for very small and very large values.
+
+    Args:
+        value: the value; NaN is shown as a dash.
+    """
     if value != value:
         return "–"
     return f"{value:.3f}" if value == 0 or 0.001 <= abs(value) < 10_000 else f"{value:.3g}"
 
 
-def plain(value: Any) -> str:
-    """Write a piece of provenance on one line.
+def plain(value: object) -> str:
+    """Format an entry of the provenance as one line of text.
 
     Args:
-        value: a value of the provenance; in a description of a model, `window` is a list with one entry per layer.
+        value: any JSON value; in a description of a model, `window` is a list with one entry per layer.
     """
     if isinstance(value, dict):
         parts = (f"{key} {_windows(one) if key == 'window' else plain(one)}" for key, one in value.items())
@@ -207,7 +257,7 @@ def plain(value: Any) -> str:
     return "not known" if value is None else str(value)
 
 
-def _windows(windows: Any) -> str:
+def _windows(windows: object) -> str:
     """The sliding windows of all layers: "none" if no layer has one, else "full" for the layers without."""
     if not isinstance(windows, list):
         return plain(windows)

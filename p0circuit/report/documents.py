@@ -1,15 +1,15 @@
-"""Figures in documents come from runs: fill the marked parts of Markdown files from what `reproduce` left on disk.
+"""Fill the marked parts of Markdown files with figures from runs.
 
-A part of a document is marked by comments that Markdown does not show, and everything between them is replaced:
+A part is marked by comments, which Markdown does not show. Everything between them is replaced:
 
     <!-- claims: smollm2-135m, p0-nano -->  ...  <!-- end -->
 
-claims     a table of claims by models, each cell a verdict with what decided it
-verdicts   the same in short: each cell a mark and the first value that decided it
-misses     one line for each claim that was not reproduced, with its reason
-controls   how many tests of a claim on a control came to what
-passes     for one model, the passes that each experiment declared, used, and takes with its full configuration
-mitigations  what can be done about the sink without training: loss added, and what is left of sink, norm and int8 error
+claims     a table of claims by models; each cell is a verdict with the values that decided it
+verdicts   the same in short: each cell is a mark and the first value that decided
+misses     one line for each claim that was not reproduced, with the reason
+controls   the number of tests on controls, by verdict
+passes     for one model, the passes that each experiment declared and used, and those of its full configuration
+mitigations  for each mitigation, the loss added, and what is left of sink, norm and int8 error
 depth      for each model the stages of P0's stream, and the components that write and erase them
 training   the claims about training runs, like `claims`
 
@@ -39,13 +39,20 @@ _MARKS = {"reproduced": "✓", "not reproduced": "✗", "not applicable": "–"}
 
 
 def fill_documents(directory: Path, documents: Sequence[Path]) -> list[Path]:
-    """Fill the marked parts of the documents from the runs in `directory`; returns the documents that changed.
+    """Fill the marked parts of documents from runs.
+
+    Args:
+        directory: directory of the runs.
+        documents: Markdown files.
+
+    Returns:
+        The documents that changed.
 
     Raises:
         P0Error: a document has no marked part, or names a model that has no run in `directory`.
     """
     runs = {run.directory.name: run for run in find_reproductions(directory)}
-    changed = []
+    filled_documents = []
     for path in documents:
         text = path.read_text(encoding="utf-8")
         if not _PART.search(text):
@@ -53,8 +60,8 @@ def fill_documents(directory: Path, documents: Sequence[Path]) -> list[Path]:
         filled = _PART.sub(lambda part, path=path: _filled(part, runs, path), text)
         if filled != text:
             write_atomically(path, lambda temporary, filled=filled: temporary.write_text(filled, encoding="utf-8"))
-            changed.append(path)
-    return changed
+            filled_documents.append(path)
+    return filled_documents
 
 
 def _filled(part: re.Match[str], runs: Mapping[str, Reproduction], path: Path) -> str:
@@ -67,12 +74,20 @@ def _filled(part: re.Match[str], runs: Mapping[str, Reproduction], path: Path) -
 
 
 def claims_table(runs: Sequence[Reproduction]) -> list[str]:
-    """A row for each claim, a column for each model: the verdict and the values that decided it."""
+    """Make a table with a row for each claim and a column for each model: the verdict and the values that decided it.
+
+    Args:
+        runs: one per model.
+    """
     return _by_claim(runs, _cell)
 
 
 def verdicts_table(runs: Sequence[Reproduction]) -> list[str]:
-    """A row for each claim, a column for each model: a mark for the verdict and the first value that decided it."""
+    """Make the table of claims and models in short: a mark for the verdict and the first value that decided it.
+
+    Args:
+        runs: one per model.
+    """
     return _by_claim(runs, _short_cell)
 
 
@@ -89,7 +104,11 @@ def _by_claim(runs: Sequence[Reproduction], cell: Callable[[Mapping[str, Any] | 
 
 
 def misses(runs: Sequence[Reproduction]) -> list[str]:
-    """The claims that were not reproduced, or not tested, each with its reason in one line."""
+    """List the claims that were not reproduced or not tested, each with its reason in one line.
+
+    Args:
+        runs: one per model.
+    """
     lines = []
     for run in runs:
         for claim in run.claims:
@@ -101,14 +120,22 @@ def misses(runs: Sequence[Reproduction]) -> list[str]:
 
 
 def controls_table(runs: Sequence[Reproduction]) -> list[str]:
-    """How many tests of claims on controls came to which verdict, by model."""
+    """Make a table of the number of tests on controls, by model and verdict.
+
+    Args:
+        runs: one per model.
+    """
     verdicts = list(_MARKS)
     rows = [[run.title, *(str(run.control_cells[verdict]) for verdict in verdicts)] for run in runs]
     return table(["model", *verdicts], rows)
 
 
 def passes_table(runs: Sequence[Reproduction]) -> list[str]:
-    """What each experiment of one run took in passes, and what its full configuration would take."""
+    """Make a table of the passes that each experiment declared and used, and of those of its full configuration.
+
+    Args:
+        runs: exactly one.
+    """
     (run,) = runs
     rows, totals = [], [0.0, 0.0, 0.0]
     for name, passes in run.manifest["passes"].items():
@@ -121,7 +148,11 @@ def passes_table(runs: Sequence[Reproduction]) -> list[str]:
 
 
 def mitigations_table(runs: Sequence[Reproduction]) -> list[str]:
-    """For each model a row for each mitigation: the loss that it adds, and sink, norm and int8 error with it."""
+    """Make a table for each model of what each mitigation does to loss, sink, norm and int8 error.
+
+    Args:
+        runs: one per model, with results of the experiment "remedies".
+    """
     columns = {"loss_added": "loss added", "excess": "sink", "norm_ratio": "norm", "int8_error": "int8 error"}
     lines = []
     for run in runs:
@@ -140,12 +171,17 @@ def mitigations_table(runs: Sequence[Reproduction]) -> list[str]:
 
 
 def depth_tables(runs: Sequence[Reproduction]) -> list[str]:
-    """For each model the circuit depth, a row for each stage of P0's stream, and a row for each writer and eraser."""
+    """Make two tables for each model: the stages of P0's stream, and the components that write and erase them.
+
+    Args:
+        runs: one per model.
+    """
     lines = []
     for run in runs:
         result = run.results["depth"]
-        stages, roles = result.tables["stages"], result.tables["roles"]
         depth = result.metrics["circuit_depth"]
+        stages: list[dict[Any, Any]] = result.tables["stages"].to_dict("records")
+        roles: list[dict[Any, Any]] = result.tables["roles"].to_dict("records")
         lines += [
             f"**{run.title}**, {run.condition or 'text as it is'}: circuit depth {depth.value:.0f} ({depth.low:.0f} to "
             f"{depth.high:.0f} by prompt seed).",
@@ -154,26 +190,26 @@ def depth_tables(runs: Sequence[Reproduction]) -> list[str]:
                 ["stage", "after blocks", "norm ratio", "sink heads", "cosine to stage 1"],
                 [
                     [
-                        f"{stage.stage}",
-                        _after_blocks(stage.first_depth, stage.last_depth),
-                        f"{stage.norm_ratio:.1f}",
-                        f"{stage.sink_heads}",
-                        f"{stage.cosine_to_first_stage:.2f}",
+                        str(stage["stage"]),
+                        _after_blocks(stage["first_depth"], stage["last_depth"]),
+                        f"{stage['norm_ratio']:.1f}",
+                        str(stage["sink_heads"]),
+                        f"{stage['cosine_to_first_stage']:.2f}",
                     ]
-                    for stage in stages.itertuples()
+                    for stage in stages
                 ],
             ),
             *table(
                 ["stage", "role", "component", "what its output at P0 does"],
                 [
                     [
-                        f"{role.stage}",
-                        role.role,
-                        f"`{role.node}`",
-                        f"{_short(Interval(role.effect, role.effect_low, role.effect_high, role.n))} "
-                        + _ROLES[role.role],
+                        str(role["stage"]),
+                        role["role"],
+                        f"`{role['node']}`",
+                        f"{_short(Interval(role['effect'], role['effect_low'], role['effect_high'], role['n']))} "
+                        + _ROLES[role["role"]],
                     ]
-                    for role in roles.itertuples()
+                    for role in roles
                 ],
             ),
         ]
@@ -208,9 +244,14 @@ def _short_cell(claim: Mapping[str, Any] | None) -> str:
 
 
 def deciding(claim: Mapping[str, Any]) -> list[str]:
-    """The metrics that the reason of a verdict names, in its order."""
-    found = {name: re.search(rf"(?<!\w){re.escape(name)} is ", claim["why"]) for name in claim["measured"]}
-    return sorted((name for name, match in found.items() if match), key=lambda name: found[name].start())  # pyright: ignore[reportOptionalMemberAccess]
+    """Return the metrics that the reason of a verdict names, in the same order.
+
+    Args:
+        claim: an entry of claims.json.
+    """
+    matches = {name: re.search(rf"(?<!\w){re.escape(name)} is ", claim["why"]) for name in claim["measured"]}
+    starts = {name: match.start() for name, match in matches.items() if match}
+    return sorted(starts, key=starts.__getitem__)
 
 
 def _short(interval: Interval) -> str:

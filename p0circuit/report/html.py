@@ -1,8 +1,8 @@
-"""The report: `report.html`, one file that opens offline, and `report.md`, made from what a run left on disk.
+"""The report of a run: `report.html`, one file that opens offline, and `report.md`.
 
-1. Read claims.json, the results beside it, the attention views and the manifest (`contents`).
-2. Fill the templates; figures, style and scripts go into the page, which may load nothing from anywhere.
-3. Over several models: a report for each, and a page that shows their claims side by side.
+1. Read claims.json, the results, the attention views and the manifest (`contents`).
+2. Fill the templates. Figures, style and scripts are embedded, so the page loads nothing.
+3. For several models: one report each, and a page with the claims of all.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from p0circuit.report.published import TOLERANCE
 
 MOST_ROWS = 20
 """Rows of a table that the page shows; the CSV file has them all."""
-# Sign, style class: told by text and sign, not by colour alone.
+# Sign and style class. Sign and text carry the verdict too, for readers who cannot tell the colours apart.
 _BADGES = {
     "reproduced": ("✓", "yes"),
     "not reproduced": ("✗", "no"),
@@ -34,10 +34,15 @@ _BADGES = {
 
 
 def write_report(directory: Path) -> list[Path]:
-    """Write `report.html` and `report.md` from what `p0circuit reproduce` left in `directory`; returns their paths.
+    """Write `report.html` and `report.md` of one or several runs.
 
-    `directory` holds the run of one model, or a directory for each of several; then each gets its report, and
-    `directory` an overview of all.
+    Args:
+        directory: directory of one run, or of several; with several, each run gets its own report and `directory` gets
+            an
+            overview.
+
+    Returns:
+        The paths of the files.
 
     Raises:
         P0Error: there is no run, or it cannot be read.
@@ -59,8 +64,13 @@ def _write(directory: Path, page: str, text: str) -> list[Path]:
     return list(files)
 
 
-def render(template: str, **values: Any) -> str:
-    """A page from one of the templates."""
+def render(template: str, **values: object) -> str:
+    """Render a page from a template.
+
+    Args:
+        template: file name of the template.
+        **values: variables of the template.
+    """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -93,29 +103,29 @@ def render(template: str, **values: Any) -> str:
 
 
 def _picture(png: Path) -> str:
-    """A figure as the address of an image that holds itself: the SVG beside the PNG, sharp on paper too."""
+    """Return the SVG version of a PNG figure as a data URL; it stays sharp in print."""
     return "data:image/svg+xml;base64," + base64.b64encode(png.with_suffix(".svg").read_bytes()).decode()
 
 
-def _cell(value: Any) -> str:
-    """One cell of a table: numbers shortened, text with its blanks to be seen."""
+def _cell(value: object) -> str:
+    """Format a cell of a table: short numbers, and text with visible blanks."""
     if isinstance(value, float):
         return f"{value:.0f}" if value.is_integer() and abs(value) < 1e6 else contents.number(value)
     return visible(value).replace("\u00a0", " ") if isinstance(value, str) else str(value)
 
 
 def _breakable(text: str) -> Markup:
-    """Text whose long names may be broken after an underscore: a telephone is narrow."""
+    """Allow line breaks after underscores, for long names on narrow screens."""
     return escape(text).replace("_", Markup("_<wbr>"))
 
 
 def _decides(metric: str, threshold: str) -> bool:
-    """Whether a threshold is about a metric."""
+    """Tell whether a threshold names a metric."""
     return re.search(rf"(?<!\w){re.escape(metric)}(?!\w)", threshold) is not None
 
 
 def _models_and_claims(runs: Sequence[Reproduction]) -> dict[str, dict[str, Any]]:
-    """By claim id: the claim as its first model has it, and its entry for every model."""
+    """Return, by claim id, the claim and every model's entry of it."""
     claims: dict[str, dict[str, Any]] = {}
     for run in runs:
         for claim in run.claims:

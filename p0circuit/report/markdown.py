@@ -1,4 +1,4 @@
-"""`report.md`: the claims for pasting into an issue, a review or a README."""
+"""The claims of a run as Markdown (`report.md`), to paste into an issue or a README."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from p0circuit.stats import Interval
 
 
 def to_markdown(runs: Sequence[Reproduction]) -> str:
-    """The claims of one or several models as Markdown."""
+    """Return the claims of one or several models as Markdown.
+
+    Args:
+        runs: one per model.
+    """
     return "\n".join(_section(run) for run in runs)
 
 
@@ -31,17 +35,22 @@ def _section(run: Reproduction) -> str:
     if run.controls:
         rows = ([claim["id"], *(verdict_of_control(claim, name) for name in run.controls)] for claim in run.claims)
         lines += ["", "The same claims on controls:", "", *table(["claim", *run.controls], rows)]
-    if run.beside:
-        lines += ["", "Published figures beside ours:", "", *(f"- {_text(str(row))}" for row in run.beside)]
+    if run.comparisons:
+        lines += ["", "Published values and ours:", "", *(f"- {_text(str(row))}" for row in run.comparisons)]
     return "\n".join(lines) + "\n"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Markdown table, with an empty line after it."""
+    """Return the lines of a Markdown table, followed by an empty line.
+
+    Args:
+        head: headings of the columns.
+        rows: the cells, row by row.
+    """
     cells = [list(head), ["---"] * len(head), *map(list, rows)]
     return [*("| " + " | ".join(re.sub(r"(?<!\\)\|", r"\\|", cell) for cell in row) + " |" for row in cells), ""]
 
 
 def _text(text: str) -> str:
-    """Text that Markdown shows as it is: token text may hold anything."""
+    """Escape text so that Markdown shows it unchanged; tokens can contain any character."""
     return re.sub(r"[\\`*<|~]|\](?=\()|(?<!\w)_|_(?!\w)", r"\\\g<0>", " ".join(text.split()))

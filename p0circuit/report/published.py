@@ -1,10 +1,10 @@
-"""Figures that papers published, and whether ours lie close to them. They are shown beside ours, never mixed.
+"""Published values of the metrics, and whether ours agree with them.
 
-1. `data/published/*.csv` holds what was published: model, metric, value, its source and definition, in its own unit.
-2. A figure is about a model when the names agree, with or without the organisation: `gpt2-xl` is
+1. `data/published/*.csv` holds the published values: model, metric, value, source and definition, each in its own unit.
+2. A value belongs to a model if the names agree, with or without the organisation: `gpt2-xl` is
    `openai-community/gpt2-xl`.
-3. Our value of the same metric is compared where prompt length and threshold are the same, and lies within the
-   tolerance or not.
+3. Our value of the metric is compared if prompt length and threshold are the same. It agrees if it is within the
+   tolerance.
 """
 
 from __future__ import annotations
@@ -19,25 +19,27 @@ from p0circuit.io import data_dir
 from p0circuit.results import Result
 from p0circuit.stats import Interval
 
-# Fixed before any hub model was measured. The published rates come from other texts and other numbers of samples; on
-# chat models and their bases, which differ by more than a choice of text, Gu et al.'s Llama rates differ by under 1
-# percentage point. 5 leave room for another text and another tokenisation, and still tell 97 % from 88 %.
+# Fixed before any hub model was measured. The published rates come from other texts and other numbers of samples. Gu et
+# al.'s rates of Llama chat models and their base models differ by less than 1 percentage point. A tolerance of 5 allows
+# for another text and tokenisation, and still distinguishes 97 % from 88 %.
 TOLERANCE = 0.05
-"""How far a share may lie from the published one, as a share (0.05: 5 percentage points)."""
+"""Largest difference from a published share that counts as agreement (0.05: 5 percentage points)."""
 
 
 @dataclass(frozen=True)
 class PublishedFigure:
-    """One value as it was published.
+    """One published value.
 
     Attributes:
-        model: hub id, or the source's own name for a model that is not on the hub.
-        metric: our name for the quantity.
-        value: in `unit`, as printed.
+        model: hub id, or the source's own name of a model that is not on the hub.
+        metric: our name of the quantity.
+        value: the value as printed, in `unit`.
+        unit: "%" for a percentage; otherwise the unit of our metric.
         length: tokens per prompt.
         eps: threshold of the sink rate.
-        table: where in the source; empty where it is not known.
-        definition: what the value is, in a few words.
+        source: the paper.
+        table: where in the paper; empty if it is not known.
+        definition: the quantity in a few words.
     """
 
     model: str
@@ -56,31 +58,37 @@ class PublishedFigure:
         return self.value / 100 if self.unit == "%" else self.value
 
     def __str__(self) -> str:
+        """Return the value with its unit."""
         return f"{self.value:g} {self.unit}".strip()
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A published figure beside ours.
+    """A published value and ours.
 
     Attributes:
-        measured: ours; None where there is none.
-        within: whether ours lies within the tolerance; None where the two cannot be compared.
-        why: the difference, or why there is none.
+        published: the published value.
+        measured: ours; None if there is none.
+        within: whether ours is within the tolerance; None if the two cannot be compared.
+        reason: the difference, or why the two cannot be compared.
     """
 
     published: PublishedFigure
     measured: Interval | None
     within: bool | None
-    why: str
+    reason: str
 
     def __str__(self) -> str:
+        """Return both values and the reason in one line."""
         ours = f"ours is {self.measured}" if self.measured else "ours is not known"
-        return f"{self.published.metric}: {ours}, published {self.published} ({self.published.source}): {self.why}"
+        return f"{self.published.metric}: {ours}, published {self.published} ({self.published.source}): {self.reason}"
 
 
 def read_published(directory: Path | None = None) -> list[PublishedFigure]:
-    """All published figures; `directory` holds the CSV files, the shipped ones if it is not given.
+    """Read all published values.
+
+    Args:
+        directory: directory of the CSV files; None for the shipped ones.
 
     Raises:
         P0Error: a row lacks a value or a length, or has one that is not a number.
@@ -99,7 +107,12 @@ def read_published(directory: Path | None = None) -> list[PublishedFigure]:
 
 
 def published_for(model: str, figures: Iterable[PublishedFigure] | None = None) -> list[PublishedFigure]:
-    """What was published about a model, given its hub id or the last part of it, in any case of letters."""
+    """Select the published values of a model.
+
+    Args:
+        model: hub id or its last part, in upper or lower case.
+        figures: the published values; None for the shipped ones.
+    """
     wanted = model.lower()
     return [
         figure
@@ -109,7 +122,12 @@ def published_for(model: str, figures: Iterable[PublishedFigure] | None = None) 
 
 
 def values_of(metric: str, figures: Iterable[PublishedFigure] | None = None) -> dict[str, Interval]:
-    """What was published under the name of a metric, by model and in the unit of ours; as intervals without width."""
+    """Return the published values of a metric by model, in the unit of our metrics, as intervals without width.
+
+    Args:
+        metric: our name of the quantity.
+        figures: the published values; None for the shipped ones.
+    """
     return {
         figure.model.split("/")[-1]: Interval(figure.share, figure.share, figure.share, 0)
         for figure in (read_published() if figures is None else figures)
@@ -118,18 +136,30 @@ def values_of(metric: str, figures: Iterable[PublishedFigure] | None = None) -> 
 
 
 def compare(measured: Interval, published: PublishedFigure, tolerance: float = TOLERANCE) -> Comparison:
-    """Whether our value lies within `tolerance` (in the unit of our metric) of the published one."""
+    """Compare our value with a published one.
+
+    Args:
+        measured: ours.
+        published: the published value.
+        tolerance: largest difference that counts as agreement, in the unit of our metric.
+    """
     difference = measured.value - published.share
-    # What is printed as 0.05 away counts as 0.05 away.
+    # A difference of 0.05 is within a tolerance of 0.05, whatever the rounding error.
     within = round(abs(difference), 9) <= tolerance
     side = "within" if within else "not within"
     return Comparison(published, measured, within, f"{difference:+.3f}, {side} the tolerance of {tolerance:g}")
 
 
-def beside_ours(
+def comparisons_for(
     model: str, results: Iterable[Result], figures: Iterable[PublishedFigure] | None = None
 ) -> list[Comparison]:
-    """Every published figure about a model beside ours of the same metric, prompt length and threshold."""
+    """Compare every published value of a model with ours of the same metric, prompt length and threshold.
+
+    Args:
+        model: hub id or its last part.
+        results: our results on the model.
+        figures: the published values; None for the shipped ones.
+    """
     measured = {metric: (interval, result) for result in results for metric, interval in result.metrics.items()}
     rows = []
     for figure in published_for(model, figures):

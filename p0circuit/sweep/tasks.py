@@ -117,6 +117,7 @@ class Task:
         return f"{_name(self.model)}{at}".replace("/", "--")
 
     def __str__(self) -> str:
+        """Return the directory and the experiment of the task."""
         return f"{self.folder} {self.experiment.id}"
 
     def outcome(self, status: Status, seconds: float = 0.0, reason: str = "") -> Outcome:

@@ -1,0 +1,1 @@
+"""Training: small models, their checkpoints, and the sink measured along a training run."""

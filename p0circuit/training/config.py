@@ -81,6 +81,7 @@ class TrainConfig:
     gated_attention: bool = False
 
     def __post_init__(self) -> None:
+        """Check every field."""
         if self.d_model % self.n_heads:
             raise P0Error(f"d_model {self.d_model} must be a multiple of n_heads {self.n_heads}")
         if not 0 <= self.bos_share <= 1:

@@ -517,4 +517,4 @@ def test_two_processes_convert_it_once(q4: Path) -> None:
     ended = [process.communicate(timeout=300) for process in both]
     assert [process.returncode for process in both] == [0, 0], ended
     assert ended[0][0] == ended[1][0] and Path(ended[0][0].strip(), "model.safetensors").is_file()
-    assert sum("converting tiny" in told for _, told in ended) == 1
+    assert sum("converting tiny" in errors for _, errors in ended) == 1

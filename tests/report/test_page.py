@@ -91,7 +91,7 @@ def test_figures_tables_notes_and_commands(page: Reader) -> None:
     assert "A note on <b>nothing</b>." in page.text
     assert "p0circuit run kept made-up --text 'my texts/a.txt' --samples 64 --length 16 --seed 3" in page.text
     assert "ValueError: too <large>" not in page.text and "its measurement broke off" in page.text
-    assert "About circuit" in page.text and "no claim hangs on it" in page.text
+    assert "About circuit" in page.text and "it tests no claim" in page.text
     assert "reproduce made-up" in page.text
 
 
@@ -184,7 +184,7 @@ def test_a_lost_figure_and_a_missing_manifest_lose_nothing_else(tmp_path: Path) 
     write_report(tmp_path)
     page = Reader((tmp_path / "report.html").read_text())
     assert "could not be read: the result lost.json names lost-map.png, which is missing" in page.text
-    assert "has not come to its end" in page.text and "What is kept" in page.text
+    assert "did not finish" in page.text and "What is kept" in page.text
 
 
 def test_published_figures_stand_beside_ours(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from p0circuit.report.published import PublishedFigure, beside_ours, compare, published_for, read_published
+from p0circuit.report.published import PublishedFigure, compare, comparisons_for, published_for, read_published
 from p0circuit.results import Result
 from p0circuit.stats import Interval
 
@@ -48,12 +48,12 @@ def test_another_name_finds_nothing(name: str) -> None:
 
 
 def test_beside_ours_only_what_was_measured_in_the_same_way() -> None:
-    (found,) = beside_ours("Model-1B", [result()], [FIGURE])
+    (found,) = comparisons_for("Model-1B", [result()], [FIGURE])
     assert found.within and found.measured == measured(0.4)
     for other in (result(length=32), result(eps=0.2)):
-        (found,) = beside_ours("Model-1B", [other], [FIGURE])
-        assert found.within is None and "not compared" in found.why
-    (found,) = beside_ours("Model-1B", [result()], [replace(FIGURE, metric="sink_rate_random_tokens")])
+        (found,) = comparisons_for("Model-1B", [other], [FIGURE])
+        assert found.within is None and "not compared" in found.reason
+    (found,) = comparisons_for("Model-1B", [result()], [replace(FIGURE, metric="sink_rate_random_tokens")])
     assert found.within is None and found.measured is None and "not measured" in str(found)
 
 

@@ -80,6 +80,7 @@ class Circuit(Experiment[CircuitConfig]):
     config_type = CircuitConfig
 
     def measure(self, model: HookedModel, prompts: PromptSet) -> Result:
+        """Patch all edges into the sink heads, or search those of a large model."""
         info, config = describe(model), self.config
         first, second = prompts.split()
         scores = record(model, first, [SINK_SCORE], condition="first half")[SINK_SCORE]
@@ -95,6 +96,7 @@ class Circuit(Experiment[CircuitConfig]):
         return self._search(study, edges) if edges > config.most_edges else self._patch_all(study)
 
     def passes(self, model: HookedModel, prompts: PromptSet) -> float:
+        """Declare the patching of all edges, or the search."""
         info, n, length = describe(model), prompts.n, prompts.length
         config, rows = self.config, min(self.config.samples, n - n // 2)
         recording = rows * (1 + config.shift / length)

@@ -138,14 +138,8 @@ def kept(length: int = 64) -> Tensor:
 
 
 def test_the_stream_is_an_orthonormal_frame_without_a_mean() -> None:
-    parts = [
-        SPACE.token,
-        SPACE.echo,
-        SPACE.position,
-        SPACE.spare,
-        *(v[None] for v in (SPACE.ruler, SPACE.mark, SPACE.p0)),
-    ]
-    frame = torch.cat(parts)
+    vectors = [v[None] for v in (SPACE.ruler, SPACE.mark, SPACE.p0)]
+    frame = torch.cat([SPACE.token, SPACE.echo, SPACE.position, SPACE.spare, *vectors])
     torch.testing.assert_close(frame @ frame.T, torch.eye(len(frame), dtype=torch.float64), rtol=0, atol=1e-13)
     assert frame.sum(1).abs().max() < 1e-12
 
@@ -244,8 +238,8 @@ def test_no_other_head_is_a_sink(model: Any) -> None:
 
 def test_the_recent_decoy_attends_alike_in_both_position_schemes(model: Any) -> None:
     pattern = run(model, uniform(2, 64))["blocks.0.attn.hook_pattern"][:, 0]
-    place = 0.01 * torch.arange(64.0)
-    near = RECENCY * (place[:, None] - place).cos()
+    angles = 0.01 * torch.arange(64.0)
+    near = RECENCY * (angles[:, None] - angles).cos()
     expected = near.masked_fill(torch.ones(64, 64).triu(1).bool(), -math.inf).softmax(-1)
     torch.testing.assert_close(pattern, expected.expand_as(pattern), rtol=0, atol=1e-4)
 
