@@ -83,7 +83,11 @@ def tokens_seen(stored: StoredModel, step: int) -> int | None:
 
 
 def tokens_by_step(folder: Path) -> dict[int, int]:
-    """Read the number of tokens at each step from the `trace.csv` of a run; empty if there is none."""
+    """Read the number of tokens at each step from the `trace.csv` of a run; empty if there is none.
+
+    Args:
+        folder: directory of the run.
+    """
     path = folder / "trace.csv"
     if not path.is_file():
         return {}

@@ -95,7 +95,12 @@ def next_token_loss(
 
 
 def build_optimizer(config: TrainConfig, model: PreTrainedModel) -> torch.optim.AdamW:
-    """Make an AdamW optimizer of all trainable parameters, with weight decay on matrices only."""
+    """Make an AdamW optimizer of all trainable parameters, with weight decay on matrices only.
+
+    Args:
+        config: configuration of the training run.
+        model: the model to train.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
