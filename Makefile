@@ -59,7 +59,7 @@ lint: .venv/.dev
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 .venv/bin/pyright --pythonpath .venv/bin/python
-	.venv/bin/lint-imports --quiet || .venv/bin/lint-imports
+	.venv/bin/lint-imports
 	.venv/bin/codespell p0circuit tests benchmarks notebooks docs *.md
 
 docs: .venv/.dev
@@ -71,6 +71,7 @@ notebooks: .venv/.dev
 
 bench: .venv/.dev
 	.venv/bin/p0circuit bench --into docs/performance.md
+	.venv/bin/python -m benchmarks.growth docs/performance.md
 
 # The one place where versions are chosen. uv is not among the pinned tools: install it with `pip install uv`.
 pins:

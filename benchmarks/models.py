@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 
-def gpt2_shape(layers: int = 12, vocab_size: int = 50_257) -> Any:
+def gpt2_shape(layers: int = 12, vocab_size: int = 50_257, heads: int = 12) -> Any:
     """A HookedTransformer of GPT-2 small's shape with random weights."""
     return _random(
         n_layers=layers,
         d_model=768,
-        n_heads=12,
-        d_head=64,
+        n_heads=heads,
+        d_head=768 // heads,
         d_mlp=3072,
         n_ctx=1024,
         d_vocab=vocab_size,

@@ -17,11 +17,11 @@ import torch
 
 from benchmarks import activation_patching, closed_form, path_patching, transformer_lens4, vocabulary
 from benchmarks.models import SHAPES
+from benchmarks.tables import write_between
 from p0circuit.interventions.pairs import shift_prompts
 from p0circuit.models import describe
 from p0circuit.prompts import random_tokens
 
-BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 ABSOLUTE, RELATIVE = 1e-5, 1e-4
 """The largest difference between two ways of computing the same in float32."""
 
@@ -157,14 +157,10 @@ def markdown(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def write_into(path: Path, results: Mapping[str, Mapping[str, Any]]) -> None:
-    """Put the table between the marks in a file, and the numbers it is made from into a JSON file of the same name.
+    """Put the table between the marks `bench` of a file, and its numbers into a JSON file of the same name beside it.
 
     Raises:
         ValueError: the file lacks the marks.
     """
-    text = path.read_text()
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"{path} lacks the marks {BEGIN} and {END}, between which the table goes")
-    before, after = text[: text.index(BEGIN)], text[text.index(END) :]
-    path.write_text(f"{before}{BEGIN}\n{markdown(results)}\n{after}")
+    write_between(path, "bench", markdown(results))
     path.with_suffix(".json").write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")

@@ -168,7 +168,7 @@ figure = trajectories(
 )
 figure.set_size_inches(5.6, 3.0)
 page.show(figure, "length of the echo by position, measured and predicted")
-print(f"largest difference: {float((recognised['echo'] - predicted).abs().max()):.1e}")
+print(f"largest difference: {float((recognition['echo'] - predicted).abs().max()):.1e}")
 
 # %% [markdown]
 # ## 3. Detection: one neuron of MLP 0

@@ -111,7 +111,7 @@ else:
     # Smaller configurations: fewer prompts, fewer random draws, no very long rows. The thresholds are the same.
     quick_configs = {
         "any-token": AnyTokenConfig(continuations=8, full_tokens=64),
-        "amplification": AmplificationConfig(draws=32, shown_samples=8),
+        "amplification": AmplificationConfig(draws=32, single_samples=8),
         "path": CausalPathConfig(runs=1024),
         "circuit": CircuitConfig(samples=8),
         "limits": LimitsConfig(lengths=(16, 32, 64, 128, 256, 512), tokens=2048),

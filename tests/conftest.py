@@ -19,16 +19,23 @@ import torch
 
 from p0circuit.io import cache_directory
 from p0circuit.log import show_messages
+from tests.chromium import CHROMIUM, NONE_FOUND, chromium, open_page
 from tests.families import family_folder, family_model
 from tests.tiny import tiny_model_dir
 
 # The user's own: what was fetched stays fetched, from one run of the tests to the next.
 OWN_CACHE = cache_directory()
 
-__all__ = ["family_folder", "family_model", "tiny_model_dir"]
+__all__ = ["chromium", "family_folder", "family_model", "open_page", "tiny_model_dir"]
 
 hypothesis.settings.register_profile("p0circuit", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("p0circuit")
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Say that tests were skipped for want of a browser: a green run would hide it."""
+    if CHROMIUM is None:
+        terminalreporter.write_line(NONE_FOUND)
 
 
 @pytest.fixture(autouse=True, scope="session")

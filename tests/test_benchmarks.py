@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import monitor, run, transformer_lens4
+from benchmarks import growth, monitor, run, transformer_lens4
 from benchmarks.models import tiny_shape
 from p0circuit.models.hooked_transformer import has_hooked_transformer
 from p0circuit.training.config import TrainConfig
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "performance.md"
+BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 TINY = run.Size(rows=2, length=16, edges=6, memory=False)
 
 
@@ -47,9 +48,9 @@ def test_the_table_has_a_line_for_every_comparison_and_goes_between_its_marks(fi
     assert table.count("| tiny-shape |") == 8
     assert f"{figures['grid_speedup']:.1f} times faster" in table
     page = tmp_path / "page.md"
-    page.write_text(f"before\n{run.BEGIN}\nold\n{run.END}\nafter\n")
+    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     run.write_into(page, {"tiny-shape": figures})
-    assert page.read_text() == f"before\n{run.BEGIN}\n{table}\n{run.END}\nafter\n"
+    assert page.read_text() == f"before\n{BEGIN}\n{table}\n{END}\nafter\n"
     assert json.loads((tmp_path / "page.json").read_text())["tiny-shape"]["grid_cells"] == figures["grid_cells"]
     page.write_text("no marks")
     with pytest.raises(ValueError, match="lacks the marks"):
@@ -59,7 +60,7 @@ def test_the_table_has_a_line_for_every_comparison_and_goes_between_its_marks(fi
 def test_the_documentation_shows_what_was_measured_and_nothing_else():
     results = json.loads(DOCUMENT.with_suffix(".json").read_text())
     text = DOCUMENT.read_text()
-    shown = text[text.index(run.BEGIN) + len(run.BEGIN) : text.index(run.END)].strip()
+    shown = text[text.index(BEGIN) + len(BEGIN) : text.index(END)].strip()
     assert shown == run.markdown(results)
     for figures in results.values():
         run.check(figures)
@@ -83,3 +84,19 @@ def test_the_monitor_is_timed_in_turns_with_training_steps():
     config = replace(TrainConfig(), n_layers=2, d_model=32, n_heads=2, d_mlp=48, vocab_size=97, length=64)
     overhead, step, reading = monitor.compare(config, rounds=1)
     assert overhead == pytest.approx(reading / (monitor.EVERY * step)) and step > 0 and reading > 0
+
+
+def test_growth_is_measured_with_each_dimension_doubled_and_goes_into_the_page(tmp_path, monkeypatch):
+    base = growth.Shape(layers=3, heads=2, length=16, vocab_size=32)
+    results = growth.measure(base, neurons=4)
+    assert list(results) == ["base", "layers", "heads", "tokens in a row", "vocabulary"]
+    numbers = {what: [int(line["number"]) for line in lines.values()] for what, lines in results.items()}
+    assert numbers["base"] == [1, 15, 4, 14, 32] and numbers["layers"] == [1, 30, 4, 56, 32]
+    assert numbers["vocabulary"][-1] == 64
+    memory = {what: lines["one forward"]["mb"] for what, lines in results.items()}
+    assert memory["tokens in a row"] > 1.2 * memory["base"] and memory["layers"] < 1.1 * memory["base"]
+    page = tmp_path / "page.md"
+    page.write_text("<!-- growth: begin -->\n<!-- growth: end -->\n")
+    monkeypatch.setattr(growth, "measure", lambda: results)
+    growth.main([str(page)])
+    assert f"\n{growth.markdown(results)}\n" in page.read_text()

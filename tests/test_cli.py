@@ -657,8 +657,8 @@ def test_a_trained_model_can_be_measured_and_its_trace_too(p0: Run, tmp_path: Pa
         (["run", "sink-mab"], "no experiment 'sink-mab'; there are: sink-map (C1), norm-direction, bos-ablation (C2)"),
         (["run"], "name an experiment, as in `p0circuit run sink-map`; `p0circuit run --list` lists them all"),
         (
-            ["run", "C1", "--set", "contorl=3"],
-            "there is no field 'contorl'; did you mean 'control'? The fields are eps=0.3",
+            ["run", "C1", "--set", "cntrol=3"],
+            "there is no field 'cntrol'; did you mean 'control'? The fields are eps=0.3",
         ),
         (["run", "C1", "--set", "eps"], "'eps' is not of the form field=value, as in eps=0.3"),
         (["run", "C1", "--set", "control=0.5"], "control cannot be '0.5'; expected a whole number, such as 8"),

@@ -87,15 +87,15 @@ class Claim:
         if not applying:
             return Judgement("not applicable", "nothing that its threshold is about exists in this model")
         if no_number := [criterion for criterion in applying if not math.isfinite(criterion.compared(measured))]:
-            told = "; ".join(f"{name} is {measured[name]}" for name in dict.fromkeys(c.metric for c in no_number))
-            return Judgement("not applicable", f"{told}: not a number that a threshold can be held against")
+            values = "; ".join(f"{name} is {measured[name]}" for name in dict.fromkeys(c.metric for c in no_number))
+            return Judgement("not applicable", f"{values}: not a number that a threshold can be held against")
         missed = [criterion for criterion in applying if not criterion.holds(measured)]
         # Two criteria may be about one value and its interval.
         names = dict.fromkeys(criterion.metric for criterion in missed or applying)
-        told = "; ".join(f"{name} is {measured[name]}" for name in names)
+        values = "; ".join(f"{name} is {measured[name]}" for name in names)
         if missed:
-            return Judgement("not reproduced", f"{told}; needed {' and '.join(map(str, missed))}")
-        return Judgement("reproduced", told)
+            return Judgement("not reproduced", f"{values}; needed {' and '.join(map(str, missed))}")
+        return Judgement("reproduced", values)
 
     def to_json(self) -> dict[str, str]:
         """Return the texts of the claim, which stand in its entry of claims.json."""

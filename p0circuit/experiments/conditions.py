@@ -1,10 +1,10 @@
 """The prompts an experiment compares: the same text with and without BOS, whichever of the two it is given.
 
 1. *BOS* is the token that the model's tokenizer names, whatever its id: 0 is an id like any other.
-2. Rows are told apart by what they begin with: no BOS, one, two or more, or BOS in some of them only.
-3. *Text as it is* is what stands after all BOS at a row's beginning; *after BOS*, one BOS stands before that. Where
-   `behind` put BOS there, the text gets back the token that it lost for it, so that both conditions come out the same
-   whichever of them an experiment was given.
+2. Rows are distinguished by their first tokens: no BOS, one, two or more, or BOS in some rows only.
+3. *Text as it is* is the row without the BOS tokens at its beginning; *after BOS* is that text with one BOS before it.
+   `PromptSet.prepend` moves the last token of each row into `overflow`, from which `without_first` restores it. So both
+   conditions are the same whichever of them an experiment is given.
 """
 
 from __future__ import annotations
@@ -34,7 +34,11 @@ from p0circuit.text import BOS_ID, BOS_TOKEN
 
 
 def text_as_it_is(model: HookedModel, prompts: PromptSet) -> PromptSet:
-    """The text without any BOS before it; the prompts themselves where they have none.
+    """Return the text without BOS at its beginning; the prompts themselves if they have none.
+
+    Args:
+        model: the model, for its BOS token.
+        prompts: the text, with or without BOS.
 
     Raises:
         NotApplicable: not all rows begin with the same number of BOS.
@@ -52,7 +56,11 @@ def text_as_it_is(model: HookedModel, prompts: PromptSet) -> PromptSet:
 
 
 def with_and_without_bos(model: HookedModel, prompts: PromptSet) -> dict[str, PromptSet]:
-    """The same text as it is and, where there is a BOS token and no padding, after one BOS.
+    """Return the same text as it is and, if there is a BOS token and no padding, after one BOS.
+
+    Args:
+        model: the model, for its BOS token.
+        prompts: the text, with or without BOS.
 
     Raises:
         NotApplicable: not all rows begin with the same number of BOS.
@@ -60,15 +68,19 @@ def with_and_without_bos(model: HookedModel, prompts: PromptSet) -> dict[str, Pr
     text, bos = text_as_it_is(model, prompts), bos_id(model)
     pair = {WITHOUT_BOS: text}
     if bos is not None and bool(text.attention_mask.all()):
-        # Rows that have their one BOS are left alone: they need not have come from `behind`.
+        # Rows that begin with one BOS are used as they are: they need not come from `prepend`.
         pair[WITH_BOS] = prompts if condition_of(model, prompts) == WITH_BOS else text.prepend(bos)
     return pair
 
 
 def conditions(model: HookedModel, prompts: PromptSet) -> dict[str, PromptSet]:
-    """The same text as it is, behind BOS and behind a random token; random tokens; one repeated token.
+    """Return the same text as it is, after BOS and after a random token; random tokens; one repeated token.
 
     A model without a BOS token has no condition "with BOS". All have the number of rows and the length of `prompts`.
+
+    Args:
+        model: the model, for its tokenizer and vocabulary.
+        prompts: the text, with or without BOS.
 
     Raises:
         NotApplicable: not all rows begin with the same number of BOS.
@@ -78,15 +90,15 @@ def conditions(model: HookedModel, prompts: PromptSet) -> dict[str, PromptSet]:
     size, special = sampleable_vocabulary(model)
     # Another seed than that of the prompts, which may be random tokens themselves.
     seed = prompts.seed + 1
-    drawn = random_tokens(size, prompts.n, prompts.length, seed, special=special)
-    made[RANDOM_FIRST] = text.prepend(drawn.ids[:, 0])
-    made[RANDOM_TOKENS] = drawn
+    random_rows = random_tokens(size, prompts.n, prompts.length, seed, special=special)
+    made[RANDOM_FIRST] = text.prepend(random_rows.ids[:, 0])
+    made[RANDOM_TOKENS] = random_rows
     made[REPEATED_TOKEN] = repeated_token(size, prompts.n, prompts.length, seed, special=special)
     return made
 
 
 def default_text(model: HookedModel | StoredModel) -> str:
-    """The text that a model is given where none is asked for.
+    """Return the name of the text that is used for a model if none is given.
 
     1. A named model of the catalog: the text that its entry names.
     2. A model with a tokenizer made by `p0circuit train`, as the shipped ones have: "stdlib", Python source.
@@ -107,10 +119,15 @@ def prompts_for(
     seed: int = 0,
     first_token: str | int = "text",
 ) -> PromptSet:
-    """Crops of a text (as `natural_text` names it), or random tokens for a model without a tokenizer.
+    """Return crops of a text, or random tokens for a model without a tokenizer.
 
-    Without a `text` the model decides (`default_text`). Tokenizer and size are all it takes: `model` may be one as it
-    is stored, its weights unread.
+    Args:
+        model: a model, or a stored model whose weights are not loaded: only tokenizer and vocabulary are used.
+        text: the text, as `natural_text` names it; `default_text` of the model if None.
+        n: number of prompts.
+        length: tokens per prompt.
+        seed: seed of the crops, or of the random tokens.
+        first_token: first token of each row, as in `natural_text`.
     """
     if model.tokenizer is None:
         size = model.vocab_size if isinstance(model, StoredModel) else describe(model).vocab_size
@@ -122,13 +139,27 @@ def prompts_for(
 
 
 def pooled_prompts_for(model: HookedModel, text: str | None, n: int, length: int, seed: int = 0) -> PromptSet:
-    """What a reproduction reads: as `readable`, drawn in equal parts by three seeds, the first of them `seed`."""
+    """Return the prompts of a reproduction: those of `prompts_for`, in equal parts from three seeds.
+
+    Args:
+        model: the model.
+        text: the text, as in `prompts_for`.
+        n: number of prompts.
+        length: tokens per prompt.
+        seed: the first seed; the others follow it.
+    """
     shares = [share for share in (n - 2 * (n // 3), n // 3, n // 3) if share]
     return pool([prompts_for(model, text, share, length, seed + i) for i, share in enumerate(shares)])
 
 
 def text_like(model: HookedModel, prompts: PromptSet, length: int, count: int) -> PromptSet:
-    """New text of another length from the source of the prompts, behind the same first token; else random tokens.
+    """Return new text of another length from the source of the prompts, after the same first token; else random tokens.
+
+    Args:
+        model: the model.
+        prompts: the prompts; their description names the source.
+        length: tokens per row.
+        count: number of rows.
 
     Raises:
         P0Error: there is too little text of this length.

@@ -135,11 +135,11 @@ def studied_sink(
     Raises:
         NotApplicable: there is no sink, none above that block, or none in either condition.
     """
-    sink = _in_either_condition(model, prompts) if in_either_condition else _chosen(model, prompts)
+    sink = _in_either_condition(model, prompts) if in_either_condition else _choose(model, prompts)
     return sink if above_block is None else _restricted(sink, above_block)
 
 
-def _chosen(model: HookedModel, prompts: PromptSet) -> StudiedSink:
+def _choose(model: HookedModel, prompts: PromptSet) -> StudiedSink:
     if prompts.n < 2 or prompts.length <= CONTROL:
         raise NotApplicable(
             f"{prompts.n} prompts of {prompts.length} tokens are too few: sink heads are chosen on one half, measured "
@@ -162,15 +162,15 @@ def _chosen(model: HookedModel, prompts: PromptSet) -> StudiedSink:
 
 def _in_either_condition(model: HookedModel, prompts: PromptSet) -> StudiedSink:
     if condition_of(model, prompts) == WITH_BOS:
-        return _chosen(model, prompts)
+        return _choose(model, prompts)
     sets = with_and_without_bos(model, prompts)
     try:
-        return _chosen(model, sets[WITHOUT_BOS])
+        return _choose(model, sets[WITHOUT_BOS])
     except NotApplicable as without:
         if WITH_BOS not in sets:
             raise
         try:
-            return _chosen(model, sets[WITH_BOS])
+            return _choose(model, sets[WITH_BOS])
         except NotApplicable as after_bos:
             raise NotApplicable(f"{without}; after BOS: {after_bos}") from None
 
@@ -298,12 +298,12 @@ def mean_over_heads(values: ByHead, heads: Heads) -> Float[np.ndarray, " sample"
     return values[:, layers, numbers].mean(1).cpu().numpy()
 
 
-def share_left(changed: ByHead, clean: ByHead, heads: Heads) -> Interval:
-    """Return the share of the heads' excess score that a change leaves, the samples being paired.
+def share_left(ablated: ByHead, clean: ByHead, heads: Heads) -> Interval:
+    """Return the share of the heads' excess score that an intervention leaves, the samples being paired.
 
     Args:
-        changed: excess scores [sample, layer, head] with the change.
+        ablated: excess scores [sample, layer, head] under the intervention.
         clean: those of the clean run.
         heads: heads as (layer, head).
     """
-    return ratio_interval(mean_over_heads(changed, heads), mean_over_heads(clean, heads))
+    return ratio_interval(mean_over_heads(ablated, heads), mean_over_heads(clean, heads))

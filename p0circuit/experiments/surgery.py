@@ -1,9 +1,8 @@
-"""What interventions put in the place of P0's stream or token: streams, tokens and positions of other samples."""
+"""Donors for interventions on P0: streams and tokens of other samples, and random positions."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
@@ -17,12 +16,12 @@ from p0circuit.prompts import PromptSet
 from p0circuit.recording.quantities import residual_at
 from p0circuit.recording.record import record
 
-if TYPE_CHECKING:
-    pass
-
 
 def require_attention(model: HookedModel) -> None:
-    """Make sure that attention can be edited.
+    """Check that attention can be edited.
+
+    Args:
+        model: the model.
 
     Raises:
         NotApplicable: it can only be read, as in some architectures of TransformerBridge.
@@ -35,9 +34,12 @@ def require_attention(model: HookedModel) -> None:
 def ordinary_streams(
     model: HookedModel, prompts: PromptSet, offsets: Sequence[int]
 ) -> Float[Tensor, "sample layers_and_one d_model"]:
-    """For every row the stream at an ordinary position of the next row, before each block and at the end.
+    """Return for every row the stream at an ordinary position of the next row, before each block and at the end.
 
-    The offsets take turns.
+    Args:
+        model: the model.
+        prompts: the rows.
+        offsets: ordinary positions, counted from P0; row i takes number i modulo their number.
     """
     quantities = [residual_at(offset) for offset in offsets]
     recording = record(model, prompts, quantities)
@@ -47,22 +49,33 @@ def ordinary_streams(
 
 
 def row_of_another_token(tokens: Int[Tensor, " sample"]) -> Int[Tensor, " sample"]:
-    """For every row the next one, counted in a ring, that has another token.
+    """Return for every row the number of the next one, counted in a ring, that has another token.
+
+    Args:
+        tokens: one token of every row.
 
     Raises:
         NotApplicable: all rows have the same token.
     """
     n = len(tokens)
-    found = torch.full((n,), -1)
+    donors = torch.full((n,), -1)
     for step in range(1, n):
         row = (torch.arange(n) + step) % n
-        found = torch.where((found < 0) & (tokens[row] != tokens), row, found)
-        if bool((found >= 0).all()):
-            return found
+        donors = torch.where((donors < 0) & (tokens[row] != tokens), row, donors)
+        if bool((donors >= 0).all()):
+            return donors
     raise NotApplicable(f"all {n} rows have the token {int(tokens[0])} there: there is none to put in its place")
 
 
 def random_offsets(n: int, seed: int, start: int, stop: int, but: Sequence[int] = ()) -> Int[Tensor, " sample"]:
-    """A position of each of `n` rows, counted from P0: drawn from `start` to `stop` - 1, some excepted."""
-    drawable = torch.tensor([offset for offset in range(start, stop) if offset not in but])
-    return drawable[torch.randint(len(drawable), (n,), generator=torch.Generator().manual_seed(seed))]
+    """Draw one position for each row.
+
+    Args:
+        n: number of rows.
+        seed: seed of the draw.
+        start: first position to draw from, counted from P0.
+        stop: end of the range, exclusive.
+        but: positions that are left out.
+    """
+    candidates = torch.tensor([offset for offset in range(start, stop) if offset not in but])
+    return candidates[torch.randint(len(candidates), (n,), generator=torch.Generator().manual_seed(seed))]

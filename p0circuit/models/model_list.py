@@ -20,6 +20,7 @@ _CONSTRUCTED = {
     "wired-learned": (496_608, "The same circuit with learned positions in place of rotary ones"),
     "wired-decoy": (455_648, "A decoy: P0 has a large norm, and no head attends to it"),
     "wired-decoy-learned": (496_608, "The decoy with learned positions in place of rotary ones"),
+    "wired-two-stages": (890_432, "Two such circuits, one after the other: a neuron erases the first"),
 }
 """Number of parameters and description of each constructed model."""
 

@@ -247,10 +247,18 @@ def plain(value: object) -> str:
     """Format an entry of the provenance as one line of text.
 
     Args:
-        value: any JSON value.
+        value: any JSON value; in the description of a model, `window` is a list with one entry per layer.
     """
     if isinstance(value, dict):
-        return ", ".join(f"{key} {plain(one)}" for key, one in value.items()) or "none"
+        parts = (f"{key} {_windows(one) if key == 'window' else plain(one)}" for key, one in value.items())
+        return ", ".join(parts) or "none"
     if isinstance(value, list):
         return " ".join(map(plain, value)) or "none"
     return "not known" if value is None else str(value)
+
+
+def _windows(windows: object) -> str:
+    """Format the sliding windows of all layers: "none" if no layer has one, otherwise "full" for those without."""
+    if not isinstance(windows, list):
+        return plain(windows)
+    return " ".join("full" if window is None else str(window) for window in windows) if any(windows) else "none"

@@ -5,10 +5,12 @@ A part is marked by comments, which Markdown does not show. Everything between t
     <!-- claims: smollm2-135m, p0-nano -->  ...  <!-- end -->
 
 claims     a table of claims by models; each cell is a verdict with the values that decided it
+verdicts   the same in short; each cell is a mark and the first value that decided it
 misses     one line for each claim that was not reproduced, with the reason
 controls   the number of tests on controls, by verdict
 passes     for one model, the passes that each experiment declared and used, and those of its full configuration
 mitigations  for each mitigation, the loss added, and what is left of sink, norm and int8 error
+depth      for each model, the stages of P0's stream and the components that write and erase them
 training   the claims about training runs, like `claims`
 
     python -m p0circuit.report.documents OUT README.md docs/results.md
@@ -29,7 +31,8 @@ from p0circuit.report.markdown import table
 from p0circuit.stats import Interval
 
 _PART = re.compile(
-    r"(<!-- (claims|misses|controls|passes|mitigations|training)(?:: ([^>]*?))? -->\n).*?(<!-- end -->)", re.DOTALL
+    r"(<!-- (claims|verdicts|misses|controls|passes|mitigations|depth|training)(?:: ([^>]*?))? -->\n).*?(<!-- end -->)",
+    re.DOTALL,
 )
 TRAINING = "training"
 _MARKS = {"reproduced": "✓", "not reproduced": "✗", "not applicable": "–"}
@@ -76,6 +79,19 @@ def claims_table(runs: Sequence[Reproduction]) -> list[str]:
     Args:
         runs: one per model.
     """
+    return _by_claim(runs, _cell)
+
+
+def verdicts_table(runs: Sequence[Reproduction]) -> list[str]:
+    """Make a table like `claims_table` in short: each cell is a mark and the first value that decided the verdict.
+
+    Args:
+        runs: one per model.
+    """
+    return _by_claim(runs, _short_cell)
+
+
+def _by_claim(runs: Sequence[Reproduction], cell: Callable[[Mapping[str, Any] | None], str]) -> list[str]:
     entries: dict[str, dict[str, Any]] = {}
     for run in runs:
         for claim in run.claims:
@@ -83,7 +99,7 @@ def claims_table(runs: Sequence[Reproduction]) -> list[str]:
     rows = []
     for by_model in sorted(entries.values(), key=lambda one: claim_number(next(iter(one.values())))):
         first = next(iter(by_model.values()))
-        rows.append([f"{first['id']} {first['title']}", *(_cell(by_model.get(run.model)) for run in runs)])
+        rows.append([f"{first['id']} {first['title']}", *(cell(by_model.get(run.model)) for run in runs)])
     return table(["claim", *(run.title for run in runs)], rows)
 
 
@@ -154,12 +170,72 @@ def mitigations_table(runs: Sequence[Reproduction]) -> list[str]:
     return lines
 
 
+def depth_tables(runs: Sequence[Reproduction]) -> list[str]:
+    """For each model the circuit depth, a row for each stage of P0's stream, and a row for each writer and eraser."""
+    lines = []
+    for run in runs:
+        result = run.results["depth"]
+        stages, roles = result.tables["stages"], result.tables["roles"]
+        depth = result.metrics["circuit_depth"]
+        lines += [
+            f"**{run.title}**, {run.condition or 'text as it is'}: circuit depth {depth.value:.0f} ({depth.low:.0f} to "
+            f"{depth.high:.0f} by prompt seed).",
+            "",
+            *table(
+                ["stage", "after blocks", "norm ratio", "sink heads", "cosine to stage 1"],
+                [
+                    [
+                        f"{stage.stage}",
+                        _after_blocks(stage.first_depth, stage.last_depth),
+                        f"{stage.norm_ratio:.1f}",
+                        f"{stage.sink_heads}",
+                        f"{stage.cosine_to_first_stage:.2f}",
+                    ]
+                    for stage in stages.itertuples()
+                ],
+            ),
+            *table(
+                ["stage", "role", "component", "what its output at P0 does"],
+                [
+                    [
+                        f"{role.stage}",
+                        role.role,
+                        f"`{role.node}`",
+                        f"{_short(Interval(role.effect, role.effect_low, role.effect_high, role.n))} "
+                        + _ROLES[role.role],
+                    ]
+                    for role in roles.itertuples()
+                ],
+            ),
+        ]
+    return lines
+
+
+_ROLES = {
+    "writer": "of the excess score of the stage's heads is lost without it",
+    "eraser": "of the projection onto the stage's direction is taken away by it",
+}
+
+
+def _after_blocks(first: int, last: int) -> str:
+    """Name the depths of the residual stream from `first` to `last`; depth 0 is the embedding."""
+    names = ["embedding" if depth == 0 else str(depth - 1) for depth in dict.fromkeys((first, last))]
+    return " to ".join(names)
+
+
 def _cell(claim: Mapping[str, Any] | None) -> str:
     if claim is None:
         return ""
     verdict = shown_verdict(claim)
     values = [Interval(**claim["measured"][name]) for name in deciding(claim)]
     return f"{_MARKS.get(verdict, '!')} {verdict}" + (f"<br>{', '.join(map(_short, values[:2]))}" if values else "")
+
+
+def _short_cell(claim: Mapping[str, Any] | None) -> str:
+    if claim is None:
+        return ""
+    values = [f"{claim['measured'][name]['value']:.2f}" for name in deciding(claim)]
+    return " ".join([_MARKS.get(shown_verdict(claim), "!"), *values[:1]])
 
 
 def deciding(claim: Mapping[str, Any]) -> list[str]:
@@ -179,11 +255,13 @@ def _short(interval: Interval) -> str:
 
 _KINDS: dict[str, Callable[[Sequence[Reproduction]], list[str]]] = {
     "claims": claims_table,
+    "verdicts": verdicts_table,
     "training": claims_table,
     "misses": misses,
     "controls": controls_table,
     "passes": passes_table,
     "mitigations": mitigations_table,
+    "depth": depth_tables,
 }
 
 

@@ -59,7 +59,7 @@ def test_links_lead_to_pages_or_nowhere(tmp_path: Path) -> None:
     links = re.findall(r'href="([^"]+)"', page)
     assert "01_meet_the_sink.html" in links
     assert all(link.startswith(("https://", "#")) or link.removesuffix(".html") in NAMES for link in links)
-    assert '<span title="../p0circuit/experiments/sink_map.py">' in page
+    assert '<span title="../p0circuit/experiments/paper/c01_sink_map.py">' in page
 
 
 @pytest.mark.parametrize(("formula", "told"), [("x_", "Missing"), ("\\nosuch{x}", r"\\nosuch is not known")])

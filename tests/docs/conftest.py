@@ -1,4 +1,4 @@
-"""The documentation site, built once, and a Chromium to open it in."""
+"""The documentation site, built once."""
 
 from __future__ import annotations
 
@@ -7,10 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from tests.browser.conftest import chromium
-
-__all__ = ["chromium"]
 
 ROOT = Path(__file__).resolve().parents[2]
 

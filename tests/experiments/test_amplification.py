@@ -32,7 +32,7 @@ from p0circuit.sink import uniform_excess
 from tests.literal import run_with_cache
 
 LENGTH = 32
-QUICK = AmplificationConfig(draws=20, draw_samples=4, shown=3, shown_samples=8)
+QUICK = AmplificationConfig(draws=20, draw_samples=4, singles=3, single_samples=8)
 
 
 @pytest.fixture(scope="module")

@@ -167,7 +167,7 @@ def test_c3_fails_where_only_bos_is_the_sink(on_bos: Any, nano: Any) -> None:
     bound = AnyToken(config).run(on_bos, text_of(on_bos, n=24).prepend(BOS))
     assert bound.judgement is not None and bound.judgement.verdict == "not reproduced"
     assert bound.metrics["median_score_over_that_of_bos"].high < 0.5
-    assert any("the sink is bound to BOS" in note for note in bound.notes)
+    assert any("the sink depends on BOS" in note for note in bound.notes)
     # By hand: every token's score as a row of the same table, BOS's among them.
     scores = bound.tables["tokens"].set_index("token")["sink_score"]
     assert bound.metrics["median_score_over_that_of_bos"].value == pytest.approx(scores.median() / scores[BOS], rel=0.2)
@@ -203,7 +203,7 @@ def test_the_sink_map_shows_the_heads_of_the_condition(on_bos: Any) -> None:
     plain, after = (SinkMap().run(on_bos, prompts) for prompts in (text, text.prepend(BOS)))
     assert plain.metrics == after.metrics
     assert after.view is not None and after.view.tokens[0] == "<|bos|>"
-    assert any("given after BOS" in note for note in after.notes)
+    assert any("these prompts begin with BOS" in note for note in after.notes)
 
 
 def test_the_sink_after_bos_is_told_where_there_is_none_without(on_bos: Any, nano: Any) -> None:

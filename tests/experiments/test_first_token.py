@@ -23,11 +23,11 @@ from p0circuit.experiments.deployment.c20_first_token import (
     SECOND,
     FirstToken,
     FirstTokenConfig,
-    drawn_tokens,
     first_token_losses,
     neutral_token,
     prefixes_of,
     recall_by_place,
+    sampled_tokens,
     spread,
     spreads_at_same_distance,
     trained_register,
@@ -62,7 +62,7 @@ def losses_of(model: Any, ids: list[int], first: Tensor | None = None) -> list[f
 
 
 def drawn(model: Any) -> Tensor:
-    return drawn_tokens(model, PROMPTS, TOKENS, torch.Generator().manual_seed(6))
+    return sampled_tokens(model, PROMPTS, TOKENS, torch.Generator().manual_seed(6))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -104,7 +104,7 @@ def test_recall_by_place(family_model: Any) -> None:
     measured = recall_by_place(model, PROMPTS, PREFIXES)
     # Of 29 tokens a fifth is to be recalled; the last place leaves as much between the two.
     size, places = 5, [0, 4, 7, 10, 14]
-    snippets = drawn_tokens(model, PROMPTS, size, torch.Generator().manual_seed(7)).tolist()
+    snippets = sampled_tokens(model, PROMPTS, size, torch.Generator().manual_seed(7)).tolist()
     for row, snippet in enumerate(snippets):
         unseen = TEXT[row].tolist()[:-size] + snippet
         for name, prefix in PREFIXES.items():

@@ -200,7 +200,7 @@ def test_calibration_sees_all_rows_and_no_padding(
     for one, other in ((in_batches, calibration), (padded, short)):
         for values in ("p0", "others"):
             np.testing.assert_allclose(getattr(one, values), getattr(other, values), rtol=1e-4)
-        assert (one.places == other.places).mean() > 0.99
+        assert (one.positions == other.positions).mean() > 0.99
 
 
 def test_errors_over_draws_of_calibration_rows(family_model: Any, calibration: Calibration) -> None:

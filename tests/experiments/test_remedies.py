@@ -13,9 +13,9 @@ from torch import Tensor
 from p0circuit.experiments.base import NotApplicable
 from p0circuit.experiments.deployment.c20_first_token import FAR
 from p0circuit.experiments.deployment.mitigations import (
+    AFTER_BOS,
+    AFTER_REGISTER,
     AS_IS,
-    BEHIND_BOS,
-    BEHIND_REGISTER,
     KEY_HIDDEN,
     QUANTITIES,
     VALUE_ZEROED,
@@ -128,13 +128,13 @@ def test_losses_and_errors_are_those_of_the_same_text(family_model: Any) -> None
 def test_what_a_model_cannot_take_is_left_out() -> None:
     notes: list[str] = []
     base, remedies = mitigations_for(wired_model(), random_tokens(64, 4, 40), ["attn.2.0"], "without BOS", None, notes)
-    assert base == AS_IS and BEHIND_BOS not in remedies and BEHIND_REGISTER not in remedies
+    assert base == AS_IS and AFTER_BOS not in remedies and AFTER_REGISTER not in remedies
     assert any("BOS" in note for note in notes) and any("register" in note for note in notes)
     model = load_model("p0-nano")
     prompts = natural_text(model, "code", n=4, length=40)
     base, remedies = mitigations_for(model, prompts, ["attn.3.1"], "with BOS", torch.zeros(128), [])
     bos = model.tokenizer.bos_token_id
-    assert base == BEHIND_BOS and remedies[KEY_HIDDEN].prefix == bos and remedies[AS_IS].prefix is None
+    assert base == AFTER_BOS and remedies[KEY_HIDDEN].prefix == bos and remedies[AS_IS].prefix is None
     padded = prompts.pad_left([30] * 4)
     assert WINDOW not in mitigations_for(model, padded, ["attn.3.1"], "without BOS", None, notes)[1]
     assert any("padded" in note for note in notes)
@@ -146,7 +146,7 @@ def test_the_shipped_model_with_every_remedy() -> None:
     result = Mitigations(SMALL).run(model, prompts)
     table = result.tables["remedies"]
     assert set(table["remedy"]) == {
-        AS_IS, BEHIND_BOS, BEHIND_REGISTER, KEY_HIDDEN, VALUE_ZEROED, ZERO_LOGIT, ZERO_LOGIT_ALL, WINDOW, WINDOW_KEPT
+        AS_IS, AFTER_BOS, AFTER_REGISTER, KEY_HIDDEN, VALUE_ZEROED, ZERO_LOGIT, ZERO_LOGIT_ALL, WINDOW, WINDOW_KEPT
     }  # fmt: skip
     assert set(table["measured"]) == {*QUANTITIES, "loss_added"}
     metrics = result.metrics

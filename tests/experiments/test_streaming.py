@@ -98,7 +98,7 @@ def test_a_long_stream_is_beyond_what_full_attention_was_trained_on(nano: Result
     assert table["full attention", 255] > table["first 4 kept", 255] + 1
     assert abs(table["first 4 kept", 255] - table["first 4 kept", 128]) < 0.5
     assert nano.metrics["long_stream_loss_with_full_attention_beyond_first_4_kept"].low > 0
-    assert any(note.endswith("the stream is longer than what the model can use") for note in nano.notes)
+    assert any(note.endswith("the stream is longer than the model can use") for note in nano.notes)
 
 
 def test_figures_are_legible(nano: Result) -> None:
@@ -118,7 +118,7 @@ def test_without_a_sink_the_first_token_is_one_of_many() -> None:
 def test_learned_positions_stay_what_they_were(family_model: Any) -> None:
     """The context is 64 tokens: a stream of two windows of 40 does not fit."""
     result = Streaming(SHORT).measure(family_model("gpt2", "bridge"), random_tokens(VOCAB, 3, 40))
-    assert "its positions are learned: they are not counted anew inside the cache" in result.notes
+    assert "the positions of this model are learned: they are not counted inside the cache" in result.notes
     assert "no long stream: its context is 64 tokens" in result.notes
     assert "long_positions" not in result.tables and not any(name.startswith("long") for name in result.metrics)
 

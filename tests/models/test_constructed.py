@@ -566,5 +566,5 @@ def test_what_cannot_be_built_is_refused_in_words() -> None:
     with pytest.raises(ModelError, match=r"'hoked'.*'auto', 'bridge'"):
         wired_model(backend="hoked")
     if not has_hooked_transformer():
-        with pytest.raises(ModelError, match=r"'hooked' cannot be had.*transformer-lens<4"):
+        with pytest.raises(ModelError, match=r"'hooked' is not available.*transformer-lens<4"):
             wired_model(backend="hooked")

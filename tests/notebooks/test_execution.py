@@ -74,7 +74,7 @@ def result(name: str) -> Result:
     """What an experiment class says on the prompts of the notebooks; what no notebook compares is kept small."""
     configured = {
         "Structure": experiments.StructureConfig(positions=(16,), samples_beside=32, scan_blocks=1),
-        "Amplification": experiments.AmplificationConfig(steps=1, draws=1, shown=1, shown_samples=2),
+        "Amplification": experiments.AmplificationConfig(steps=1, draws=1, singles=1, single_samples=2),
         "DirectionOrNorm": experiments.DirectionOrNormConfig(scan_samples=2),
         "Content": experiments.ContentConfig(scan_samples=2),
         "Streaming": experiments.StreamingConfig(other_samples=4, long_tokens=512),

@@ -14,7 +14,8 @@ import nbformat
 import pytest
 import torch
 
-from p0circuit.course import build as notebooks
+from p0circuit.cli.notebooks import require_modules
+from p0circuit.course import build as notebooks, checks
 from p0circuit.course.page import read_prompts
 from p0circuit.interventions.closed_form import key_hook
 from p0circuit.interventions.pairs import patch_values, shift_prompts
@@ -122,9 +123,9 @@ def solutions(name: str) -> dict[str, tuple[str, str, str]]:
     made = shipped(name)
     folded = {number: code for cell in made.cells for number, code in SOLUTION.findall(cell.source)}
     tasks = [number for cell in made.cells for number in EXERCISE.findall(cell.source)]
-    checks = [found for cell in made.cells if cell.cell_type == "code" for found in CHECK.findall(cell.source)]
-    assert sorted(tasks) == sorted(folded) and len(tasks) == len(checks), name
-    return {number: (folded[number], *check) for number, check in zip(tasks, checks, strict=True)}
+    checked = [found for cell in made.cells if cell.cell_type == "code" for found in CHECK.findall(cell.source)]
+    assert sorted(tasks) == sorted(folded) and len(tasks) == len(checked), name
+    return {number: (folded[number], *check) for number, check in zip(tasks, checked, strict=True)}
 
 
 def test_there_are_exercises_in_all_but_the_tour() -> None:
@@ -216,7 +217,7 @@ def test_wrong_use_is_refused(
 
 def test_what_is_not_installed_is_named() -> None:
     with pytest.raises(ValueError, match=r"no_such_module missing: pip install 'p0circuit\[notebooks\]'"):
-        commands.require_modules("papermill", "no_such_module")
+        require_modules("papermill", "no_such_module")
 
 
 def test_a_failing_cell_is_named(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from p0circuit.experiments import NormDirection, SinkMap
+from p0circuit.experiments import Depth, NormDirection, SinkMap
 from p0circuit.models import load_model
 from p0circuit.prompts import random_tokens
 from p0circuit.report.documents import fill_documents
@@ -18,6 +18,10 @@ old
 <!-- end -->
 between
 <!-- misses: wired-decoy --><!-- end -->
+<!-- verdicts: wired, wired-decoy -->
+<!-- end -->
+<!-- depth: wired -->
+<!-- end -->
 <!-- misses: wired-decoy -->
 <!-- end -->
 <!-- misses: wired, wired-decoy -->
@@ -36,7 +40,7 @@ def out(tmp_path_factory):
     for name in ("wired", "wired-decoy"):
         model = load_model(name)
         prompts = random_tokens(model.cfg.d_vocab, n=12, length=16)
-        reproduce_model(model, prompts, folder / name, [SinkMap(), NormDirection()], controls=name == "wired")
+        reproduce_model(model, prompts, folder / name, [SinkMap(), NormDirection(), Depth()], controls=name == "wired")
     return folder
 
 
@@ -47,12 +51,15 @@ def test_marked_parts_are_filled_and_the_rest_stays(out, tmp_path):
     text = document.read_text()
     assert "old" not in text and "between\n<!-- misses: wired-decoy --><!-- end -->\n" in text
     assert text.startswith("# Title\n") and text.endswith("after\n")
-    (claim,) = json.loads((out / "wired" / "claims.json").read_text())
-    rate = claim["measured"]["sink_rate_from_layer_2"]
+    claims = {claim["id"]: claim for claim in json.loads((out / "wired" / "claims.json").read_text())}
+    rate = claims["C1"]["measured"]["sink_rate_from_layer_2"]
     assert f"| C1 The sink | ✓ reproduced<br>{rate['value']:.2f} [{rate['low']:.2f}, {rate['high']:.2f}]" in text
+    assert f"| C1 The sink | ✓ {rate['value']:.2f} | ✗ 0.00 |" in text
+    depth = claims["C21"]["measured"]["circuit_depth"]["value"]
+    assert f"**wired**, without BOS: circuit depth {depth:.0f}" in text and "| 1 | writer | `mlp." in text
     assert "- C1 The sink, not reproduced: sink rate from layer 2 is 0.000" in text
     assert "- wired-decoy, C1 The sink, not reproduced: sink rate from layer 2 is 0.000" in text
-    assert "| wired | 0 | 3 | 0 |" in text
+    assert "| wired | 0 | 3 | 3 |" in text
     passes = json.loads((out / "wired" / "manifest.json").read_text())["passes"]
     assert f"| sink-map | {passes['sink-map']['full']:.1f} | {passes['sink-map']['declared']:.1f} |" in text
     # A second time there is nothing to do.

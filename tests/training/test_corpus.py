@@ -54,7 +54,7 @@ def test_names_are_the_same_on_every_machine_and_no_tests_are_in(files: list[Sou
     assert not any(name.startswith("/") or ".." in name or "\\" in name for name in names)
     assert not any({"tests", "test", "__pycache__", "site-packages"} & set(name.split("/")[:-1]) for name in names)
     assert {"stdlib/argparse.py", "numpy/__init__.py", "transformer_lens/__init__.py"} <= set(names)
-    assert all(0 < file.path.stat().st_size <= text.LONGEST_FILE for file in files)
+    assert all(0 < file.path.stat().st_size <= text.MAX_FILE_BYTES for file in files)
 
 
 def test_the_list_of_files_is_the_same_each_time(files: list[SourceFile]) -> None:
@@ -128,7 +128,7 @@ def test_the_tokenizer_is_trained_on_every_sixteenth_file() -> None:
 def test_a_data_set_gives_its_texts(tmp_path):
     rows = [json.dumps({"text": f"row {number}"}) for number in range(5)]
     (tmp_path / "train.jsonl").write_text("\n".join(rows))
-    found = text.dataset_rows(str(tmp_path), most=3)
+    found = text.dataset_rows(str(tmp_path), max_rows=3)
     assert [row.text() for row in found] == ["row 0", "row 1", "row 2"]
     assert len({row.name for row in found}) == 3
 

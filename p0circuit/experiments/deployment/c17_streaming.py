@@ -180,7 +180,7 @@ class Streaming(Experiment[StreamingConfig]):
         given = given.subset(slice(0, self.config.samples)) if given.n > self.config.samples else given
         losses = decoded(model, given, window, [None, *SINKS, OTHER, *DROPPED])
         costs = costs_of(losses, window)
-        added = {_name(kept): bootstrap(_late(losses, kept, start, None)) for kept in (*SINKS, OTHER)}
+        added = {_name(sinks): bootstrap(_late(losses, sinks, start, None)) for sinks in (*SINKS, OTHER)}
         metrics = _metrics(costs) | {
             f"loss_added_with_{metric_name(name)}": interval for name, interval in added.items()
         }
@@ -214,10 +214,10 @@ class Streaming(Experiment[StreamingConfig]):
             tables["long_positions"] = _by_position(long)
             half = (long[None].shape[1] + 1) // 2
             metrics |= {
-                f"long_stream_loss_with_{metric_name(_name(kept))}_beyond_{metric_name(_name(ALL))}": bootstrap(
-                    _late(long, kept, half, ALL)
+                f"long_stream_loss_with_{metric_name(_name(sinks))}_beyond_{metric_name(_name(ALL))}": bootstrap(
+                    _late(long, sinks, half, ALL)
                 )
-                for kept in ((), (0,), None)
+                for sinks in ((), (0,), None)
             }
         return Result(self.id, self.title, metrics, tables, notes=notes)
 
@@ -252,14 +252,14 @@ class Streaming(Experiment[StreamingConfig]):
         return losses
 
 
-def decoded(model: HookedModel, prompts: PromptSet, window: int, kept: Sequence[SinkTokens]) -> Losses:
+def decoded(model: HookedModel, prompts: PromptSet, window: int, sets: Sequence[SinkTokens]) -> Losses:
     """Measure the losses of the prompts, decoded with every set of sink tokens.
 
     Args:
         model: the model.
         prompts: prompts to decode.
         window: tokens in the window.
-        kept: sets of sink tokens; None among them for full attention.
+        sets: sets of sink tokens; None among them for full attention.
 
     Raises:
         NotApplicable: decoding with a cache cannot be computed exactly on this model or these prompts.
@@ -267,7 +267,7 @@ def decoded(model: HookedModel, prompts: PromptSet, window: int, kept: Sequence[
     if reason := why_not_streamed(model, prompts):
         raise NotApplicable(reason)
     losses = {}
-    for positions in kept:
+    for positions in sets:
         try:
             edits = [] if positions is None else [streamed(model, prompts, positions, window)]
             losses[positions] = record(model, prompts, TOKEN_LOSSES, interventions=edits).double().numpy()
@@ -293,12 +293,12 @@ def costs_of(losses: Losses, window: int) -> Costs:
         window: tokens in the window.
     """
     start = first_prediction(window)
-    return Costs(np.stack([_late(losses, kept, start, ALL) for kept in DROPPED]))
+    return Costs(np.stack([_late(losses, sinks, start, ALL) for sinks in DROPPED]))
 
 
-def _late(losses: Losses, kept: SinkTokens, start: int, base: SinkTokens) -> Float[np.ndarray, " sample"]:
+def _late(losses: Losses, sinks: SinkTokens, start: int, base: SinkTokens) -> Float[np.ndarray, " sample"]:
     """The mean loss from a position on with one set of sink tokens minus that with another set."""
-    return (losses[kept] - losses[base])[:, start:].mean(1)
+    return (losses[sinks] - losses[base])[:, start:].mean(1)
 
 
 def _beyond(costs: Float[np.ndarray, "draw 2"]) -> Float[np.ndarray, " draw"]:
@@ -333,11 +333,11 @@ def _metrics(costs: Costs) -> dict[str, Interval]:
     return metrics
 
 
-def _name(kept: SinkTokens) -> str:
-    if kept is None:
+def _name(sinks: SinkTokens) -> str:
+    if sinks is None:
         return "full attention"
     names = {(): "the window alone", (0,): "P0 kept", OTHER: f"position {CONTROL} kept"}
-    return names.get(kept, f"first {len(kept)} kept")
+    return names.get(sinks, f"first {len(sinks)} kept")
 
 
 def _by_position(losses: Losses) -> pd.DataFrame:
@@ -345,12 +345,12 @@ def _by_position(losses: Losses) -> pd.DataFrame:
     import pandas as pd
 
     rows = []
-    for kept, values in losses.items():
-        if kept is not None and kept not in SINKS:
+    for sinks, values in losses.items():
+        if sinks is not None and sinks not in SINKS:
             continue
         for part in np.array_split(np.arange(values.shape[1]), min(BINS, values.shape[1])):
             interval = bootstrap(values[:, part].mean(1))
-            rows.append({"kept": _name(kept), "tokens": int(part[-1]) + 1, **interval.to_json()})
+            rows.append({"kept": _name(sinks), "tokens": int(part[-1]) + 1, **interval.to_json()})
     return pd.DataFrame(rows)
 
 

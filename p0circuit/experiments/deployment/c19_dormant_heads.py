@@ -1,17 +1,17 @@
 """Dormant heads (C19): how many heads can be zeroed when those that attend to P0 go first.
 
-1. *Orders*, made on one half of the prompts: by sink score, the highest first; by the mean norm of what a head adds to
-   the stream, the lowest first; and at random, several times.
-2. *Zeroing*: on the other half, the loss with the first 1, 2, 3, 4, 6, 8, 12 … heads of an order zeroed at every
-   position; what a head says is gone, the biases of its block stay.
-3. *The count*: of these numbers the largest up to which the loss has not gone beyond 1.01 times that of the whole
-   model. A later dip does not count. A quick run of a large model follows powers of two up to a quarter of the heads.
-4. *The threshold*: the count of the sink order minus that of a random one, averaged over random orders, has to be above
-   0 with its whole interval over these orders. An interval over samples stands beside it.
-5. *By domain*: the counts once more on other texts, each with orders made on text of its own kind, and which heads have
-   a sink in one domain and none in another (active and dormant heads).
+1. *Orders*, made on one half of the prompts: by sink score, the highest first; by the mean norm of a head's output, the
+   lowest first; and several random orders.
+2. *Zeroing*: on the other half, the loss with the outputs of the first 1, 2, 3, 4, 6, 8, 12 … heads of an order set to
+   zero at every position; the biases of attention stay.
+3. *The count*: the largest of these numbers up to which the loss stays within 1.01 times that of the full model. A
+   later dip does not count. A quick run of a large model uses powers of two up to a quarter of the heads.
+4. *The threshold*: the count of the sink order minus that of a random one, averaged over random orders, must be above 0
+   with its whole interval over these orders. The interval over samples is measured too.
+5. *By domain*: the counts on other texts, each with orders made on text of its own kind, and the heads that have a sink
+   in one domain and none in another (active and dormant heads).
 
-Measured on the text as it is, or behind BOS where there is a sink only there; without one there is nothing to claim.
+Measured on the text as it is, or after BOS if there is a sink only there. Without a sink the claim is not applicable.
 Source: Guo et al. 2024, arXiv 2410.13835 (active and dormant heads); Sandoval-Segura et al. 2025, arXiv 2504.03889
 (dormant heads zeroed at equal accuracy).
 """
@@ -53,19 +53,27 @@ Order = Sequence[tuple[int, int]]
 """Heads as (layer, head), in the order in which they are zeroed."""
 
 TOLERANCE = 0.01
-"""The share of the loss that may be added."""
+"""The share by which the loss may grow."""
 CLOSE_UP = 5
-"""So many times the tolerance are shown close up."""
+"""Upper limit of the zoomed figure, in multiples of the tolerance."""
 ENOUGH = 2
-"""From so many times the tolerance on, an order in a further domain is followed no longer."""
+"""In a further domain, an order is followed until the loss has grown by this multiple of the tolerance."""
 SINK, NORM, RANDOM = "sink order", "norm order", "random order"
 GIVEN = "the prompts"
 
 
 @dataclass(frozen=True)
 class DormantHeadsConfig:
-    """`samples`: the most rows of each half; `orders` at random; the same for each further domain, of which there are
-    none without `domains`. `coarse`: follow orders in powers of two up to a quarter of the heads."""
+    """Settings of `DormantHeads`.
+
+    Attributes:
+        samples: maximum number of prompts of each half.
+        orders: number of random orders.
+        domain_samples: prompts of each half in a further domain.
+        domain_orders: number of random orders in a further domain.
+        domains: whether to measure further domains.
+        coarse: whether to zero powers of two, up to a quarter of the heads.
+    """
 
     samples: int = 64
     orders: int = 10
@@ -77,12 +85,12 @@ class DormantHeadsConfig:
 
 @dataclass(frozen=True)
 class Zeroing:
-    """What became of the loss as the heads of an order were zeroed one after the other.
+    """The loss as the heads of an order are zeroed one after the other.
 
     Attributes:
-        counts: how many heads were zeroed; the first is 0, the whole model.
-        losses: nats per token.
-        total: heads in the order.
+        counts: numbers of zeroed heads; the first is 0, the full model.
+        losses: losses in nats per token.
+        total: number of heads in the order.
     """
 
     counts: tuple[int, ...]
@@ -90,16 +98,24 @@ class Zeroing:
     total: int = 0
 
     def within(self, tolerance: float = TOLERANCE) -> Interval:
-        """How many heads can go before the loss has grown by more than this share, with its interval over samples."""
+        """Return the number of heads that can be zeroed within a tolerance, with its interval over samples.
+
+        Args:
+            tolerance: the share by which the loss may grow.
+        """
         return bootstrap(self.losses, functools.partial(_within, counts=self.counts, tolerance=tolerance))
 
-    def growth(self, place: int) -> Interval:
-        """The share by which the loss has grown at one of the counts."""
-        return ratio_interval(self.losses[:, place] - self.losses[:, 0], self.losses[:, 0])
+    def growth(self, index: int) -> Interval:
+        """Return the share by which the loss has grown at one of the counts.
+
+        Args:
+            index: index into `counts`.
+        """
+        return ratio_interval(self.losses[:, index] - self.losses[:, 0], self.losses[:, 0])
 
 
 class DormantHeads(Experiment[DormantHeadsConfig]):
-    """How many heads can be zeroed, the sink heads first."""
+    """The number of heads that can be zeroed, the sink heads first."""
 
     id = "dormant-heads"
     title = "Dormant heads"
@@ -121,9 +137,9 @@ class DormantHeads(Experiment[DormantHeadsConfig]):
         config, info = self.config, describe(model)
         rows = min(config.samples, second_half(prompts))
         counts = len(steps(info.n_layers * info.n_heads, config.coarse))
-        # One pass more for the norms of what heads add. With all heads zeroed, every order is the same.
+        # One more pass for the norms of outputs. With all heads zeroed, every order is the same.
         runs = 1 + (2 + config.orders) * counts - (0 if config.coarse else 1 + config.orders)
-        # How far an order is followed in a further domain is not known beforehand: a third of the way is assumed.
+        # In a further domain an order is followed until the loss is too high; a third of the counts is assumed.
         texts = (len(SHIPPED_TEXTS) + 1 + (bos_id(model) is not None)) if config.domains and model.tokenizer else 0
         domain = texts * config.domain_samples * (3 + (2 + config.domain_orders) * counts / 3)
         return (runs * rows + domain) / prompts.n
@@ -134,7 +150,15 @@ class DormantHeads(Experiment[DormantHeadsConfig]):
         return DormantHeads(replace(self.config, samples=6, orders=3, domains=False, coarse=True))
 
     def measure(self, model: HookedModel, prompts: PromptSet) -> Result:
-        """Raises NotApplicable where there is no sink, on the text as it is or behind BOS."""
+        """Measure the counts of every order, on the prompts and in other domains.
+
+        Args:
+            model: the model to measure.
+            prompts: natural text.
+
+        Raises:
+            NotApplicable: there is no sink, neither on the text as it is nor after BOS.
+        """
         import pandas as pd
 
         config, info = self.config, describe(model)
@@ -145,7 +169,7 @@ class DormantHeads(Experiment[DormantHeadsConfig]):
         metrics = _metrics(runs)
         notes = [
             f"{sink.condition}; {sink.note}",
-            f"of {info.n_layers * info.n_heads} heads {_told(metrics)} can be zeroed at {TOLERANCE:.0%} more loss",
+            f"of {info.n_layers * info.n_heads} heads {_summary(metrics)} can be zeroed at {TOLERANCE:.0%} more loss",
             f"orders made on {made_on.n} prompts, losses measured on {measured_on.n} others",
         ]
         if model.tokenizer is None:
@@ -167,9 +191,9 @@ class DormantHeads(Experiment[DormantHeadsConfig]):
             "curves": _curves(runs),
             "orders": pd.DataFrame(
                 [
-                    {"order": name, "place": place, "head": f"attn.{layer}.{head}"}
+                    {"order": name, "place": number, "head": f"attn.{layer}.{head}"}
                     for name, order in orders.items()
-                    for place, (layer, head) in enumerate(order, 1)
+                    for number, (layer, head) in enumerate(order, 1)
                 ]
             ),
             "domains": pd.DataFrame(
@@ -181,7 +205,6 @@ class DormantHeads(Experiment[DormantHeadsConfig]):
             ),
             "heads": dormant,
         }
-        figures = {"curves": _draw_curves(runs, info.title), "domains": _draw_domains(counts, info.title)}
         metrics = metrics | {
             f"heads_beyond_{metric_name(kind)}_over_samples": _over_samples(runs, kind) for kind in (RANDOM, NORM)
         }
@@ -191,31 +214,58 @@ class DormantHeads(Experiment[DormantHeadsConfig]):
             for domain, measured in counts.items()
             if domain != GIVEN
         }
-        return Result(self.id, self.title, metrics, tables, figures, notes=notes)
+        return Result(self.id, self.title, metrics, tables, notes=notes)
+
+    def draw(self, result: Result) -> dict[str, Figure]:
+        """Draw the loss by the number of zeroed heads, and the counts of every order by domain."""
+        return {
+            "curves": _draw_curves(result.tables["curves"], result.model_title),
+            "domains": _draw_domains(result.tables["domains"], result.model_title),
+        }
 
 
 def by_sink_score(model: HookedModel, prompts: PromptSet) -> Order:
-    """All heads, the highest mean sink score first."""
+    """Return all heads, the highest mean sink score first.
+
+    Args:
+        model: the model.
+        prompts: prompts to measure on.
+    """
     return _sorted(-record(model, prompts, SINK_SCORE).double().mean(0))
 
 
 def by_output_norm(model: HookedModel, prompts: PromptSet) -> Order:
-    """All heads, the lowest mean norm of what they add to the stream first."""
+    """Return all heads, the lowest mean norm of their output first.
+
+    Args:
+        model: the model.
+        prompts: prompts to measure on.
+    """
     return _sorted(output_norms(model, prompts))
 
 
 def random_orders(model: HookedModel, count: int, seed: int) -> dict[str, Order]:
-    """All heads in so many random orders."""
+    """Return random orders of all heads, by name.
+
+    Args:
+        model: the model.
+        count: number of orders.
+        seed: seed of the orders.
+    """
     info, rng = describe(model), np.random.default_rng(seed)
     heads = [(layer, head) for layer in range(info.n_layers) for head in range(info.n_heads)]
-    return {f"{RANDOM} {number}": [heads[place] for place in rng.permutation(len(heads))] for number in range(count)}
+    return {f"{RANDOM} {number}": [heads[index] for index in rng.permutation(len(heads))] for number in range(count)}
 
 
 @torch.no_grad()
 def output_norms(model: HookedModel, prompts: PromptSet) -> Float[Tensor, "layer head"]:
-    """The norm of what each head adds to the stream, mean over positions after P0 and over samples.
+    """Return the norm of each head's output to the stream, mean over positions after P0 and over samples.
 
-    Before the norm that some models (OLMo 2, Gemma 2) put behind their attention, and without biases.
+    It is measured before the norm layer that some models (OLMo 2, Gemma 2) have after attention, and without biases.
+
+    Args:
+        model: the model.
+        prompts: prompts to measure on.
     """
     info = describe(model)
     norms = torch.zeros(info.n_layers, info.n_heads, dtype=torch.float64)
@@ -223,7 +273,7 @@ def output_norms(model: HookedModel, prompts: PromptSet) -> Float[Tensor, "layer
 
     def add(z: Tensor, hook: Any, layer: int, after: Tensor) -> None:
         weight = model.blocks[layer].attn.W_O.to(z).float()
-        # |z W|^2 from W W^T: the outputs of all heads side by side would be as large as all heads are many.
+        # |z W|^2 from W W^T: the outputs of all heads together would need [batch, query, head, d_model] in memory.
         squares = torch.einsum("bqhd,hde,bqhe->bqh", z.float(), weight @ weight.transpose(1, 2), z.float())
         norms[layer] += squares.clamp(min=0).sqrt()[after.to(z.device)].sum(0).double().cpu()
 
@@ -246,18 +296,22 @@ def zeroed(
     until: float | None = None,
     coarse: bool = False,
 ) -> dict[str, Zeroing]:
-    """Zero the heads of each order one after the other; the losses at ever wider steps.
+    """Zero the heads of each order one after the other, and measure the losses.
 
-    With `until`, an order goes no further than the first loss that is by more than this share above that of the whole
-    model.
+    Args:
+        model: the model.
+        prompts: prompts to measure on.
+        orders: orders of all heads, by name.
+        until: stop an order after the first loss that exceeds that of the full model by more than this share.
+        coarse: whether to zero powers of two, up to a quarter of the heads (`steps`).
     """
     known: dict[frozenset[tuple[int, int]], np.ndarray] = {}
 
     def loss_without(heads: frozenset[tuple[int, int]]) -> np.ndarray:
         if heads not in known:
             names = [f"attn.{layer}.{head}" for layer, head in sorted(heads)]
-            changes = [remove_heads(model, prompts, names)] if names else []
-            losses = record(model, prompts, TOKEN_LOSSES, interventions=changes)
+            ablations = [remove_heads(model, prompts, names)] if names else []
+            losses = record(model, prompts, TOKEN_LOSSES, interventions=ablations)
             # Predictions made at padding have no loss.
             known[heads] = losses.double().nanmean(1).numpy()
         return known[heads]
@@ -274,18 +328,23 @@ def zeroed(
 
 
 def steps(total: int, coarse: bool = False) -> list[int]:
-    """1, 2, 3, 4, 6, 8, 12, 16 and so on, and all of them; coarse ones are powers of two up to a quarter."""
+    """Return the numbers of heads to zero: 1, 2, 3, 4, 6, 8, 12, 16 and so on, and all of them.
+
+    Args:
+        total: number of heads.
+        coarse: whether to return powers of two up to a quarter of the heads instead.
+    """
     powers = [2**exponent for exponent in range(total.bit_length())]
     if coarse:
         return [step for step in powers if step == 1 or 4 * step <= total]
-    found = {total, *powers, *(3 * power for power in powers)}
-    return sorted(step for step in found if step <= total)
+    counts = {total, *powers, *(3 * power for power in powers)}
+    return sorted(step for step in counts if step <= total)
 
 
 def _sorted(values: Float[Tensor, "layer head"]) -> Order:
     """The heads by increasing value."""
-    places = values.flatten().argsort(stable=True).tolist()
-    return [divmod(place, values.shape[1]) for place in places]
+    indices = values.flatten().argsort(stable=True).tolist()
+    return [divmod(index, values.shape[1]) for index in indices]
 
 
 def _within(
@@ -319,32 +378,32 @@ def _metrics(runs: Mapping[str, Zeroing]) -> dict[str, Interval]:
 
 def _over_samples(runs: Mapping[str, Zeroing], other: str) -> Interval:
     """The count of the sink order minus that of another kind of order, with its interval over samples."""
-    chosen = [runs[SINK], *(run for name, run in runs.items() if name.startswith(other))]
+    compared = [runs[SINK], *(run for name, run in runs.items() if name.startswith(other))]
 
     def beyond(losses: Float[np.ndarray, "draw order count"]) -> Float[np.ndarray, " draw"]:
-        found = _within(losses, chosen[0].counts, TOLERANCE)
-        return found[:, 0] - found[:, 1:].mean(1)
+        counts = _within(losses, compared[0].counts, TOLERANCE)
+        return counts[:, 0] - counts[:, 1:].mean(1)
 
-    return bootstrap(np.stack([run.losses for run in chosen], axis=1), beyond)
+    return bootstrap(np.stack([run.losses for run in compared], axis=1), beyond)
 
 
 def _growth_at_a_quarter(runs: Mapping[str, Zeroing]) -> dict[str, Interval]:
-    """By which share the loss has grown with a quarter of the heads zeroed: orders differ where no head can go, too."""
+    """The growth of the loss with a quarter of the heads zeroed; it compares orders even if no head can be zeroed."""
     counts, total = runs[SINK].counts, runs[SINK].total
-    place = min(int(np.searchsorted(counts, total / 4)), len(counts) - 1)
-    growth = {SINK: runs[SINK].growth(place), NORM: runs[NORM].growth(place)}
-    growth[RANDOM] = bootstrap(np.array([run.growth(place).value for run in _at_random(runs)]))
+    index = min(int(np.searchsorted(counts, total / 4)), len(counts) - 1)
+    growth = {SINK: runs[SINK].growth(index), NORM: runs[NORM].growth(index)}
+    growth[RANDOM] = bootstrap(np.array([run.growth(index).value for run in _at_random(runs)]))
     return {
-        f"loss_growth_at_{counts[place]}_heads_in_{metric_name(kind)}": interval for kind, interval in growth.items()
+        f"loss_growth_at_{counts[index]}_heads_in_{metric_name(kind)}": interval for kind, interval in growth.items()
     }
 
 
 def _other_texts(
     model: HookedModel, prompts: PromptSet, condition: str, count: int, notes: list[str]
 ) -> dict[str, PromptSet]:
-    """Further kinds of text as long as the prompts; none for a model that reads no text.
+    """Further kinds of text as long as the prompts; none for a model without a tokenizer.
 
-    The prompts in the other condition, behind BOS or not; English, code and random tokens in the same as they.
+    These are the prompts in the other condition (after BOS or not), and English, code and random tokens in the same.
     """
     if model.tokenizer is None:
         return {}
@@ -361,13 +420,13 @@ def _other_texts(
     return others | {name: with_and_without_bos(model, text)[condition] for name, text in texts.items()}
 
 
-def _told(metrics: Mapping[str, Interval]) -> str:
+def _summary(metrics: Mapping[str, Interval]) -> str:
     kinds = {SINK: "heads_in_sink_order", NORM: "heads_in_norm_order", RANDOM: "heads_in_random_order"}
     return ", ".join(f"{metrics[name]} in {kind}" for kind, name in kinds.items())
 
 
 def _dormant(scores: Mapping[str, Tensor]) -> pd.DataFrame:
-    """The sink score of every head in every domain, and whether it is a sink head there."""
+    """The sink score of every head in every domain, and whether it is a sink head in some or not in some."""
     import pandas as pd
 
     means = {domain: values.double().mean(0) for domain, values in scores.items()}
@@ -375,10 +434,10 @@ def _dormant(scores: Mapping[str, Tensor]) -> pd.DataFrame:
     rows = []
     for layer in range(layers):
         for head in range(heads):
-            found = {domain: float(values[layer, head]) for domain, values in means.items()}
-            sinks = [score > SINK_THRESHOLD for score in found.values()]
+            of_head = {domain: float(values[layer, head]) for domain, values in means.items()}
+            sinks = [score > SINK_THRESHOLD for score in of_head.values()]
             rows.append(
-                {"head": f"attn.{layer}.{head}", **found, "dormant_somewhere": any(sinks)}
+                {"head": f"attn.{layer}.{head}", **of_head, "dormant_somewhere": any(sinks)}
                 | {"active_somewhere": not all(sinks)}
             )
     return pd.DataFrame(rows)
@@ -390,52 +449,53 @@ def _curves(runs: Mapping[str, Zeroing]) -> pd.DataFrame:
 
     return pd.DataFrame(
         [
-            {"order": name, "heads_zeroed": count, "loss": float(run.losses[:, place].mean())}
-            | {f"growth_{end}": value for end, value in run.growth(place).to_json().items() if end != "n"}
+            {"order": name, "heads_zeroed": count, "loss": float(run.losses[:, index].mean())}
+            | {f"growth_{end}": value for end, value in run.growth(index).to_json().items() if end != "n"}
             for name, run in runs.items()
-            for place, count in enumerate(run.counts)
+            for index, count in enumerate(run.counts)
         ]
     )
 
 
-def _draw_curves(runs: Mapping[str, Zeroing], model: str) -> Figure:
+def _draw_curves(curves: pd.DataFrame, model: str) -> Figure:
     from p0circuit.figures.lines import trajectories
     from p0circuit.figures.style import Series
 
-    def line(name: str) -> Series:
-        run = runs[name]
-        found = [run.growth(place) for place in range(len(run.counts))]
-        return Series(name, *([100 * getattr(each, end) for each in found] for end in ("value", "low", "high")))
+    counts = curves["heads_zeroed"].unique().tolist()
 
-    random = np.stack([run.losses.mean(0) for run in _at_random(runs)])
-    growth = 100 * (random / random[:, :1] - 1)
+    def line(name: str) -> Series:
+        part = curves[curves["order"] == name]
+        return Series(name, *((100 * part[f"growth_{end}"]).tolist() for end in ("value", "low", "high")))
+
+    at_random = curves[curves["order"].str.startswith(RANDOM)]
+    growth = 100 * at_random["growth_value"].to_numpy().reshape(-1, len(counts))
     ends = (growth.mean(0), growth.min(0), growth.max(0))
     lines = [
         line(SINK),
         line(NORM),
-        Series(f"{len(random)} random orders (band: all of them)", *(end.tolist() for end in ends)),
+        Series(f"{len(growth)} random orders (band: all of them)", *(end.tolist() for end in ends)),
     ]
     figure = trajectories(
         {"All heads": lines, "Close up": lines},
-        [str(count) for count in runs[SINK].counts],
+        list(map(str, counts)),
         f"{model}: heads zeroed one after the other (dashed: {TOLERANCE:.0%} more loss)",
         "heads zeroed",
         ["loss added, %"] * 2,
         reference=100 * TOLERANCE,
     )
     top = 100 * CLOSE_UP * TOLERANCE
-    within = max(place for each in lines for place, value in enumerate(each.values) if value <= top)
-    figure.axes[1].set(ylim=(-100 * TOLERANCE, top), xlim=(-0.2, min(within + 1, len(random[0]) - 1) + 0.2))
+    within = max(index for each in lines for index, value in enumerate(each.values) if value <= top)
+    figure.axes[1].set(ylim=(-100 * TOLERANCE, top), xlim=(-0.2, min(within + 1, len(counts) - 1) + 0.2))
     return figure
 
 
-def _draw_domains(counts: Mapping[str, Mapping[str, Interval]], model: str) -> Figure:
-    from p0circuit.figures.intervals import intervals
+def _draw_domains(domains: pd.DataFrame, model: str) -> Figure:
+    from p0circuit.figures.intervals import intervals, intervals_by
 
     kinds = {"heads_in_sink_order": SINK, "heads_in_norm_order": NORM, "heads_in_random_order": RANDOM}
-    panels = {
-        domain[0].upper() + domain[1:]: {kind: of[name] for name, kind in kinds.items()}
-        for domain, of in counts.items()
-    }
+    panels = {}
+    for domain, part in domains.groupby("domain", sort=False):
+        of_domain = intervals_by(part, "measured")
+        panels[str(domain)[0].upper() + str(domain)[1:]] = {kind: of_domain[name] for name, kind in kinds.items()}
     title = f"{model}: heads that can be zeroed at {TOLERANCE:.0%} more loss"
     return intervals(panels, title, ["heads"] * len(panels), controls=(RANDOM,))

@@ -1,22 +1,23 @@
-"""How much the prediction of a text depends on what stands at P0, and what a prefix changes about that (C20).
+"""How much the prediction of a text depends on the token at P0, with and without a prefix (C20).
 
-1. *Spread.* The first token of each row is replaced by others, drawn from the vocabulary. The spread of a row is the
-   standard deviation over them of its loss, the mean over the predictions made from 8 positions after that token on:
-   nearer ones depend on it as on any neighbour. Beside it the spread over all predictions, and by distance.
-2. *Prefixes* before the first token, which then stands at position 1: a neutral token (the newline where the tokenizer
-   has one token for it, else the most frequent token of the other samples), BOS, and a learned register. What is to be
-   predicted is the same in all conditions: the text goes without its last token, which leaves room for a prefix.
-3. *The register* is a vector in the place of the first embedding. It starts as that of the neutral token and is trained
-   by gradient on the frozen model, on the samples that nothing is measured on, for the loss of step 1.
-4. *Controls*: the neutral token stands second, behind the varied one, so that no one but P0 has changed places; and a
-   token in the middle is varied, at the same distances from what is predicted: the spread that any token makes. The
-   verdict asks for more than that a prefix halves the spread: in second place the same token must not, or what helps
-   is one more token to read, not that another one is P0. That can only make the claim harder to reproduce.
-5. *Recall by place.* Random tokens stand in the text at its start, a quarter on, in its middle and so on, and once more
-   at its end. Recall is the loss of the second time (but for its first token, which nothing announces), taken off the
-   loss of the same tokens where they had not been there before. With every prefix: does P0 cost the start its recall?
+1. *Spread.* The first token of each row is replaced by random tokens. The spread of a row is the standard deviation of
+   its loss over these tokens, the loss being the mean over predictions made 8 or more positions after that token:
+   nearer predictions depend on it as on any neighbour. The spread over all predictions and the spread by distance are
+   measured too.
+2. *Prefixes* before the first token, which moves to position 1: a neutral token (the newline if it is one token, else
+   the most frequent token of the other samples), BOS, and a learned register. The predictions are the same in all
+   conditions: the text lacks its last token, which leaves room for a prefix.
+3. *The register* is a vector that replaces the first embedding. It starts as that of the neutral token and is trained
+   by gradient with frozen weights, on the samples that are not measured, for the loss of step 1.
+4. *Controls*: the neutral token at position 1, after the varied one, which stays P0; and a varied token in the middle,
+   at the same distances from the predictions: the spread that any token causes. The verdict requires that the prefix
+   halves the spread, and that the same token at position 1 does not: otherwise one more token helps, not another P0.
+5. *Recall by position.* Random tokens are put into the text at its start, after a quarter, in its middle and so on, and
+   once more at its end. Recall is the loss of the same tokens at the end without the earlier copy, minus their loss
+   with it; the first token of the copy, which nothing predicts, does not count. It is measured with every prefix: does
+   being P0 reduce the recall of the start?
 
-Measured where the model has a sink, on the text as it is or behind BOS. In random tokens there is nothing to predict.
+Measured where the model has a sink, on the text as it is or after BOS. Random tokens cannot be predicted.
 Sources: a token in front that need mean nothing: Xiao et al. 2023 (arXiv 2309.17453); learned registers: Darcet et al.
 2023 (arXiv 2309.16588); recall by place: Liu et al. 2023 (arXiv 2307.03172).
 """
@@ -48,7 +49,7 @@ from p0circuit.prompts import PromptSet, bos_id, from_ids
 from p0circuit.recording.quantities import TOKEN_LOSSES
 from p0circuit.recording.record import cached, record
 from p0circuit.results import Result, metric_name
-from p0circuit.stats import Interval, bootstrap, ratio_interval
+from p0circuit.stats import bootstrap, ratio_interval
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -57,26 +58,33 @@ if TYPE_CHECKING:
     from p0circuit.figures.style import Series
 
 FAR = 8
-"""From so many positions after a token on its spread counts."""
+"""Minimum distance, in tokens, from the varied token at which losses are counted."""
 SHORTEST = 3 * FAR
+"""Minimum length of the prompts, in tokens."""
 SNIPPET = 8
-"""Tokens to recall; fewer where five times as many would not fit."""
+"""Number of tokens to recall; fewer if five times as many do not fit."""
 
 Prefix = int | Tensor | None
-"""What stands before a text: a token, a vector that block 0 reads there, or nothing."""
+"""The prefix of a text: a token, a vector in the place of an embedding, or None."""
 Losses = Float[np.ndarray, "sample token prediction"]
-"""The loss of each prediction after a varied token: number 0 is made at it, whatever stands before it."""
+"""The loss of each prediction from a varied token on: number 0 is made at the varied token."""
 
 NO_REGISTER = "there is no learned register: none is trained in a quick run of a large model, nor with a device map"
 NONE, NEUTRAL, BOS, REGISTER = "no prefix", "neutral prefix", "BOS", "learned register"
 SECOND, MIDDLE = "neutral token second", "token in the middle"
+_PREDICTIONS = ("far predictions", "all predictions", "far predictions, same distances")
 
 
 @dataclass(frozen=True)
 class FirstTokenConfig:
-    """`tokens` drawn for each of at most `samples` rows; `steps` of training on `batch` rows make the register.
+    """Settings of `FirstToken`.
 
-    Without steps there is no register. `places`: where in the text what is to be recalled has stood, so many of them.
+    Attributes:
+        tokens: number of first tokens for each row.
+        samples: maximum number of prompts.
+        steps: training steps of the register; 0 for none.
+        batch: prompts in a training step.
+        places: number of positions of the tokens to recall.
     """
 
     tokens: int = 8
@@ -124,7 +132,15 @@ class FirstToken(Experiment[FirstTokenConfig]):
         return FirstToken(replace(self.config, tokens=3, samples=8, steps=0, places=3))
 
     def measure(self, model: HookedModel, prompts: PromptSet) -> Result:
-        """Raises NotApplicable without a sink, and where rows are padded or too short."""
+        """Measure spread and recall with every prefix.
+
+        Args:
+            model: the model to measure.
+            prompts: natural text without padding.
+
+        Raises:
+            NotApplicable: there is no sink, rows are padded or too short, or no prediction depends on the first token.
+        """
         sink = studied_sink(model, prompts, in_either_condition=True)
         if not bool(prompts.attention_mask.all()):
             raise NotApplicable("needs rows without padding: something has to be put before them")
@@ -132,8 +148,8 @@ class FirstToken(Experiment[FirstTokenConfig]):
             raise NotApplicable(f"needs rows of at least {SHORTEST} tokens, got {prompts.length}")
         config = self.config
         # The halves of `studied_sink`, without BOS before them.
-        others, chosen = text_as_it_is(model, prompts).split()
-        text = chosen.subset(slice(0, config.samples))
+        others, rows = text_as_it_is(model, prompts).split()
+        text = rows.subset(slice(0, config.samples))
         prefixes = prefixes_of(model, others, config)
         sensitivity = first_token_losses(model, text, prefixes, config.tokens)
         far = {name: spread(losses[:, :, FAR:]) for name, losses in sensitivity.items()}
@@ -166,6 +182,7 @@ class FirstToken(Experiment[FirstTokenConfig]):
             "spread": _spread_table(far, near, pair),
             "reach": _reach_table(sensitivity),
             "recall": _recall_table(recalled),
+            "recall_beyond_middle": _recall_table(_beyond_middle(recalled)),
         }
         neutral = prefixes[NEUTRAL]
         notes = [
@@ -180,13 +197,16 @@ class FirstToken(Experiment[FirstTokenConfig]):
             notes.append("there is no BOS token: the condition with BOS is left out")
         if model.tokenizer is None:
             notes.append("the prompts are random tokens: their losses tell little about text")
-        name = describe(model).title
-        figures = {
-            "spread": _draw_spread(far, pair, name),
+        return Result(self.id, self.title, metrics, tables, notes=notes)
+
+    def draw(self, result: Result) -> dict[str, Figure]:
+        """Draw the spread by prefix, the spread by distance, and the recall by position."""
+        tables, name = result.tables, result.model_title
+        return {
+            "spread": _draw_spread(tables["spread"], name),
             "reach": _draw_reach(tables["reach"], name),
-            "recall": _draw_recall(recalled, name),
+            "recall": _draw_recall(tables["recall"], tables["recall_beyond_middle"], name),
         }
-        return Result(self.id, self.title, metrics, tables, figures, notes=notes)
 
 
 # Prefixes
@@ -195,23 +215,32 @@ class FirstToken(Experiment[FirstTokenConfig]):
 def prefixes_of(
     model: HookedModel, others: PromptSet, config: FirstTokenConfig = FirstTokenConfig()
 ) -> dict[str, Prefix]:
-    """Nothing, the neutral token, BOS if there is one, and a register trained on `others`.
+    """Return the prefixes by name: none, the neutral token, BOS if there is one, and a register trained on `others`.
 
-    No register without steps of training, nor where the model has a device map: weights that are taken away after a
-    pass are not there to go back.
+    There is no register without training steps, or with a device map: offloaded weights allow no backward pass.
+
+    Args:
+        model: the model.
+        others: prompts that are not measured.
+        config: settings of the register.
     """
     neutral = neutral_token(model, others)
-    found: dict[str, Prefix] = {NONE: None, NEUTRAL: neutral}
+    prefixes: dict[str, Prefix] = {NONE: None, NEUTRAL: neutral}
     if (bos := bos_id(model)) is not None:
-        found[BOS] = bos
+        prefixes[BOS] = bos
     if config.steps and placement_of(model) is None:
         what = f"register from token {neutral} in {config.steps} steps of {config.batch} rows"
-        found[REGISTER] = cached(model, others, what, lambda: trained_register(model, others, neutral, config))
-    return found
+        prefixes[REGISTER] = cached(model, others, what, lambda: trained_register(model, others, neutral, config))
+    return prefixes
 
 
 def neutral_token(model: HookedModel, others: PromptSet) -> int:
-    """The newline where it is one token; else the most frequent token of some samples that is not a special one."""
+    """Return the newline if it is one token; else the most frequent token of some prompts that is not special.
+
+    Args:
+        model: the model, for its tokenizer and vocabulary.
+        others: the prompts.
+    """
     if model.tokenizer is not None:
         newline = model.tokenizer("\n", add_special_tokens=False)["input_ids"]
         if len(newline) == 1:
@@ -225,21 +254,27 @@ def neutral_token(model: HookedModel, others: PromptSet) -> int:
 def trained_register(
     model: HookedModel, prompts: PromptSet, start: int, config: FirstTokenConfig = FirstTokenConfig()
 ) -> Float[Tensor, " d_model"]:
-    """A vector to stand before a text in the place of an embedding, trained for the loss behind any first token.
+    """Train a vector that, as the first embedding, minimises the loss after a random first token.
 
-    It starts as what block 0 reads of the token `start`. The model's weights and their gradients stay as they are.
+    The model's weights and their gradients do not change.
+
+    Args:
+        model: the model.
+        prompts: prompts to train on.
+        start: the token whose embedding is the initial value.
+        config: number of steps and prompts per step.
     """
     generator = torch.Generator().manual_seed(prompts.seed)
     count = min(config.batch, rows_with_gradients(describe(model), prompts.length))
     with torch.no_grad():
         first = forward(model, torch.tensor([[start]]), stop_at_layer=0)[0, 0].float()
-    # In units of the embedding's own size, so that one learning rate does for all models.
+    # In units of the embedding's size, so that one learning rate works for all models.
     change = torch.zeros_like(first, requires_grad=True)
     size = first.square().mean().sqrt()
     optimizer = torch.optim.Adam([change], lr=0.1)
     for _ in range(config.steps):
         rows = prompts.subset(torch.randint(prompts.n, (count,), generator=generator))
-        ids = _rows(_varied(_text(rows), drawn_tokens(model, rows, 1, generator), 0)[:, 0], start)
+        ids = _rows(_varied(_text(rows), sampled_tokens(model, rows, 1, generator), 0)[:, 0], start)
         with torch.enable_grad():
             register = ablate(model, ids, ["embed"], first + size * change)
             logits = forward(model, ids.ids, hooks=register.hooks())[:, 1 + FAR : -1]
@@ -256,33 +291,55 @@ def trained_register(
 def first_token_losses(
     model: HookedModel, prompts: PromptSet, prefixes: Mapping[str, Prefix], tokens: int = FirstTokenConfig.tokens
 ) -> dict[str, Losses]:
-    """The losses of each row with other first tokens, behind every prefix; and those of the two controls."""
+    """Measure the losses of each row with other first tokens after every prefix, and those of the two controls.
+
+    Args:
+        model: the model.
+        prompts: the rows.
+        prefixes: the prefixes by name, the neutral token among them.
+        tokens: number of first tokens for each row.
+    """
     text, neutral = _text(prompts), prefixes[NEUTRAL]
-    drawn = drawn_tokens(model, prompts, tokens, torch.Generator().manual_seed(prompts.seed + 1))
+    sampled = sampled_tokens(model, prompts, tokens, torch.Generator().manual_seed(prompts.seed + 1))
     middle = text.shape[1] // 2
-    first = _varied(text, drawn, 0)
-    found = {name: _losses(model, first, prefix) for name, prefix in prefixes.items()}
-    found[SECOND] = _losses(model, first, neutral, 1)
-    found[MIDDLE] = _losses(model, _varied(text, drawn, middle))[:, :, middle:]
-    return found
+    first = _varied(text, sampled, 0)
+    losses = {name: _losses(model, first, prefix) for name, prefix in prefixes.items()}
+    losses[SECOND] = _losses(model, first, neutral, 1)
+    losses[MIDDLE] = _losses(model, _varied(text, sampled, middle))[:, :, middle:]
+    return losses
 
 
-def drawn_tokens(
+def sampled_tokens(
     model: HookedModel, prompts: PromptSet, tokens: int, generator: torch.Generator
 ) -> Int[Tensor, "sample token"]:
-    """Tokens for each row, drawn from all of the vocabulary but special ones."""
+    """Draw tokens for each row from the vocabulary without special tokens.
+
+    Args:
+        model: the model, for its vocabulary.
+        prompts: the rows.
+        tokens: number of tokens for each row.
+        generator: source of randomness.
+    """
     size, special = sampleable_vocabulary(model)
     pool = torch.tensor([token for token in range(size) if token not in special])
     return pool[torch.randint(len(pool), (prompts.n, tokens), generator=generator)]
 
 
 def spread(losses: Losses) -> Float[np.ndarray, " sample"]:
-    """The standard deviation over tokens of the mean loss."""
+    """Return the standard deviation over tokens of the mean loss.
+
+    Args:
+        losses: losses with every token.
+    """
     return losses.mean(2).std(1, ddof=1)
 
 
 def spreads_at_same_distance(losses: Mapping[str, Losses]) -> dict[str, Float[np.ndarray, " sample"]]:
-    """The spread over first tokens and over tokens in the middle, over equally many predictions at equal distances."""
+    """Return the spreads over first tokens and over tokens in the middle, for predictions at equal distances.
+
+    Args:
+        losses: losses by condition, those of NONE and MIDDLE among them.
+    """
     stop = losses[MIDDLE].shape[2]
     return {name: spread(losses[name][:, :, FAR:stop]) for name in (NONE, MIDDLE)}
 
@@ -293,31 +350,47 @@ def spreads_at_same_distance(losses: Mapping[str, Losses]) -> dict[str, Float[np
 def recall_by_place(
     model: HookedModel, prompts: PromptSet, prefixes: Mapping[str, Prefix], count: int = FirstTokenConfig.places
 ) -> dict[str, dict[int, Float[np.ndarray, " sample"]]]:
-    """How much of the loss of some tokens it takes off that they stood in the text before: by prefix and place.
+    """Measure by how much an earlier copy of some tokens reduces their loss, in nats per token.
 
-    In nats per token; the places are where the first of them stood in the text, which a prefix moves by one.
+    Args:
+        model: the model.
+        prompts: the rows.
+        prefixes: the prefixes by name.
+        count: number of positions of the copy.
+
+    Returns:
+        By prefix and by position of the copy in the text, not counting the prefix.
     """
     text = _text(prompts)
     length = text.shape[1]
     size = min(SNIPPET, length // 5)
     last = length - 3 * size
-    places = [round(last * number / (count - 1)) for number in range(count)]
+    positions = [round(last * number / (count - 1)) for number in range(count)]
     generator = torch.Generator().manual_seed(prompts.seed + 2)
-    snippet = drawn_tokens(model, prompts, size, generator)
+    snippet = sampled_tokens(model, prompts, size, generator)
     unseen = text.clone()
     unseen[:, -size:] = snippet
-    seen = {place: unseen.clone() for place in places}
-    for place, ids in seen.items():
-        ids[:, place : place + size] = snippet
+    seen = {position: unseen.clone() for position in positions}
+    for position, ids in seen.items():
+        ids[:, position : position + size] = snippet
 
     def loss(ids: Tensor, prefix: Prefix) -> Float[np.ndarray, " sample"]:
         return _losses(model, ids[:, None], prefix)[:, 0, 1 - size :].mean(1)
 
-    found = {}
+    recalled = {}
     for name, prefix in prefixes.items():
         without = loss(unseen, prefix)
-        found[name] = {place: without - loss(ids, prefix) for place, ids in seen.items()}
-    return found
+        recalled[name] = {position: without - loss(ids, prefix) for position, ids in seen.items()}
+    return recalled
+
+
+def _beyond_middle(recalled: Mapping[str, Mapping[int, np.ndarray]]) -> dict[str, dict[int, np.ndarray]]:
+    """The recall of every position minus that of the middle one."""
+    positions = list(recalled[NONE])
+    middle = positions[len(positions) // 2]
+    return {
+        name: {position: gains[position] - gains[middle] for position in positions} for name, gains in recalled.items()
+    }
 
 
 # Rows
@@ -329,29 +402,31 @@ def _text(prompts: PromptSet) -> Int[Tensor, "sample pos"]:
 
 
 def _varied(
-    text: Int[Tensor, "sample pos"], tokens: Int[Tensor, "sample token"], place: int
+    text: Int[Tensor, "sample pos"], tokens: Int[Tensor, "sample token"], position: int
 ) -> Int[Tensor, "sample token pos"]:
-    """Every row once with each of its tokens at one place."""
+    """Every row once with each of its tokens at one position."""
     rows = text[:, None].repeat(1, tokens.shape[1], 1)
-    rows[:, :, place] = tokens
+    rows[:, :, position] = tokens
     return rows
 
 
-def _rows(ids: Int[Tensor, "row pos"], inserted: int | None, place: int = 0) -> PromptSet:
-    """Rows with a token inserted at one place, or as they are."""
+def _rows(ids: Int[Tensor, "row pos"], inserted: int | None, position: int = 0) -> PromptSet:
+    """Rows with a token inserted at one position, or as they are."""
     if inserted is None:
         return from_ids(ids)
     new = torch.full((len(ids), 1), inserted)
-    return from_ids(torch.cat([ids[:, :place], new, ids[:, place:]], dim=1))
+    return from_ids(torch.cat([ids[:, :position], new, ids[:, position:]], dim=1))
 
 
-def _losses(model: HookedModel, ids: Int[Tensor, "sample token pos"], prefix: Prefix = None, place: int = 0) -> Losses:
-    """The loss of every token but the first, with a prefix (or its token at another place)."""
-    # A vector takes the place of some token's embedding.
-    rows = _rows(ids.flatten(0, 1), 0 if isinstance(prefix, Tensor) else prefix, place)
+def _losses(
+    model: HookedModel, ids: Int[Tensor, "sample token pos"], prefix: Prefix = None, position: int = 0
+) -> Losses:
+    """The loss of every token but the first, with a prefix (or its token at another position)."""
+    # A vector replaces the embedding of token 0.
+    rows = _rows(ids.flatten(0, 1), 0 if isinstance(prefix, Tensor) else prefix, position)
     registers = [ablate(model, rows, ["embed"], prefix)] if isinstance(prefix, Tensor) else []
     losses = record(model, rows, TOKEN_LOSSES, interventions=registers).double()
-    # The prediction of, or from, what was inserted is none of the text's.
+    # Predictions of an inserted token, or from it, do not count.
     return losses[:, rows.length - ids.shape[2] :].unflatten(0, ids.shape[:2]).numpy()
 
 
@@ -361,11 +436,10 @@ def _losses(model: HookedModel, ids: Int[Tensor, "sample token pos"], prefix: Pr
 def _spread_table(*spreads: Mapping[str, np.ndarray]) -> pd.DataFrame:
     import pandas as pd
 
-    which = ("far predictions", "all predictions", "far predictions, same distances")
     return pd.DataFrame(
         [
             {"predictions": kind, "condition": name, **bootstrap(values).to_json()}
-            for kind, part in zip(which, spreads, strict=True)
+            for kind, part in zip(_PREDICTIONS, spreads, strict=True)
             for name, values in part.items()
         ]
     )
@@ -379,7 +453,7 @@ def _reach_table(losses: Mapping[str, Losses]) -> pd.DataFrame:
     for name, values in losses.items():
         last = values.shape[2] - 1
         for start in (0, *(2**power for power in range(last.bit_length()))):
-            # The middle has no far end: its last group would be another than that of the others.
+            # After the middle the row is shorter: an incomplete last group would have other distances.
             stop = max(0, 2 * start - 1)
             if stop <= last or name != MIDDLE:
                 stop = min(stop, last)
@@ -394,22 +468,20 @@ def _recall_table(recalled: Mapping[str, Mapping[int, np.ndarray]]) -> pd.DataFr
 
     return pd.DataFrame(
         [
-            {"prefix": name, "place": place, **bootstrap(values).to_json()}
+            {"prefix": name, "place": position, **bootstrap(values).to_json()}
             for name, gains in recalled.items()
-            for place, values in gains.items()
+            for position, values in gains.items()
         ]
     )
 
 
-def _draw_spread(far: Mapping[str, np.ndarray], pair: Mapping[str, np.ndarray], model: str) -> Figure:
-    from p0circuit.figures.intervals import intervals
+def _draw_spread(table: pd.DataFrame, model: str) -> Figure:
+    from p0circuit.figures.intervals import intervals, intervals_by
 
-    def measured(spreads: Mapping[str, np.ndarray]) -> dict[str, Interval]:
-        return {name: bootstrap(values) for name, values in spreads.items()}
-
+    far, _, pair = (intervals_by(table[table["predictions"] == kind], "condition") for kind in _PREDICTIONS)
     panels = {
-        "Other tokens in the first place": measured({name: far[name] for name in far if name != MIDDLE}),
-        "Beside other tokens in the middle": measured({"in the first place": pair[NONE], MIDDLE: pair[MIDDLE]}),
+        "Other tokens in the first place": {name: interval for name, interval in far.items() if name != MIDDLE},
+        "Beside other tokens in the middle": {"in the first place": pair[NONE], MIDDLE: pair[MIDDLE]},
     }
     title = f"{model}: how much the loss depends on the first token"
     unit = "standard deviation of the loss over tokens, nats per token"
@@ -421,27 +493,22 @@ def _draw_reach(reach: pd.DataFrame, model: str) -> Figure:
 
     by_name = {name: part.set_index("distance") for name, part in reach.groupby("condition")}
     distances = by_name[NONE].index.tolist()
-    shown = [name for name in (NONE, NEUTRAL, REGISTER, MIDDLE) if name in by_name]
+    names = [name for name in (NONE, NEUTRAL, REGISTER, MIDDLE) if name in by_name]
     panels: dict[str, Sequence[Series]] = {
-        "Spread over tokens": [_line(name, by_name[name].reindex(distances)) for name in shown]
+        "Spread over tokens": [_line(name, by_name[name].reindex(distances)) for name in names]
     }
     title = f"{model}: how far a token reaches"
     return trajectories(panels, distances, title, "tokens after the varied one", ["standard deviation, nats"], log=True)
 
 
-def _draw_recall(recalled: Mapping[str, Mapping[int, np.ndarray]], model: str) -> Figure:
-    from p0circuit.figures.lines import trajectories
+def _draw_recall(recall: pd.DataFrame, beyond_middle: pd.DataFrame, model: str) -> Figure:
+    from p0circuit.figures.lines import series_by, trajectories
 
-    places = list(recalled[NONE])
-    middle = places[len(places) // 2]
-    beyond = {name: {place: gains[place] - gains[middle] for place in places} for name, gains in recalled.items()}
-    panels: dict[str, Sequence[Series]] = {
-        title: [_line(name, part) for name, part in _recall_table(values).groupby("prefix", sort=False)]
-        for title, values in {"Recall": recalled, "Beyond that of the middle": beyond}.items()
-    }
+    panels = {"Recall": series_by(recall, "prefix"), "Beyond that of the middle": series_by(beyond_middle, "prefix")}
+    positions = [str(position) for position in recall["place"].unique()]
     title = f"{model}: recall, at the end of the text, of tokens that stood in it before"
     labels = ["loss taken off, nats per token", "difference, nats per token"]
-    return trajectories(panels, list(map(str, places)), title, "where they stood", labels, reference=0)
+    return trajectories(panels, positions, title, "where they stood", labels, reference=0)
 
 
 def _line(label: Any, table: pd.DataFrame) -> Series:

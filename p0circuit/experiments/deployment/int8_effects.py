@@ -48,11 +48,11 @@ class Scheme:
     """A way to use int8.
 
     Attributes:
-        grid: of the inputs: one for each row, one for each token, or, by input, where a grid for all rows ends; None:
-            they stay exact.
-        treatment: of one position of each row.
+        grid: quantisation scale of the inputs: "row" for per-tensor dynamic, "token" for per-token dynamic, or the
+            largest magnitude of every input for a static scale; None for inputs that are not rounded.
+        treatment: what is done to one position of each row.
         apart: which position that is.
-        weights: whether they are rounded too.
+        weights: whether weights are rounded too.
     """
 
     grid: Literal["row", "token"] | Mapping[Site, float] | None = "row"
@@ -78,46 +78,50 @@ SCHEMES: dict[str, Scheme] = {
     f"{WEIGHTS}, {P0_KEPT}": Scheme(treatment="kept", weights=True),
     f"{WEIGHTS}, {PER_TOKEN}": Scheme(grid="token", weights=True),
 }
-"""All but those with a calibrated grid, which `Calibration` makes."""
+"""All schemes but the static ones, which `Calibration.schemes` makes."""
 
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """The largest magnitudes in an exact pass over some rows, for grids that are the same for all rows.
+    """The largest magnitudes in an exact pass over some rows, for static quantisation scales.
 
     Attributes:
-        sites: the second axis of what follows.
-        p0: at P0.
-        others: at all other positions.
-        places: how many positions after P0 the latter stands.
+        sites: the second axis of the arrays.
+        p0: the largest magnitude at P0.
+        others: the largest magnitude at all other positions.
+        positions: position of the latter, counted from P0.
     """
 
     sites: tuple[Site, ...]
     p0: Float[np.ndarray, "row site"]
     others: Float[np.ndarray, "row site"]
-    places: Int[np.ndarray, "row site"]
+    positions: Int[np.ndarray, "row site"]
 
     def schemes(self, rows: slice | np.ndarray = slice(None)) -> dict[str, Scheme]:
-        """Grids that end at the largest value in some of these rows, with P0 in and with P0 kept."""
+        """Return the static schemes of some of these rows, with P0 included and with P0 kept in high precision.
+
+        Args:
+            rows: the calibration rows.
+        """
 
         def ends(values: Float[np.ndarray, "row site"]) -> dict[Site, float]:
             return dict(zip(self.sites, values[rows].max(0).tolist(), strict=True))
 
-        whole, others = ends(np.maximum(self.p0, self.others)), ends(self.others)
-        return {CALIBRATED: Scheme(whole), CALIBRATED_P0_KEPT: Scheme(others, "kept")}
+        with_p0, others = ends(np.maximum(self.p0, self.others)), ends(self.others)
+        return {CALIBRATED: Scheme(with_p0), CALIBRATED_P0_KEPT: Scheme(others, "kept")}
 
 
 @dataclass(frozen=True, eq=False)
 class Int8Effects:
-    """What int8 does to a model on some prompts, by scheme; everything at positions other than P0 (and the control's).
+    """The effects of int8 on a model, by scheme, at positions other than P0 and the control's.
 
     Attributes:
-        sites: the second axis of what follows; the inputs of matrix products, then the stream before each block.
+        sites: the second axis of `inputs` and `peaks`: inputs of matrix products, then the stream before each block.
         inputs: `|rounded - x| / |x|` of single sites, each rounded in an otherwise exact pass.
         peaks: P0's largest magnitude over that of all other positions of its row.
         logits: relative error of the logits with the scheme in use everywhere.
-        loss: nats per token that this adds.
-        exact_loss: nats per token of the exact pass, at the same positions.
+        loss: the loss that this adds, in nats per token.
+        exact_loss: the loss of the exact pass at the same positions, in nats per token.
     """
 
     sites: tuple[Site, ...]
@@ -128,19 +132,37 @@ class Int8Effects:
     exact_loss: Float[np.ndarray, " sample"]
 
     def error(self, scheme: str) -> Float[np.ndarray, " sample"]:
-        """The mean error of the inputs of matrix products."""
+        """Return the mean error of the inputs of matrix products.
+
+        Args:
+            scheme: name of the scheme.
+        """
         return _of_products(self.inputs[scheme], self.sites)
 
-    def error_left(self, scheme: str, whole: str = P0_IN) -> Interval:
-        """The error of the inputs over that of another scheme: P0 in, if not given."""
-        return ratio_interval(self.error(scheme), self.error(whole))
+    def error_left(self, scheme: str, base: str = P0_IN) -> Interval:
+        """Return the error of the inputs over that of another scheme.
 
-    def logit_error_left(self, scheme: str, whole: str = P0_IN) -> Interval:
-        """The error of the logits over that of another scheme: P0 in, if not given."""
-        return ratio_interval(self.logits[scheme], self.logits[whole])
+        Args:
+            scheme: name of the scheme.
+            base: name of the scheme to compare with.
+        """
+        return ratio_interval(self.error(scheme), self.error(base))
+
+    def logit_error_left(self, scheme: str, base: str = P0_IN) -> Interval:
+        """Return the error of the logits over that of another scheme.
+
+        Args:
+            scheme: name of the scheme.
+            base: name of the scheme to compare with.
+        """
+        return ratio_interval(self.logits[scheme], self.logits[base])
 
     def loss_share(self, scheme: str) -> Interval:
-        """The loss added as a share of the exact one."""
+        """Return the loss added as a share of the loss of the exact pass.
+
+        Args:
+            scheme: name of the scheme.
+        """
         return ratio_interval(self.loss[scheme], self.exact_loss)
 
 
@@ -150,9 +172,14 @@ PEAK = "peak of P0 over that of others"
 
 @torch.no_grad()
 def int8_effects(model: HookedModel, prompts: PromptSet, schemes: Mapping[str, Scheme] = SCHEMES) -> Int8Effects:
-    """Round what each scheme rounds, and compare with the exact pass.
+    """Measure the effects of every scheme against the exact pass.
 
-    A model with a device map need not have room for other weights beside its own: schemes that round them are left out.
+    With a device map there may be no memory for a second set of weights: schemes that round weights are then left out.
+
+    Args:
+        model: the model.
+        prompts: prompts to measure on.
+        schemes: the schemes by name.
 
     Raises:
         NotApplicable: a row is too short for a P0, a control, and a position to measure that predicts something.
@@ -164,14 +191,19 @@ def int8_effects(model: HookedModel, prompts: PromptSet, schemes: Mapping[str, S
     parts = [
         _effects_on(model, rows, sites, schemes, weights) for rows in progress_bar(_batches(model, prompts), "rounding")
     ]
-    whole = {key: torch.cat([part[key] for part in parts]).double().numpy() for key in parts[0]}
-    local, logits, loss = ({name: whole[what, name] for what, name in whole if what == kind} for kind in _MEASURED)
-    return Int8Effects(sites, local, whole["peak", ""], logits, loss, whole["exact loss", ""])
+    values = {key: torch.cat([part[key] for part in parts]).double().numpy() for key in parts[0]}
+    local, logits, loss = ({name: values[what, name] for what, name in values if what == kind} for kind in _MEASURED)
+    return Int8Effects(sites, local, values["peak", ""], logits, loss, values["exact loss", ""])
 
 
 @torch.no_grad()
 def calibrated(model: HookedModel, prompts: PromptSet) -> Calibration:
-    """What a calibrated grid has to hold in these rows."""
+    """Measure the largest magnitudes in an exact pass over calibration rows.
+
+    Args:
+        model: the model.
+        prompts: the calibration rows.
+    """
     sites, parts = _sites(model), []
     for rows in _batches(model, prompts):
         seen: dict[Site, tuple[Tensor, ...]] = {}
@@ -191,9 +223,16 @@ def calibrated(model: HookedModel, prompts: PromptSet) -> Calibration:
 def over_draws(
     model: HookedModel, prompts: PromptSet, calibration: Calibration, draws: int = 8
 ) -> dict[int, dict[str, Float[np.ndarray, " draw"]]]:
-    """The errors of grids calibrated on 4, 16, 64 … rows drawn from all that there are, mean over the prompts.
+    """Measure the errors of static scales from 4, 16, 64 … random calibration rows, mean over the prompts.
 
-    By the number of rows: with P0 in, with P0 kept, and the latter over the former.
+    Args:
+        model: the model.
+        prompts: prompts to measure on.
+        calibration: the largest magnitudes in all calibration rows.
+        draws: number of draws for each number of rows.
+
+    Returns:
+        By the number of rows: errors with P0 included, errors with P0 kept, and the ratio of the latter to the former.
     """
     total, rng = len(calibration.p0), np.random.default_rng(prompts.seed)
     counts = [4**power for power in range(1, total.bit_length()) if 4**power < total]
@@ -208,14 +247,14 @@ def over_draws(
         key: _of_products(torch.cat([part["input", key] for part in parts]).double().numpy(), calibration.sites).mean()
         for key in schemes
     }
-    found = {}
+    by_count = {}
     for count in counts:
-        drawn = {
+        of_count = {
             name: np.array([errors[count, draw, name] for draw in range(draws)])
             for name in (CALIBRATED, CALIBRATED_P0_KEPT)
         }
-        found[count] = drawn | {SHARE_LEFT: drawn[CALIBRATED_P0_KEPT] / drawn[CALIBRATED]}
-    return found
+        by_count[count] = of_count | {SHARE_LEFT: of_count[CALIBRATED_P0_KEPT] / of_count[CALIBRATED]}
+    return by_count
 
 
 _MEASURED = ("input", "logits", "loss")
@@ -228,12 +267,12 @@ class _Rows:
     p0: Int[Tensor, " batch"]
     another: Int[Tensor, " batch"]
 
-    def place(self, apart: Apart) -> Int[Tensor, " batch"]:
+    def position(self, apart: Apart) -> Int[Tensor, " batch"]:
         return self.p0 if apart == "P0" else self.another
 
     def without(self, apart: Apart) -> Bool[Tensor, "batch pos"]:
-        """The real positions but for one."""
-        return self.real & ~one_hot(self.place(apart), self.ids.shape[1]).bool()
+        """The positions that are not padding, without one."""
+        return self.real & ~one_hot(self.position(apart), self.ids.shape[1]).bool()
 
     @property
     def counted(self) -> Bool[Tensor, "batch pos"]:
@@ -243,7 +282,7 @@ class _Rows:
     def rounded(self, site: Site, x: Tensor, scheme: Scheme) -> Tensor:
         counted = self.real if scheme.treatment == "in" else self.without(scheme.apart)
         largest = scheme.grid[site] if isinstance(scheme.grid, Mapping) else largest_in_row(x, counted)
-        return quantised(x, largest, self.place(scheme.apart), scheme.treatment, scheme.grid == "token")
+        return quantised(x, largest, self.position(scheme.apart), scheme.treatment, scheme.grid == "token")
 
 
 def _batches(model: HookedModel, prompts: PromptSet) -> list[_Rows]:
@@ -256,10 +295,10 @@ def _batches(model: HookedModel, prompts: PromptSet) -> list[_Rows]:
     if shortest < 4:
         raise NotApplicable(f"needs rows of at least 4 tokens, got one of {shortest}")
     another = prompts.p0 + random_offsets(prompts.n, prompts.seed + 1, 1, shortest)
-    # The exact logits are there beside those of a scheme.
+    # Half of the usual batch: the exact logits and those of a scheme are in memory at once.
     size, device = max(1, batch_size_for(model, prompts.length, with_logits=True) // 2), device_of(model)
-    whole = (part.to(device) for part in (prompts.ids, prompts.attention_mask, prompts.p0, another))
-    return [_Rows(*parts) for parts in zip(*(part.split(size) for part in whole), strict=True)]
+    tensors = (part.to(device) for part in (prompts.ids, prompts.attention_mask, prompts.p0, another))
+    return [_Rows(*parts) for parts in zip(*(part.split(size) for part in tensors), strict=True)]
 
 
 def _sites(model: HookedModel) -> tuple[Site, ...]:
@@ -273,7 +312,7 @@ def _of_products(errors: Float[np.ndarray, "sample site"], sites: Sequence[Site]
 
 
 def _exact(model: HookedModel, rows: _Rows, sites: Sequence[Site], look: Callable[[Site, Tensor], None]) -> Tensor:
-    """The logits of a pass in which every input of a matrix product is looked at, and the stream before each block."""
+    """The logits of a pass in which `look` reads every input of a matrix product, and the stream before each block."""
 
     def at_hook(x: Tensor, hook: Any, site: Site) -> None:
         look(site, x)
@@ -308,8 +347,8 @@ def _effects_on(
 ) -> dict[tuple[str, str], Tensor]:
     """Everything measured on a batch, by kind and scheme, the first axis being the row."""
     on_inputs_alone = {name: scheme for name, scheme in schemes.items() if scheme.grid and not scheme.weights}
-    exact, found = _errors_on(model, rows, sites, on_inputs_alone)
-    found["exact loss", ""] = exact_loss = _loss(exact, rows)
+    exact, values = _errors_on(model, rows, sites, on_inputs_alone)
+    values["exact loss", ""] = exact_loss = _loss(exact, rows)
     for name, scheme in schemes.items():
         with contextlib.ExitStack() as stack:
             if scheme.weights:
@@ -317,9 +356,9 @@ def _effects_on(
             if scheme.grid:
                 stack.enter_context(on_inputs(model, functools.partial(rows.rounded, scheme=scheme)))
             logits = forward(model, rows.ids, rows.real)
-        found["logits", name] = _logit_error(logits, exact, rows)
-        found["loss", name] = _loss(logits, rows) - exact_loss
-    return found
+        values["logits", name] = _logit_error(logits, exact, rows)
+        values["loss", name] = _loss(logits, rows) - exact_loss
+    return values
 
 
 def _error(new: Tensor, x: Tensor, rows: _Rows) -> Float[Tensor, " batch"]:
@@ -332,9 +371,9 @@ def _relative(
     def size(values: Tensor) -> Tensor:
         return (values.float().square().flatten(2).sum(2) * counted.to(x.device)).sum(1).sqrt()
 
-    whole = size(x)
-    # Nothing but zeros is rounded without error.
-    return torch.where(whole > 0, size(change) / whole, 0)
+    norm = size(x)
+    # Zeros are rounded without error.
+    return torch.where(norm > 0, size(change) / norm, 0)
 
 
 def _peak(x: Tensor, rows: _Rows) -> Float[Tensor, " batch"]:
@@ -348,7 +387,7 @@ def _logit_error(new: Tensor, exact: Tensor, rows: _Rows) -> Float[Tensor, " bat
     def centred(logits: Tensor) -> Tensor:
         return logits.float() - logits.float().mean(-1, keepdim=True)
 
-    # Row by row: in float32 the logits of a batch may be larger than all else.
+    # Row by row: the logits of a whole batch in float32 may not fit in memory.
     errors = []
     for one, other, counted in zip(new.split(1), exact.split(1), rows.counted.split(1), strict=True):
         errors.append(_relative(centred(one) - centred(other), centred(other), counted).cpu())

@@ -1,21 +1,21 @@
-"""Mitigations side by side: what becomes of the loss, the sink and its outlier when something is done about P0.
+"""Mitigations side by side: loss, sink and outlier under interventions on P0.
 
-1. *The sink* is looked for in the text as it is and, if there is none, behind BOS; there the surgery is done, too. Its
-   heads are chosen on one half of the prompts (on which the register is trained) and everything is measured on the
-   other, on the same rows for all remedies.
-2. *In front of the text*: BOS, or a learned register (`experiments.first_token`). The text goes without its last token,
-   which leaves room.
-3. *In the sink heads*: P0's key hidden; P0's value set to zero, its key kept; one more logit of 0 in the softmax, so
-   that what nobody needs may go nowhere (in all heads, too).
-4. *In the cache*: a window of a quarter of the row, alone and with the first four tokens kept (C17).
-5. *Measured of each*: the loss; the excess score of the sink heads; P0's norm over the median of the others, in the
-   block where it is largest; the error of the inputs of matrix products in int8 with one grid per row, P0 in
-   (`interventions.int8`); and the spread of the loss over tokens in the text's first place. Losses are of the
-   predictions made 8 or more tokens into the text, which are the same in all.
+1. *The sink* is measured in the text as it is or, if there is none, after BOS; the interventions are made there, too.
+   Its heads are chosen on one half of the prompts (on which the register is trained). Everything is measured on the
+   other half, on the same rows for all mitigations.
+2. *Before the text*: BOS, or a learned register (C20). The text lacks its last token, which leaves room.
+3. *In the sink heads*: P0's key masked; P0's value set to zero, its key unchanged; one more logit of 0 in the softmax,
+   so that a head may attend to nothing (also in all heads).
+4. *In the cache*: a window of a quarter of the row, alone and with the first four tokens (C17).
+5. *Measured for each*: the loss; the excess score of the sink heads; P0's norm over the median of the others, in the
+   block where it is largest; the int8 error of the inputs of matrix products with one scale per row, P0 included
+   (`interventions.int8`); and the spread of the loss over first tokens of the text. Losses are of the predictions made
+   8 or more tokens into the text, which are the same in all conditions.
 
-The weights are frozen: each remedy meets a model that never saw it. What training with another loss, mask or gate does
-is another model's matter: `p0circuit run remedies tnlm-0` (or bos-0, force-sink-0, gated-0, learned-0)
-measures the same there. Sources: Xiao et al. 2023, arXiv 2309.17453 (kept tokens); Darcet et al. 2023, arXiv 2309.16588
+The weights are frozen: the model was not trained with any mitigation. For models trained with another loss, mask or
+gate, `p0circuit run remedies tnlm-0` (or bos-0, force-sink-0, gated-0, learned-0) measures the same.
+
+Sources: Xiao et al. 2023, arXiv 2309.17453 (kept tokens); Darcet et al. 2023, arXiv 2309.16588
 (registers); Gu et al. 2025, arXiv 2410.10781 (keys with a zero value).
 """
 
@@ -41,8 +41,8 @@ from p0circuit.experiments.deployment.c20_first_token import (
     SHORTEST,
     FirstTokenConfig,
     Prefix,
-    drawn_tokens,
     prefixes_of,
+    sampled_tokens,
     spread,
 )
 from p0circuit.experiments.sink_under_study import Heads, mean_over_heads, studied_sink
@@ -68,7 +68,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-AS_IS, BEHIND_BOS, BEHIND_REGISTER = "text as it is", "BOS before it", "register before it"
+AS_IS, AFTER_BOS, AFTER_REGISTER = "text as it is", "BOS before it", "register before it"
 KEY_HIDDEN, VALUE_ZEROED = "P0's key hidden", "P0's value zeroed"
 ZERO_LOGIT, ZERO_LOGIT_ALL = "extra zero logit", "the same in all heads"
 WINDOW, WINDOW_KEPT = "window alone", f"window, first {FIRST} kept"
@@ -80,24 +80,34 @@ QUANTITIES = {
     "int8_error": ("Int8 error", "relative, a grid per row"),
     "spread": ("Spread", "nats, over first tokens"),
 }
-"""What is measured: the title and the unit of each in the figure."""
+"""The measured quantities: title and unit of each in the figure."""
 
 Change = Callable[[PromptSet], Intervention]
 
 
 @dataclass(frozen=True)
 class Mitigation:
-    """What stands before the text, and what is changed in the model."""
+    """A prefix of the text, an intervention on the model, or both.
+
+    Attributes:
+        prefix: what is put before the text.
+        change: makes the intervention for a set of prompts; None without one.
+    """
 
     prefix: Prefix = None
     change: Change | None = None
 
     def applied(self, model: HookedModel, text: Int[Tensor, "row pos"]) -> tuple[PromptSet, list[Intervention]]:
-        """Rows of text as they are given to the model, and what is done to it while it reads them."""
+        """Return the prompts with the prefix, and the interventions for them.
+
+        Args:
+            model: the model.
+            text: rows of text.
+        """
         if self.prefix is None:
             rows = from_ids(text)
         else:
-            # A vector takes the place of some token's embedding.
+            # A vector replaces the embedding of token 0.
             token = 0 if isinstance(self.prefix, Tensor) else self.prefix
             rows = from_ids(torch.cat([torch.full((len(text), 1), token), text], dim=1))
         changes = [ablate(model, rows, ["embed"], self.prefix)] if isinstance(self.prefix, Tensor) else []
@@ -106,7 +116,15 @@ class Mitigation:
 
 @dataclass(frozen=True)
 class MitigationsConfig:
-    """The most rows; of these so many for int8 and for the spread, with so many first tokens each; the register's."""
+    """Settings of `Mitigations`.
+
+    Attributes:
+        samples: maximum number of prompts.
+        int8_samples: maximum number of prompts for the int8 error.
+        spread_samples: maximum number of prompts for the spread.
+        tokens: number of first tokens for the spread.
+        register_steps: training steps of the register; 0 for none.
+    """
 
     samples: int = 128
     int8_samples: int = 32
@@ -116,7 +134,7 @@ class MitigationsConfig:
 
 
 class Mitigations(Experiment[MitigationsConfig]):
-    """What can be done about the sink without training, measured on the same rows."""
+    """Mitigations of the sink without training, measured on the same rows."""
 
     id = "remedies"
     title = "Mitigations side by side"
@@ -128,9 +146,9 @@ class Mitigations(Experiment[MitigationsConfig]):
             min(most, config.samples, half) for most in (half, config.int8_samples, config.spread_samples)
         )
         register = bool(config.register_steps) and placement_of(model) is None
-        remedies = 1 + (bos_id(model) is not None) + register + 4 + 2 * (not why_not_streamed(model, prompts))
+        mitigations = 1 + (bos_id(model) is not None) + register + 4 + 2 * (not why_not_streamed(model, prompts))
         trained = config.register_steps * FirstTokenConfig.batch * WITH_GRADIENT if register else 0
-        return (remedies * (rows + int8 + spread_over * config.tokens) + trained) / prompts.n
+        return (mitigations * (rows + int8 + spread_over * config.tokens) + trained) / prompts.n
 
     def quick(self, info: ModelInfo) -> Mitigations:
         if not is_large(info):
@@ -138,23 +156,33 @@ class Mitigations(Experiment[MitigationsConfig]):
         return Mitigations(MitigationsConfig(samples=8, int8_samples=8, spread_samples=4, tokens=3, register_steps=0))
 
     def measure(self, model: HookedModel, prompts: PromptSet) -> Result:
-        """Raises NotApplicable without a sink, where attention cannot be edited, and where rows are padded or short."""
+        """Measure every quantity with every mitigation.
+
+        Args:
+            model: the model to measure.
+            prompts: natural text without padding.
+
+        Raises:
+            NotApplicable: there is no sink, attention cannot be edited, or rows are padded or too short.
+        """
         sink = studied_sink(model, prompts, in_either_condition=True)
         if not bool(prompts.attention_mask.all()):
             raise NotApplicable("needs rows without padding: something has to be put before them")
         if prompts.length < SHORTEST:
             raise NotApplicable(f"needs rows of at least {SHORTEST} tokens, got {prompts.length}")
         require_attention(model)
-        config, name = self.config, describe(model).title
+        config = self.config
         # The halves of `studied_sink`, without BOS before them.
-        others, chosen = text_as_it_is(model, prompts).split()
-        rows = chosen.subset(slice(0, config.samples))
+        others, measured_on = text_as_it_is(model, prompts).split()
+        rows = measured_on.subset(slice(0, config.samples))
         register = prefixes_of(model, others, FirstTokenConfig(steps=config.register_steps)).get(REGISTER)
         notes = [sink.note, f"that sink is in text {sink.condition}; measured on {rows.n} rows"]
-        base, remedies = mitigations_for(model, rows, sink.names, sink.condition, register, notes)
+        base, mitigations = mitigations_for(model, rows, sink.names, sink.condition, register, notes)
         if model.tokenizer is None:
             notes.append("the prompts are random tokens: their losses tell little about text")
-        measured = {each: measured_with(model, rows, remedy, sink.heads, config) for each, remedy in remedies.items()}
+        measured = {
+            each: measured_with(model, rows, mitigation, sink.heads, config) for each, mitigation in mitigations.items()
+        }
         metrics = {
             f"{quantity}_with_{metric_name(each)}": bootstrap(values)
             for each, of in measured.items()
@@ -163,34 +191,44 @@ class Mitigations(Experiment[MitigationsConfig]):
         added = {each: bootstrap(of["loss"] - measured[base]["loss"]) for each, of in measured.items()}
         metrics |= {f"loss_added_by_{metric_name(each)}": interval for each, interval in added.items() if each != base}
         table = _table(measured, added)
-        figures = {"side-by-side": _draw(measured, added, base, name)}
         notes.append(f"losses added are against {base!r}, where the sink is")
-        return Result(self.id, self.title, metrics, {"remedies": table}, figures, notes=notes)
+        return Result(self.id, self.title, metrics, {"remedies": table}, notes=notes)
+
+    def draw(self, result: Result) -> dict[str, Figure]:
+        """Draw every quantity with every mitigation, side by side."""
+        return {"side-by-side": _draw(result)}
 
 
 def mitigations_for(
     model: HookedModel, prompts: PromptSet, sink_heads: list[str], condition: str, register: Prefix, notes: list[str]
 ) -> tuple[str, dict[str, Mitigation]]:
-    """Every remedy that this model can take, by name, and the name of the one that the others are compared with.
+    """Return the name of the condition to compare with, and the mitigations that this model allows, by name.
 
-    That is the text as it is, or behind BOS where the sink is only there; the surgery is done on it. What cannot be
-    done is left out, with a note.
+    The condition is the text as it is, or text after BOS if the sink is only there; interventions are made in it.
+
+    Args:
+        model: the model.
+        prompts: prompts to measure on, without BOS.
+        sink_heads: names of the sink heads.
+        condition: the condition of the sink, as in `StudiedSink.condition`.
+        register: the learned register; None without one.
+        notes: notes of the result; gets a note for each mitigation that is left out.
     """
     bos = bos_id(model)
-    remedies = {AS_IS: Mitigation()}
+    mitigations = {AS_IS: Mitigation()}
     if bos is not None:
-        remedies[BEHIND_BOS] = Mitigation(bos)
+        mitigations[AFTER_BOS] = Mitigation(bos)
     else:
         notes.append("there is no BOS token to put before the text")
     if register is not None:
-        remedies[BEHIND_REGISTER] = Mitigation(register)
+        mitigations[AFTER_REGISTER] = Mitigation(register)
     else:
         notes.append(NO_REGISTER)
-    base, prefix = (BEHIND_BOS, bos) if condition == WITH_BOS else (AS_IS, None)
+    base, prefix = (AFTER_BOS, bos) if condition == WITH_BOS else (AS_IS, None)
     everywhere = [f"attn.{layer}" for layer in range(describe(model).n_layers)]
     length = prompts.length if prefix is not None else prompts.length - 1
     window = length // WINDOWS_PER_ROW
-    surgery: dict[str, Change] = {
+    edits: dict[str, Change] = {
         KEY_HIDDEN: lambda rows: mask_key(model, rows, sink_heads),
         VALUE_ZEROED: lambda rows: zero_value(model, rows, sink_heads),
         ZERO_LOGIT: lambda rows: zero_logit(model, rows, sink_heads),
@@ -199,57 +237,80 @@ def mitigations_for(
     if reason := why_not_streamed(model, prompts):
         notes.append(f"no window: {reason}")
     else:
-        surgery |= {
+        edits |= {
             WINDOW: lambda rows: streamed(model, rows, (), window),
             WINDOW_KEPT: lambda rows: streamed(model, rows, range(FIRST), window),
         }
-    return base, remedies | {name: Mitigation(prefix, change) for name, change in surgery.items()}
+    return base, mitigations | {name: Mitigation(prefix, change) for name, change in edits.items()}
 
 
 def measured_with(
     model: HookedModel,
     prompts: PromptSet,
-    remedy: Mitigation,
+    mitigation: Mitigation,
     heads: Heads,
     config: MitigationsConfig = MitigationsConfig(),
 ) -> dict[str, Float[np.ndarray, " sample"]]:
-    """Every quantity of `QUANTITIES` for the samples it was measured on."""
+    """Measure every quantity of `QUANTITIES` with a mitigation, for each sample.
+
+    Args:
+        model: the model.
+        prompts: prompts to measure on, without BOS.
+        mitigation: the mitigation.
+        heads: the sink heads.
+        config: numbers of samples.
+    """
     text = prompts.ids[:, :-1]
-    rows, changes = remedy.applied(model, text)
+    rows, changes = mitigation.applied(model, text)
     recording = record(model, rows, [TOKEN_LOSSES, NORM_RATIO, score_at(0), score_at(CONTROL)], interventions=changes)
     excess = recording[score_at(0)].double() - recording[score_at(CONTROL)].double()
     return {
         "loss": _of_text(recording[TOKEN_LOSSES].double().numpy(), text).mean(1),
         "excess": mean_over_heads(excess, heads),
         "norm_ratio": recording[NORM_RATIO].double().amax(1).numpy(),
-        "int8_error": int8_errors(model, text[: config.int8_samples], remedy),
-        "spread": _spread(model, prompts.subset(slice(0, config.spread_samples)), remedy, config.tokens),
+        "int8_error": int8_errors(model, text[: config.int8_samples], mitigation),
+        "spread": _spread(model, prompts.subset(slice(0, config.spread_samples)), mitigation, config.tokens),
     }
 
 
 def text_losses(
-    model: HookedModel, text: Int[Tensor, "row pos"], remedy: Mitigation
+    model: HookedModel, text: Int[Tensor, "row pos"], mitigation: Mitigation
 ) -> Float[np.ndarray, "row prediction"]:
-    """The losses of the predictions made from 8 tokens into the text on."""
-    rows, changes = remedy.applied(model, text)
+    """Measure the losses of the predictions made 8 or more tokens into the text.
+
+    Args:
+        model: the model.
+        text: rows of text.
+        mitigation: the mitigation.
+    """
+    rows, changes = mitigation.applied(model, text)
     return _of_text(record(model, rows, TOKEN_LOSSES, interventions=changes).double().numpy(), text)
 
 
 def _of_text(
     losses: Float[np.ndarray, "row position"], text: Int[Tensor, "row pos"]
 ) -> Float[np.ndarray, "row prediction"]:
-    """Of the losses of rows, whatever stands before their text, those from 8 tokens into the text on."""
+    """The losses of the predictions made 8 or more tokens into the text, with or without a prefix before it."""
     return losses[:, losses.shape[1] + 1 - text.shape[1] + FAR :]
 
 
 @torch.no_grad()
-def int8_errors(model: HookedModel, text: Int[Tensor, "row pos"], remedy: Mitigation) -> Float[np.ndarray, " row"]:
-    """The error of the inputs of matrix products, one grid per row, P0 in: mean over them, at positions after P0."""
-    # An intervention under `with` wants all its rows in one batch.
+def int8_errors(model: HookedModel, text: Int[Tensor, "row pos"], mitigation: Mitigation) -> Float[np.ndarray, " row"]:
+    """Measure the int8 error of the inputs of matrix products, with one scale per row and P0 included.
+
+    Args:
+        model: the model.
+        text: rows of text.
+        mitigation: the mitigation.
+
+    Returns:
+        The relative error at positions after P0, mean over the inputs.
+    """
+    # An intervention in a `with` block needs all its rows in one batch.
     size = batch_size_for(model, text.shape[1] + 1, with_logits=True)
     errors = []
     for part in text.split(size):
-        rows, changes = remedy.applied(model, part)
+        rows, changes = mitigation.applied(model, part)
         seen: dict[Site, Tensor] = {}
 
         def look(site: Site, x: Tensor, rows: PromptSet = rows, seen: dict[Site, Tensor] = seen) -> None:
@@ -261,19 +322,21 @@ def int8_errors(model: HookedModel, text: Int[Tensor, "row pos"], remedy: Mitiga
         with contextlib.ExitStack() as stack:
             for change in changes:
                 stack.enter_context(change)
-            # After the changes: what is rounded is what they leave.
+            # After the interventions, so that their results are rounded.
             stack.enter_context(on_inputs(model, look))
             forward(model, rows.ids)
         errors.append(torch.stack(list(seen.values())).mean(0).double().numpy())
     return np.concatenate(errors)
 
 
-def _spread(model: HookedModel, prompts: PromptSet, remedy: Mitigation, tokens: int) -> Float[np.ndarray, " sample"]:
-    """The standard deviation of the loss over tokens in the first place of the text, as C20 has it."""
-    drawn = drawn_tokens(model, prompts, tokens, torch.Generator().manual_seed(prompts.seed + 1))
+def _spread(
+    model: HookedModel, prompts: PromptSet, mitigation: Mitigation, tokens: int
+) -> Float[np.ndarray, " sample"]:
+    """The standard deviation of the loss over first tokens of the text, as in C20."""
+    sampled = sampled_tokens(model, prompts, tokens, torch.Generator().manual_seed(prompts.seed + 1))
     text = prompts.ids[:, None, :-1].repeat(1, tokens, 1)
-    text[:, :, 0] = drawn
-    losses = text_losses(model, text.flatten(0, 1), remedy)
+    text[:, :, 0] = sampled
+    losses = text_losses(model, text.flatten(0, 1), mitigation)
     return spread(losses.reshape(prompts.n, tokens, -1))
 
 
@@ -289,15 +352,17 @@ def _table(measured: Mapping[str, Mapping[str, np.ndarray]], added: Mapping[str,
     return pd.DataFrame(rows)
 
 
-def _draw(
-    measured: Mapping[str, Mapping[str, np.ndarray]], added: Mapping[str, Interval], base: str, model: str
-) -> Figure:
-    from p0circuit.figures.intervals import side_by_side
+def _draw(result: Result) -> Figure:
+    from p0circuit.figures.intervals import intervals_by, side_by_side
 
+    table = result.tables["remedies"]
+    # Losses are drawn as differences: their spread over rows is the same for all mitigations.
+    measured = {quantity: "loss_added" if quantity == "loss" else quantity for quantity in QUANTITIES}
     panels = {
-        # The difference, because the same rows have the loss of all.
-        title: dict(added) if quantity == "loss" else {name: bootstrap(of[quantity]) for name, of in measured.items()}
+        title: intervals_by(table[table["measured"] == measured[quantity]], "remedy")
         for quantity, (title, _) in QUANTITIES.items()
     }
-    units = [unit for _, unit in QUANTITIES.values()]
-    return side_by_side(panels, f"{model}: what can be done about the sink (dashed: {base})", units, base)
+    names = table["remedy"].unique().tolist()
+    base = next(name for name in names if f"loss_added_by_{metric_name(name)}" not in result.metrics)
+    title = f"{result.model_title}: what can be done about the sink (dashed: {base})"
+    return side_by_side(panels, title, [unit for _, unit in QUANTITIES.values()], base)

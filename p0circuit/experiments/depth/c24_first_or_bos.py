@@ -15,14 +15,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from p0circuit.experiments.base import Experiment, NotApplicable
+from p0circuit.experiments.base import ORDINARY, Experiment, NotApplicable, second_half
 from p0circuit.experiments.claim import Claim, Criterion
 from p0circuit.experiments.conditions import text_as_it_is, with_and_without_bos
 from p0circuit.experiments.sink_under_study import excess_by_head, mean_over_heads, studied_sink
 from p0circuit.hooked_model import HookedModel
 from p0circuit.prompts import WITH_BOS, WITHOUT_BOS, PromptSet, bos_id
 from p0circuit.results import Result
-from p0circuit.sink import least_excess
+from p0circuit.sink import CONTROL, least_excess
 from p0circuit.stats import Interval, bootstrap, ratio_interval
 
 if TYPE_CHECKING:
@@ -60,10 +60,22 @@ class FirstOrBos(Experiment[FirstOrBosConfig]):
     )
 
     def passes(self, model: HookedModel, prompts: PromptSet) -> float:
-        return 4 * (prompts.n - round(prompts.n / 2)) / prompts.n
+        """Declare the forms that the clean recording lacks: two of four, or all if it lacks scores of position m."""
+        if bos_id(model) is None:
+            return 0.0
+        forms = 2 if self.config.position in (*ORDINARY, CONTROL) else 4
+        return forms * second_half(prompts) / prompts.n
 
     def measure(self, model: HookedModel, prompts: PromptSet) -> Result:
-        """Raises NotApplicable without a BOS token, on padded or short rows, and without a sink in either condition."""
+        """Measure the excess scores of P0 and of position m in the four forms.
+
+        Args:
+            model: the model to measure.
+            prompts: natural text, with or without BOS.
+
+        Raises:
+            NotApplicable: there is no BOS token, rows are padded or too short, or there is no sink.
+        """
         import pandas as pd
 
         bos, m = bos_id(model), self.config.position
@@ -122,7 +134,14 @@ class FirstOrBos(Experiment[FirstOrBosConfig]):
 
 
 def forms_of(model: HookedModel, text: PromptSet, bos: int, m: int) -> dict[str, PromptSet]:
-    """The text without BOS, with one at P0, with two, and with one in the place of the token at position m."""
+    """Return the text without BOS, with one at P0, with two, and with BOS instead of the token at position m.
+
+    Args:
+        model: the model.
+        text: the text without BOS.
+        bos: id of the BOS token.
+        m: position of BOS in the last form.
+    """
     sets = with_and_without_bos(model, text)
     ids = text.ids.clone()
     ids[:, m] = bos

@@ -3,11 +3,11 @@
 1. Choose the sink heads on one half of the samples; everything else is measured on the other half.
 2. Pair the prompts with themselves behind a random prefix; what each component computes at the same token, when that
    token is not first, is its new value at P0.
-3. Patch every edge between components at P0, Q, K, V and MLP inputs alike, and measure the sink heads' score. Where
-   that is more than `most_edges`, search for the edges that change it by a fixed share (`interventions.edge_search`):
-   the heads of a block are one receiver, K (and V) of all sink heads together another, `sink.k`; single heads are
-   receivers only where their group has that share.
-4. Keep the edges that change it by a fixed share, and of those what leads to the sink heads.
+3. Patch every edge between components at P0 (Q, K, V and MLP inputs), and measure the sink heads' score. If there are
+   more than `most_edges`, search for the edges that change it by a fixed share (`interventions.edge_search`): the heads
+   of a block are one receiver, K (and V) of all sink heads together another, `sink.k`; single heads are receivers only
+   if their group has that share.
+4. Keep the edges that change the score by a fixed share, and of those the edges that lead to the sink heads.
 Paper: the P0 sink circuit; method after Wang et al. 2022 (arXiv 2211.00593).
 """
 
@@ -39,15 +39,23 @@ from p0circuit.stats import Interval, bootstrap
 if TYPE_CHECKING:
     import networkx as nx
     import pandas as pd
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
 class CircuitConfig:
-    """`shift`: tokens of the prefix; `samples`: prompts to patch; `share` of the sink score from which an edge counts.
+    """Settings of `Circuit`.
 
-    `fallback_heads` stand in where no head is above `eps`. With more than `most_edges` edges they are searched:
-    first estimates from `screening_rows` prompts, exact runs within `budget` passes over the prompts that are patched,
-    at least `sample` of them of edges drawn at random.
+    Attributes:
+        shift: tokens of the random prefix.
+        samples: maximum number of prompts to patch.
+        share: minimum effect of an edge of the circuit, as a share of the sink score.
+        eps: minimum mean sink score of a sink head.
+        fallback_heads: number of heads with the highest scores that are used if none is above `eps`.
+        most_edges: maximum number of edges that are all patched; more are searched.
+        screening_rows: maximum number of prompts for the first estimates of a search.
+        sample: minimum number of random edges that a search patches exactly.
+        budget: maximum cost of a search's exact runs, in passes over the prompts that are patched.
     """
 
     shift: int = 8
@@ -62,7 +70,7 @@ class CircuitConfig:
 
 
 class Circuit(Experiment[CircuitConfig]):
-    """Path patching between all components at P0: the edge table, the pruned circuit and its drawing."""
+    """Path patching between all components at P0: the table of edges and the pruned circuit."""
 
     id = "circuit"
     title = "The P0 circuit"
@@ -75,16 +83,15 @@ class Circuit(Experiment[CircuitConfig]):
         heads = sink_heads(scores, config.eps, config.fallback_heads)
         above = any_sink_head(scores, config.eps)
         names = [f"attn.{layer}.{head}" for layer, head in heads]
-        chosen = second.subset(slice(0, config.samples))
+        patched = second.subset(slice(0, config.samples))
         layers = range(max(layer for layer, _ in heads) + 1)
-        pair = shifted_pair(model, chosen, config.shift, prompts.seed)
+        pair = shifted_pair(model, patched, config.shift, prompts.seed)
         which = f"sink heads: {head_list(heads)}" + ("" if above else " (the highest; none is above the threshold)")
         study = _Study(model, pair, heads, names, layers, which)
         edges = _edges_up_to(info, layers[-1])
         return self._search(study, edges) if edges > config.most_edges else self._patch_all(study)
 
     def passes(self, model: HookedModel, prompts: PromptSet) -> float:
-        """The passes over all `n` prompts that a run takes beside the sink scores of the first half."""
         info, n, length = describe(model), prompts.n, prompts.length
         config, rows = self.config, min(self.config.samples, n - n // 2)
         recording = rows * (1 + config.shift / length)
@@ -93,24 +100,24 @@ class Circuit(Experiment[CircuitConfig]):
             return (recording + expected_passes(info, length, rows, screening, config.budget, heads=True)) / n
         senders, heads = 1 + info.n_layers * (info.n_heads + 1), info.n_heads
         per_batch = max(1, TOKENS_AT_ONCE // (rows * length))
-        slots = senders + -(-senders // per_batch)
+        variants = senders + -(-senders // per_batch)
         total = 2.0
         for layer in range(info.n_layers):
             before = 1 + layer * (heads + 1)
             # Edges into Q have no effect and are not run.
             edges = 2 * heads * before + before + heads
             # The clean run up to the layer; what its receivers read from every sender; the edges themselves.
-            total += layer / info.n_layers + slots * (layer + 1) / info.n_layers
+            total += layer / info.n_layers + variants * (layer + 1) / info.n_layers
             total += edges * (info.n_layers - layer) / info.n_layers
         return (recording + rows * (total + (senders + 1) / length)) / n
 
     def _patch_all(self, study: _Study) -> Result:
         """Step 3 for small models: every edge, exactly."""
-        model, chosen, heads, names = study.model, study.pair.clean, study.heads, study.names
+        model, patched, heads, names = study.model, study.pair.clean, study.heads, study.names
         senders, receivers = components(model, study.layers, heads=True), receivers_of(model, study.layers)
         values = patch_values(model, study.pair, senders)
-        effects = path_patch(model, chosen, senders, receivers, values, sink_score_of(heads))
-        keys = edges_into_keys(model, chosen, senders, values)
+        effects = path_patch(model, patched, senders, receivers, values, sink_score_of(heads))
+        keys = edges_into_keys(model, patched, senders, values)
 
         table = effects.to_dataframe()
         clean = bootstrap(effects.clean.double().cpu().numpy())
@@ -124,19 +131,19 @@ class Circuit(Experiment[CircuitConfig]):
 
     def _search(self, study: _Study, edges: int) -> Result:
         """Step 3 for large models: the edges that have the share, coarse to fine."""
-        model, chosen, heads, config = study.model, study.pair.clean, study.heads, self.config
+        model, patched, heads, config = study.model, study.pair.clean, study.heads, self.config
         senders, last = components(model, study.layers, heads=True), study.layers[-1]
-        # What the MLP of the last sink heads' block writes, none of them reads.
+        # No sink head reads the MLP of the last sink heads' block.
         receivers = [f"mlp.{layer}" for layer in range(last)]
         receivers += [f"attn.{layer}.{part}" for layer in study.layers for part in "kv"]
         sets = {f"sink.{part}": [f"{name}.{part}" for name in study.names] for part in "kv"}
         values = patch_values(model, study.pair, senders)
-        clean = bootstrap(sink_scores(model, chosen, heads))
+        clean = bootstrap(sink_scores(model, patched, heads))
         threshold = config.share * clean.value
         try:
             search = search_edges(
                 model,
-                chosen,
+                patched,
                 senders,
                 receivers,
                 values,
@@ -152,7 +159,7 @@ class Circuit(Experiment[CircuitConfig]):
         except NotOfTheClosedForm as reason:
             raise NotApplicable(f"about {edges} edges are too many to patch one by one, and {reason}") from None
         table = search.to_dataframe()
-        # The set, its heads, and groups that hold some of them: what sink heads read ends there.
+        # Edges end in the set of sink heads, in single sink heads, or in groups that contain some of them.
         groups = {f"attn.{layer}" for layer, _ in heads}
         read = {owner(receiver) for receiver in table["receiver"]}
         ends = ["sink", *sorted((groups | {*study.names}) & read)]
@@ -161,7 +168,7 @@ class Circuit(Experiment[CircuitConfig]):
         ends = [end for end in ends if end in graph]
         notes = [
             f"about {edges} edges are more than {config.most_edges}: they were searched, coarse to fine, with first "
-            f"estimates from {min(config.screening_rows, chosen.n)} prompts and exact effects from {chosen.n}",
+            f"estimates from {min(config.screening_rows, patched.n)} prompts and exact effects from {patched.n}",
             *search.summary(),
             f"{len(search.strong_edges)} of those patched exactly change the score by {config.share:.0%} of it or more",
         ]
@@ -181,10 +188,10 @@ class Circuit(Experiment[CircuitConfig]):
         tables: dict[str, pd.DataFrame],
         notes: Sequence[str],
     ) -> Result:
-        """Step 4, written down: the notes name every edge of the circuit, the figure draws it."""
-        from p0circuit.figures.circuit import draw_circuit
+        """Step 4: the notes name every edge of the circuit, and the table `ends` the nodes that it leads to."""
+        import pandas as pd
 
-        found = [
+        edges = [
             (sender, receiver, effect)
             for sender, _, inputs in graph.edges(data="inputs")
             for receiver, effect in inputs.items()
@@ -192,17 +199,26 @@ class Circuit(Experiment[CircuitConfig]):
         notes = [
             study.which,
             *notes,
-            f"{len(found)} of {count} edges lead to the sink heads and change their score of {clean.value:.3f} by "
+            f"{len(edges)} of {count} edges lead to the sink heads and change their score of {clean.value:.3f} by "
             f"{self.config.share:.0%} or more:",
-            *(f"{s} -> {r}: {effect:+.3f}" for s, r, effect in sorted(found, key=lambda edge: -abs(edge[2]))),
+            *(f"{s} -> {r}: {effect:+.3f}" for s, r, effect in sorted(edges, key=lambda edge: -abs(edge[2]))),
         ]
-        title = f"The circuit of the P0 sink in {describe(study.model).title}"
-        return Result(self.id, self.title, metrics, tables, {"graph": draw_circuit(graph, ends, title)}, notes=notes)
+        tables = {**tables, "ends": pd.DataFrame({"node": list(ends)})}
+        return Result(self.id, self.title, metrics, tables, notes=notes)
+
+    def draw(self, result: Result) -> dict[str, Figure]:
+        """Draw the circuit: the edges above the threshold that lead to the sink heads."""
+        from p0circuit.figures.circuit import draw_circuit
+
+        threshold = result.provenance["config"]["share"] * result.metrics["sink_score"].value
+        ends = result.tables["ends"]["node"].tolist()
+        graph = circuit_graph(result.tables["edges"], ends, threshold)
+        return {"graph": draw_circuit(graph, ends, f"The circuit of the P0 sink in {result.model_title}")}
 
 
 @dataclass(frozen=True)
 class _Study:
-    """What is studied: the model, the pair of runs, and the sink heads, up to whose last layer edges count."""
+    """The model, the clean and shifted prompts, the sink heads, and the layers whose edges can reach them."""
 
     model: HookedModel
     pair: PromptPair

@@ -1,8 +1,9 @@
-"""What is special about P0's stream: its norm and its direction, layer by layer and component by component.
+"""The norm and the direction of P0's stream, by layer and by component.
 
 1. Norm ratio: P0's residual norm over the median of the other positions, before every block and at the end.
-2. Direction consistency: mean cosine of P0's residual to the mean P0 direction over samples, other positions beside it.
-3. The same two for what each component (embedding, attention out, MLP out) writes.
+2. Direction consistency: mean cosine of P0's residual to the mean P0 direction over samples; the same for other
+   positions.
+3. Both for the output of each component (embedding, attention, MLP).
 Paper: the sections on recognition and amplification; Sun et al. 2024 (arXiv 2402.17762) on massive activations.
 """
 
@@ -20,7 +21,6 @@ from torch import Tensor
 from p0circuit import sink
 from p0circuit.experiments.base import Experiment
 from p0circuit.hooked_model import HookedModel
-from p0circuit.models import describe
 from p0circuit.prompts import PromptSet
 from p0circuit.recording.quantities import (
     ATTENTION_OUT_NORMS,
@@ -35,6 +35,7 @@ from p0circuit.results import Result
 from p0circuit.stats import Interval, bootstrap
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.figure import Figure
 
     from p0circuit.figures.style import Series
@@ -45,7 +46,11 @@ _NAMES = {"hook_attn_out": "attention out", "hook_mlp_out": "MLP out"}
 
 @dataclass(frozen=True)
 class NormDirectionConfig:
-    """`others`: the positions (after P0) whose direction consistency stands beside P0's."""
+    """Settings of `NormDirection`.
+
+    Attributes:
+        others: positions, counted from P0, whose direction consistency is compared with P0's.
+    """
 
     others: tuple[int, ...] = (8, 16, 32)
 
@@ -58,32 +63,31 @@ class NormDirection(Experiment[NormDirectionConfig]):
     config_type = NormDirectionConfig
 
     def passes(self, model: HookedModel, prompts: PromptSet) -> float:
-        return 0.0  # all of it is in the clean recording
+        return 0.0  # everything is in the clean recording
 
     def measure(self, model: HookedModel, prompts: PromptSet) -> Result:
         import pandas as pd
 
         others = sorted({min(offset, prompts.length - 1) for offset in self.config.others})
-        places = [0, *others]
-        what = [NORM_RATIO, *_COMPONENTS.values(), *(residual_at(offset) for offset in places)]
-        what += [component_at(component, offset) for component in _COMPONENTS for offset in places]
+        positions = [0, *others]
+        what = [NORM_RATIO, *_COMPONENTS.values(), *(residual_at(offset) for offset in positions)]
+        what += [component_at(component, offset) for component in _COMPONENTS for offset in positions]
         recording = record(model, prompts, what, condition="text")
 
         def row(component: str, layer: int, ratios: Tensor, at: Callable[[int], Quantity]) -> dict[str, Any]:
-            at_p0, *beside = (sink.direction_cosines(recording[at(offset)][:, layer]) for offset in places)
-            return _row(component, layer, ratios, at_p0, beside)
+            at_p0, *at_others = (sink.direction_cosines(recording[at(offset)][:, layer]) for offset in positions)
+            return _row(component, layer, ratios, at_p0, at_others)
 
         ratios = recording[NORM_RATIO]
         rows = [row("residual", layer, ratios[:, layer], residual_at) for layer in range(ratios.shape[1])]
-        # What the embedding writes is the stream before block 0.
+        # The output of the embedding is the stream before block 0.
         rows.append(rows[0] | {"component": "embedding"})
         for component, norms in _COMPONENTS.items():
             for layer in range(recording[norms].shape[1]):
                 ratio = sink.ratio_to_others(recording[norms][:, layer], prompts.p0, prompts.attention_mask)
                 rows.append(row(_NAMES[component], layer, ratio, functools.partial(component_at, component)))
         table = pd.DataFrame(rows)
-        stream = table[table["component"] == "residual"]
-        after_block_1 = min(2, len(stream) - 1)
+        after_block_1 = min(2, ratios.shape[1] - 1)
         metrics = {
             "norm_ratio_after_block_1": bootstrap(ratios[:, after_block_1].numpy()),
             "direction_consistency_after_block_1": bootstrap(
@@ -93,17 +97,23 @@ class NormDirection(Experiment[NormDirectionConfig]):
         }
         silent = [f"{row['component']} of block {row['layer']}" for row in rows if math.isnan(row["norm_ratio"])]
         notes = [f"No norm ratio where the other positions write nothing: {', '.join(silent)}."] if silent else []
-        name = describe(model).title
-        figures = {"layers": _draw_layers(stream, name), "components": _draw_components(table, name)}
-        return Result(self.id, self.title, metrics, {"layers": table}, figures, notes=notes)
+        return Result(self.id, self.title, metrics, {"layers": table}, notes=notes)
+
+    def draw(self, result: Result) -> dict[str, Figure]:
+        """Draw norm ratio and direction consistency of the stream, and those of every component."""
+        table, name = result.tables["layers"], result.model_title
+        return {
+            "layers": _draw_layers(table[table["component"] == "residual"], name),
+            "components": _draw_components(table, name),
+        }
 
 
-def _row(component: str, layer: int, ratio: Tensor, at_p0: Tensor, beside: list[Tensor]) -> dict[str, Any]:
-    # A component that writes nothing at most positions, as a detector may, has no median to compare with.
+def _row(component: str, layer: int, ratio: Tensor, at_p0: Tensor, at_others: list[Tensor]) -> dict[str, Any]:
+    # A component whose output is zero at most positions, as a detector's may be, has no median to compare with.
     norm = bootstrap(ratio.numpy()) if ratio.isfinite().all() else Interval(math.nan, math.nan, math.nan, len(ratio))
     direction = bootstrap(at_p0.numpy())
-    # Consistency of several positions together: cosines to each position's own mean, averaged over the positions.
-    other = bootstrap(torch.stack(beside).mean(0).numpy())
+    # Consistency of several positions: cosines to each position's own mean direction, averaged over positions.
+    other = bootstrap(torch.stack(at_others).mean(0).numpy())
     return {
         "component": component,
         "layer": layer,
@@ -118,7 +128,7 @@ def _columns(name: str, interval: Interval) -> dict[str, float]:
     return {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
 
 
-def _draw_layers(stream: Any, model: str) -> Figure:
+def _draw_layers(stream: pd.DataFrame, model: str) -> Figure:
     from p0circuit.figures.lines import trajectories
 
     norms = [_series(stream, "norm_ratio", "P0")]
@@ -136,7 +146,7 @@ def _draw_layers(stream: Any, model: str) -> Figure:
     )
 
 
-def _draw_components(table: Any, model: str) -> Figure:
+def _draw_components(table: pd.DataFrame, model: str) -> Figure:
     from p0circuit.figures.lines import trajectories
 
     parts = {name: table[table["component"] == name] for name in _NAMES.values()}
@@ -154,7 +164,7 @@ def _draw_components(table: Any, model: str) -> Figure:
     )
 
 
-def _series(part: Any, column: str, label: str) -> Series:
+def _series(part: pd.DataFrame, column: str, label: str) -> Series:
     from p0circuit.figures.style import Series
 
     return Series(label, *(part[name].tolist() for name in (column, f"{column}_low", f"{column}_high")))

@@ -71,7 +71,7 @@ class AssignedPairs:
     """
 
     pairs: tuple[PromptPair, ...]
-    samples: tuple[Int[Tensor, " sample"], ...]
+    samples: tuple[Int[Tensor, "_"], ...]
     clean: PromptSet
 
     @classmethod

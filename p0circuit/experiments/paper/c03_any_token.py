@@ -192,9 +192,9 @@ class AnyToken(Experiment[AnyTokenConfig]):
             notes.append(f"these {len(tokens)} tokens are a random sample of a vocabulary of {len(vocabulary)}")
         probe, why_not = probe_by_layer(model, tokens[shuffled[: config.probe_tokens]], config.control, prompts.seed)
         notes += [why_not] if why_not else []
-        for place in ("P0", f"position {config.control}"):
-            last = probe[probe["place"] == place].iloc[min(2, info.n_layers)]
-            metrics[f"token_share_of_the_stream_after_block_1_at_{metric_name(place)}"] = Interval(
+        for position in ("P0", f"position {config.control}"):
+            last = probe[probe["place"] == position].iloc[min(2, info.n_layers)]
+            metrics[f"token_share_of_the_stream_after_block_1_at_{metric_name(position)}"] = Interval(
                 last["token_share"], last["token_share_low"], last["token_share_high"], int(last["n"])
             )
         return Result(
@@ -265,9 +265,9 @@ def probe_by_layer(
     determined = int(train.sum()) > info.d_model
     lines = []
     for layer in range(info.n_layers + 1):
-        for place, stream in (("P0", streams[layer]), (f"position {control}", control_streams[:, layer])):
+        for position, stream in (("P0", streams[layer]), (f"position {control}", control_streams[:, layer])):
             units = normalize(stream.double(), dim=-1)
-            line = {"layer": layer, "place": place, **_columns("token_share", token_share(units))}
+            line = {"layer": layer, "place": position, **_columns("token_share", token_share(units))}
             if determined:
                 hits, explained = embedding_probe(units, streams[0].double(), train)
                 line |= _columns("accuracy", bootstrap(hits.double().numpy()))
@@ -440,8 +440,10 @@ def _draw_probe(probe: pd.DataFrame, model: str) -> Figure:
     from p0circuit.figures.style import Series
 
     def series(column: str) -> list[Series]:
-        parts = [(place, part) for place, part in probe.groupby("place", sort=False)]
-        return [Series(str(p), *(part[column + end].tolist() for end in ("", "_low", "_high"))) for p, part in parts]
+        return [
+            Series(str(position), *(part[column + end].tolist() for end in ("", "_low", "_high")))
+            for position, part in probe.groupby("place", sort=False)
+        ]
 
     panels = {"What differs between tokens": series("token_share")}
     labels = ["share of the unit-length stream"]

@@ -71,8 +71,8 @@ class AmplificationConfig:
         draws: maximum number of random groups of as many neurons.
         draw_samples: number of samples on which each random group is measured.
         choosing: maximum number of samples on which neurons are ranked.
-        shown: number of top neurons that are ablated one by one.
-        shown_samples: number of samples on which single neurons, groups by size and experts are ablated.
+        singles: number of top neurons that are ablated one by one.
+        single_samples: number of samples on which single neurons, groups by size and experts are ablated.
     """
 
     shift: int = 8
@@ -81,8 +81,8 @@ class AmplificationConfig:
     draws: int = 128
     draw_samples: int = 8
     choosing: int = 128
-    shown: int = 8
-    shown_samples: int = 64
+    singles: int = 8
+    single_samples: int = 64
 
 
 class Amplification(Experiment[AmplificationConfig]):
@@ -110,14 +110,14 @@ class Amplification(Experiment[AmplificationConfig]):
     def passes(self, model: HookedModel, prompts: PromptSet) -> float:
         """Declare the ranking of neurons and the ablations."""
         info, config, rows = describe(model), self.config, second_half(prompts)
-        fewer = min(rows, config.shown_samples)
+        fewer = min(rows, config.single_samples)
         runs = len(CIRCUIT_BLOCKS) + 1  # rows with each whole MLP replaced, and with both
         if info.experts:
             return (runs * rows + len(CIRCUIT_BLOCKS) * 2 * fewer) / prompts.n
         neurons = len(CIRCUIT_BLOCKS) * info.d_mlp
         count = _count(config.share, neurons)
         groups = min(config.draws, neurons // count)
-        singles = min(config.shown, neurons) + len(_sizes(count, neurons))
+        singles = min(config.singles, neurons) + len(_sizes(count, neurons))
         measured = (runs + 2) * rows + groups * config.draw_samples + singles * fewer
         # The ranking of neurons: gradients in rows of two tokens, below the first sink heads.
         ranked = 2 * min(config.choosing, prompts.n - rows) * (1 + len(CIRCUIT_BLOCKS) * config.steps) * WITH_GRADIENT
@@ -128,7 +128,7 @@ class Amplification(Experiment[AmplificationConfig]):
         """Return a version for large models with fewer groups, single neurons and samples."""
         if not is_large(info):
             return self
-        return Amplification(replace(self.config, draws=8, shown=3, shown_samples=8))
+        return Amplification(replace(self.config, draws=8, singles=3, single_samples=8))
 
     def measure(self, model: HookedModel, prompts: PromptSet) -> Result:
         """Measure what components write along the P0 direction, and ablate MLPs, neurons or experts.
@@ -226,11 +226,11 @@ class Amplification(Experiment[AmplificationConfig]):
             "random neurons": self._random(sink, nodes, count, values),
             "the top neurons at position 8": ratio_interval(clean - sink.excess_scores(at_control), clean),
         }
-        fewer = sink.subset(slice(0, config.shown_samples))
+        fewer = sink.subset(slice(0, config.single_samples))
         first = {node: value[: fewer.prompts.n] for node, value in values.items()}
-        alone = {node: share_carried(fewer, [node], first) for node in nodes[: config.shown]}
+        alone = {node: share_carried(fewer, [node], first) for node in nodes[: config.singles]}
         by_number = {number: share_carried(fewer, nodes[:number], first) for number in _sizes(count, len(nodes))}
-        named = ", ".join(f"{node} ({alone[node].value:.2f} alone)" for node in nodes[: min(count, config.shown)])
+        named = ", ".join(f"{node} ({alone[node].value:.2f} alone)" for node in nodes[: min(count, config.singles)])
         note = f"the top {count} of {len(nodes)} neurons carry {shares['the top neurons']} of the excess score: {named}"
         return _neuron_table(ranking, alone), _interval_table("neurons", "excess_carried", by_number), shares, note
 
@@ -269,7 +269,7 @@ class Amplification(Experiment[AmplificationConfig]):
         """Step 5: a row for every expert that P0 is routed to; and what is lost without the three that carry most."""
         import pandas as pd
 
-        fewer = sink.subset(slice(0, self.config.shown_samples))
+        fewer = sink.subset(slice(0, self.config.single_samples))
         rows, carried = [], {}
         for block in CIRCUIT_BLOCKS:
             at_p0 = experts_at_p0(sink.model, fewer.prompts, block)

@@ -1,12 +1,14 @@
-"""Does P0 draw attention by its norm or by its direction? Surgery on its stream (paper, section on amplification).
+"""Does P0 draw attention by its norm or by its direction? (C8; paper, section on amplification)
 
-1. *Norm cut*: P0's residual after block 1 keeps its direction and gets the median norm of the row's other positions.
-2. *Direction replaced*: it keeps its norm and gets the direction that the stream after the same block has at an
-   ordinary position of the next sample; positions 4, 16 and 32 take turns. P0 then points where some other token would.
-3. What is left is the excess score of the sink heads above block 1 over that of the clean run. Later blocks run as they
-   are: what they rebuild counts as left.
-4. The same after every other block, on the sink heads above it; and the dose: the norm after block 1 times 1/8 to 4.
-5. Control: both surgeries at a random position instead of P0.
+Two interventions on P0's residual stream after block 1:
+
+1. *Norm cut*: the stream keeps its direction and gets the median norm of the row's other positions.
+2. *Direction replaced*: the stream keeps its norm and gets the direction of the stream after the same block at an
+   ordinary position of the next sample; positions 4, 16 and 32 take turns.
+
+The measure is the share of the excess score that the sink heads above block 1 keep. Later blocks run unchanged, so what
+they rebuild counts as left. Both interventions are repeated after other blocks, on the sink heads above each; and the
+norm after block 1 is scaled by factors from 1/8 to 4. Control: both interventions at a random position instead of P0.
 
 Source: Peng et al., arXiv 2603.06591; Sun et al. 2024 (arXiv 2402.17762) on massive activations.
 """
@@ -38,15 +40,19 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-_CUT, _TURNED = "norm cut to the others' median", "direction of an ordinary position"
+_CUT, _REPLACED = "norm cut to the others' median", "direction of an ordinary position"
 _AT_P0, _ELSEWHERE = "P0", "a random position"
 
 
 @dataclass(frozen=True)
 class DirectionOrNormConfig:
-    """`ordinary`: positions after P0 that lend their direction; `doses`: factors on P0's norm, as they are written.
+    """Settings of `DirectionOrNorm`.
 
-    The scan over blocks and the doses take `scan_samples` rows, and the scan `scan_blocks` blocks.
+    Attributes:
+        ordinary: positions, counted from P0, whose direction replaces P0's.
+        doses: factors on P0's norm, written as fractions.
+        scan_samples: maximum number of prompts of the scan over blocks and of the doses.
+        scan_blocks: maximum number of blocks of the scan.
     """
 
     ordinary: tuple[int, ...] = ORDINARY
@@ -56,7 +62,7 @@ class DirectionOrNormConfig:
 
 
 class DirectionOrNorm(Experiment[DirectionOrNormConfig]):
-    """P0's residual after block 1 with its norm cut, or with another direction: what is left of the sink?"""
+    """The share of the sink that is left with another norm, or another direction, of P0's stream after block 1."""
 
     id = "direction-or-norm"
     title = "Direction or norm"
@@ -78,8 +84,8 @@ class DirectionOrNorm(Experiment[DirectionOrNormConfig]):
 
     def passes(self, model: HookedModel, prompts: PromptSet) -> float:
         rows, config = second_half(prompts), self.config
-        few, blocks = min(rows, config.scan_samples), min(config.scan_blocks, describe(model).n_layers - 1)
-        return (4 * rows + (2 * blocks + len(config.doses)) * few) / prompts.n
+        scan_rows, blocks = min(rows, config.scan_samples), min(config.scan_blocks, describe(model).n_layers - 1)
+        return (4 * rows + (2 * blocks + len(config.doses)) * scan_rows) / prompts.n
 
     def quick(self, info: ModelInfo) -> DirectionOrNorm:
         return DirectionOrNorm(replace(self.config, scan_samples=8, scan_blocks=4)) if is_large(info) else self
@@ -88,7 +94,10 @@ class DirectionOrNorm(Experiment[DirectionOrNormConfig]):
         return self.measure_on(studied_sink(model, prompts, above_block=CIRCUIT_BLOCKS[-1]))
 
     def measure_on(self, sink: StudiedSink) -> Result:
-        """Measure a given sink.
+        """Measure a sink whose heads are known.
+
+        Args:
+            sink: the sink; its heads are above block 1.
 
         Raises:
             NotApplicable: rows are too short for an ordinary position.
@@ -104,41 +113,46 @@ class DirectionOrNorm(Experiment[DirectionOrNormConfig]):
         clean = excess_by_head(model, prompts)[0]
         elsewhere = random_offsets(prompts.n, prompts.seed, 1, prompts.length, but=[CONTROL])
         rows, left = [], {}
-        for place, offset in ((_AT_P0, 0), (_ELSEWHERE, elsewhere)):
-            for surgery in (_CUT, _TURNED):
-                changed = _changed(model, prompts, surgery, CIRCUIT_BLOCKS[-1], streams, offset)
-                left[place, surgery] = share_left(changed, clean, sink.heads)
-                rows.append({"place": place, "surgery": surgery, **left[place, surgery].to_json()})
+        for position, offset in ((_AT_P0, 0), (_ELSEWHERE, elsewhere)):
+            for surgery in (_CUT, _REPLACED):
+                excess = _excess_after(model, prompts, surgery, CIRCUIT_BLOCKS[-1], streams, offset)
+                left[position, surgery] = share_left(excess, clean, sink.heads)
+                rows.append({"place": position, "surgery": surgery, **left[position, surgery].to_json()})
         norms = record(model, prompts, NORM_RATIO)[:, CIRCUIT_BLOCKS[-1] + 1].numpy()
         metrics = {
             "left_with_norm_cut": left[_AT_P0, _CUT],
-            "left_with_direction_replaced": left[_AT_P0, _TURNED],
+            "left_with_direction_replaced": left[_AT_P0, _REPLACED],
             "left_with_norm_cut_elsewhere": left[_ELSEWHERE, _CUT],
-            "left_with_direction_replaced_elsewhere": left[_ELSEWHERE, _TURNED],
+            "left_with_direction_replaced_elsewhere": left[_ELSEWHERE, _REPLACED],
             "norm_over_median_of_others": bootstrap(norms),
         }
-        some = slice(0, self.config.scan_samples)
-        scan = self._scan(model, sink, prompts.subset(some), clean[some], streams[some])
-        doses = self._doses(model, sink, prompts.subset(some), clean[some])
+        first = slice(0, self.config.scan_samples)
+        scan = self._scan(model, sink, prompts.subset(first), clean[first], streams[first])
+        doses = self._doses(model, sink, prompts.subset(first), clean[first])
         donor = ", ".join(map(str, donor_positions))
         notes = [*sink.notes, f"directions come from positions {donor} of the next sample, in turn"]
         tables = {"surgery": pd.DataFrame(rows), "blocks": scan, "doses": doses}
-        name = describe(model).title
-        figures = {"blocks": _draw_scan(scan, name), "doses": _draw_doses(doses, name)}
-        return Result(self.id, self.title, metrics, tables, figures, notes=notes)
+        return Result(self.id, self.title, metrics, tables, notes=notes)
+
+    def draw(self, result: Result) -> dict[str, Figure]:
+        """Draw what is left of the sink, by the block of the intervention and by the norm after block 1."""
+        return {
+            "blocks": _draw_scan(result.tables["blocks"], result.model_title),
+            "doses": _draw_doses(result.tables["doses"], result.model_title),
+        }
 
     def _scan(
         self, model: HookedModel, sink: StudiedSink, prompts: PromptSet, clean: Tensor, streams: Tensor
     ) -> pd.DataFrame:
-        """Both surgeries after each block, measured on the sink heads above it."""
+        """Both interventions after each block, measured on the sink heads above it."""
         import pandas as pd
 
         norms = record(model, prompts, NORM_RATIO)
         rows = []
         for block in sink.blocks_to_scan(self.config.scan_blocks):
             heads = heads_above(sink.heads, block)
-            for surgery in (_CUT, _TURNED):
-                left = share_left(_changed(model, prompts, surgery, block, streams, 0), clean, heads)
+            for surgery in (_CUT, _REPLACED):
+                left = share_left(_excess_after(model, prompts, surgery, block, streams, 0), clean, heads)
                 row = {"surgery": surgery, "after_block": block, "heads": len(heads), **left.to_json()}
                 rows.append(row | {"norm_over_median_of_others": float(norms[:, block + 1].double().mean())})
         return pd.DataFrame(rows)
@@ -158,16 +172,16 @@ class DirectionOrNorm(Experiment[DirectionOrNormConfig]):
         return pd.DataFrame(rows)
 
 
-def _changed(
+def _excess_after(
     model: HookedModel, prompts: PromptSet, surgery: str, block: int, streams: Tensor, offset: Offset
 ) -> Tensor:
-    """The excess scores of P0 with surgery on the stream after a block at one position."""
+    """The excess scores of P0 under an intervention on the stream after a block at one position."""
     nodes = [f"resid_post.{block}"]
     if surgery == _CUT:
-        change = replace_norm(model, prompts, nodes, offset=offset)
+        intervention = replace_norm(model, prompts, nodes, offset=offset)
     else:
-        change = replace_direction(model, prompts, nodes, streams[:, block + 1], offset=offset)
-    return excess_by_head(model, prompts, [change])[0]
+        intervention = replace_direction(model, prompts, nodes, streams[:, block + 1], offset=offset)
+    return excess_by_head(model, prompts, [intervention])[0]
 
 
 def _draw_scan(scan: pd.DataFrame, model: str) -> Figure:
@@ -185,7 +199,9 @@ def _draw_doses(doses: pd.DataFrame, model: str) -> Figure:
     title = f"{model}: P0's direction kept, its norm changed"
     panels = {f"After block {CIRCUIT_BLOCKS[-1]}": series_by(doses.assign(surgery="norm"), "surgery")}
     labels = ["share of the excess left"]
-    figure = trajectories(panels, doses["dose"].tolist(), title, "norm of P0, times its own", labels, reference=1)
-    # From nothing left on: a fall by a tenth should look like one.
+    figure = trajectories(
+        panels, doses["dose"].astype(str).tolist(), title, "norm of P0, times its own", labels, reference=1
+    )
+    # The axis starts at 0, so that the height of a line is in proportion to the share.
     figure.axes[0].set_ylim(bottom=min(0, figure.axes[0].get_ylim()[0]))
     return figure

@@ -1,16 +1,17 @@
-"""Does it matter which token stands at P0? Its stream with another token's content (paper, section on amplification).
+"""Does it matter which token is at P0? (C9; paper, section on amplification)
 
 1. The *P0 direction* after a block is the mean direction of the stream at P0, estimated on the other half of the
-   samples. Everything orthogonal to it is taken for content.
-2. *Content replaced*: P0's residual after block 1 keeps its component along the direction; the rest becomes that of the
-   next sample with another token at P0. The verdict is about this. Beside it, the rest is taken from an ordinary
-   position of the next sample (4, 16 and 32 take turns), which has nothing of being first.
-3. *Control, the direction replaced instead*: P0 keeps its content and gets the component along the P0 direction that
-   the same ordinary position has. Its content being short, a norm after that makes much of a small component: the
-   cosine to the P0 direction that results is told, and the same with the component removed.
-4. What is left is the excess score of the sink heads above over that of the clean run. The same after every block.
+   samples. *Content* is everything orthogonal to it.
+2. *Content replaced*: P0's stream after block 1 keeps its component along the direction and gets the content of the
+   next sample with another token at P0. This decides the verdict. A second variant takes the content of an ordinary
+   position of the next sample (4, 16 and 32 take turns), which no first token wrote.
+3. *Control, direction replaced*: P0 keeps its content and gets the component along the P0 direction of the same
+   ordinary position. P0's content is small, so after a norm layer even a small component gives a high cosine with the
+   P0 direction. That cosine is measured, and a last variant removes the component.
+4. The measure is the share of the excess score that the sink heads above keep. All variants are repeated after other
+   blocks.
 
-How much there is to replace is in the table: the share of P0's squared norm that is orthogonal to the direction.
+The table of blocks has the share of P0's squared norm that is orthogonal to the direction: how much is replaced.
 Source: Peng et al., arXiv 2603.06591.
 """
 
@@ -47,15 +48,18 @@ if TYPE_CHECKING:
 _TOKEN, _ORDINARY = "content of another token", "content of an ordinary position"
 _ALONG, _REMOVED = "control: direction replaced", "direction removed"
 
-
 BOUND = 0.9
+"""The share of the excess score that must be left with the content replaced."""
 
 
 @dataclass(frozen=True)
 class ContentConfig:
-    """`ordinary`: positions after P0 that lend what they have.
+    """Settings of `Content`.
 
-    The scan over blocks takes `scan_samples` rows and `scan_blocks` blocks.
+    Attributes:
+        ordinary: positions, counted from P0, whose content or component replaces P0's.
+        scan_samples: maximum number of prompts of the scan over blocks.
+        scan_blocks: maximum number of blocks of the scan.
     """
 
     ordinary: tuple[int, ...] = ORDINARY
@@ -64,7 +68,7 @@ class ContentConfig:
 
 
 class Content(Experiment[ContentConfig]):
-    """Everything at P0 but its component along the P0 direction replaced: what is left of the sink?"""
+    """The share of the sink that is left when P0 keeps only its component along the P0 direction."""
 
     id = "content"
     title = "Content is irrelevant"
@@ -83,9 +87,9 @@ class Content(Experiment[ContentConfig]):
 
     def passes(self, model: HookedModel, prompts: PromptSet) -> float:
         rows, config = second_half(prompts), self.config
-        few, blocks = min(rows, config.scan_samples), min(config.scan_blocks, describe(model).n_layers - 1)
-        # Four kinds of surgery, after block 1 and after each block of the scan.
-        return 4 * (rows + blocks * few) / prompts.n
+        scan_rows, blocks = min(rows, config.scan_samples), min(config.scan_blocks, describe(model).n_layers - 1)
+        # Four variants, after block 1 and after each block of the scan.
+        return 4 * (rows + blocks * scan_rows) / prompts.n
 
     def quick(self, info: ModelInfo) -> Content:
         return Content(replace(self.config, scan_samples=8, scan_blocks=2)) if is_large(info) else self
@@ -94,7 +98,10 @@ class Content(Experiment[ContentConfig]):
         return self.measure_on(studied_sink(model, prompts, above_block=CIRCUIT_BLOCKS[-1]))
 
     def measure_on(self, sink: StudiedSink) -> Result:
-        """Measure a given sink.
+        """Measure a sink whose heads are known.
+
+        Args:
+            sink: the sink; its heads are above block 1.
 
         Raises:
             NotApplicable: all samples have the same token at P0, or rows are too short for an ordinary position.
@@ -114,7 +121,9 @@ class Content(Experiment[ContentConfig]):
         clean = excess_by_head(model, prompts)[0]
         direction = p0_direction(model, sink.chosen_on, CIRCUIT_BLOCKS[-1] + 1).cpu()
         left = {
-            name: share_left(_changed(model, prompts, name, CIRCUIT_BLOCKS[-1], direction, streams), clean, sink.heads)
+            name: share_left(
+                _excess_after(model, prompts, name, CIRCUIT_BLOCKS[-1], direction, streams), clean, sink.heads
+            )
             for name, streams in donor.items()
         }
         content, along = _parts(own[:, CIRCUIT_BLOCKS[-1] + 1], direction)
@@ -133,57 +142,61 @@ class Content(Experiment[ContentConfig]):
         }
         names = ", ".join(map(str, donor_positions))
         notes = [*sink.notes, f"ordinary positions are {names} of the next sample, in turn", *_caveats(metrics)]
-        figures = {"blocks": _draw(tables["blocks"], describe(model).title)}
-        return Result(self.id, self.title, metrics, tables, figures, notes=notes)
+        return Result(self.id, self.title, metrics, tables, notes=notes)
+
+    def draw(self, result: Result) -> dict[str, Figure]:
+        """Draw what is left of the sink, by variant and by the block of the intervention."""
+        return {"blocks": _draw(result.tables["blocks"], result.model_title)}
 
     def _scan(
         self, model: HookedModel, sink: StudiedSink, clean: Tensor, own: Tensor, donor: dict[str, Tensor]
     ) -> pd.DataFrame:
-        """All surgeries after each block, measured on the sink heads above it."""
+        """All variants after each block, measured on the sink heads above it."""
         import pandas as pd
 
-        some = slice(0, self.config.scan_samples)
-        prompts = sink.prompts.subset(some)
+        first = slice(0, self.config.scan_samples)
+        prompts = sink.prompts.subset(first)
         rows = []
         for block in sink.blocks_to_scan(self.config.scan_blocks):
             heads, direction = heads_above(sink.heads, block), p0_direction(model, sink.chosen_on, block + 1).cpu()
-            content, along = _parts(own[some, block + 1], direction)
+            content, along = _parts(own[first, block + 1], direction)
             share = float((content**2 / (content**2 + along**2)).mean())
             for name, streams in donor.items():
-                left = share_left(_changed(model, prompts, name, block, direction, streams[some]), clean[some], heads)
+                excess = _excess_after(model, prompts, name, block, direction, streams[first])
+                left = share_left(excess, clean[first], heads)
                 row = {"surgery": name, "after_block": block, "heads": len(heads), **left.to_json()}
                 rows.append(row | {"orthogonal_share": share})
         return pd.DataFrame(rows)
 
 
-def _changed(
+def _excess_after(
     model: HookedModel, prompts: PromptSet, surgery: str, block: int, direction: Tensor, streams: Tensor
 ) -> Float[Tensor, "sample layer head"]:
-    """The excess scores of P0 with surgery on its stream after a block; `streams` are those that lend."""
+    """The excess scores of P0 under an intervention on its stream after a block; `streams` are those of the donors."""
     nodes, donor = [f"resid_post.{block}"], streams[:, block + 1]
     if surgery in (_ALONG, _REMOVED):
-        change = set_component(model, prompts, nodes, direction, component(donor.to(direction), direction))
+        intervention = set_component(model, prompts, nodes, direction, component(donor.to(direction), direction))
     else:
-        change = replace_orthogonal(model, prompts, nodes, direction, to=donor)
-    return excess_by_head(model, prompts, [change])[0]
+        intervention = replace_orthogonal(model, prompts, nodes, direction, to=donor)
+    return excess_by_head(model, prompts, [intervention])[0]
 
 
 def _caveats(metrics: dict[str, Interval]) -> list[str]:
-    """What the verdict alone would hide."""
-    told = []
+    """Sentences on measurements that qualify the verdict."""
+    caveats = []
     ordinary, control = metrics["left_with_content_of_an_ordinary_position"], metrics["left_with_direction_replaced"]
     if ordinary.low < BOUND <= metrics["left_with_content_replaced"].value:
-        told.append(
+        caveats.append(
             f"the token is irrelevant, but not all that is orthogonal: with that of an ordinary position after block "
             f"{CIRCUIT_BLOCKS[-1]}, {ordinary} is left; being first shows outside this direction too"
         )
     if control.high > 0.5:
-        told.append(
+        caveats.append(
             f"the control does not end the sink: {control} is left with an ordinary component along the direction, as "
             f"the content is short and P0's cosine to it is still {metrics['cosine_with_direction_replaced']}; with no "
             f"component along it, {metrics['left_with_direction_removed']} is left"
         )
-    return told
+    return caveats
 
 
 def _parts(

@@ -1,22 +1,22 @@
-"""Where the sink ends (C11): repeated tokens, prefixes, length, other text, windows, learned positions.
+"""Limits of the sink (C11): repeated tokens, prefixes, length, other text, windows, learned positions.
 
-Everything is measured on sink heads chosen on other samples, on the same rows, one thing changed at a time. Where a
-window would hide P0, all but 5 and 6 use the beginning of the rows that the narrowest window shows whole.
+Sink heads are chosen on other samples. Each step changes one thing in the same rows. Where a sliding window would mask
+P0, steps 1 to 4 use the first tokens of the rows, as many as the narrowest window holds.
 
-1. *Repeated tokens.* The first token stands r times, then the text goes on as it would at that place; r = 1 is the
-   text itself, the last r is one token from end to end. P0 counts as imitated from the smallest r at which the last
-   copy (or the one at position 8, if that comes first) gets at least half of P0's score. *Control*: in the place of the
-   copies tokens drawn at random, all different and none of them the first token.
-2. *The criterion.* The excess score with one token from end to end (P0's minus position 8's, which is the same token)
-   over that on the text. Where nothing but tokens enters the stream, equal tokens compute the same at all positions, so
-   at most a quarter may be left (rotary, ALiBi and no positions at all are one class); learned positions tell P0 apart
-   whatever stands there, and at least half must stay. *Control*: rows of different tokens behind the same first one.
-3. *Prefix.* The text behind m random tokens: the score of the token that was first, and of the one that is now.
+1. *Repeated tokens.* The first token is repeated r times, over the tokens after it; r = 1 is the text itself, the last
+   r is a row of one token. P0 counts as imitated from the smallest r at which the last copy (or the one at position 8,
+   if that comes first) gets at least half of P0's score. *Control*: random tokens instead of the copies, all different
+   and none of them the first token.
+2. *The criterion.* The excess score in a row of one token (P0's score minus that of position 8, the same token) over
+   that on the text. Where only tokens enter the stream (rotary positions, ALiBi, or none), equal tokens have equal
+   streams at all positions, so at most a quarter may be left. With learned positions P0 differs whatever its token is,
+   so at least half must be left. *Control*: rows of different tokens after the same first one.
+3. *Prefix.* The text after m random tokens: the scores of the text's first token and of the new first token.
 4. *Other text.* English, code, random tokens, of the same length.
-5. *Length.* From 16 tokens up, as far as context, texts and memory go; the longer, the fewer rows.
-6. *Windows.* Queries whose window has moved past P0, in the layers that have one, all heads: their attention to P0 must
-   be nothing. Beside it, in the same rows: what windowed sink heads give to the oldest key they do see (has the sink
-   moved there?), and what sink heads of other layers give to P0 from the same queries. The longest length counts.
+5. *Length.* From 16 tokens up to the limit of context, texts and memory; longer rows are fewer.
+6. *Windows.* Queries whose window has moved past P0, in the layers that have a window, all heads: their attention to P0
+   must be 0. In the same rows: the attention of windowed sink heads to the oldest visible key (has the sink moved
+   there?), and the attention of other sink heads to P0 from the same queries. The longest length counts.
 Paper: sections on boundary cases; Gu et al. 2025 (arXiv 2410.10781) on repeated tokens and positions; Yona et al. 2025
 (arXiv 2503.08908) on repeated tokens.
 """
@@ -24,7 +24,7 @@ Paper: sections on boundary cases; Gu et al. 2025 (arXiv 2410.10781) on repeated
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -64,9 +64,14 @@ _ENDS = ("value", "low", "high", "n")
 
 @dataclass(frozen=True)
 class LimitsConfig:
-    """How often the first token stands, tokens before the text, lengths, and what bounds the work.
+    """Settings of `Limits`.
 
-    `samples`: the most rows of a prefix, a length or another text; `tokens`: the most in all rows of a length.
+    Attributes:
+        repetitions: numbers of copies of the first token.
+        prefixes: numbers of random tokens before the text.
+        lengths: tokens per row.
+        samples: maximum number of prompts for a prefix, a length or another text.
+        tokens: maximum number of tokens in all rows of a length.
     """
 
     repetitions: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
@@ -77,7 +82,7 @@ class LimitsConfig:
 
 
 class Limits(Experiment[LimitsConfig]):
-    """What breaks the sink and what does not."""
+    """The sink under repeated tokens, prefixes, other texts, lengths and windows."""
 
     id = "limits"
     title = "The limits of the sink"
@@ -100,12 +105,12 @@ class Limits(Experiment[LimitsConfig]):
 
     def passes(self, model: HookedModel, prompts: PromptSet) -> float:
         config, rows, length, info = self.config, second_half(prompts), prompts.length, describe(model)
-        few = min(rows, config.samples)
+        scan_rows = min(rows, config.samples)
         repeated = 2 * (len(_counts(config.repetitions, length)) - 1) * rows * length
-        prefixes = sum(few * (length + shift) for shift in config.prefixes if _fits(info, length + shift))
-        texts = (1 + (len(SHIPPED_TEXTS) if model.tokenizer is not None else 0)) * few * length
+        prefixes = sum(scan_rows * (length + shift) for shift in config.prefixes if _fits(info, length + shift))
+        texts = (1 + (len(SHIPPED_TEXTS) if model.tokenizer is not None else 0)) * scan_rows * length
         others = [other for other in config.lengths if CONTROL + 1 < other != length and _fits(info, other)]
-        lengths = sum(_rows_of(other, few, config.tokens) * other for other in others)
+        lengths = sum(_rows_of(other, scan_rows, config.tokens) * other for other in others)
         return (repeated + prefixes + texts + lengths) / (prompts.n * length)
 
     def quick(self, info: ModelInfo) -> Limits:
@@ -115,7 +120,15 @@ class Limits(Experiment[LimitsConfig]):
         return Limits(LimitsConfig((1, 2, 8), (1, 8, 32), lengths, samples=8, tokens=2048))
 
     def measure(self, model: HookedModel, prompts: PromptSet) -> Result:
-        """Raises NotApplicable without a sink, and where no query sees both P0 and position 8."""
+        """Measure the sink under each change.
+
+        Args:
+            model: the model to measure.
+            prompts: natural text.
+
+        Raises:
+            NotApplicable: there is no sink, or no query attends to both P0 and position 8.
+        """
         import pandas as pd
 
         info = describe(model)
@@ -125,21 +138,20 @@ class Limits(Experiment[LimitsConfig]):
                 f"{in_view} tokens are in view at once; P0 and position {CONTROL}, which it is compared with, need at "
                 f"least {CONTROL + 2}"
             )
-        found = studied_sink(model, _beginning(prompts, in_view))
-        chosen = found.prompts
-        notes = [found.note]
+        studied = studied_sink(model, _beginning(prompts, in_view))
+        notes = [studied.note]
         if in_view < prompts.length:
             notes.append(f"a window of {in_view} would hide P0: all but the lengths are measured on {in_view} tokens")
 
-        repeated, metrics = self._repetitions(model, found, notes)
-        some = chosen.subset(slice(0, self.config.samples))
-        prefixes = self._prefixes(model, some, found)
-        texts = self._texts(model, some, found, prompts, notes)
+        repeated, metrics = self._repetitions(model, studied, notes)
+        fewer = studied.prompts.subset(slice(0, self.config.samples))
+        prefixes = self._prefixes(model, fewer, studied)
+        texts = self._texts(model, fewer, studied, prompts, notes)
         metrics |= {
             "excess_on_" + str(name).replace(" ", "_"): Interval(*values)
             for name, *values in texts[["text", "value", "low", "high", "n"]].itertuples(index=False)
         }
-        lengths, windows = self._lengths(model, found, prompts, notes)
+        lengths, windows = self._lengths(model, studied, prompts, notes)
         if windows:
             longest = max(windows)
             metrics |= {name: bootstrap(values) for name, values in windows[longest].items()}
@@ -157,27 +169,29 @@ class Limits(Experiment[LimitsConfig]):
                 for name, values in measured.items()
             ]
             tables["windows"] = pd.DataFrame(rows, columns=["length", "quantity", *_ENDS])
-        return Result(
-            self.id, self.title, metrics, tables, {"limits": _sweeps(repeated, prefixes, lengths, info)}, notes=notes
-        )
+        return Result(self.id, self.title, metrics, tables, notes=notes)
+
+    def draw(self, result: Result) -> dict[str, Figure]:
+        """Draw the scores by the number of copies, by the length of the prefix, and by the length of the text."""
+        return {"limits": _sweeps(result.tables, result.model_title)}
 
     def _repetitions(
-        self, model: HookedModel, found: StudiedSink, notes: list[str]
+        self, model: HookedModel, studied: StudiedSink, notes: list[str]
     ) -> tuple[pd.DataFrame, dict[str, Interval]]:
         """Steps 1 and 2: the table, and the metrics of the criterion that is about this model's positions."""
         import pandas as pd
 
-        prompts, learned = found.prompts, describe(model).positions == "learned"
+        prompts, learned = studied.prompts, describe(model).positions == "learned"
         counts = _counts(self.config.repetitions, prompts.length)
         others = different_tokens(model, prompts)
         rows, excess, imitated = [], {}, None
         for kind, fill in (("repeated", prompts.ids[torch.arange(prompts.n), prompts.p0, None]), ("different", others)):
             for count in counts:
-                # The last copy; behind position 8 few queries are left to attend to one.
+                # The last copy; a copy after position 8 has few queries that could attend to it.
                 copy = min(count - 1, CONTROL)
-                places = sorted({0, copy, CONTROL})
+                positions = sorted({0, copy, CONTROL})
                 scores = self._scores(
-                    model, with_repeated_prefix(prompts, fill, count), found, places, f"{kind} {count}"
+                    model, with_repeated_prefix(prompts, fill, count), studied, positions, f"{kind} {count}"
                 )
                 excess[kind, count] = scores[0] - scores[CONTROL]
                 quantities = {"score of P0": scores[0], "excess": excess[kind, count]}
@@ -205,7 +219,7 @@ class Limits(Experiment[LimitsConfig]):
         ]
         return pd.DataFrame(rows, columns=["tokens", "count", "quantity", *_ENDS]), metrics
 
-    def _prefixes(self, model: HookedModel, prompts: PromptSet, found: StudiedSink) -> pd.DataFrame:
+    def _prefixes(self, model: HookedModel, prompts: PromptSet, studied: StudiedSink) -> pd.DataFrame:
         """Step 3."""
         import pandas as pd
 
@@ -215,35 +229,35 @@ class Limits(Experiment[LimitsConfig]):
             if not _fits(info, prompts.length + shift):
                 continue
             shifted = shifted_pair(model, prompts, shift, prompts.seed).shifted if shift else prompts
-            scores = self._scores(model, shifted, found, [0, shift], f"prefix {shift}")
-            for name, place in (("the text's first token", shift), ("the new first token", 0)):
-                rows.append((shift, name, *bootstrap(scores[place]).to_json().values()))
+            scores = self._scores(model, shifted, studied, [0, shift], f"prefix {shift}")
+            for name, position in (("the text's first token", shift), ("the new first token", 0)):
+                rows.append((shift, name, *bootstrap(scores[position]).to_json().values()))
         return pd.DataFrame(rows, columns=["prefix", "score_of", *_ENDS])
 
     def _texts(
-        self, model: HookedModel, chosen: PromptSet, found: StudiedSink, prompts: PromptSet, notes: list[str]
+        self, model: HookedModel, same: PromptSet, studied: StudiedSink, prompts: PromptSet, notes: list[str]
     ) -> pd.DataFrame:
         """Step 4: the excess score on each kind of text."""
         import pandas as pd
 
         size, special = sampleable_vocabulary(model)
-        sets = {"the same text": chosen}
+        sets = {"the same text": same}
         for source in SHIPPED_TEXTS if model.tokenizer is not None else ():
             try:
-                sets[source] = natural_text(model, source, chosen.n, chosen.length, prompts.seed)
+                sets[source] = natural_text(model, source, same.n, same.length, prompts.seed)
             except P0Error as reason:
                 notes.append(f"{source}: left out, {reason}")
-        sets["random tokens"] = random_tokens(size, chosen.n, chosen.length, prompts.seed + 1, special=special)
+        sets["random tokens"] = random_tokens(size, same.n, same.length, prompts.seed + 1, special=special)
         rows = []
         for name, text in sets.items():
-            scores = self._scores(model, text, found, [0, CONTROL], name)
+            scores = self._scores(model, text, studied, [0, CONTROL], name)
             rows.append((name, *bootstrap(scores[0] - scores[CONTROL]).to_json().values()))
         return pd.DataFrame(rows, columns=["text", *_ENDS])
 
     def _lengths(
-        self, model: HookedModel, found: StudiedSink, prompts: PromptSet, notes: list[str]
+        self, model: HookedModel, studied: StudiedSink, prompts: PromptSet, notes: list[str]
     ) -> tuple[pd.DataFrame, dict[int, dict[str, np.ndarray]]]:
-        """Steps 5 and 6: the scores by length, and at lengths whose windows hide P0 what comes of it, by row."""
+        """Steps 5 and 6: the scores by length, and the attention at lengths whose windows mask P0, by row."""
         import pandas as pd
 
         info, config = describe(model), self.config
@@ -257,24 +271,24 @@ class Limits(Experiment[LimitsConfig]):
                 left_out[length] = "the attention of one row would not fit in memory"
             if length in left_out:
                 continue
-            count = _rows_of(length, min(config.samples, found.prompts.n), config.tokens)
+            count = _rows_of(length, min(config.samples, studied.prompts.n), config.tokens)
             try:
-                text = _of_length(model, found, prompts, length, count)
+                text = _of_length(model, studied, prompts, length, count)
             except P0Error as reason:
                 left_out[length] = str(reason)
                 continue
-            scores = self._scores(model, text, found, [0, CONTROL], f"length {length}")
-            for name, place in (("P0", 0), (f"position {CONTROL}", CONTROL)):
-                rows.append((length, name, *bootstrap(scores[place]).to_json().values()))
+            scores = self._scores(model, text, studied, [0, CONTROL], f"length {length}")
+            for name, position in (("P0", 0), (f"position {CONTROL}", CONTROL)):
+                rows.append((length, name, *bootstrap(scores[position]).to_json().values()))
             if any(window and window < length for window in info.window):
-                windows[length] = self._hidden(model, text, found, info, length)
+                windows[length] = self._masked(model, text, studied, info, length)
         for reason in dict.fromkeys(left_out.values()):
             which = ", ".join(str(length) for length, other in left_out.items() if other == reason)
             notes.append(f"length {which}: left out, {reason}")
         return pd.DataFrame(rows, columns=["length", "score_of", *_ENDS]), windows
 
-    def _hidden(
-        self, model: HookedModel, text: PromptSet, found: StudiedSink, info: ModelInfo, length: int
+    def _masked(
+        self, model: HookedModel, text: PromptSet, studied: StudiedSink, info: ModelInfo, length: int
     ) -> dict[str, Float[np.ndarray, " sample"]]:
         """Step 6 at one length, for each row."""
         sizes = sorted({window for window in info.window if window and window < length})
@@ -283,13 +297,13 @@ class Limits(Experiment[LimitsConfig]):
         values = {size: recording[quantity].double().numpy() for size, quantity in quantities.items()}
         layers = [(layer, window) for layer, window in enumerate(info.window) if window in values]
         measured = {_HIDDEN: np.mean([values[w][:, layer, :, 0].mean(1) for layer, w in layers], axis=0)}
-        oldest = [values[w][:, layer, head, 1] for layer, w in layers for at, head in found.heads if at == layer]
+        oldest = [values[w][:, layer, head, 1] for layer, w in layers for at, head in studied.heads if at == layer]
         if oldest:
             measured["attention_of_windowed_sink_heads_to_the_oldest_key_in_view"] = np.mean(oldest, axis=0)
         # The same queries in the layers that see everything, judged by the narrowest window.
         free = [
             values[sizes[0]][:, layer, head, 0]
-            for layer, head in found.heads
+            for layer, head in studied.heads
             if (info.window[layer] or length) >= length
         ]
         if free:
@@ -297,42 +311,49 @@ class Limits(Experiment[LimitsConfig]):
         return measured
 
     def _scores(
-        self, model: HookedModel, prompts: PromptSet, found: StudiedSink, places: Sequence[int], condition: str
+        self, model: HookedModel, prompts: PromptSet, studied: StudiedSink, positions: Sequence[int], condition: str
     ) -> dict[int, Float[np.ndarray, " sample"]]:
         """The mean score of some positions, counted from P0, over the sink heads."""
-        recording = record(model, prompts, [score_at(place) for place in sorted(set(places))], condition=condition)
-        layers, heads = map(list, zip(*found.heads, strict=True))
-        return {place: recording[score_at(place)].double()[:, layers, heads].mean(1).numpy() for place in places}
+        quantities = {position: score_at(position) for position in sorted(set(positions))}
+        recording = record(model, prompts, list(quantities.values()), condition=condition)
+        layers, heads = map(list, zip(*studied.heads, strict=True))
+        return {
+            position: recording[quantity].double()[:, layers, heads].mean(1).numpy()
+            for position, quantity in quantities.items()
+        }
 
 
 def _counts(repetitions: Sequence[int], length: int) -> list[int]:
-    """How often the first token stands: once, from end to end, and the numbers between that are asked for."""
+    """Numbers of copies of the first token: 1, those of the configuration that fit, and the length of the row."""
     return sorted({count for count in repetitions if count < length} | {1, length})
 
 
 def _fits(info: ModelInfo, length: int) -> bool:
-    """Whether the model has positions for so many tokens."""
+    """Whether so many tokens fit into the model's context."""
     return info.n_ctx is None or length <= info.n_ctx
 
 
 def _rows_of(length: int, most: int, tokens: int) -> int:
-    """Rows of a length, `most` of them or as many as hold so many tokens together."""
+    """The number of rows of a length: at most `most`, with at most so many tokens in all."""
     return max(1, min(most, tokens // length))
 
 
 def blind_queries(window: int) -> Quantity:
-    """[sample, layer, head, 2]: attention to P0, and to the oldest key that a window of this size shows.
+    """Return the quantity [sample, layer, head, 2]: attention to P0, and to the oldest key in a window.
 
-    The mean over the queries from which P0 is at least `window` positions away.
+    Each is the mean over the queries that are at least `window` positions after P0.
+
+    Args:
+        window: size of the window, in tokens.
     """
     return Quantity(
         f"attention_of_queries_{window}_after_p0",
         ("attn.hook_pattern",),
-        functools.partial(_attention_of_the_blind, window=window),
+        functools.partial(_blind_attention, window=window),
     )
 
 
-def _attention_of_the_blind(pattern: Tensor, batch: Batch, window: int) -> Tensor:
+def _blind_attention(pattern: Tensor, batch: Batch, window: int) -> Tensor:
     queries = torch.arange(pattern.shape[-1], device=pattern.device)
     precise = pattern.to(torch.promote_types(pattern.dtype, torch.float32))
     to_p0 = sink.attention_to(precise, batch.p0)
@@ -344,10 +365,10 @@ def _attention_of_the_blind(pattern: Tensor, batch: Batch, window: int) -> Tenso
 
 
 def _beginning(prompts: PromptSet, length: int) -> PromptSet:
-    """The first tokens of each row; the set itself where it is not longer.
+    """The first tokens of each row; the prompts themselves if they are not longer.
 
     Raises:
-        NotApplicable: rows are padded, so that their beginnings do not stand side by side.
+        NotApplicable: rows are padded, so they do not begin at the same column.
     """
     if length >= prompts.length:
         return prompts
@@ -358,50 +379,65 @@ def _beginning(prompts: PromptSet, length: int) -> PromptSet:
 
 
 def with_repeated_prefix(prompts: PromptSet, fill: Tensor, count: int) -> PromptSet:
-    """The rows with `fill` in the place of their second to `count`-th token."""
+    """Replace the second to `count`-th token of each row.
+
+    Args:
+        prompts: the rows.
+        fill: the new tokens, [sample, position] or [sample, 1].
+        count: number of tokens at the beginning, the first included, after which the text is unchanged.
+    """
     after = torch.arange(prompts.length) - prompts.p0[:, None]
     ids = torch.where((after > 0) & (after < count), fill, prompts.ids)
     return PromptSet(ids, prompts.attention_mask, {**prompts.description, "opened": count}, prompts.seed)
 
 
 def different_tokens(model: HookedModel, prompts: PromptSet) -> Tensor:
-    """Random tokens for each row, all different and none of them its first one, as far as the vocabulary goes."""
+    """Draw random tokens for each row, all different and none of them its first one.
+
+    Args:
+        model: the model, for its vocabulary. If it is smaller than the rows are long, tokens repeat.
+        prompts: the rows; their seed is that of the draw.
+
+    Returns:
+        Token ids [sample, position].
+    """
     size, special = sampleable_vocabulary(model)
     generator = torch.Generator().manual_seed(prompts.seed)
     order = torch.rand(prompts.n, size, generator=generator)
     first = prompts.ids[torch.arange(prompts.n), prompts.p0]
-    # What must not be drawn comes last.
+    # Special tokens and the first token get the largest keys, so they are drawn last.
     order[:, list(special)] = 2
     order[torch.arange(prompts.n)[first < size], first[first < size]] = 2
-    drawn = order.topk(min(prompts.length, size), largest=False).indices
-    return drawn.repeat(1, -(-prompts.length // drawn.shape[1]))[:, : prompts.length]
+    tokens = order.topk(min(prompts.length, size), largest=False).indices
+    return tokens.repeat(1, -(-prompts.length // tokens.shape[1]))[:, : prompts.length]
 
 
-def _of_length(model: HookedModel, found: StudiedSink, prompts: PromptSet, length: int, count: int) -> PromptSet:
-    """Text like that of the prompts: their beginning, or where they are shorter new text from the same source.
+def _of_length(model: HookedModel, studied: StudiedSink, prompts: PromptSet, length: int, count: int) -> PromptSet:
+    """Text like that of the prompts: their first tokens, or new text from the same source if they are shorter.
 
     Raises:
         P0Error: there is no text of this length.
     """
-    if length <= found.prompts.length:
-        return _beginning(found.prompts.subset(slice(0, count)), length)
+    if length <= studied.prompts.length:
+        return _beginning(studied.prompts.subset(slice(0, count)), length)
     if length <= prompts.length:
         return _beginning(prompts.split()[1].subset(slice(0, count)), length)
     return text_like(model, prompts, length, count)
 
 
-def _sweeps(repeated: pd.DataFrame, prefixes: pd.DataFrame, lengths: pd.DataFrame, info: ModelInfo) -> Figure:
+def _sweeps(tables: Mapping[str, pd.DataFrame], model: str) -> Figure:
     from p0circuit.figures.lines import sweeps
     from p0circuit.figures.style import Series
 
+    repeated, prefixes, lengths = tables["repetitions"], tables["prefixes"], tables["lengths"]
     counts = list(repeated["count"].unique())
 
     def line(label: str, table: pd.DataFrame) -> Series:
         return Series(label, *(table[end].tolist() for end in ("value", "low", "high")))
 
     def of(label: str, tokens: str, quantity: str) -> Series:
-        some = repeated[(repeated["tokens"] == tokens) & (repeated["quantity"] == quantity)]
-        return line(label, some.set_index("count").reindex(counts))
+        rows = repeated[(repeated["tokens"] == tokens) & (repeated["quantity"] == quantity)]
+        return line(label, rows.set_index("count").reindex(counts))
 
     panels = {
         "First token repeated": (
@@ -422,4 +458,4 @@ def _sweeps(repeated: pd.DataFrame, prefixes: pd.DataFrame, lengths: pd.DataFram
         ),
     }
     x_labels = ["times it stands there", "random tokens", "tokens in a row"]
-    return sweeps(panels, f"{info.title}: the limits of the sink", x_labels, "attention, mean over queries")
+    return sweeps(panels, f"{model}: the limits of the sink", x_labels, "attention, mean over queries")

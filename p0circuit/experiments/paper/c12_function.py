@@ -1,16 +1,16 @@
-"""What is the sink good for? The loss and the spread of a perturbation without it (paper, discussion of over-mixing).
+"""The function of the sink: the loss and the spread of a perturbation without it (C12; paper, on over-mixing).
 
-1. *The sink removed* from all sink heads, in three ways: P0 hidden from later queries (the softmax hands its share to
-   the other keys), its value set to zero (attention stays as it is), or its attention moved to a random position.
-2. *Control*: a random position hidden from the same heads, or its value set to zero.
-3. *Loss*, in nats per token, of the same predictions in all runs: those made in the second half of each row. Random
-   positions are drawn from the first half without P0, so that each of these predictions is made after them. They are
-   drawn three times per sample for the control of the verdict.
-4. *Over-mixing*: the token in the middle is replaced by another one. How far this reaches is the relative change
-   `|x' - x| / |x|` of the stream at later positions, by block and by distance. It is measured with the sink, with P0
-   hidden, and with a random position before the middle hidden; both runs of a pair have the same surgery.
+1. *The sink removed* from all sink heads, in three ways: P0's key masked for later queries (the softmax gives its share
+   to the other keys), its value set to zero (attention does not change), or its attention moved to a random position.
+2. *Control*: the key of a random position masked in the same heads, or its value set to zero.
+3. *Loss*, in nats per token, of the predictions made in the second half of each row. Random positions are drawn from
+   the first half without P0, so all of these predictions are made after them. The control of the verdict is the mean of
+   three draws per sample.
+4. *Over-mixing*: the token in the middle of the row is replaced. The measure is the relative change `|x' - x| / |x|` of
+   the stream at later positions, by block and by distance. It is measured with the sink, with P0 masked, and with a
+   random position before the middle masked; both runs of a pair have the same intervention.
 
-Here all sink heads count, those of blocks 0 and 1 too. In text that is random tokens, there is nothing to predict.
+All sink heads count, those of blocks 0 and 1 too. Random tokens cannot be predicted, so on them losses mean nothing.
 Source: Peng et al., arXiv 2603.06591; that the sink guards against over-mixing: Barbero et al. 2025, arXiv 2504.02732.
 """
 
@@ -29,11 +29,12 @@ from p0circuit.experiments.base import Experiment, NotApplicable, is_large, seco
 from p0circuit.experiments.claim import Claim, Criterion
 from p0circuit.experiments.sink_under_study import StudiedSink, studied_sink
 from p0circuit.experiments.surgery import random_offsets, require_attention, row_of_another_token
+from p0circuit.figures.intervals import intervals_by
 from p0circuit.figures.lines import series_by
 from p0circuit.hooked_model import HookedModel
 from p0circuit.interventions.attention_edits import mask_key, redirect_attention, zero_value
 from p0circuit.interventions.intervention import Intervention
-from p0circuit.models import ModelInfo, describe
+from p0circuit.models import ModelInfo
 from p0circuit.prompts import PromptSet
 from p0circuit.recording.batch_size import batch_size_for
 from p0circuit.recording.quantities import TOKEN_LOSSES, Batch, Quantity
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SHORTEST = 8
+"""Minimum length of the prompts, in tokens."""
 _MASKED, _ZEROED, _MOVED = "P0 hidden", "P0's value zeroed", "sink moved"
 _MASKED_BESIDE, _ZEROED_BESIDE = "random hidden", "random value zeroed"
 _CLEAN = "with the sink"
@@ -54,14 +56,19 @@ _CHANGED, _OVER = "relative change", "over with the sink"
 
 @dataclass(frozen=True)
 class FunctionConfig:
-    """`draws` of random positions to hide per sample; `spread_samples` rows are perturbed."""
+    """Settings of `Function`.
+
+    Attributes:
+        draws: random positions to mask per sample.
+        spread_samples: maximum number of prompts that are perturbed.
+    """
 
     draws: int = 3
     spread_samples: int = 256
 
 
 class Function(Experiment[FunctionConfig]):
-    """The loss without the sink, and how far a perturbed token spreads with and without it."""
+    """The loss without the sink, and how far a change of one token spreads with and without it."""
 
     id = "function"
     title = "What the sink does"
@@ -83,7 +90,7 @@ class Function(Experiment[FunctionConfig]):
 
     def passes(self, model: HookedModel, prompts: PromptSet) -> float:
         rows, config = second_half(prompts), self.config
-        # P0 or a random position hidden, either value zeroed, attention moved; then pairs of rows in three runs.
+        # P0 or a random position masked, either value zeroed, attention moved; then pairs of rows in three runs.
         return ((config.draws + 4) * rows + 3 * 2 * min(rows, config.spread_samples)) / prompts.n
 
     def quick(self, info: ModelInfo) -> Function:
@@ -92,25 +99,28 @@ class Function(Experiment[FunctionConfig]):
     def measure(self, model: HookedModel, prompts: PromptSet) -> Result:
         return self.measure_on(studied_sink(model, prompts))
 
-    def measure_on(self, found: StudiedSink) -> Result:
-        """The measurement on sink heads that have been found.
+    def measure_on(self, sink: StudiedSink) -> Result:
+        """Measure a sink whose heads are known.
+
+        Args:
+            sink: the sink.
 
         Raises:
             NotApplicable: rows are padded or too short, or the attention cannot be edited.
         """
         import pandas as pd
 
-        model = found.model
-        prompts = found.prompts
+        model = sink.model
+        prompts = sink.prompts
         if not bool(prompts.attention_mask.all()):
             raise NotApplicable("needs rows without padding: the halves of padded rows are not the same positions")
         require_attention(model)
         if prompts.length < SHORTEST:
             raise NotApplicable(f"needs rows of at least {SHORTEST} tokens, got {prompts.length}")
-        added = self._losses_added(model, found)
+        added = self._losses_added(model, sink)
         beyond = bootstrap(added[_MASKED] - added[_MASKED_BESIDE])
         intervals = {name: bootstrap(values) for name, values in added.items()}
-        spread = self._spread(model, found)
+        spread = self._spread(model, sink)
         reached = {name: values[:, -1].mean(1) for name, values in spread.items()}
         metrics = {
             "loss_added_by_hiding_p0": intervals[_MASKED],
@@ -129,7 +139,7 @@ class Function(Experiment[FunctionConfig]):
         }
         start, stop = prompts.length // 2, prompts.length - 2
         notes = [
-            found.note,
+            sink.note,
             f"losses of the predictions made at positions {start} to {stop}; the perturbed token is at {start}",
             f"loss added in nats per token: {intervals[_MASKED]} with P0 hidden, {intervals[_MASKED_BESIDE]} with a "
             f"random position hidden, {intervals[_ZEROED]} with P0's value zeroed (attention as it was), "
@@ -140,53 +150,58 @@ class Function(Experiment[FunctionConfig]):
         ]
         if getattr(model, "tokenizer", None) is None:
             notes.append("the prompts are random tokens: their losses say nothing about a use of the sink")
-        name = describe(model).title
-        figures = {
-            "losses": _draw_losses(intervals, name),
+        return Result(self.id, self.title, metrics, tables, notes=notes)
+
+    def draw(self, result: Result) -> dict[str, Figure]:
+        """Draw the losses added, and the relative change of the stream by block and by distance."""
+        tables, name = result.tables, result.model_title
+        return {
+            "losses": _draw_losses(intervals_by(tables["losses"], "removed"), name),
             "blocks": _draw_spread(tables["spread_by_block"], "after_block", "after block", name),
             "distances": _draw_spread(tables["spread_by_distance"], "distance", "tokens after the changed one", name),
         }
-        return Result(self.id, self.title, metrics, tables, figures, notes=notes)
 
-    def _losses_added(self, model: HookedModel, found: StudiedSink) -> dict[str, np.ndarray]:
-        """The loss of each sample with surgery minus that without, over the same predictions."""
-        prompts, names = found.prompts, found.names
+    def _losses_added(self, model: HookedModel, sink: StudiedSink) -> dict[str, np.ndarray]:
+        """The loss of each sample under each intervention minus that of the clean run, over the same predictions."""
+        prompts, names = sink.prompts, sink.names
         half = prompts.length // 2
-        places = [random_offsets(prompts.n, prompts.seed + draw, 1, half) for draw in range(1, self.config.draws + 1)]
+        positions = [
+            random_offsets(prompts.n, prompts.seed + draw, 1, half) for draw in range(1, self.config.draws + 1)
+        ]
 
         def loss(*interventions: Intervention) -> np.ndarray:
             losses = record(model, prompts, TOKEN_LOSSES, interventions=interventions)
             return losses[:, half:].double().mean(1).numpy()
 
         clean = loss()
-        hidden = [loss(mask_key(model, prompts, names, place)) for place in places]
+        masked = [loss(mask_key(model, prompts, names, position)) for position in positions]
         return {
             _MASKED: loss(mask_key(model, prompts, names)) - clean,
-            _MASKED_BESIDE: np.mean(hidden, axis=0) - clean,
+            _MASKED_BESIDE: np.mean(masked, axis=0) - clean,
             _ZEROED: loss(zero_value(model, prompts, names)) - clean,
-            _ZEROED_BESIDE: loss(zero_value(model, prompts, names, places[0])) - clean,
-            _MOVED: loss(redirect_attention(model, prompts, names, places[0])) - clean,
+            _ZEROED_BESIDE: loss(zero_value(model, prompts, names, positions[0])) - clean,
+            _MOVED: loss(redirect_attention(model, prompts, names, positions[0])) - clean,
         }
 
     def _spread(
-        self, model: HookedModel, found: StudiedSink
+        self, model: HookedModel, sink: StudiedSink
     ) -> dict[str, Float[np.ndarray, "sample layers_and_one later"]]:
-        """The relative change of the stream after the middle, where the token in the middle is another one."""
-        prompts = found.prompts.subset(slice(0, self.config.spread_samples))
+        """The relative change of the stream at positions after the middle when the token in the middle is replaced."""
+        prompts = sink.prompts.subset(slice(0, self.config.spread_samples))
         middle = prompts.length // 2
         pairs = _pairs(prompts, middle)
-        place = random_offsets(prompts.n, prompts.seed + 1, 1, middle).repeat_interleave(2)
-        hidden = {
+        position = random_offsets(prompts.n, prompts.seed + 1, 1, middle).repeat_interleave(2)
+        runs = {
             _CLEAN: [],
-            _MASKED: [mask_key(model, pairs, found.names)],
-            _MASKED_BESIDE: [mask_key(model, pairs, found.names, place)],
+            _MASKED: [mask_key(model, pairs, sink.names)],
+            _MASKED_BESIDE: [mask_key(model, pairs, sink.names, position)],
         }
         quantity = relative_change_after(middle)
-        # The rows of a pair must meet in one batch.
+        # Both rows of a pair must be in one batch.
         size = max(2, batch_size_for(model, pairs.length, with_logits=False) // 2 * 2)
         return {
-            name: record(model, pairs, quantity, size, interventions=change)[::2].double().numpy()
-            for name, change in hidden.items()
+            name: record(model, pairs, quantity, size, interventions=interventions)[::2].double().numpy()
+            for name, interventions in runs.items()
         }
 
 
@@ -194,51 +209,57 @@ def _times(ratio: Interval) -> str:
     return f"{ratio.value:.2f} [{ratio.low:.2f}, {ratio.high:.2f}] times"
 
 
-def _pairs(prompts: PromptSet, place: int) -> PromptSet:
+def _pairs(prompts: PromptSet, position: int) -> PromptSet:
     """Every row twice, the second time with another sample's token at one position."""
-    column = prompts.ids[:, place]
+    column = prompts.ids[:, position]
     ids = prompts.ids.repeat_interleave(2, dim=0)
-    ids[1::2, place] = column[row_of_another_token(column)]
-    description = {**prompts.description, "pairs_that_differ_at": place}
+    ids[1::2, position] = column[row_of_another_token(column)]
+    description = {**prompts.description, "pairs_that_differ_at": position}
     return replace(
         prompts, ids=ids, attention_mask=torch.ones_like(ids, dtype=torch.bool), description=description, overflow=None
     )
 
 
 def _relative_change(residual: Tensor, batch: Batch, start: int) -> Tensor:
-    """How much the second row of each pair differs from the first after position `start`, given to both rows."""
+    """The relative difference between the rows of each pair at the positions after `start`, repeated for both rows."""
     later = residual[:, start + 1 :].float()
     change = (later[1::2] - later[::2]).norm(dim=-1) / later[::2].norm(dim=-1)
     return change.repeat_interleave(2, dim=0)
 
 
 def relative_change_after(start: int) -> Quantity:
-    """[sample, layer + 1, later position]: `|x' - x| / |x|` of the stream, rows 2 i and 2 i + 1 making a pair."""
+    """Return the quantity `|x' - x| / |x|` of the stream, [sample, layer + 1, later position].
+
+    Rows 2 i and 2 i + 1 are a pair: the same prompt with another token at position `start`.
+
+    Args:
+        start: position of the replaced token.
+    """
     reduce = functools.partial(_relative_change, start=start)
     return Quantity(f"relative_change_after_{start}", ("resid",), reduce, "residual", by_row=False)
 
 
 def _table(spread: dict[str, dict[str, np.ndarray]], column: str) -> pd.DataFrame:
-    """The mean change in every run by block or distance, and over that with the sink where there is any.
+    """The mean change of every run by block or distance, and its ratio to the run with the sink where that is not 0.
 
-    `spread` holds one number per sample, by place and run.
+    `spread` holds one number per sample, by block or distance and by run.
     """
     import pandas as pd
 
     rows = []
-    for place, runs in spread.items():
+    for label, runs in spread.items():
         with_sink = runs[_CLEAN]
         for name, values in runs.items():
             measured = {_CHANGED: bootstrap(values)}
             if with_sink.any():
                 measured[_OVER] = ratio_interval(values, with_sink)
-            for what, interval in measured.items():
-                rows.append({"measured": what, "run": name, column: place, **interval.to_json()})
+            for quantity, interval in measured.items():
+                rows.append({"measured": quantity, "run": name, column: label, **interval.to_json()})
     return pd.DataFrame(rows)
 
 
 def _by_block(spread: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
-    """The mean over later positions; the embedding is left out, as nothing changes there."""
+    """The mean over later positions, after each block; the embeddings there do not change."""
     layers = next(iter(spread.values())).shape[1]
     return {
         str(layer - 1): {name: values[:, layer].mean(1) for name, values in spread.items()}
@@ -274,4 +295,4 @@ def _draw_spread(table: pd.DataFrame, column: str, x_label: str, model: str) -> 
     panels = {name: series_by(part, "run") for name, part in parts.items() if len(part)}
     title = f"{model}: how far a changed token reaches"
     labels = ["|x' - x| / |x|", "ratio"][: len(panels)]
-    return trajectories(panels, table[column].unique().tolist(), title, x_label, labels)
+    return trajectories(panels, table[column].astype(str).unique().tolist(), title, x_label, labels)

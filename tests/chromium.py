@@ -11,18 +11,14 @@ from typing import Any
 import pytest
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-NONE_FOUND = "no Chromium was found (chromium, chromium-browser or google-chrome): tests/browser was skipped"
+NONE_FOUND = "no Chromium was found (chromium, chromium-browser or google-chrome): tests in a browser were skipped"
 # A browser looks for its maker's servers by itself.
 QUIET = ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
 
 
-def pytest_terminal_summary(terminalreporter: Any) -> None:
-    if CHROMIUM is None:
-        terminalreporter.write_line(NONE_FOUND)
-
-
 @pytest.fixture(scope="session")
 def chromium() -> Iterator[Any]:
+    """One for the whole run: two of Playwright's loops do not fit into a process."""
     if CHROMIUM is None:
         pytest.skip(NONE_FOUND)
     from playwright.sync_api import sync_playwright
