@@ -171,7 +171,11 @@ def mitigations_table(runs: Sequence[Reproduction]) -> list[str]:
 
 
 def depth_tables(runs: Sequence[Reproduction]) -> list[str]:
-    """For each model the circuit depth, a row for each stage of P0's stream, and a row for each writer and eraser."""
+    """Make tables of each model's circuit depth, of the stages of P0's stream, and of their writers and erasers.
+
+    Args:
+        runs: one per model, with results of the experiment "depth".
+    """
     lines = []
     for run in runs:
         result = run.results["depth"]
