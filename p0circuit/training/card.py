@@ -1,4 +1,4 @@
-"""The card of a trained model, README.md beside its weights: what it is, how it was trained, how its sink developed."""
+"""The card of a trained model, README.md next to its weights: what it is, its training, and how its sink emerged."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def order_checkpoints(checkpoints: Sequence[int | str]) -> list[tuple[int | str,
 def tokens_seen(stored: StoredModel, step: int) -> int | None:
     """Return the number of tokens that a checkpoint has been trained on.
 
-    It is read from the checkpoint's name (OLMo, rounded), from the state that the Trainer saves beside the weights if
+    It is read from the checkpoint's name (OLMo, rounded), from the state that the Trainer saves next to the weights if
     it was set to count tokens, or from the `trace.csv` of the run, in this order.
 
     Args:
