@@ -19,8 +19,9 @@ import torch
 
 from benchmarks.memory import peak_mb
 from benchmarks.models import gpt2_shape
-from p0circuit.interventions.activation_patching import patch_components, patch_heads, patch_neurons
+from p0circuit.interventions.activation_patching import patch
 from p0circuit.interventions.metrics import loss, sink_score_of
+from p0circuit.interventions.nodes import nodes_of_kinds
 from p0circuit.interventions.pairs import PromptPair, shift_prompts
 from p0circuit.models import describe, forward
 from p0circuit.prompts import random_tokens
@@ -46,25 +47,24 @@ def measure(model: Any = None, rows: int = 2, length: int = 64, memory: bool = T
     forward(model, pair.shifted.ids)
 
     start = time.perf_counter()
-    grid = patch_components(model, pair, sink_score_of(layers), list(COMPONENTS))
+    grid = patch(model, pair, sink_score_of(layers), nodes_of_kinds(model, list(COMPONENTS)))
     ours = time.perf_counter() - start
 
     start = time.perf_counter()
     theirs_values = transformer_lens_grid(model, pair, layers)
     theirs = time.perf_counter() - start
 
-    table = grid.to_dataframe()
     differences = [
-        abs(patched - theirs_values[component][layer])
-        for component, layer, patched in zip(table["component"], table["layer"], table["patched"], strict=True)
+        abs(patched - theirs_values[node.kind][node.layer])
+        for node, patched in zip(grid.nodes, grid.patched.double().mean(1).tolist(), strict=True)
     ]
     return {
         "grid_speedup": theirs / ours,
         "grid_max_abs_diff": max(differences),
-        "grid_largest_effect": float(table["change"].abs().max()),
+        "grid_largest_effect": float(grid.effect.double().mean(1).abs().max()),
         "grid_seconds": ours,
         "transformer_lens_seconds": theirs,
-        "grid_cells": len(table),
+        "grid_cells": len(grid.nodes),
         "grid_metric": grid.metric,
         "grid_rows": rows,
         "grid_length": length,
@@ -114,12 +114,14 @@ def memory_table(model: Any, rows: int, length: int) -> list[dict[str, Any]]:
         whole = peak_mb(lambda pair=pair: forward(model, pair.clean.ids))
         sink = sink_score_of([1])
         grids = {
-            "components, layer 0": functools.partial(patch_components, model, pair, sink, layers=[0]),
-            "components, layers 0-1": functools.partial(patch_components, model, pair, sink, layers=[0, 1]),
-            "components, layer 0, loss": functools.partial(patch_components, model, pair, loss(), layers=[0]),
+            "components, layer 0": functools.partial(patch, model, pair, sink, "components", layers=[0]),
+            "components, layers 0-1": functools.partial(patch, model, pair, sink, "components", layers=[0, 1]),
+            "components, layer 0, loss": functools.partial(patch, model, pair, loss(), "components", layers=[0]),
             "TransformerLens: components, layer 0": lambda pair=pair: transformer_lens_grid(model, pair, [1], 1),
-            "heads, layer 0": functools.partial(patch_heads, model, pair, sink, layers=[0]),
-            "16 neurons, layer 0": functools.partial(patch_neurons, model, pair, sink, layers=[0], neurons=range(16)),
+            "heads, layer 0": functools.partial(patch, model, pair, sink, layers=[0]),
+            "16 neurons, layer 0": functools.partial(
+                patch, model, pair, sink, [f"neuron.0.{number}" for number in range(16)]
+            ),
         }
         for name, grid in grids.items():
             peak = peak_mb(grid)

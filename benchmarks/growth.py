@@ -21,7 +21,7 @@ from benchmarks.activation_patching import SHIFT
 from benchmarks.memory import peak_mb
 from benchmarks.models import gpt2_shape
 from benchmarks.tables import write_between
-from p0circuit.interventions.activation_patching import patch_components, patch_neurons
+from p0circuit.interventions.activation_patching import patch
 from p0circuit.interventions.closed_form import key_edges
 from p0circuit.interventions.metrics import sink_score_of
 from p0circuit.interventions.nodes import components
@@ -72,10 +72,10 @@ def _measure(shape: Shape, neurons: int) -> dict[str, dict[str, float]]:
     ids = torch.arange(info.vocab_size)
     ways: dict[str, tuple[int, Callable[[], Any]]] = {
         "one forward": (1, lambda: forward(model, pair.clean.ids)),
-        "grid of components": (5 * shape.layers, lambda: patch_components(model, pair, metric)),
+        "grid of components": (5 * shape.layers, lambda: patch(model, pair, metric, "components")),
         "single neurons of one MLP": (
             neurons,
-            lambda: patch_neurons(model, pair, metric, layers=[0], neurons=range(neurons)),
+            lambda: patch(model, pair, metric, [f"neuron.0.{number}" for number in range(neurons)]),
         ),
         "closed form": (
             len(senders) * (shape.layers - 2) * info.n_heads,

@@ -1,8 +1,8 @@
 """Path patching and the edge search, beside the usual way: one edge after the other, in passes of its own.
 
-*General path patching* (`path_patch`): senders of blocks 0 and 1 into Q of a head, V of a key/value head and the MLP of
-two blocks in the middle, once for a sink metric and once for the loss. *Edge search* (`search_edges`): all single heads
-and MLPs into Q, K, V and MLPs of all blocks, for the edges with 5 % of the effect of P0's whole stream.
+*General path patching* (`patch_edges`): senders of blocks 0 and 1 into Q of a head, V of a key/value head and the MLP
+of two blocks in the middle, once for a sink metric and once for the loss. *Edge search* (`search_edges`): all single
+heads and MLPs into Q, K, V and MLPs of all blocks, for the edges with 5 % of the effect of P0's whole stream.
 
 The usual way sends with everything between sender and receiver frozen, keeps the receiver's input, and runs again with
 it; both passes stop where they can. It is timed on edges drawn at random and multiplied up; on these the results are
@@ -25,7 +25,8 @@ from p0circuit.interventions.edge_search import search_edges
 from p0circuit.interventions.metrics import Metric, loss, measure as measure_metric, sink_score_of
 from p0circuit.interventions.nodes import Node, components
 from p0circuit.interventions.pairs import PromptPair, patch_values, shift_prompts
-from p0circuit.interventions.path_patching import Receiver, path_patch
+from p0circuit.interventions.path_patching import patch_edges
+from p0circuit.interventions.receivers import Receiver
 from p0circuit.models import describe, forward
 from p0circuit.models.hooks import hooked
 from p0circuit.models.passes import count_passes
@@ -67,7 +68,7 @@ def general(model: Any, prompts: PromptSet, pair: PromptPair, edges: int) -> dic
     found: dict[str, Any] = {}
     for label, metric in (("sink", sink_score_of([min(middle + 2, info.n_layers - 1)])), ("loss", loss())):
         start = time.perf_counter()
-        result = path_patch(model, prompts, senders, receivers, values, metric)
+        result = patch_edges(model, prompts, senders, receivers, values, metric)
         ours = time.perf_counter() - start
         every = list(range(len(result.edges)))
         drawn = torch.randperm(len(every), generator=torch.Generator().manual_seed(0))[:edges].tolist()

@@ -124,16 +124,16 @@ _LINES: tuple[tuple[str, str, str, str], ...] = (
      "vocab_sweep_over_matmul", "vocab_sweep_relative_difference"),
     ("the same, over full prompts of {length} tokens", "{:.0f} times faster",
      "vocab_sweep_speedup_over_full_prompts", ""),
-    ("{path_sink_edges} edges into Q, V and MLPs, sink metric: `path_patch`, over one edge at a time",
+    ("{path_sink_edges} edges into Q, V and MLPs, sink metric: `patch_edges`, over one edge at a time",
      "{:.1f} times faster", "path_sink_speedup", "path_sink_max_abs_diff"),
-    ("{path_loss_edges} edges into Q, V and MLPs, loss: `path_patch`, over one edge at a time", "{:.1f} times faster",
+    ("{path_loss_edges} edges into Q, V and MLPs, loss: `patch_edges`, over one edge at a time", "{:.1f} times faster",
      "path_loss_speedup", "path_loss_max_abs_diff"),
     ("`search_edges` among {search_edges:,} edges ({search_found} reach 5 %; {search_beyond_the_budget} weaker "
      "estimates beyond the budget), over one edge at a time", "{:,.0f} times faster",
      "search_speedup", "search_max_abs_diff"),
     ("the same in passes ({search_passes:.0f}), over one pass per edge", "{:,.0f} times fewer", "search_fewer_passes",
      ""),
-    ("{direct_path_edges} edges into Q, K and V of heads: `path_patch`, over TransformerLens {transformer_lens}'s "
+    ("{direct_path_edges} edges into Q, K and V of heads: `patch_edges`, over TransformerLens {transformer_lens}'s "
      "`get_act_patch_direct_path`", "{:.1f} times faster", "direct_path_speedup", "direct_path_max_abs_diff"),
 )  # fmt: skip
 

@@ -1,9 +1,9 @@
-"""Direct path patching of TransformerLens 4, one pass per edge, beside `path_patch`: same model, same edges, one run.
+"""Direct path patching of TransformerLens 4, one pass per edge, beside `patch_edges`: same model, same edges, one run.
 
 TransformerLens adds the change of a head's write to a later head's own input, at every position; the caches given to it
-here differ at P0 only, so the edges are those of `path_patch`. It reaches Q, K and V of heads, where these have keys of
-their own; MLPs as receivers, and K and V under grouped-query attention, it does not. Both sides measure the mean sink
-score of the last block. This module runs on TransformerLens 4 only (`make .venv-tl4/.dev`).
+here differ at P0 only, so the edges are those of `patch_edges`. It reaches Q, K and V of heads, where these have keys
+of their own; MLPs as receivers, and K and V under grouped-query attention, it does not. Both sides measure the mean
+sink score of the last block. This module runs on TransformerLens 4 only (`make .venv-tl4/.dev`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from p0circuit.interventions.metrics import sink_score_of
 from p0circuit.interventions.nodes import Node
 from p0circuit.interventions.pairs import patch_values, shift_prompts
-from p0circuit.interventions.path_patching import path_patch
+from p0circuit.interventions.path_patching import patch_edges
 from p0circuit.models import describe, forward
 from p0circuit.models.bridge import to_bridge
 from p0circuit.prompts import PromptSet, random_tokens
@@ -70,7 +70,7 @@ def measure(model: Any = None, rows: int = 2, length: int = 64, layers_after: in
     forward(model, prompts.ids)
 
     start = time.perf_counter()
-    result = path_patch(model, prompts, [source], receivers, values, sink_score_of([last]))
+    result = patch_edges(model, prompts, [source], receivers, values, sink_score_of([last]))
     ours = time.perf_counter() - start
 
     start = time.perf_counter()

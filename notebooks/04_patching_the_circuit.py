@@ -176,15 +176,15 @@ page.show(pd.DataFrame(rows, columns=["component", "noising: change", "denoising
 
 # %% tags=["cover"]
 from p0circuit.figures.maps import effect_maps
-from p0circuit.interventions.activation_patching import patch_components
+from p0circuit.interventions.activation_patching import patch
 from p0circuit.interventions.metrics import sink_score_of
 
 metric = sink_score_of([(layer, head)])
-kinds = ("attn", "mlp")
+nodes = [f"{kind}.{block}" for block in range(layer) for kind in ("attn", "mlp")]
 panels, largest = {}, 0.0
 for direction, by_hand in (("noising", noising), ("denoising", denoising)):
-    grid = patch_components(lm, pair, metric, kinds, range(layer), direction=direction)
-    effect = (grid.patched - grid.base).mean(1)
+    grid = patch(lm, pair, metric, nodes, direction)
+    effect = grid.effect.mean(1)
     for node, value in zip(grid.nodes, effect.tolist(), strict=True):
         largest = max(largest, abs(value - by_hand[node.hook]))
     table = pd.DataFrame(
@@ -279,14 +279,11 @@ print(f"effect of the whole component (section 2): {noising[sender]:+.4f}")
 # the same edge, and on all other edges into Q, K and V of this head:
 
 # %%
-from p0circuit.interventions.nodes import components as all_components
-from p0circuit.interventions.pairs import patch_values
 from p0circuit.interventions.path_patching import path_patch
 
-senders = all_components(lm, range(layer))  # embed, attn.0, mlp.0, …
-values = patch_values(lm, pair, senders)  # what each computes when the token is not first
+# The senders are embed, attn.0, mlp.0, … of all blocks before the receivers.
 receivers = [f"attn.{layer}.{head}.{part}" for part in "qkv"]
-edges = path_patch(lm, pair.clean, senders, receivers, values, metric)
+edges = path_patch(lm, pair, metric, receivers)
 table = edges.to_dataframe()
 package = table.set_index(["sender", "receiver"])["effect"]["mlp.1", f"attn.{layer}.{head}.k"]
 print(f"mlp.1 into K: by hand {edge_by_hand:+.6f}, package {package:+.6f}")
@@ -305,6 +302,7 @@ page.show(table.head(8))
 
 # %%
 from p0circuit.course.checks import check_edge
+from p0circuit.interventions.pairs import patch_values
 
 other = sink.heads[-1]
 edge_sender = f"mlp.{other[0] - 2}"
@@ -312,6 +310,7 @@ print(f"the edge from {edge_sender} into K of head {other[0]}.{other[1]}")
 
 my_effect = None
 
+values = patch_values(lm, pair, [edge_sender])
 check_edge(my_effect, lm, pair.clean, values, edge_sender, other)
 
 # %% [markdown]
@@ -404,21 +403,23 @@ check_closed_form(my_closed_form)
 #
 # </details>
 #
-# On our edge: the new key was read in step 2, and everything else is in the clean cache. `other_keys` and
+# On our edge: the new key was read in step 2, and everything else is in the clean cache. `log_partition` and
 # `attention_from_score` are the package's answer to the exercise.
 
 # %%
-from p0circuit.interventions.closed_form import attention_from_score, other_keys
+from p0circuit.interventions.closed_form import attention_from_score, log_partition
 
 # Scores are [prompt, query, key], and already divided by the root of d.
 scores_of_head = clean_cache[f"blocks.{layer}.attn.hook_attn_scores"][:, [head]]
 query = clean_cache[query_hook(lm, layer)][:, :, head]  # [prompt, query, d_head]
 old_key = clean_cache[key][:, 0, head]
 
-s, z = scores_of_head[..., 0], other_keys(scores_of_head, pair.clean.p0)  # [prompt, 1, query]
-moved = torch.einsum("bqd,bd->bq", query, receiver_input["key"] - old_key) / math.sqrt(
-    lm.cfg.d_head
-)
+s, z = (
+    scores_of_head[..., 0],
+    log_partition(scores_of_head, pair.clean.p0),
+)  # [prompt, 1, query]
+change_of_key = receiver_input["key"] - old_key
+moved = torch.einsum("bqd,bd->bq", query, change_of_key) / math.sqrt(lm.cfg.d_head)
 all_see_p0 = torch.ones_like(s, dtype=torch.bool)
 closed_clean, closed_patched = (
     attention_from_score(one, z, all_see_p0).mean() for one in (s, s + moved[:, None])
@@ -433,7 +434,8 @@ print(f"effect of the edge: closed form {edge_closed:+.6f}, hooks {edge_by_hand:
 
 # %%
 from p0circuit.figures.style import new_figure
-from p0circuit.interventions.path_patching import edges_into_keys
+from p0circuit.interventions.nodes import components as all_components
+from p0circuit.interventions.own_scores import edges_into_keys
 
 with_heads = all_components(lm, range(layer), heads=True)
 new_values = patch_values(lm, pair, with_heads)

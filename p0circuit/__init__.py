@@ -6,6 +6,8 @@ Example:
     model = p0.load_model("p0-nano")
     prompts = p0.natural_text(model, "english", n=64)
     scores = p0.record(model, prompts, p0.SINK_SCORE)  # [sample, layer, head]
+    pair = p0.shifted_pair(model, prompts, shift=8)
+    grid = p0.patch(model, pair, p0.sink_score_of(p0.sink_heads(scores)), nodes="heads")
     result = p0.CausalPath().run(model, prompts)
 
 Names are imported when first used: `import p0circuit` alone loads neither torch nor TransformerLens. Editors and type
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
     from p0circuit.sink import direction_cosines, norm_ratio, sink_heads, sink_rate, sink_score
 
     # Interventions and patching
+    from p0circuit.interventions import CircuitGraph, PatchGrid, PathEffects, patch, path_patch
     from p0circuit.interventions.ablation import ablate, replace_direction, replace_norm
     from p0circuit.interventions.attention_edits import attend_to_self_only, mask_key, redirect_attention, zero_value
     from p0circuit.interventions.intervention import Intervention
@@ -103,6 +106,7 @@ _MODULES = {
     "recording.record": ("Recording", "record"),
     "sink": ("direction_cosines", "norm_ratio", "sink_heads", "sink_rate", "sink_score"),
     # Interventions and patching
+    "interventions": ("CircuitGraph", "PatchGrid", "PathEffects", "patch", "path_patch"),
     "interventions.ablation": ("ablate", "replace_direction", "replace_norm"),
     "interventions.attention_edits": ("attend_to_self_only", "mask_key", "redirect_attention", "zero_value"),
     "interventions.intervention": ("Intervention",),
@@ -176,6 +180,11 @@ __all__ = [
     "sink_rate",
     "sink_score",
     # Interventions and patching
+    "CircuitGraph",
+    "PatchGrid",
+    "PathEffects",
+    "patch",
+    "path_patch",
     "ablate",
     "replace_direction",
     "replace_norm",

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,16 +25,46 @@ metric  = p0.sink_score_of(p0.sink_heads(scores))
 with p0.ablate(model, prompts, ["mlp.0", "attn.1.3"], to="resample"):
     ablated = p0.record(model, prompts, p0.SINK_SCORE)
 pair    = p0.shifted_pair(model, prompts, shift=8)
+grid    = p0.patch(model, pair, metric, nodes="heads")
+edges   = p0.path_patch(model, pair, metric, receivers=["attn.3.k", "mlp.1"])
+graph   = edges.circuit(threshold=0.05)
+grid.plot(); edges.plot(); graph.plot()
+result  = p0.CausalPath().run(model, prompts)
+print(result.judgement.verdict, result.metrics)
+p0.reproduce("p0-nano", claims=["C1", "C7"], out="out")
 """
 
 
-def test_the_script_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    names: dict[str, object] = {}
-    exec(compile(SCRIPT, "face.py", "exec"), names)
+def run(script: str) -> dict[str, Any]:
+    names: dict[str, Any] = {}
+    exec(compile(script, "face.py", "exec"), names)
+    return names
+
+
+def test_the_script_runs_up_to_the_claims(capsys: pytest.CaptureFixture[str]) -> None:
+    names = run(SCRIPT.partition("result ")[0])
     scores, ablated = names["scores"], names["ablated"]
-    assert scores.shape == ablated.shape == (8, 4, 4) and (scores - ablated).abs().max() > 0.01  # pyright: ignore
+    assert scores.shape == ablated.shape == (8, 4, 4) and (scores - ablated).abs().max() > 0.01
+    # Noising the later heads, and the edges from the first MLPs into the sink heads' keys, takes of the sink.
+    grid, edges, graph = names["grid"], names["edges"], names["graph"]
+    assert grid.effect.shape == (16, 8) and float(grid.relative_effect.mean(1).max()) > 0.05
+    for effects in (grid, edges, graph):
+        assert {"effect", "low", "high", "n"} <= {*effects.to_dataframe().columns}
+        assert len(effects.interval()) == len(effects.effect) and effects.relative_effect.shape == effects.effect.shape
+    assert edges.closed_form and {*graph.edges} <= {*edges.edges} and "attn.3" in graph.graph
     # As a library the package writes nothing.
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.slow
+def test_the_script_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = run(SCRIPT)
+    claims = json.loads((tmp_path / "out" / "p0-nano" / "claims.json").read_text())
+    assert [entry["id"] for entry in claims] == ["C1", "C7"]
+    # Nothing but what the script prints.
+    output = capsys.readouterr()
+    assert output.err == "" and output.out.startswith(f"{names['result'].judgement.verdict} {{")
 
 
 def test_no_name_in_the_script_is_of_an_unknown_type(tmp_path: Path) -> None:
@@ -49,6 +80,8 @@ def test_no_name_in_the_script_is_of_an_unknown_type(tmp_path: Path) -> None:
         "extraPaths": [str(ROOT)],
         "typeCheckingMode": "standard",
         **{f"reportUnknown{kind}Type": "error" for kind in unknown},
+        # The judgement of an experiment without a claim is None.
+        "reportOptionalMemberAccess": "none",
     }
     (tmp_path / "pyrightconfig.json").write_text(json.dumps(config))
     command = [pyright, "--outputjson", "--pythonpath", sys.executable, "--project", str(tmp_path)]

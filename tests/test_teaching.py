@@ -19,8 +19,9 @@ from p0circuit.experiments.base import NotApplicable
 from p0circuit.figures.maps import heat_maps
 from p0circuit.interventions.ablation import ablate
 from p0circuit.interventions.metrics import measure, sink_score_of
+from p0circuit.interventions.own_scores import edges_into_keys
 from p0circuit.interventions.pairs import patch_values, shift_prompts
-from p0circuit.interventions.path_patching import edges_into_keys, path_patch
+from p0circuit.interventions.path_patching import patch_edges
 from p0circuit.models import load_model
 from p0circuit.models.vocabulary import sampleable_vocabulary
 from p0circuit.report.contents import find_reproductions
@@ -272,7 +273,7 @@ def test_the_edge_checker_knows_the_neighbours_of_the_right_answer(
     clean = float(measure(model, prompts, metric).mean())
     with ablate(model, prompts, [sender], values):
         followed = float(measure(model, prompts, metric).mean()) - clean
-    through = path_patch(model, prompts, [sender], [f"attn.{layer}.{head[1]}.k"], values, metric, through="mlps")
+    through = patch_edges(model, prompts, [sender], [f"attn.{layer}.{head[1]}.k"], values, metric, through="mlps")
     assert abs(right) < abs(followed) / 5
     tried = [
         (right, "✓"),

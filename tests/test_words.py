@@ -29,19 +29,6 @@ REJECTED = {
 WORDS = {"told", "heard", "lent", "lenders", "beginner", "remedies", "courses", "drawable", "readable", "behind"}
 """Compared with each word of a name, as in `told_by`."""
 
-# Names that are still to be replaced, by file. The list may only become shorter.
-ALLOWED_YET: dict[str, str] = {
-    "interventions/activation_patching.py": "behind chosen drawn found mix place slots some whole",
-    "interventions/attribution.py": "drawn found screen some whole",
-    "interventions/batched_runs.py": "changed found slots",
-    "interventions/circuit.py": "kept",
-    "interventions/closed_form.py": "chosen kept slots some",
-    "interventions/edge_search.py": "_Screen changed chosen drawn few place screen slots some whole",
-    "interventions/path_patching.py": "_hear _tell changed chosen found heard news place slots some told",
-    "interventions/receiver_inputs.py": "changed place slots some",
-    "interventions/vocabulary.py": "place some",
-}
-
 
 def bound_names(tree: ast.AST) -> Iterator[str]:
     """Every name that a module binds, and every attribute that it sets."""
@@ -86,5 +73,4 @@ def test_names_are_seen_where_they_are_bound() -> None:
 
 def test_names_of_the_package_are_the_fields_nouns() -> None:
     rejected = set().union(*(rejected_names(path) for path in sorted(PACKAGE.rglob("*.py"))))
-    allowed = {(file, name) for file, names in ALLOWED_YET.items() for name in names.split()}
-    assert sorted(rejected - allowed) == []
+    assert sorted(rejected) == []

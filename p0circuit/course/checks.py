@@ -421,13 +421,14 @@ def check_edge(
     """
     from p0circuit.interventions.ablation import ablate
     from p0circuit.interventions.metrics import measure, sink_score_of
-    from p0circuit.interventions.path_patching import edges_into_keys, path_patch
+    from p0circuit.interventions.own_scores import edges_into_keys
+    from p0circuit.interventions.path_patching import patch_edges
 
     layer, number = head
     node, metric = Node.parse(sender), sink_score_of([head])
 
     def effect(through: Literal["direct", "mlps"]) -> float:
-        edge = path_patch(model, prompts, [node], [f"attn.{layer}.{number}.k"], values, metric, through=through)
+        edge = patch_edges(model, prompts, [node], [f"attn.{layer}.{number}.k"], values, metric, through=through)
         return float(edge.effect.mean())
 
     clean = float(measure(model, prompts, metric).mean())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
@@ -24,6 +25,7 @@ from p0circuit.prompts import PromptSet
 from p0circuit.recording.cache_reads import note_cache_reads
 from p0circuit.recording.memory import remember_rows
 from p0circuit.results import Result
+from p0circuit.sink import CIRCUIT_BLOCKS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -76,6 +78,14 @@ class Experiment(ABC, Generic[Config]):
             config: its settings; the defaults of `config_type` if None.
         """
         self.config = self.config_type() if config is None else config
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """The blocks that the circuit is said to be in; those of the paper unless the configuration has a field for it.
+
+        The claims are about the paper's blocks, so there is no verdict for others.
+        """
+        return getattr(self.config, "blocks", CIRCUIT_BLOCKS)
 
     @abstractmethod
     def passes(self, model: HookedModel, prompts: PromptSet) -> float:
@@ -142,9 +152,12 @@ class Experiment(ABC, Generic[Config]):
         report_progress(f"{self.id}: about {declared:.1f} passes over {prompts.n} prompts")
         with remember_rows(), count_passes() as count, note_cache_reads() as reads:
             result = self.measure(model, prompts)
-        if self.claim is not None:
+        if self.claim is not None and self.blocks == CIRCUIT_BLOCKS:
             result.claim = self.claim.to_json()
             result.judgement = self.claim.judge(result.metrics)
+        elif self.claim is not None:
+            where = block_names(CIRCUIT_BLOCKS)
+            result.notes.append(f"{self.claim.id} is about {where}, and this is {block_names(self.blocks)}: no verdict")
         if reads.cached:
             report_progress(
                 f"{self.id}: {len(reads.cached)} of {len(reads.cached | reads.computed)} recordings read from the cache"
@@ -170,6 +183,18 @@ class Experiment(ABC, Generic[Config]):
 def second_half(prompts: PromptSet) -> int:
     """Return the number of prompts that are measured on; sink heads are chosen on the others (`PromptSet.split`)."""
     return prompts.n - round(prompts.n / 2)
+
+
+def block_names(blocks: Sequence[int]) -> str:
+    """Name blocks in words, as in "block 0", "blocks 0 and 1" and "blocks 0 to 4".
+
+    Args:
+        blocks: consecutive blocks, in order.
+    """
+    first, last = blocks[0], blocks[-1]
+    if first == last:
+        return f"block {first}"
+    return f"blocks {first} {'and' if last == first + 1 else 'to'} {last}"
 
 
 def is_large(info: ModelInfo) -> bool:

@@ -44,6 +44,7 @@ class Criterion:
         return getattr(measured[self.metric], self.at)
 
     def holds(self, measured: Mapping[str, Interval]) -> bool:
+        """Return whether the measured values meet the criterion."""
         return _COMPARE[self.op](self.compared(measured), self.threshold)
 
     def __str__(self) -> str:

@@ -52,6 +52,7 @@ class SinkCondition:
     summary: str
 
     def to_json(self) -> dict[str, Any]:
+        """Return it as it stands in the manifest."""
         return {
             "name": self.name,
             "excess": {name: interval.to_json() for name, interval in self.excess.items()},

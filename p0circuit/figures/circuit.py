@@ -3,31 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     import networkx as nx
     from matplotlib.figure import Figure
-from p0circuit.figures.style import BLUE, COLUMN, GREY, ORANGE, new_figure, styled
+from p0circuit.figures.style import BLUE, COLUMN, GREY, ORANGE, add_title, new_figure, styled
 
 
 @styled
-def draw_circuit(graph: nx.DiGraph, ends: Collection[str], title: str) -> Figure:
-    """Draw a circuit of components, with the embedding at the bottom and the sink heads at the top.
-
-    The width of an edge is the size of its effect. Patching a blue edge lowers the sink; patching an orange one raises
-    it.
+def draw_circuit(
+    graph: nx.DiGraph,
+    ends: Collection[str],
+    title: str,
+    value_label: str = "change of the sink heads' score when the edge is patched",
+    sign_of_carriers: Literal[-1, 1] = -1,
+) -> Figure:
+    """Draw a circuit of components, the embedding at the bottom and the ends on top.
 
     Args:
-        graph: nodes are names of components; edges have `effect` (change of the sink score) and `inputs` (node names).
-        ends: names of the sink heads.
+        graph: directed graph whose edges have the attributes `effect` and `inputs`, as of `circuit_graph`.
+        ends: components that the circuit leads to; they are filled.
         title: title of the figure.
+        value_label: what the numbers at the edges are.
+        sign_of_carriers: sign of the effect of an edge that carries the sink: -1 for changes of the score, 1 for shares
+            of the difference between two runs. Such edges are blue, others orange. Widths are sizes of effects.
     """
-    names = sorted(graph.nodes, key=_layout_key)
+    names = sorted(graph.nodes, key=_order)
     rows: dict[tuple[int, int], list[str]] = {}
     for name in names:
-        rows.setdefault(_layout_key(name)[:2], []).append(name)
-    widest = max(map(len, rows.values()))
+        rows.setdefault(_order(name)[:2], []).append(name)
+    widest = max(map(len, rows.values()), default=1)
     figure, axes = new_figure(max(COLUMN, 0.9 * widest + 0.9), 0.8 * len(rows) + 0.8)
     axis = axes[0, 0]
     at = {
@@ -40,19 +46,19 @@ def draw_circuit(graph: nx.DiGraph, ends: Collection[str], title: str) -> Figure
         sorted(graph.edges(data=True), key=lambda edge: abs(edge[2]["effect"]))
     ):
         size = abs(data["effect"]) / strongest
-        # An edge over more than one row is bent around the widest row between, to alternating sides. The middle of an
-        # arc is rad * height / 2 away from the straight line.
+        # Edges over more than one row are bent past the widest row between, to alternating sides: the middle of an
+        # arc lies rad * height / 2 from the straight line.
         low, high = at[start][1], at[end][1]
         between = [len(row) for height, row in enumerate(rows.values()) if low < height < high]
-        offset = ((max(between) - 1) / 2 + 0.75) * (-1) ** number if between else 0.0
-        bend = 2 * offset / (high - low)
+        distance = ((max(between) - 1) / 2 + 0.75) * (-1) ** number if between else 0.0
+        bend = 2 * distance / (high - low)
         axis.annotate(
             "",
             at[end],
             at[start],
             arrowprops={
                 "arrowstyle": "-|>",
-                "color": BLUE if data["effect"] < 0 else ORANGE,
+                "color": BLUE if data["effect"] * sign_of_carriers > 0 else ORANGE,
                 "linewidth": 0.6 + 3.4 * size,
                 "shrinkA": 12,
                 "shrinkB": 13,
@@ -65,7 +71,7 @@ def draw_circuit(graph: nx.DiGraph, ends: Collection[str], title: str) -> Figure
         label = f"{inputs} {data['effect']:+.2f}".strip()
         axis.annotate(
             label,
-            (middle[0] + offset, middle[1]),
+            (middle[0] + distance, middle[1]),
             fontsize=6.5,
             ha="center",
             va="center",
@@ -85,14 +91,14 @@ def draw_circuit(graph: nx.DiGraph, ends: Collection[str], title: str) -> Figure
     half = (widest - 1) / 2 + 1.1
     axis.set(xlim=(-half, half), ylim=(-0.9, len(rows) - 0.6), aspect="equal")
     axis.axis("off")
-    note = "numbers: change of the sink heads' score when the edge is patched\nblue: the edge carries the sink"
+    note = f"numbers: {value_label}\nblue: the edge carries the sink"
     axis.text(0, -0.75, note, ha="center", va="center", fontsize=6.5, color=GREY)
-    figure.suptitle(title, fontsize=9.5)
+    add_title(figure, title)
     return figure
 
 
-def _layout_key(name: str) -> tuple[int, int, int]:
-    """Return the sort key of a component: layer, attention before MLP, index. A set of heads of many layers is last."""
+def _order(name: str) -> tuple[int, int, int]:
+    """Order in which components are drawn: layer, attention before MLP, index; a set of heads of many layers on top."""
     part, *numbers = name.split(".")
     if part == "embed":
         return -1, 0, 0

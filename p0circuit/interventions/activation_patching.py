@@ -1,22 +1,22 @@
-"""Activation patching: put what a component computes in one run into another run, and see what becomes of a metric.
+"""Activation patching: put the output of a node in one run into another run, and measure the change of a metric.
 
 The two runs are those of a `PromptPair`. *Noising* puts values of the shifted run into the clean one, at P0: does the
-sink go (is the component necessary)? *Denoising* puts values of the clean run into the shifted one, at the position m
-of the same token: does a sink appear there (is it sufficient)? A grid has one `Patch` per cell and runs like this:
+sink disappear (is the node necessary)? *Denoising* puts values of the clean run into the shifted one, at the position
+of the same token: does a sink appear there (is the node sufficient)? A grid has one `Patch` for each cell:
 
-1. Walk the base run (the one patched into) from block to block. Keep only the residual stream before the current
-   block, and what the metric has read so far.
-2. Before each block branch off: copies of the stream, one for each patch, stand side by side in the batch. Each takes
-   its own patch, runs on, and stops at the last thing the metric reads. What the metric reads below that block is what
-   it read in the base run.
-3. A patch behind the attention of its block does not branch off there, since in this block nothing changes but its own
-   position. The rest of the block is worked out for that one token, for all such patches together, and what comes out
-   is a patch of the stream before the next block.
-4. A row keeps its base value where a patch puts in what was there already, bit for bit, or acts where the metric has
-   read all it reads. Batches of another shape may round otherwise, and nothing changed must mean that nothing changed.
+1. Run the base run (the one that is patched) block by block. Only the residual stream before the current block and
+   what the metric has read so far are in memory.
+2. Before each block, make a batch of copies of the stream, one for each patch of this block. Each copy takes its own
+   patch and runs on until the last reading of the metric. What the metric reads in earlier blocks is that of the base
+   run.
+3. A patch after the attention of its block does not need a copy in this block, where it changes its own position only.
+   The rest of the block is computed for that one token, for all such patches together. The result is a patch of the
+   stream before the next block.
+4. A prompt keeps its base value, bit for bit, if a patch equals what it replaces or acts after all readings of the
+   metric. Batches of another shape may round differently, and a patch that changes nothing must have no effect.
 
 A pass is thus as short as patch and metric allow. At P0 it cannot be made narrower: nothing comes before P0, but every
-later position attends to it. (What stays within P0's own stream needs one row only: `closed_form`.)
+later position attends to it. (What stays within P0's own stream needs rows of one token only: `closed_form`.)
 
 Source: Meng et al. 2022 (arXiv 2202.05262); names and pitfalls, Zhang and Nanda 2024 (arXiv 2309.16042).
 """
@@ -28,29 +28,26 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from p0circuit.hooked_model import HookedModel
-from p0circuit.interventions.batched_runs import by_slot, measure_slots, repeated
+from p0circuit.interventions.batched_runs import by_variant, measure_variants, repeated
+from p0circuit.interventions.effects import NodeEffects
 from p0circuit.interventions.metrics import Complete, Metric, Rows, batches, measure, read_logits, reading_hooks
-from p0circuit.interventions.nodes import InterventionError, Node, nodes_of
+from p0circuit.interventions.nodes import COMPONENTS, InterventionError, Kind, Node, has_node, nodes_of, nodes_of_kinds
 from p0circuit.interventions.pairs import PromptPair, values_at
-from p0circuit.models import ModelError, describe, forward, resume
-from p0circuit.models.hooks import Hook, hook_point
+from p0circuit.models import describe, forward, resume
+from p0circuit.models.hooks import Hook
 from p0circuit.prompts import PromptSet
 from p0circuit.recording.batch_size import batch_size_for
-from p0circuit.stats import LEVEL, RESAMPLES, Interval
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 Direction = Literal["noising", "denoising"]
-Component = Literal["embed", "resid_pre", "attn", "resid_mid", "mlp", "resid_post"]
+NodeGroup = Literal["heads", "components", "neurons"]
+_KINDS: dict[NodeGroup, tuple[Kind, ...]] = {"heads": ("head",), "components": COMPONENTS, "neurons": ("neuron",)}
 
 # What a block computes before it mixes positions; of what comes later a patch changes one position only.
 _BEFORE_MIXING = {
@@ -69,19 +66,28 @@ _SMALL = 2_000_000
 
 @dataclass(frozen=True, eq=False)
 class Patch:
-    """One cell of a grid: what to put at a node, `offset` positions after the place (P0, or m in the shifted run).
+    """One cell of a grid: a value to put in the place of the output of a node.
 
-    With several offsets the patch acts at all of them at once, and its value has an axis for them after the batch.
+    Attributes:
+        node: the node.
+        value: the new output, one per prompt; with several offsets, it has an axis for them after the batch.
+        offset: where the patch acts, in tokens after P0 (after the same token, in the shifted run); at several offsets
+            at once if it is a tuple.
     """
 
     node: Node
     value: Float[Tensor, "batch *offset_and_value"]
     offset: int | tuple[int, ...] = 0
 
-    def index(self, rows: Rows, slot: int = 0) -> tuple[Any, ...]:
-        """Where this patch acts in an activation that holds copies of `rows` side by side, in copy number `slot`."""
+    def index(self, rows: Rows, variant: int = 0) -> tuple[Any, ...]:
+        """Index the outputs that this patch replaces, in an activation of several variants of the same prompts.
+
+        Args:
+            rows: the prompts of one variant.
+            variant: number of the variant that the patch acts on.
+        """
         numbers, positions = rows.at(self.offset)
-        return (numbers + slot * len(rows.ids), positions, *([] if self.node.index is None else [self.node.index]))
+        return (numbers + variant * len(rows.ids), positions, *([] if self.node.index is None else [self.node.index]))
 
 
 Patches = Mapping[int, Patch]
@@ -89,91 +95,108 @@ Patches = Mapping[int, Patch]
 
 
 @dataclass(frozen=True, eq=False)
-class PatchGrid:
-    """What became of the metric, per patch and row.
+class PatchGrid(NodeEffects):
+    """The metric with single patches, and that of both runs.
 
     Attributes:
-        nodes, offsets: the axis of patches: where each of them acted.
-        patched: the metric of each row with each patch.
-        base: the metric of each row of the run patched into.
-        source: the same of the other run, where the values come from.
+        metric: name of the metric.
+        direction: which run was patched: the clean one (noising) or the shifted one (denoising).
+        nodes: the patched node of each patch.
+        offsets: position of each patch, in tokens after P0 (after the same token, in the shifted run).
+        patched: metric with one patch.
+        base: metric of the run that is patched.
+        source: metric of the run that the values come from.
     """
 
     metric: str
     direction: Direction
     nodes: tuple[Node, ...]
     offsets: tuple[int | tuple[int, ...], ...]
-    patched: Float[Tensor, "patch batch"]
-    base: Float[Tensor, " batch"]
-    source: Float[Tensor, " batch"]
+    patched: Float[Tensor, "patch sample"]
+    base: Float[Tensor, " sample"]
+    source: Float[Tensor, " sample"]
 
     @property
-    def clean(self) -> Float[Tensor, " batch"]:
-        """The metric of the clean run."""
+    def clean(self) -> Float[Tensor, " sample"]:
+        """Metric of the clean run."""
         return self.base if self.direction == "noising" else self.source
 
     @property
-    def corrupted(self) -> Float[Tensor, " batch"]:
-        """The metric of the other run, `shifted` in a pair."""
+    def shifted(self) -> Float[Tensor, " sample"]:
+        """Metric of the shifted run."""
         return self.source if self.direction == "noising" else self.base
 
-    def effect(self, seed: int = 0) -> list[Interval]:
-        """The effect of each patch, mean(patched - base) / mean(source - base), with its 95 % interval over rows.
+    @property
+    def effect(self) -> Float[Tensor, "patch sample"]:
+        """Change of the metric by each patch: `patched - base`."""
+        return self.patched - self.base
 
-        0: as the run patched into; 1: as the run the values come from. In noising that is the share of the sink lost,
-        in denoising the share won.
+    @property
+    def total_effect(self) -> Float[Tensor, " sample"]:
+        """Difference between the two runs, `source - base`: the effect of replacing everything."""
+        return self.source - self.base
 
-        Raises:
-            InterventionError: the metric does not differ between the two runs.
-        """
-        change, whole = (self.patched - self.base).double().numpy(), (self.source - self.base).double().numpy()
-        if whole.mean() == 0:
-            raise InterventionError(
-                f"both runs have the same {self.metric}: no effect can be a share of it; compare `patched` and `base`"
-            )
-        n = len(whole)
-        # A resample is a weight for each row: drawn once, so that the intervals of all patches rest on the same ones.
-        drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), RESAMPLES)
-        drawn = drawn[drawn @ whole != 0]
-        found = []
-        for one in change:
-            low, high = np.quantile(drawn @ one / (drawn @ whole), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-            # Adding 0 takes the sign off -0, which is what no change over a negative difference comes to.
-            found.append(Interval(one.mean() / whole.mean() + 0.0, low + 0.0, high + 0.0, n))
-        return found
+    @property
+    def title(self) -> str:
+        """Title of the figure."""
+        what = (
+            "shifted values into the clean run" if self.direction == "noising" else "clean values into the shifted run"
+        )
+        return f"{self.direction.capitalize()}: {what}"
 
-    def to_dataframe(self) -> pd.DataFrame:
-        """One line per patch: where it acted, the mean metric with it, how far that is from base, and the effect."""
-        import pandas as pd
+    @property
+    def position_name(self) -> str:
+        """Name of offset 0."""
+        return "P0" if self.direction == "noising" else "P0's token"
 
-        means = self.patched.double().mean(1)
-        return pd.DataFrame(
-            {
-                "node": str(node),
-                "component": node.kind,
-                "layer": node.layer,
-                "index": node.index,
-                "offset": offset,
-                "patched": float(mean),
-                "change": float(mean - self.base.double().mean()),
-                "effect": effect.value,
-                "effect_low": effect.low,
-                "effect_high": effect.high,
-            }
-            for node, offset, mean, effect in zip(self.nodes, self.offsets, means, self.effect(), strict=True)
-        ).astype({"index": "Int64"})
 
-    def maps(self, column: str = "effect") -> dict[str, pd.DataFrame]:
-        """A grid of components, of heads or of neurons as layers by those, per offset: panels for `effect_maps`."""
-        table, place = self.to_dataframe(), "P0" if self.direction == "noising" else "m"
-        whole = table["index"].isna().all()
-        by, label = ("component", "component") if whole else ("index", self.nodes[0].kind)
-        panels = {}
-        for offset, part in table.groupby("offset", sort=False):
-            panel = part.pivot(index="layer", columns=by, values=column)[part[by].unique()]
-            panel.columns.name = label
-            panels[f"at {place} + {offset}" if offset else f"at {place}"] = panel
-        return panels
+@torch.no_grad()
+def patch(
+    model: HookedModel,
+    pair: PromptPair,
+    metric: Metric,
+    nodes: NodeGroup | Sequence[str | Node] = "heads",
+    direction: Direction = "noising",
+    layers: Sequence[int] | None = None,
+    offsets: Sequence[int] = (0,),
+    patches_per_batch: int | None = None,
+) -> PatchGrid:
+    """Patch nodes one at a time, each with its output at the same token of the other run.
+
+    Args:
+        model: a hooked model.
+        pair: clean and shifted prompts.
+        metric: the metric.
+        nodes: names or nodes; or "heads", "components" (embedding, attention and MLP outputs, and the residual stream)
+            or "neurons" for all of a kind.
+        direction: "noising" puts shifted values into the clean run, "denoising" clean values into the shifted run.
+        layers: blocks whose nodes are patched, for all nodes of a kind; every block if None.
+        offsets: positions to patch, in tokens after P0. Offset 0 is P0; another one is a control, because its token is
+            first in neither run.
+        patches_per_batch: number of patches that run in one batch. If None, as many as take the memory of one forward
+            pass over the same prompts.
+
+    Returns:
+        Effects of the patches [patch, sample]: for each offset, all nodes.
+
+    Raises:
+        InterventionError: a node, layer, position or direction that does not exist, prompts that do not pair up, no
+            node, or a metric that is not one finite number per prompt.
+        ModelError: the model is in training mode, cannot read the prompts, or lacks a hook.
+
+    Example:
+        grid = p0circuit.patch(model, pair, metric, nodes="heads")
+        grid.relative_effect.mean(1)  # share of the difference between the runs, by head
+        grid.plot()
+    """
+    return patch_grid(
+        model,
+        pair,
+        pair_patches(model, pair, _nodes(model, nodes, layers), direction, offsets),
+        metric,
+        direction,
+        patches_per_batch,
+    )
 
 
 @torch.no_grad()
@@ -185,24 +208,32 @@ def patch_grid(
     direction: Direction = "noising",
     patches_per_batch: int | None = None,
 ) -> PatchGrid:
-    """Apply each patch by itself to the clean run (noising) or the shifted run (denoising) and measure.
+    """Apply patches with any values, one at a time, to the clean run (noising) or the shifted run (denoising).
 
-    As many patches go side by side as keep a pass within the memory of one forward over the same rows, logits
-    included, unless `patches_per_batch` says otherwise. Patches may hold any values: those of `pair_patches`, or
-    of `patch_values` for zero, mean and resample ablation. Any two sets of prompts make a pair: PromptPair(a, b, 0).
+    Args:
+        model: a hooked model.
+        pair: clean and shifted prompts. Any two sets of prompts make a pair: `PromptPair(a, b, 0)`.
+        patches: the patches, such as those of `pair_patches`, or with values of `pairs.patch_values` for ablation.
+        metric: the metric.
+        direction: which run is patched.
+        patches_per_batch: number of patches that run in one batch. If None, as many as take the memory of one forward
+            pass over the same prompts, logits included.
+
+    Returns:
+        Effects of the patches [patch, sample], in their order.
 
     Raises:
         InterventionError: a node, position or direction that does not exist, values of another shape or not finite,
             prompts that do not pair up, no patch, or a metric that is not one finite number per row.
         ModelError: the model is in training mode, cannot read the prompts, or lacks a hook.
     """
-    base, place, source, source_place = _runs(pair, direction)
+    base, position, source, source_position = _runs(pair, direction)
     _check(model, base, patches, metric, patches_per_batch)
     measured, start = [], 0
-    for rows in batches(model, base, place):
-        some = slice(start, start := start + len(rows.ids))
+    for rows in batches(model, base, position):
+        part = slice(start, start := start + len(rows.ids))
         here = {
-            number: Patch(patch.node, patch.value[some].to(rows.ids.device), patch.offset)
+            number: Patch(patch.node, patch.value[part].to(rows.ids.device), patch.offset)
             for number, patch in enumerate(patches)
         }
         measured.append(
@@ -216,7 +247,7 @@ def patch_grid(
         offsets=tuple(patch.offset for patch in patches),
         patched=patched,
         base=base_values,
-        source=measure(model, source, metric, source_place),
+        source=measure(model, source, metric, source_position),
     )
 
 
@@ -227,80 +258,44 @@ def pair_patches(
     direction: Direction = "noising",
     offsets: Sequence[int] = (0,),
 ) -> list[Patch]:
-    """A patch per node and offset, with what the node computes at the same token of the other run.
+    """Make a patch for each node and offset, with the output of the node at the same token of the other run.
+
+    Args:
+        model: a hooked model.
+        pair: clean and shifted prompts.
+        nodes: names or nodes.
+        direction: which run is patched; values come from the other one.
+        offsets: positions, in tokens after P0.
 
     Raises:
         InterventionError: a node, position or direction that does not exist.
     """
-    *_, source, place = _runs(pair, direction)
+    *_, source, position = _runs(pair, direction)
     checked = nodes_of(nodes, model)
-    found = []
+    patches = []
     for offset in offsets:
-        rows = torch.arange(source.n).split(batch_size_for(model, source.length, with_logits=True))
-        parts = [values_at(model, source.subset(some), checked, place[some] + offset) for some in rows]
-        found += [Patch(node, torch.cat([part[node] for part in parts]), offset) for node in checked]
-    return found
+        batch_rows = torch.arange(source.n).split(batch_size_for(model, source.length, with_logits=True))
+        parts = [values_at(model, source.subset(rows), checked, position[rows] + offset) for rows in batch_rows]
+        patches += [Patch(node, torch.cat([part[node] for part in parts]), offset) for node in checked]
+    return patches
 
 
-def patch_components(
-    model: HookedModel,
-    pair: PromptPair,
-    metric: Metric,
-    components: Sequence[Component] = get_args(Component),
-    layers: Sequence[int] | None = None,
-    offsets: Sequence[int] = (0,),
-    direction: Direction = "noising",
-    patches_per_batch: int | None = None,
-) -> PatchGrid:
-    """The grid of components x layers x offsets; components that the model does not have are left out.
-
-    Offset 0 is P0; another offset is the control: it differs between the runs as well, but is first in neither.
-    """
-    nodes = [
-        Node.parse(f"{name}.{layer}" if name != "embed" else name)
-        for layer in _layers(model, layers)
-        for name in components
-        if name != "embed" or layer == 0
-    ]
-    nodes = [node for node in nodes if _exists(model, node)]
-    patches = pair_patches(model, pair, nodes, direction, offsets)
-    return patch_grid(model, pair, patches, metric, direction, patches_per_batch)
-
-
-def patch_heads(
-    model: HookedModel,
-    pair: PromptPair,
-    metric: Metric,
-    layers: Sequence[int] | None = None,
-    offsets: Sequence[int] = (0,),
-    direction: Direction = "noising",
-    patches_per_batch: int | None = None,
-) -> PatchGrid:
-    """The grid of layers x heads x offsets: what single heads hand on (z, before the output matrix)."""
-    nodes = [Node("head", layer, head) for layer in _layers(model, layers) for head in range(describe(model).n_heads)]
-    patches = pair_patches(model, pair, nodes, direction, offsets)
-    return patch_grid(model, pair, patches, metric, direction, patches_per_batch)
-
-
-def patch_neurons(
-    model: HookedModel,
-    pair: PromptPair,
-    metric: Metric,
-    layers: Sequence[int] | None = None,
-    neurons: Sequence[int] | None = None,
-    offsets: Sequence[int] = (0,),
-    direction: Direction = "noising",
-    patches_per_batch: int | None = None,
-) -> PatchGrid:
-    """The grid of layers x MLP neurons (all, if none are named) x offsets."""
-    chosen = range(describe(model).d_mlp) if neurons is None else neurons
-    nodes = [Node("neuron", layer, neuron) for layer in _layers(model, layers) for neuron in chosen]
-    patches = pair_patches(model, pair, nodes, direction, offsets)
-    return patch_grid(model, pair, patches, metric, direction, patches_per_batch)
+def _nodes(
+    model: HookedModel, nodes: NodeGroup | Sequence[str | Node], layers: Sequence[int] | None
+) -> Sequence[str | Node]:
+    if not isinstance(nodes, str):
+        if layers is not None:
+            raise InterventionError("layers belong to all nodes of a kind, such as nodes='heads'; these have names")
+        return nodes
+    if nodes not in _KINDS:
+        raise InterventionError(
+            f"nodes={nodes!r}: expected 'heads', 'components', 'neurons' or a list of names, such as ['mlp.1']"
+        )
+    return nodes_of_kinds(model, _KINDS[nodes], layers)
 
 
 def _runs(pair: PromptPair, direction: Direction) -> tuple[PromptSet, Tensor, PromptSet, Tensor]:
-    """The prompts patched into and the place in them, then those the values come from."""
+    """The prompts that are patched and the position in them, then those that the values come from."""
     if direction not in get_args(Direction):
         raise InterventionError(f"unknown direction {direction!r}; expected 'noising' or 'denoising'")
     if pair.clean.n != pair.shifted.n:
@@ -309,23 +304,6 @@ def _runs(pair: PromptPair, direction: Direction) -> tuple[PromptSet, Tensor, Pr
         )
     clean, shifted = (pair.clean, pair.clean.p0), (pair.shifted, pair.position)
     return (*clean, *shifted) if direction == "noising" else (*shifted, *clean)
-
-
-def _layers(model: HookedModel, layers: Sequence[int] | None) -> Sequence[int]:
-    count = describe(model).n_layers
-    for layer in layers or ():
-        if not 0 <= layer < count:
-            raise InterventionError(f"there is no layer {layer} to patch: {describe(model).name} has 0 to {count - 1}")
-    return range(count) if layers is None else layers
-
-
-def _exists(model: HookedModel, node: Node) -> bool:
-    """Whether the model has this component at all: not every block has a stream between attention and MLP."""
-    try:
-        hook_point(model, node.hook)
-    except ModelError:
-        return False
-    return True
 
 
 def _check(
@@ -351,29 +329,29 @@ def _measure_patches(
     model: HookedModel, rows: Rows, patches: Patches, metric: Metric, at_once: int
 ) -> tuple[Float[Tensor, " batch"], Float[Tensor, "patch batch"]]:
     """Steps 1 to 4 for one batch of rows: the metric of the base run, and with each patch."""
-    found, moved, values = {}, {}, {}
+    readings, moved, values = {}, {}, {}
     stream = forward(model, rows.ids, rows.mask, stop_at_layer=0)
     for layer in range(describe(model).n_layers):
         here = {number: patch for number, patch in patches.items() if patch.node.layer == layer}
-        behind = {number for number, patch in here.items() if _acts_on_one_token(model, patch.node, metric)}
-        before, below, mixed = stream, dict(found), {}
-        hooks = _comparing_hooks(here, rows, moved) + _mixing_hooks([here[number] for number in behind], rows, mixed)
-        hooks += reading_hooks(metric, rows, found)
+        carried = {number for number, patch in here.items() if _acts_on_one_token(model, patch.node, metric)}
+        before, below, mixed = stream, dict(readings), {}
+        hooks = _comparing_hooks(here, rows, moved) + _mixing_hooks([here[number] for number in carried], rows, mixed)
+        hooks += reading_hooks(metric, rows, readings)
         with contextlib.suppress(Complete):
             stream = resume(model, before, layer, rows.mask, hooks=hooks, stop_at_layer=layer + 1)
         acting = {number: patch for number, patch in here.items() if number in moved and bool(moved[number].any())}
-        for some in _portions({n: patch for n, patch in acting.items() if n not in behind}, at_once):
-            values |= _branch(model, before, layer, rows, some, metric, below)
-        if len(found) == len(metric.readings):
+        for portion in _portions({n: patch for n, patch in acting.items() if n not in carried}, at_once):
+            values |= _branch(model, before, layer, rows, portion, metric, below)
+        if len(readings) == len(metric.readings):
             break
-        carried = {n: patch for n, patch in acting.items() if n in behind}
-        for offset, same in _grouped(carried, lambda patch: patch.offset).items():
+        after_mixing = {n: patch for n, patch in acting.items() if n in carried}
+        for offset, same in _grouped(after_mixing, lambda patch: patch.offset).items():
             # As many tokens at a time as in a branch.
             for many in _portions(same, at_once * rows.ids.numel() // rows.at(offset)[1].numel()):
-                for some in _portions(_carried(model, before, rows, many, mixed[offset]), at_once):
-                    values |= _branch(model, stream, layer + 1, rows, some, metric, found)
-    read_logits(model, metric, stream, rows, found)
-    base = metric.value(found)
+                for portion in _portions(_carried(model, before, rows, many, mixed[offset]), at_once):
+                    values |= _branch(model, stream, layer + 1, rows, portion, metric, readings)
+    read_logits(model, metric, stream, rows, readings)
+    base = metric.value(readings)
     patched = [torch.where(moved[number], values[number], base) if number in values else base for number in patches]
     return base, torch.stack(patched)
 
@@ -387,17 +365,17 @@ def _branch(
     metric: Metric,
     below: Mapping[int, Tensor],
 ) -> dict[int, Float[Tensor, " batch"]]:
-    """Step 2: the metric with each of some patches of one block, from the stream and the readings before it."""
+    """Step 2: the metric with each of several patches of one block, from the stream and the readings before it."""
     hooks = _patching_hooks(list(patches.values()), rows)
-    values = measure_slots(model, rows, metric, (stream, below), layer, len(patches), hooks)
+    values = measure_variants(model, rows, metric, (stream, below), layer, len(patches), hooks)
     return dict(zip(patches, values.split(len(rows.ids)), strict=True))
 
 
 def _acts_on_one_token(model: HookedModel, node: Node, metric: Metric) -> bool:
-    """Whether a patch is behind the attention of its block, and nothing that the metric reads in this block is."""
+    """Whether a patch acts after the attention of its block, and the metric reads nothing after it in this block."""
     prefix = f"blocks.{node.layer}."
     read = {reading.hook.removeprefix(prefix) for reading in metric.readings if reading.hook.startswith(prefix)}
-    followed = node.layer + 1 < describe(model).n_layers and _exists(model, Node("head", node.layer, 0))
+    followed = node.layer + 1 < describe(model).n_layers and has_node(model, Node("head", node.layer, 0))
     return followed and node.kind not in ("embed", "resid_pre") and read <= _BEFORE_MIXING
 
 
@@ -410,64 +388,64 @@ def _carried(
 ) -> dict[int, Patch]:
     """Step 3: patches of one block, at the same offset, as patches of the stream before the next block.
 
-    Their positions go through the block as rows of one token, in which attention has mixed what it did in the base run.
+    Their positions run through the block as rows of one token, with the attention results (z) of the base run.
     """
     layer, offset = next((patch.node.layer, patch.offset) for patch in patches.values())
     before = stream[rows.at(offset)]
     tokens, z = before.reshape(-1, 1, before.shape[-1]), mixed.reshape(-1, 1, *mixed.shape[-2:])
-    place = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
-    alone = Rows(place[:, None], torch.ones_like(place[:, None], dtype=torch.bool), place)
+    position = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
+    alone = Rows(position[:, None], torch.ones_like(position[:, None], dtype=torch.bool), position)
     axes = before.ndim - 1
     single = [Patch(patch.node, patch.value.reshape(-1, *patch.value.shape[axes:])) for patch in patches.values()]
 
-    def mix(activation: Tensor, hook: Any) -> Tensor:
+    def put_z(activation: Tensor, hook: object) -> Tensor:
         return repeated(z, len(single))
 
-    hooks = [(_mixing(layer), mix), *_patching_hooks(single, alone)]
+    hooks = [(_mixing(layer), put_z), *_patching_hooks(single, alone)]
     after = resume(model, repeated(tokens, len(single)), layer, hooks=hooks, stop_at_layer=layer + 1)
     next_block = Node("resid_pre", layer + 1)
     return {
         number: Patch(next_block, value.view_as(before), offset)
-        for number, value in zip(patches, by_slot(after, len(single)), strict=True)
+        for number, value in zip(patches, by_variant(after, len(single)), strict=True)
     }
 
 
 def _patching_hooks(patches: Sequence[Patch], rows: Rows) -> list[Hook]:
-    """One hook per hook point; patch number i acts on copy number i of the rows."""
+    """One hook for each hook point; patch number i acts on variant number i of the rows."""
 
-    def put(activation: Tensor, hook: Any, slots: Patches) -> Tensor:
+    def put(activation: Tensor, hook: object, variants: Patches) -> Tensor:
         activation = activation.clone()
-        for slot, patch in slots.items():
-            activation[patch.index(rows, slot)] = patch.value.to(activation)
+        for variant, patch in variants.items():
+            activation[patch.index(rows, variant)] = patch.value.to(activation)
         return activation
 
     by_hook = _grouped(dict(enumerate(patches)), lambda patch: patch.node.hook)
-    return [(name, functools.partial(put, slots=some)) for name, some in by_hook.items()]
+    return [(name, functools.partial(put, variants=variants)) for name, variants in by_hook.items()]
 
 
 def _comparing_hooks(patches: Patches, rows: Rows, moved: dict[int, Tensor]) -> list[Hook]:
-    """Hooks that note in which rows a patch puts in anything else than the base run has there."""
+    """Hooks that find the rows in which a patch differs from the output that it replaces."""
 
-    def compare(activation: Tensor, hook: Any, some: Patches) -> None:
-        for number, patch in some.items():
+    def compare(activation: Tensor, hook: object, compared: Patches) -> None:
+        for number, patch in compared.items():
             own = activation[patch.index(rows)]
             moved[number] = (own != patch.value.to(own)).view(len(own), -1).any(1)
 
     by_hook = _grouped(patches, lambda patch: patch.node.hook)
-    return [(name, functools.partial(compare, some=some)) for name, some in by_hook.items()]
+    return [(name, functools.partial(compare, compared=compared)) for name, compared in by_hook.items()]
 
 
 def _mixing_hooks(patches: Sequence[Patch], rows: Rows, mixed: dict[Any, Tensor]) -> list[Hook]:
-    """A hook that notes what the heads of a block have mixed where its patches act."""
+    """A hook that reads the attention results (z) of a block at the positions of its patches."""
 
-    def note(z: Tensor, hook: Any) -> None:
+    def read(z: Tensor, hook: object) -> None:
         mixed.update({offset: z[rows.at(offset)] for offset in {patch.offset for patch in patches}})
 
-    return [(_mixing(layer), note) for layer in {patch.node.layer for patch in patches}]
+    return [(_mixing(layer), read) for layer in {patch.node.layer for patch in patches}]
 
 
 def _mixing(layer: int) -> str:
-    """Where a block's attention has mixed positions; from here on each position is on its own."""
+    """Hook at which the attention of a block has mixed positions; after it every position is computed alone."""
     return Node("head", layer, 0).hook
 
 
@@ -485,10 +463,10 @@ def _portions(patches: Patches, size: int) -> Iterator[dict[int, Patch]]:
 
 
 def _patches_that_fit(model: HookedModel, rows: Rows) -> int:
-    """How many patches side by side take no more memory than one forward over the same rows, logits included."""
+    """How many patches in one batch take no more memory than one forward over the same rows, logits included."""
     info = describe(model)
     length = rows.ids.shape[1]
     # What a block holds at once, in numbers per token: its MLP's hidden layer or its attention, a few times over.
     block = max(4 * info.d_mlp + 5 * info.d_model, 5 * info.n_heads * length)
-    whole = max(block, info.vocab_size + 2 * info.d_model, _SMALL / rows.ids.numel())
-    return max(1, int(whole / block))
+    forward_size = max(block, info.vocab_size + 2 * info.d_model, _SMALL / rows.ids.numel())
+    return max(1, int(forward_size / block))

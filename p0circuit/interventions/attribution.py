@@ -10,8 +10,8 @@ gives a first-order estimate for all of them from one forward and one backward p
    go this way together, all others being free: the heads of a layer are a set, its neurons, and each component alone.
    The change of the metric in each step is known from its two ends. A node gets the mean of its first-order estimates
    there, and what these miss of the change together is dealt out in proportion to their sizes.
-4. `screen` patches the strongest nodes of the estimate exactly, and a random sample of the others, and says how well
-   the estimate did.
+4. `attribute_and_check` patches the strongest nodes of the estimate exactly, and a random sample of the others, and
+   states the error of the estimate.
 
 What estimates are good for. The gradient is right for small patch_values: its error is of second order in their size.
 Sinks are about the worst case for it, because norms and softmax saturate: where P0's norm is far above what heads
@@ -35,7 +35,7 @@ import contextlib
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 import torch
@@ -45,6 +45,7 @@ from torch import Tensor
 from p0circuit.hooked_model import HookedModel
 from p0circuit.interventions.activation_patching import Patch, patch_grid
 from p0circuit.interventions.batched_runs import check_value
+from p0circuit.interventions.effects import node_table
 from p0circuit.interventions.metrics import Complete, Metric, Rows, read_logits, reading_hooks
 from p0circuit.interventions.nodes import InterventionError, Kind, Node, nodes_of
 from p0circuit.interventions.pairs import PromptPair, Reference, patch_values
@@ -61,14 +62,14 @@ Among = Literal["all", "top", "rest"]
 
 @dataclass(frozen=True, eq=False)
 class Attribution:
-    """What patching each node would do to the metric, estimated from gradients.
+    """Estimated effects of patching nodes at P0, from gradients.
 
     Attributes:
-        metric: its name; estimates are in its units.
-        nodes: the first axis of `estimate`.
-        steps: those of integrated gradients; 0 for the gradient of the clean run.
-        clean: the metric of each row as it is.
-        estimate: the change of the metric of each row.
+        metric: name of the metric; estimates are in its units.
+        nodes: the nodes, in the order of the first axis of `estimate`.
+        steps: steps of integrated gradients; 0 for the gradient of the clean run.
+        clean: metric of each row in the clean run.
+        estimate: estimated change of the metric of each row.
     """
 
     metric: str
@@ -79,28 +80,33 @@ class Attribution:
 
     @property
     def mean(self) -> Float[Tensor, " node"]:
-        """The estimate for each node, mean over rows."""
+        """Estimate for each node, mean over rows."""
         return self.estimate.double().mean(1)
 
     @property
     def order(self) -> Int[Tensor, " node"]:
-        """The numbers of the nodes, the one with the largest mean estimate, up or down, first."""
+        """Numbers of the nodes, by the size of their mean estimates, the largest first."""
         return self.mean.abs().argsort(descending=True, stable=True)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One line per node, in the order of `nodes`, with its mean estimate."""
-        return _table(self.nodes).assign(estimate=self.mean.numpy())
+        """Tabulate the nodes in their order.
+
+        Returns:
+            Data frame with the columns node, component, layer, index and estimate (mean over rows).
+        """
+        return node_table(self.nodes).assign(estimate=self.mean.numpy())
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How well estimates agree with exact patching over some nodes; the values compared are means over rows.
+    """Agreement of estimates with exact patching over several nodes, of means over rows.
 
     Attributes:
-        nodes: how many nodes were patched exactly.
-        pearson, spearman: correlation of estimate and exact effect, signs included; NaN where one of them is constant.
-        mean_abs_error: of the estimate, in units of the metric.
-        mean_abs_effect: of exact patching, for scale: estimates that are all zero have this error.
+        nodes: number of nodes that were patched exactly.
+        pearson: correlation of estimate and exact effect, signs included; NaN if one of them is constant.
+        spearman: rank correlation of the same.
+        mean_abs_error: mean size of the error of the estimates, in units of the metric.
+        mean_abs_effect: mean size of the exact effects, for scale: estimates that are all zero have this error.
     """
 
     nodes: int
@@ -111,14 +117,14 @@ class Agreement:
 
 
 @dataclass(frozen=True, eq=False)
-class ScreenedAttribution:
-    """Estimates for all nodes, and exact patching of the strongest of them and of a random sample of the rest.
+class CheckedAttribution:
+    """Estimates for all nodes, and exact effects of the strongest of them and of a random sample of the rest.
 
     Attributes:
         attribution: the estimates.
         checked: numbers, in `attribution.nodes`, of the nodes patched exactly: strongest first, then the sample.
-        top: how many of them are the strongest.
-        exact: the change of the metric of each row with each of the checked nodes patched.
+        top: number of the strongest among them.
+        exact: change of the metric of each row with each of the checked nodes patched.
     """
 
     attribution: Attribution
@@ -127,12 +133,14 @@ class ScreenedAttribution:
     exact: Float[Tensor, "checked batch"]
 
     def agreement(self, among: Among = "all") -> Agreement:
-        """Estimate against exact patching: among the `top` nodes, in the sample of the `rest`, or over `all` nodes.
+        """Compare estimates with exact effects.
 
-        Over `all`, a node of the sample counts for as many as it stands for.
+        Args:
+            among: "top" for the strongest nodes, "rest" for the random sample of the others, "all" for both; then a
+                node of the sample counts for as many as it stands for.
 
         Raises:
-            InterventionError: there is no such group, or nobody in it.
+            InterventionError: there is no such group, or no node in it.
         """
         if among not in get_args(Among):
             raise InterventionError(f"there is no group {among!r}; expected 'all', 'top' or 'rest'")
@@ -149,10 +157,12 @@ class ScreenedAttribution:
         )
 
     def recall(self, k: int | None = None) -> float:
-        """The share of the `k` nodes with the largest exact effects that are among the top ones of the estimate.
+        """Compute the share of the nodes with the largest exact effects that are among the top ones of the estimate.
 
-        `k` is `top` if not given. Exact if all nodes were checked; otherwise nodes of the sample count for as many as
-        they stand for.
+        It is exact if all nodes were checked; otherwise nodes of the sample count for as many as they stand for.
+
+        Args:
+            k: number of nodes with the largest exact effects; `top` if None.
 
         Raises:
             InterventionError: `k` is not a number of nodes.
@@ -166,8 +176,13 @@ class ScreenedAttribution:
         return float((counted * self._is_top[order]).sum() / k)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One line per checked node, largest exact effect first: estimate, exact effect, error, whether a top one."""
-        table = _table([self.attribution.nodes[number] for number in self.checked])
+        """Tabulate the checked nodes, the largest exact effect first.
+
+        Returns:
+            Data frame with the columns node, component, layer, index, estimate, exact, error and top (whether it is one
+            of the strongest).
+        """
+        table = node_table([self.attribution.nodes[number] for number in self.checked])
         table["estimate"] = self.attribution.mean[self.checked].numpy()
         table["exact"] = self.exact.double().mean(1).numpy()
         table["error"] = table["estimate"] - table["exact"]
@@ -180,7 +195,7 @@ class ScreenedAttribution:
 
     @property
     def _weights(self) -> Float[np.ndarray, " checked"]:
-        """How many nodes each of the checked ones stands for."""
+        """Number of nodes that each of the checked ones stands for."""
         sampled = len(self.checked) - self.top
         return np.where(self._is_top, 1.0, (len(self.attribution.nodes) - self.top) / max(sampled, 1))
 
@@ -193,7 +208,18 @@ def patch_values_at_p0(
     layers: Sequence[int] | None = None,
     offset: int = 8,
 ) -> dict[Node, Float[Tensor, "batch ..."]]:
-    """`pair.patch_values` for all nodes of some kinds; all heads or neurons of a layer are read in one go.
+    """Compute new values at P0 for all nodes of given kinds; all heads or neurons of a layer are read at once.
+
+    Args:
+        model: a hooked model.
+        pair: clean and shifted prompts.
+        kinds: kinds of nodes.
+        reference: where the values come from, as for `pairs.patch_values`.
+        layers: blocks of the nodes; all if None.
+        offset: tokens after P0, for the reference "position".
+
+    Returns:
+        Values by node.
 
     Raises:
         InterventionError: a kind or layer that does not exist, neurons of a mixture of experts, or as `patch_values`.
@@ -206,19 +232,19 @@ def patch_values_at_p0(
             f"the neurons of {info.name} belong to its {info.experts} experts and have no hook; expected other kinds, "
             "such as head, attn and mlp"
         )
-    wholes = [
+    layer_nodes = [
         _Layer(kind, layer)
         for kind in kinds
         for layer in (range(info.n_layers) if layers is None else layers)
         if kind != "embed" or layer == 0
     ]
-    found: dict[Node, Tensor] = {}
-    for whole, value in patch_values(model, pair, wholes, reference, offset).items():
-        if whole.kind in ("head", "neuron"):
-            found |= {Node(whole.kind, whole.layer, index): one for index, one in enumerate(value.unbind(1))}
+    values: dict[Node, Tensor] = {}
+    for node, value in patch_values(model, pair, layer_nodes, reference, offset).items():
+        if node.kind in ("head", "neuron"):
+            values |= {Node(node.kind, node.layer, index): one for index, one in enumerate(value.unbind(1))}
         else:
-            found[Node(whole.kind, whole.layer)] = value
-    return found
+            values[Node(node.kind, node.layer)] = value
+    return values
 
 
 def attribute(
@@ -228,11 +254,21 @@ def attribute(
     metric: Metric,
     steps: int = 0,
 ) -> Attribution:
-    """Estimate for each node what putting its new value at P0, and nothing else, would do to the metric.
+    """Estimate for each node the effect of patching it alone at P0.
 
-    Costs one forward and one backward pass for all nodes together; with `steps`, one more of each for every step and
-    set. A backward pass needs the activations of all blocks, so rows are taken a few at a time. The model's parameters
-    get no gradient, and the caller may be under `no_grad`.
+    This takes one forward and one backward pass for all nodes together; with `steps`, one more of each for every step
+    and set. A backward pass needs the activations of all blocks, so rows are taken a few at a time. The model's
+    parameters get no gradient, and the caller may be under `no_grad`.
+
+    Args:
+        model: a hooked model.
+        prompts: the clean prompts.
+        values: new values at P0 by node.
+        metric: a metric with a gradient.
+        steps: steps of integrated gradients; 0 for the gradient of the clean run.
+
+    Returns:
+        Estimates [node, batch], in units of the metric.
 
     Raises:
         InterventionError: no node or one that does not exist, a value of another shape or not finite, a negative
@@ -252,22 +288,22 @@ def attribute(
     clean, estimates = [], []
     # Tensors made in inference mode cannot take part in a backward pass; what is stacked or indexed here can.
     with torch.inference_mode(False), torch.enable_grad():
-        targets = [torch.stack([values[node] for node in some], dim=1) for some in sets]
-        for some in torch.arange(prompts.n).split(rows_with_gradients(info, prompts.length)):
-            rows = Rows(*(part[some].to(device) for part in (prompts.ids, prompts.attention_mask, prompts.p0)))
-            here = [target[some] for target in targets]
+        targets = [torch.stack([values[node] for node in one_set], dim=1) for one_set in sets]
+        for numbers in torch.arange(prompts.n).split(rows_with_gradients(info, prompts.length)):
+            rows = Rows(*(part[numbers].to(device) for part in (prompts.ids, prompts.attention_mask, prompts.p0)))
+            here = [target[numbers] for target in targets]
             value, first = _first_order(model, rows, sets, here, metric)
             if steps:
                 by_set = zip(sets, here, first, strict=True)
                 first = [_integrated(model, rows, *one, metric, steps, value) for one in by_set]
             clean.append(value)
             estimates.append(torch.cat(first, dim=1))
-    by_node = dict(zip((node for some in sets for node in some), torch.cat(estimates).T.cpu(), strict=True))
+    by_node = dict(zip((node for one_set in sets for node in one_set), torch.cat(estimates).T.cpu(), strict=True))
     estimate = torch.stack([by_node[node] for node in nodes])
     return Attribution(metric.name, nodes, steps, torch.cat(clean).cpu(), estimate)
 
 
-def screen(
+def attribute_and_check(
     model: HookedModel,
     prompts: PromptSet,
     values: Mapping[Node, Float[Tensor, "batch ..."]],
@@ -276,10 +312,21 @@ def screen(
     top: int = 50,
     sample: int | None = 50,
     seed: int = 0,
-) -> ScreenedAttribution:
-    """`attribute`, then patch the `top` nodes of the estimate and a random `sample` of the others exactly.
+) -> CheckedAttribution:
+    """Estimate the effects of all nodes, and patch the strongest and a random sample of the others exactly.
 
-    `sample=None` patches all of the others.
+    Args:
+        model: a hooked model.
+        prompts: the clean prompts.
+        values: new values at P0 by node.
+        metric: a metric with a gradient.
+        steps: steps of integrated gradients; 0 for the gradient of the clean run.
+        top: number of the strongest nodes that are patched.
+        sample: number of the others that are patched; all if None.
+        seed: seed of the random sample.
+
+    Returns:
+        The estimates with their error.
 
     Raises:
         InterventionError: as `attribute`, or `top` or `sample` is below 1.
@@ -289,14 +336,14 @@ def screen(
         raise InterventionError(
             f"top={top}, sample={sample}: expected at least 1 of each, or nothing would be known of the error"
         )
-    found = attribute(model, prompts, values, metric, steps)
-    strongest, others = found.order[:top], found.order[top:]
-    drawn = torch.randperm(len(others), generator=torch.Generator().manual_seed(seed))[:sample]
-    checked = torch.cat([strongest, others[drawn]])
-    patches = [Patch(node, values[node]) for node in (found.nodes[number] for number in checked)]
+    attribution = attribute(model, prompts, values, metric, steps)
+    strongest, others = attribution.order[:top], attribution.order[top:]
+    sampled = torch.randperm(len(others), generator=torch.Generator().manual_seed(seed))[:sample]
+    checked = torch.cat([strongest, others[sampled]])
+    patches = [Patch(node, values[node]) for node in (attribution.nodes[number] for number in checked)]
     # Only values are put in, none is taken from another run: the prompts make a pair with themselves.
     grid = patch_grid(model, PromptPair(prompts, prompts, 0), patches, metric)
-    return ScreenedAttribution(found, checked, len(strongest), grid.patched - grid.base)
+    return CheckedAttribution(attribution, checked, len(strongest), grid.patched - grid.base)
 
 
 class _Layer(Node):
@@ -311,10 +358,10 @@ class _Layer(Node):
 
 def _sets(nodes: Sequence[Node]) -> list[list[Node]]:
     """The heads of each layer, its neurons, and each component alone: nodes whose values one hook holds."""
-    found: dict[tuple[Kind, int], list[Node]] = {}
+    sets: dict[tuple[Kind, int], list[Node]] = {}
     for node in nodes:
-        found.setdefault((node.kind, node.layer), []).append(node)
-    return list(found.values())
+        sets.setdefault((node.kind, node.layer), []).append(node)
+    return list(sets.values())
 
 
 def _index(nodes: Sequence[Node], rows: Rows) -> tuple[Tensor, ...]:
@@ -336,20 +383,22 @@ def _first_order(
     """Steps 1 and 2, with all sets moved this fraction of the way to their targets: the metric, and the estimates."""
     moves: dict[int, Tensor] = {}
     ways: dict[int, Tensor] = {}
-    found: dict[int, Tensor] = {}
+    readings: dict[int, Tensor] = {}
 
-    def enter(activation: Tensor, hook: Any, number: int) -> Tensor:
+    def enter(activation: Tensor, hook: object, number: int) -> Tensor:
         index = _index(sets[number], rows)
         ways[number] = targets[number].to(activation) - activation.detach()[index]
         moves[number] = (fraction * ways[number]).requires_grad_()
         return activation.index_put(index, moves[number], accumulate=True)
 
-    hooks: list[Hook] = [(some[0].hook, functools.partial(enter, number=number)) for number, some in enumerate(sets)]
-    hooks += reading_hooks(metric, rows, found)
+    hooks: list[Hook] = [
+        (one_set[0].hook, functools.partial(enter, number=number)) for number, one_set in enumerate(sets)
+    ]
+    hooks += reading_hooks(metric, rows, readings)
     with contextlib.suppress(Complete):
         stream = forward(model, rows.ids, rows.mask, hooks=hooks, stop_at_layer=metric.end(model))
-        read_logits(model, metric, stream, rows, found)
-    value = metric.value(found)
+        read_logits(model, metric, stream, rows, readings)
+    value = metric.value(readings)
     # What the pass did not reach before the metric's last reading has no effect on it.
     estimates = [torch.zeros(target.shape[:2], device=value.device) for target in targets]
     if moves and not value.requires_grad:
@@ -395,20 +444,18 @@ def _integrated(
 
 
 def rows_with_gradients(info: ModelInfo, length: int) -> int:
-    """How many rows keep what a backward pass needs of all blocks within half a gigabyte; at least one."""
+    """Return the number of rows for which a backward pass needs half a gigabyte; at least one.
+
+    Args:
+        info: description of the model.
+        length: tokens of a row.
+    """
     block = 10 * info.d_model + 5 * info.d_mlp + 5 * info.n_heads * length
     return max(1, BATCH_BYTES // (4 * length * (info.n_layers * block + 3 * info.vocab_size)))
 
 
-def _table(nodes: Sequence[Node]) -> pd.DataFrame:
-    import pandas as pd
-
-    rows = [(str(node), node.kind, node.layer, node.index) for node in nodes]
-    return pd.DataFrame(rows, columns=["node", "component", "layer", "index"]).astype({"index": "Int64"})
-
-
 def _ranks(values: Float[np.ndarray, " n"], weights: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-    """The place of each value in the order, where each counts by its weight and equal ones share the middle."""
+    """The rank of each value, where each counts by its weight and equal ones share the middle."""
     _, which = np.unique(values, return_inverse=True)
     share = np.bincount(which, weights)
     return (share.cumsum() - share / 2)[which]

@@ -1,12 +1,13 @@
-"""The clean run and its patched variants as slots of one batch: the ground on which path patching stands.
+"""The clean run and patched variants of it in one batch: what path patching is built on.
 
-1. The batch is `slots` copies of the same rows: slot 0 stays clean, slot 1 + i carries the value of sender i.
-2. At its sender's hook a slot takes the sender's new value, at one position of each row.
-3. Everything computed after the sender, attention outs and (unless they may carry the effect) MLP outs, is set back to
-   what slot 0 computes: paths that are not asked for are cut. What is read at a receiver then came along the edge.
+1. The batch holds several copies of the same prompts, called *variants*. Variant 0 stays clean; variant 1 + i carries
+   the new value of sender i.
+2. At the hook of its sender, a variant takes the sender's new value, at one position of each prompt.
+3. What is computed after the sender is set back to what variant 0 computes: always attention outputs, and MLP outputs
+   unless they may carry the effect. So only the wanted paths remain, and what a receiver reads came along the edge.
 
-Because the clean values are computed in the same pass, nothing has to be cached, and rows of length 1 work like any
-others: P0 attends to itself alone, so its stream is that of a sequence of one token.
+The clean values come from the same pass, so no activation has to be cached. Rows of one token work like any others: P0
+attends to itself alone, so its stream is that of a sequence of one token.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -23,11 +24,13 @@ from torch import Tensor
 from p0circuit.hooked_model import HookedModel
 from p0circuit.interventions.metrics import Complete, Metric, Rows, read_logits, reading_hooks
 from p0circuit.interventions.nodes import InterventionError, Node
-from p0circuit.models import describe, resume
+from p0circuit.models import ModelInfo, describe, resume
 from p0circuit.models.hooks import Hook
 
 Through = Literal["direct", "mlps", "all"]
 """What may carry an effect from sender to receiver: the residual stream alone; MLPs as well; attention too."""
+TOKENS_AT_ONCE = 2**13
+"""Number of tokens in a batch of variants."""
 
 
 def sender_hooks(
@@ -38,7 +41,15 @@ def sender_hooks(
     through: Through = "direct",
     stop_at_layer: int | None = None,
 ) -> list[Hook]:
-    """The hooks of steps 2 and 3, for a batch of (1 + senders) slots of `len(position)` rows.
+    """Make the hooks of steps 2 and 3, for a batch of 1 + len(senders) variants.
+
+    Args:
+        model: a hooked model.
+        senders: one sender for each variant after the clean one.
+        values: new values of the senders, one per prompt.
+        position: index in each prompt of the position at which the values are put in.
+        through: what may carry the effect onwards.
+        stop_at_layer: first block that does not run; all run if None.
 
     Raises:
         InterventionError: a sender has no value, its value does not fit or is not finite, or `through` is unknown.
@@ -50,22 +61,22 @@ def sender_hooks(
         check_value(sender, values, batch, info)
 
     by_hook: dict[str, list[tuple[slice, Node]]] = {}
-    for slot, sender in enumerate(senders, start=1):
-        by_hook.setdefault(sender.hook, []).append((slice(slot * batch, (slot + 1) * batch), sender))
+    for variant, sender in enumerate(senders, start=1):
+        by_hook.setdefault(sender.hook, []).append((slice(variant * batch, (variant + 1) * batch), sender))
 
-    def send(activation: Tensor, hook: Any, sent: Sequence[tuple[slice, Node]]) -> Tensor:
-        changed = activation.clone()
+    def send(activation: Tensor, hook: object, sent: Sequence[tuple[slice, Node]]) -> Tensor:
+        patched = activation.clone()
         for rows, sender in sent:
-            sender.put(changed, position, values[sender], rows)
-        return changed
+            sender.put(patched, position, values[sender], rows)
+        return patched
 
-    def cut(activation: Tensor, hook: Any, depth: tuple[int, int]) -> Tensor | None:
-        earlier = [slot for slot, sender in enumerate(senders, start=1) if sender.depth < depth]
-        if not earlier:
+    def cut(activation: Tensor, hook: object, depth: tuple[int, int]) -> Tensor | None:
+        after_sender = [variant for variant, sender in enumerate(senders, start=1) if sender.depth < depth]
+        if not after_sender:
             return None
-        slots = by_slot(activation, 1 + len(senders)).clone()
-        slots[earlier] = by_slot(activation, 1 + len(senders))[0]
-        return slots.view_as(activation)
+        variants = by_variant(activation, 1 + len(senders)).clone()
+        variants[after_sender] = by_variant(activation, 1 + len(senders))[0]
+        return variants.view_as(activation)
 
     hooks: list[Hook] = [(name, functools.partial(send, sent=sent)) for name, sent in by_hook.items()]
     first = min((sender.layer for sender in senders), default=0)
@@ -76,33 +87,53 @@ def sender_hooks(
     return hooks
 
 
-def measure_slots(
+def measure_variants(
     model: HookedModel,
     rows: Rows,
     metric: Metric,
     below: tuple[Tensor | None, Mapping[int, Tensor]],
     layer: int,
-    slots: int,
+    variants: int,
     hooks: Sequence[Hook],
-) -> Float[Tensor, " slot_rows"]:
-    """The metric of each row in `slots` slots, run on with hooks from a layer that all enter with what is `below`."""
-    stream, found = below[0], {number: repeated(reading, slots) for number, reading in below[1].items()}
+) -> Float[Tensor, " variant_rows"]:
+    """Measure variants that all start from the same residual stream.
+
+    Args:
+        model: a hooked model.
+        rows: the prompts of one variant.
+        metric: the metric.
+        below: the residual stream before the layer, or None if the metric reads nothing from there on; and what the
+            metric has read before, by the number of the reading.
+        layer: the first block that runs.
+        variants: number of variants.
+        hooks: hooks that patch the variants, each in its own copy of the rows.
+
+    Returns:
+        The metric of every prompt, variant after variant.
+    """
+    stream, readings = below[0], {number: repeated(reading, variants) for number, reading in below[1].items()}
     if stream is None:
-        return metric.value(found)
-    copies = Rows(*(repeated(part, slots) for part in rows))
-    every = [*hooks, *reading_hooks(metric, copies, found)]
+        return metric.value(readings)
+    copies = Rows(*(repeated(part, variants) for part in rows))
+    every = [*hooks, *reading_hooks(metric, copies, readings)]
     with contextlib.suppress(Complete):
         stop = metric.end(model)
-        end = resume(model, repeated(stream, slots), layer, copies.mask, hooks=every, stop_at_layer=stop)
-        read_logits(model, metric, end, copies, found, at_once=len(rows.ids))
-    return metric.value(found)
+        end = resume(model, repeated(stream, variants), layer, copies.mask, hooks=every, stop_at_layer=stop)
+        read_logits(model, metric, end, copies, readings, at_once=len(rows.ids))
+    return metric.value(readings)
 
 
-def check_value(node: Node, values: Mapping[Node, Tensor], batch: int, info: Any) -> None:
-    """Make sure that a node has a new value for each row, of its own shape and finite.
+def check_value(node: Node, values: Mapping[Node, Tensor], batch: int, info: ModelInfo) -> None:
+    """Check that a node has a new value for each prompt, of the node's own shape and finite.
+
+    Args:
+        node: the node.
+        values: new values by node.
+        batch: number of prompts.
+        info: description of the model.
 
     Raises:
-        InterventionError: it has not.
+        InterventionError: there is no value, or it has another shape or numbers that are not finite.
     """
     if node not in values:
         raise InterventionError(
@@ -115,11 +146,21 @@ def check_value(node: Node, values: Mapping[Node, Tensor], batch: int, info: Any
         raise InterventionError(f"the value for {node} holds numbers that are not finite; check where it was recorded")
 
 
-def repeated(tensor: Tensor, slots: int) -> Tensor:
-    """`slots` copies of the rows, one slot after the other."""
-    return tensor.repeat(slots, *[1] * (tensor.ndim - 1))
+def repeated(tensor: Tensor, variants: int) -> Tensor:
+    """Repeat a batch, one variant after the other.
+
+    Args:
+        tensor: values of one batch [batch, ...].
+        variants: number of copies.
+    """
+    return tensor.repeat(variants, *[1] * (tensor.ndim - 1))
 
 
-def by_slot(activation: Tensor, slots: int) -> Tensor:
-    """A view of a side-by-side activation as [slot, row, ...]."""
-    return activation.view(slots, -1, *activation.shape[1:])
+def by_variant(activation: Tensor, variants: int) -> Tensor:
+    """View an activation of several variants as [variant, batch, ...].
+
+    Args:
+        activation: activation of all variants, one after the other.
+        variants: number of variants.
+    """
+    return activation.view(variants, -1, *activation.shape[1:])

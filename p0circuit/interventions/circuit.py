@@ -1,8 +1,9 @@
-"""From a table of edges to a circuit: what is left when only edges that matter are kept, and what leads to the sink.
+"""From a table of edges to a circuit: the edges with large effects that lead to the sink heads.
 
 1. Keep the edges whose effect is large enough.
-2. A sender is joined to the receiver its edge ends in, and every input of a component to the component itself.
-3. Keep what the sink heads can be reached from; the rest acts on the metric through nothing that was kept.
+2. Join each sender to the component that owns the receiver of its edge.
+3. Keep the components from which the sink heads can be reached. The others act on the metric only through edges that
+   were left out.
 """
 
 from __future__ import annotations
@@ -18,21 +19,32 @@ if TYPE_CHECKING:
 
 
 def owner(receiver: str) -> str:
-    """The component an input belongs to: `attn.2.1` for `attn.2.1.k`; MLPs and streams are named like their inputs.
+    """Name the component that an input belongs to.
 
-    A group of heads is a component (`attn.2` for `attn.2.k`), and so is a set (`sink` for `sink.k`).
+    Args:
+        receiver: name of an input. MLPs and residual streams are named like their inputs.
+
+    Returns:
+        `attn.2.1` for `attn.2.1.k`. A group of heads is a component (`attn.2` for `attn.2.k`), and so is a set of
+        receivers (`sink` for `sink.k`).
     """
     return receiver[:-2] if receiver[-2:] in (".q", ".k", ".v") else receiver
 
 
 def circuit_graph(edges: pd.DataFrame, ends: Collection[str], threshold: float) -> nx.DiGraph:
-    """The circuit as a graph of components: which senders, through which inputs, reach the components in `ends`.
+    """Make the graph of the components that reach some ends by edges with large effects.
 
-    `edges` has the columns of `PathEffects.to_dataframe`. Graph edges carry `effect` (the sum where two components
-    are joined by several inputs) and `inputs`, the inputs themselves with their effects.
+    Args:
+        edges: data frame with the columns sender, receiver and effect, as of `PathEffects.to_dataframe`.
+        ends: components that the circuit leads to; they are always in the graph.
+        threshold: smallest size of an effect.
+
+    Returns:
+        A directed graph. Each of its edges has the attributes `effect`, the sum over the inputs of the receiving
+        component, and `inputs`, the effects by input.
 
     Raises:
-        InterventionError: the threshold is not positive, or the table has other columns.
+        InterventionError: the threshold is not above 0, or the table has other columns.
     """
     import networkx as nx
 
@@ -48,5 +60,5 @@ def circuit_graph(edges: pd.DataFrame, ends: Collection[str], threshold: float) 
         end = owner(receiver)
         inputs = graph.get_edge_data(sender, end, {"inputs": {}})["inputs"] | {receiver: effect}
         graph.add_edge(sender, end, inputs=inputs, effect=sum(inputs.values()))
-    kept = set(ends).union(*(nx.ancestors(graph, end) for end in ends))
-    return graph.subgraph(kept).copy()
+    reaching = set(ends).union(*(nx.ancestors(graph, end) for end in ends))
+    return graph.subgraph(reaching).copy()

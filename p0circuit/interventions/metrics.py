@@ -108,6 +108,8 @@ class Metric:
         name: name of the metric, for labels and errors.
         readings: its inputs.
         combine: function of the reduced readings, in their order, giving one number per prompt.
+        heads: (layer, head) whose mean sink score, at the position of the rows, the metric is; None stands for all
+            heads of a layer. Empty for other metrics.
 
     Example:
         def first_neuron(activation, rows):
@@ -119,6 +121,7 @@ class Metric:
     name: str
     readings: tuple[Reading, ...]
     combine: Callable[..., Tensor]
+    heads: tuple[tuple[int, int | None], ...] = ()
 
     @property
     def last_layer(self) -> int | None:
@@ -313,7 +316,13 @@ def sink_score_of(heads: Sequence[int | tuple[int, int]], offset: int = 0) -> Me
     Example:
         metric = p0circuit.sink_score_of([(2, 1), (3, 0)])
     """
-    return Metric(f"sink score of {_named(heads)}", _sink_scores(heads, offset), _mean)
+    readings = _sink_scores(heads, offset)
+    scored = tuple(
+        (layer, head)
+        for layer, numbers in _by_layer(heads).items()
+        for head in ((None,) if numbers is None else numbers)
+    )
+    return Metric(f"sink score of {_named(heads)}", readings, _mean, scored if offset == 0 else ())
 
 
 def sink_rate_of(heads: Sequence[int | tuple[int, int]], eps: float = sink.SINK_THRESHOLD, offset: int = 0) -> Metric:
@@ -398,16 +407,22 @@ def _named(heads: Sequence[int | tuple[int, int]]) -> str:
     return ", ".join(names)
 
 
-def _sink_scores(heads: Sequence[int | tuple[int, int]], offset: int) -> tuple[Reading, ...]:
-    """One reading for each layer of the heads."""
-    if not heads:
-        raise InterventionError("no head to read the sink score of; expected (layer, head) pairs or layers")
+def _by_layer(heads: Sequence[int | tuple[int, int]]) -> dict[int, list[int] | None]:
+    """Numbers of the heads of each layer; None for all of them."""
     by_layer: dict[int, list[int] | None] = {}
     for head in heads:
         if isinstance(head, int):
             by_layer[head] = None
-        elif (others := by_layer.setdefault(head[0], [])) is not None:
-            others.append(head[1])
+        elif (numbers := by_layer.setdefault(head[0], [])) is not None:
+            numbers.append(head[1])
+    return by_layer
+
+
+def _sink_scores(heads: Sequence[int | tuple[int, int]], offset: int) -> tuple[Reading, ...]:
+    """One reading for each layer of the heads."""
+    if not heads:
+        raise InterventionError("no head to read the sink score of; expected (layer, head) pairs or layers")
+    by_layer = _by_layer(heads)
 
     def scores(pattern: Tensor, rows: Rows, layer: int) -> Tensor:
         wanted, count = by_layer[layer], pattern.shape[1]

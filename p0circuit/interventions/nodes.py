@@ -20,9 +20,12 @@ from torch import Tensor
 
 from p0circuit.errors import P0Error
 from p0circuit.hooked_model import HookedModel
-from p0circuit.models import ModelInfo, describe
+from p0circuit.models import ModelError, ModelInfo, describe
+from p0circuit.models.hooks import hook_point
 
 Kind = Literal["embed", "resid_pre", "resid_mid", "resid_post", "attn", "head", "mlp", "neuron"]
+COMPONENTS: tuple[Kind, ...] = ("embed", "resid_pre", "attn", "resid_mid", "mlp", "resid_post")
+"""Kinds of nodes that are one vector at each position, in the order of a block."""
 
 _HOOKS: dict[Kind, str] = {
     "embed": "blocks.0.hook_resid_pre",
@@ -192,3 +195,44 @@ def nodes_of(names: Sequence[str | Node], model: HookedModel) -> list[Node]:
     """
     info = describe(model)
     return [(Node.parse(name) if isinstance(name, str) else name).check(info) for name in names]
+
+
+def nodes_of_kinds(model: HookedModel, kinds: Sequence[Kind], layers: Sequence[int] | None = None) -> list[Node]:
+    """List all nodes of some kinds, block by block.
+
+    Args:
+        model: a hooked model.
+        kinds: kinds of nodes. Components that the model does not have are left out: in parallel blocks there is no
+            residual stream between attention and MLP.
+        layers: blocks to list; all if None. The embedding belongs to block 0.
+
+    Raises:
+        InterventionError: there is no such layer, or the neurons belong to experts.
+    """
+    info = describe(model)
+    for layer in layers or ():
+        if not 0 <= layer < info.n_layers:
+            raise InterventionError(f"there is no layer {layer}: {info.name} has layers 0 to {info.n_layers - 1}")
+    nodes = []
+    for layer in range(info.n_layers) if layers is None else layers:
+        for kind in kinds:
+            if kind in ("head", "neuron"):
+                numbers = range(info.n_heads if kind == "head" else info.d_mlp)
+                nodes += [Node(kind, layer, number).check(info) for number in numbers]
+            elif (kind != "embed" or layer == 0) and has_node(model, Node(kind, layer)):
+                nodes.append(Node(kind, layer))
+    return nodes
+
+
+def has_node(model: HookedModel, node: Node) -> bool:
+    """Return whether a model has the hook point of a node.
+
+    Args:
+        model: a hooked model.
+        node: the node.
+    """
+    try:
+        hook_point(model, node.hook)
+    except ModelError:
+        return False
+    return True

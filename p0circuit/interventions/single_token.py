@@ -89,14 +89,14 @@ def _affine(rows: Tensor, weights: tuple[Tensor, Tensor]) -> Tensor:
     return torch.addmm(weights[1], rows, weights[0])
 
 
-def _norm(norm: Any, cfg: Any) -> Callable[[Tensor], Tensor]:
+def _norm(norm: Any, cfg: Any) -> Callable[[Tensor], Tensor]:  # noqa: ANN401, modules have no typed parameters
     shape = (cfg.d_model,)
     if cfg.normalization_type == "LN":
         return lambda stream: functional.layer_norm(stream, shape, norm.w, norm.b, cfg.eps)
     return lambda stream: functional.rms_norm(stream, shape, norm.w, cfg.eps)
 
 
-def _block(block: Any, cfg: Any, n_kv_heads: int) -> P0Block:
+def _block(block: Any, cfg: Any, n_kv_heads: int) -> P0Block:  # noqa: ANN401, as for `_norm`
     attention, mlp = block.attn, block.mlp
     # Grouped-query attention repeats its values for the heads of a group; the parameters hold them once.
     grouped = hasattr(attention, "_W_V")

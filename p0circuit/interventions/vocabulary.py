@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -89,12 +88,12 @@ def vocabulary_sweep(
     for start in progress_bar(range(0, len(tokens), chunk), "sweeping the vocabulary"):
         part = slice(start, start + chunk)
 
-        def read_stream(stream: Tensor, hook: Any, layer: int, part: slice = part) -> None:
+        def read_stream(stream: Tensor, hook: object, layer: int, part: slice = part) -> None:
             norms[part, layer] = stream[:, 0].norm(dim=-1).cpu()
             if layer in residual:
                 residual[layer][part] = stream[:, 0].cpu()
 
-        def read_key(key: Tensor, hook: Any, layer: int, part: slice = part) -> None:
+        def read_key(key: Tensor, hook: object, layer: int, part: slice = part) -> None:
             keys[layer][part] = key[:, 0].cpu()
 
         hooks: list[Hook] = [(name, functools.partial(read_stream, layer=layer)) for layer, name in enumerate(streams)]
@@ -149,7 +148,7 @@ def sink_scores_by_token(
         part = slice(start, start + chunk)
         sweep = vocabulary_sweep(model, tokens[part], key_layers=range(info.n_layers), chunk=chunk)
         for layer, key in sweep.keys.items():
-            for place, some in zip(range(start, start + chunk, at_once), key.split(at_once), strict=False):
-                spread = some[:, None].expand(-1, prompts.n, -1, -1)
-                scores[place : place + len(some), layer] = side[layer].sink_scores(spread).mean(1).to(scores)
+            for first, keys in zip(range(start, start + chunk, at_once), key.split(at_once), strict=False):
+                spread = keys[:, None].expand(-1, prompts.n, -1, -1)
+                scores[first : first + len(keys), layer] = side[layer].sink_scores(spread).mean(1).to(scores)
     return scores

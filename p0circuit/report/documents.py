@@ -179,8 +179,9 @@ def depth_tables(runs: Sequence[Reproduction]) -> list[str]:
     lines = []
     for run in runs:
         result = run.results["depth"]
-        stages, roles = result.tables["stages"], result.tables["roles"]
         depth = result.metrics["circuit_depth"]
+        stages: list[dict[Any, Any]] = result.tables["stages"].to_dict("records")
+        roles: list[dict[Any, Any]] = result.tables["roles"].to_dict("records")
         lines += [
             f"**{run.title}**, {run.condition or 'text as it is'}: circuit depth {depth.value:.0f} ({depth.low:.0f} to "
             f"{depth.high:.0f} by prompt seed).",
@@ -189,26 +190,26 @@ def depth_tables(runs: Sequence[Reproduction]) -> list[str]:
                 ["stage", "after blocks", "norm ratio", "sink heads", "cosine to stage 1"],
                 [
                     [
-                        f"{stage.stage}",
-                        _after_blocks(stage.first_depth, stage.last_depth),
-                        f"{stage.norm_ratio:.1f}",
-                        f"{stage.sink_heads}",
-                        f"{stage.cosine_to_first_stage:.2f}",
+                        str(stage["stage"]),
+                        _after_blocks(stage["first_depth"], stage["last_depth"]),
+                        f"{stage['norm_ratio']:.1f}",
+                        str(stage["sink_heads"]),
+                        f"{stage['cosine_to_first_stage']:.2f}",
                     ]
-                    for stage in stages.itertuples()
+                    for stage in stages
                 ],
             ),
             *table(
                 ["stage", "role", "component", "what its output at P0 does"],
                 [
                     [
-                        f"{role.stage}",
-                        role.role,
-                        f"`{role.node}`",
-                        f"{_short(Interval(role.effect, role.effect_low, role.effect_high, role.n))} "
-                        + _ROLES[role.role],
+                        str(role["stage"]),
+                        role["role"],
+                        f"`{role['node']}`",
+                        f"{_short(Interval(role['effect'], role['effect_low'], role['effect_high'], role['n']))} "
+                        + _ROLES[role["role"]],
                     ]
-                    for role in roles.itertuples()
+                    for role in roles
                 ],
             ),
         ]

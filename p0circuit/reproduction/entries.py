@@ -62,7 +62,7 @@ def measure_entry(
         judgement = Judgement("not applicable", reason)
     else:
         judgement = result.judgement or Judgement("reproduced", "")
-    verdict = judgement.verdict if experiment.claim or judgement.verdict == "not applicable" else "measured"
+    verdict = "measured" if result is not None and result.judgement is None else judgement.verdict
     report_progress(
         f"{label}{name}: {verdict} ({time.monotonic() - started:.1f} s)" + (f": {judgement.reason}" if error else "")
     )

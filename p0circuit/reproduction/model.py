@@ -4,8 +4,9 @@
 2. One clean recording serves all experiments.
 3. The experiments run one after the other. Each result is saved before the next experiment starts; a result of the same
    weights, prompts, configuration and code is read instead of measured again.
-4. The claims are tested on the controls, where they must not be reproduced.
-5. The manifest is written last, so its presence means that the run is complete.
+4. The claims about blocks 0 and 1 are measured with the blocks where the circuit was found, beside their verdicts.
+5. The claims are tested on the controls, where they must not be reproduced.
+6. The manifest is written last, so its presence means that the run is complete.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from p0circuit.experiments import EXPERIMENTS
+from p0circuit.experiments import EXPERIMENTS, Depth
 from p0circuit.experiments.base import Experiment, is_large
 from p0circuit.experiments.clean_recording import CLEAN_PASSES, record_clean
 from p0circuit.experiments.sink_condition import SinkCondition, find_condition
@@ -31,8 +32,17 @@ from p0circuit.recording.memory import remember_rows
 from p0circuit.reproduction.controls import DECOY, controls_of
 from p0circuit.reproduction.cost import run_estimate
 from p0circuit.reproduction.entries import Outcome, control_entry, measure_entry, write_claims
+from p0circuit.reproduction.located import (
+    deciding_metrics,
+    depends_on_blocks,
+    located_blocks,
+    located_note,
+    located_row,
+    with_blocks,
+)
 from p0circuit.reproduction.stored import run_or_read
-from p0circuit.results import write_manifest
+from p0circuit.results import Result, write_manifest
+from p0circuit.stats import Interval
 
 
 def reproduce_model(
@@ -72,6 +82,7 @@ def reproduce_model(
     entries: list[dict[str, Any]] = []
     left_out: dict[str, str] = {}
     broken: dict[str, str] = {}
+    depth: Result | None = None
     with remember_rows():
         with count_passes() as count:
             record_clean(model, prompts)
@@ -90,6 +101,10 @@ def reproduce_model(
             elif entry["verdict"] == "not applicable":
                 left_out[experiment.id] = entry["why"]
             write_claims(directory, entries)
+            if experiment.id == Depth.id and outcome.result is not None:
+                depth = outcome.result
+        if depth is not None:
+            _measure_located(model, prompts, directory, experiments, entries, passes, depth)
     if controls:
         _test_controls(model, prompts, directory, experiments, entries, passes, initial_checkpoint)
     write_manifest(
@@ -106,6 +121,39 @@ def reproduce_model(
     seconds = time.time() - started
     report_progress(f"{info.title}: {passes.of_this_run:.1f} passes over {prompts.n} prompts in {seconds:.0f} s")
     return entries
+
+
+def _measure_located(
+    model: HookedModel,
+    prompts: PromptSet,
+    directory: Path,
+    experiments: Sequence[Experiment[Any]],
+    entries: list[dict[str, Any]],
+    passes: _PassTable,
+    depth: Result,
+) -> None:
+    """Add to the claims about blocks 0 and 1 what is measured with the blocks where the circuit was found."""
+    blocks, subject = located_blocks(depth), describe(model).name
+    by_experiment = {entry["experiment"]: entry for entry in entries}
+    for experiment in experiments:
+        entry = by_experiment.get(experiment.id)
+        if entry is None or entry["error"] or not depends_on_blocks(experiment):
+            continue
+        if blocks == experiment.blocks or not blocks:
+            measured = {name: Interval(**value) for name, value in entry["measured"].items()} if blocks else {}
+            row = located_row(blocks, deciding_metrics(experiment, measured))
+        else:
+            variant = with_blocks(experiment, blocks)
+            measure = partial(run_or_read, variant, model, prompts, directory / "located", figures=False)
+            with count_passes() as count:
+                outcome = measure_entry(variant, subject, measure, directory / "located", "with the blocks of C21: ")
+            passes.add(f"{experiment.id}, located", count, outcome)
+            metrics = outcome.result.metrics if outcome.result else {}
+            reason = "" if outcome.result else outcome.entry["why"]
+            row = located_row(blocks, deciding_metrics(experiment, metrics), reason)
+        entry["located"] = row
+        entry["notes"] = [*entry["notes"], located_note(row)]
+    write_claims(directory, entries)
 
 
 def _test_controls(

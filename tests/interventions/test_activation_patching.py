@@ -16,10 +16,8 @@ from p0circuit.interventions import activation_patching as ap
 from p0circuit.interventions.activation_patching import (
     Patch,
     pair_patches,
-    patch_components,
+    patch,
     patch_grid,
-    patch_heads,
-    patch_neurons,
 )
 from p0circuit.interventions.metrics import (
     LOGITS,
@@ -33,7 +31,7 @@ from p0circuit.interventions.metrics import (
     sink_rate_of,
     sink_score_of,
 )
-from p0circuit.interventions.nodes import InterventionError, Node
+from p0circuit.interventions.nodes import InterventionError, Node, has_node, nodes_of_kinds
 from p0circuit.interventions.pairs import PromptPair, patch_values, shift_prompts
 from p0circuit.models import ModelError, describe, forward, load_model
 from p0circuit.models.constructed.build import wired_model
@@ -42,7 +40,7 @@ from p0circuit.models.hooked_transformer import has_hooked_transformer
 from p0circuit.models.hooks import hook_points
 from p0circuit.prompts import random_tokens
 from p0circuit.recording import batch_size
-from p0circuit.stats import ratio_interval
+from p0circuit.stats import bootstrap, ratio_interval
 from tests.families import CASES, FAMILIES, VOCAB
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -84,7 +82,7 @@ def some_nodes(model) -> list[Node]:
     """Every kind of node the model has, at several depths."""
     names = ["embed", "attn.0", "resid_mid.0", "mlp.0", "attn.0.3", "resid_pre.1", "attn.1", "attn.1.1", "mlp.2"]
     names += [] if describe(model).experts else ["neuron.0.5", "neuron.1.7"]
-    return [node for node in map(Node.parse, names) if ap._exists(model, node)]
+    return [node for node in map(Node.parse, names) if has_node(model, node)]
 
 
 # --- The slow, obvious way --------------------------------------------------------------------------------------------
@@ -223,9 +221,12 @@ def test_grids_equal_those_of_transformer_lens(load, name, dtype, tolerance):
 
     metric = of_logits("last logit", lambda logits, rows: logits[:, 0, 7], [length - 1])
     for expected, grid in (
-        (torch.stack(sinks).permute(2, 1, 0), patch_components(model, pair, SINK, list(functions), offsets=offsets)),
-        (last_logits.T, patch_components(model, pair, metric, ["resid_pre"], offsets=offsets)),
-        (heads.permute(1, 0, 2), patch_heads(model, pair, SINK, offsets=offsets)),
+        (
+            torch.stack(sinks).permute(2, 1, 0),
+            patch(model, pair, SINK, nodes_of_kinds(model, list(functions)), offsets=offsets),
+        ),
+        (last_logits.T, patch(model, pair, metric, nodes_of_kinds(model, ["resid_pre"]), offsets=offsets)),
+        (heads.permute(1, 0, 2), patch(model, pair, SINK, offsets=offsets)),
     ):
         assert torch.allclose(grid.patched.mean(1), expected.flatten(), atol=tolerance, rtol=0)
         assert (grid.patched - grid.base).abs().max() > 1e-3
@@ -256,11 +257,11 @@ def test_one_at_a_time_the_pass_itself_changes_no_bit(load, name, backend):
     (rows,) = batches(model, TOKENS, TOKENS.p0)
     stream = forward(model, rows.ids, stop_at_layer=0)
     for metric in (SINK, loss()):
-        for patch in pair_patches(
+        for one in pair_patches(
             model, PromptPair(TOKENS, TOKENS, 0), ["embed", "attn.0", "mlp.0", "attn.0.2", "neuron.0.3"]
         ):
             assert torch.equal(
-                ap._branch(model, stream, 0, rows, {0: patch}, metric, {})[0], measure(model, TOKENS, metric)
+                ap._branch(model, stream, 0, rows, {0: one}, metric, {})[0], measure(model, TOKENS, metric)
             )
 
 
@@ -291,7 +292,7 @@ def test_what_comes_later_does_not_reach_p0(model):
         return stream[rows.at(0)].norm(dim=-1)
 
     metric = Metric("norm at P0", (Reading("blocks.2.hook_resid_post", norm),), lambda reading: reading)
-    later, here = (patch_components(model, PAIR, metric, offsets=offsets) for offsets in ([1, 3], [0]))
+    later, here = (patch(model, PAIR, metric, "components", offsets=offsets) for offsets in ([1, 3], [0]))
     assert torch.allclose(later.patched, later.base.expand_as(later.patched), rtol=1e-6)
     assert (here.patched - here.base).abs().max() > 0.1
 
@@ -327,8 +328,8 @@ def test_any_shape_grouping_and_padding(heads, rotary, window, pads, length, shi
     patches = pair_patches(model, pair, nodes, direction, [offset])
     base, place, *_ = ap._runs(pair, direction)
     grid = patch_grid(model, pair, patches, sink_score_of([(1, heads[0] - 1)]), direction, at_once)
-    for patch, patched in zip(patches, grid.patched, strict=True):
-        seen = literal_run(model, base, patch, place)[1, "attn.hook_pattern"]
+    for one, patched in zip(patches, grid.patched, strict=True):
+        seen = literal_run(model, base, one, place)[1, "attn.hook_pattern"]
         expected = torch.stack([seen[row, -1, at:, at].mean() for row, at in enumerate(place.tolist())])
         assert torch.allclose(patched, expected, atol=1e-5, rtol=0), str(patch.node)
 
@@ -348,10 +349,10 @@ def tiny_model(heads, kv_heads, rotary, window, seed):
 
 
 def test_rows_in_several_batches_come_out_the_same(model, monkeypatch):
-    whole = patch_components(model, PADDED, SINK, offsets=[0, 1])
+    whole = patch(model, PADDED, SINK, "components", offsets=[0, 1])
     monkeypatch.setattr(batch_size, "BATCH_BYTES", 1)
     calls = len(batches(model, PADDED.clean, PADDED.clean.p0))
-    by_row = patch_components(model, PADDED, SINK, offsets=[0, 1])
+    by_row = patch(model, PADDED, SINK, "components", offsets=[0, 1])
     assert calls == 3 and torch.allclose(by_row.patched, whole.patched, atol=1e-6)
     assert torch.allclose(by_row.base, whole.base, atol=1e-6) and torch.allclose(by_row.source, whole.source, atol=1e-6)
 
@@ -394,11 +395,11 @@ def test_no_grid_takes_more_than_one_and_a_half_forwards(length, vocab, monkeypa
     pair = shift_prompts(random_tokens(vocab, n=6, length=length), SHIFT, vocab)
     whole = peak(lambda: forward(model, pair.clean.ids))
     grids = {
-        "components": lambda: patch_components(model, pair, SINK),
-        "heads": lambda: patch_heads(model, pair, SINK),
-        "neurons": lambda: patch_neurons(model, pair, SINK, neurons=range(30)),
-        "loss": lambda: patch_components(model, pair, loss(), layers=[0, 2]),
-        "norm": lambda: patch_components(model, pair, norm_ratio_after(2), layers=[0, 2]),
+        "components": lambda: patch(model, pair, SINK, "components"),
+        "heads": lambda: patch(model, pair, SINK, "heads"),
+        "neurons": lambda: patch(model, pair, SINK, [f"neuron.{layer}.{n}" for layer in range(3) for n in range(30)]),
+        "loss": lambda: patch(model, pair, loss(), "components", layers=[0, 2]),
+        "norm": lambda: patch(model, pair, norm_ratio_after(2), "components", layers=[0, 2]),
     }
     for name, grid in grids.items():
         assert peak(grid) < 1.5 * whole, name
@@ -410,11 +411,10 @@ def test_memory_does_not_grow_with_layers_or_patches(monkeypatch):
     monkeypatch.setattr(ap, "_SMALL", 0)
     pair = shift_prompts(random_tokens(200, n=6, length=32), SHIFT, 200)
     shallow, deep = middling_model(2, 200), middling_model(6, 200)
-    few, many = (peak(lambda m=m: patch_components(m, pair, sink_score_of([0, 1]))) for m in (shallow, deep))
+    few, many = (peak(lambda m=m: patch(m, pair, sink_score_of([0, 1]), "components")) for m in (shallow, deep))
     assert many < 1.05 * few
-    few, many = (
-        peak(lambda n=n: patch_neurons(shallow, pair, sink_score_of([1]), neurons=range(n))) for n in (32, 200)
-    )
+    neurons = [f"neuron.{layer}.{n}" for n in range(200) for layer in range(2)]
+    few, many = (peak(lambda n=n: patch(shallow, pair, sink_score_of([1]), neurons[:n])) for n in (64, 400))
     assert many < 1.05 * few
 
 
@@ -438,7 +438,7 @@ def test_a_pass_that_ended_early_leaves_nothing_behind(load, backend):
     """It ends between the places where a bridge looks at the stream before and after attention."""
     model, other = load("llama", backend), random_tokens(VOCAB, n=2, length=5, seed=8)
     before = forward(model, other.ids)
-    patch_components(model, PAIR, SINK, ["attn", "resid_mid"])
+    patch(model, PAIR, SINK, nodes_of_kinds(model, ["attn", "resid_mid"]))
     assert torch.equal(forward(model, other.ids), before)
 
 
@@ -452,10 +452,10 @@ def test_on_the_wired_model_the_grids_show_the_circuit(positions):
     metric = sink_score_of(truth.sink_heads)
 
     def effects(grid):
-        return {str(node): effect.value for node, effect in zip(grid.nodes, grid.effect(), strict=True)}
+        return dict(zip(map(str, grid.nodes), grid.relative_effect.mean(1).tolist(), strict=True))
 
-    necessary = effects(patch_components(model, pair, metric))
-    sufficient = effects(patch_components(model, pair, metric, direction="denoising"))
+    necessary = effects(patch(model, pair, metric, "components"))
+    sufficient = effects(patch(model, pair, metric, "components", "denoising"))
     circuit = {
         "attn.0",
         "resid_mid.0",
@@ -472,13 +472,13 @@ def test_on_the_wired_model_the_grids_show_the_circuit(positions):
         expected = (0.7, 0.4) if node in circuit else (-0.02, -0.02)
         assert necessary[node] > expected[0] and sufficient[node] > expected[1], node
         assert node in circuit or max(necessary[node], sufficient[node]) < 0.02, node
-    control = effects(patch_components(model, pair, metric, offsets=[5]))
+    control = effects(patch(model, pair, metric, "components", offsets=[5]))
     assert max(map(abs, control.values())) < 0.02
-    heads = effects(patch_heads(model, pair, metric))
+    heads = effects(patch(model, pair, metric))
     assert {node for node, effect in heads.items() if effect > 0.5} == {
         f"attn.0.{head}" for _, head in truth.recognition_heads
     }
-    neurons = patch_neurons(model, pair, metric, layers=[0, 1]).to_dataframe()
+    neurons = patch(model, pair, metric, "neurons", layers=[0, 1]).to_dataframe(relative=True)
     found = neurons[neurons["effect"] > 0.5]
     assert set(zip(found["layer"], found["index"], strict=True)) == {*truth.detector_neurons, *truth.sink_neurons}
 
@@ -513,24 +513,26 @@ def test_ready_made_metrics_say_what_they_mean(model):
 def test_effects_and_their_intervals(model):
     prompts = random_tokens(VOCAB, n=40, length=8, seed=4)
     pair = shift_prompts(prompts, 3, VOCAB)
-    noised, denoised = (patch_heads(model, pair, SINK, layers=[0], direction=way) for way in ("noising", "denoising"))
-    assert torch.equal(noised.clean, noised.base) and torch.equal(noised.corrupted, noised.source)
-    assert torch.allclose(noised.clean, denoised.clean, atol=1e-6) and torch.equal(denoised.corrupted, denoised.base)
-    table = noised.to_dataframe()
+    noised, denoised = (patch(model, pair, SINK, "heads", way, layers=[0]) for way in ("noising", "denoising"))
+    assert torch.equal(noised.clean, noised.base) and torch.equal(noised.shifted, noised.source)
+    assert torch.allclose(noised.clean, denoised.clean, atol=1e-6) and torch.equal(denoised.shifted, denoised.base)
+    table = noised.to_dataframe(relative=True)
     assert list(table["node"]) == ["attn.0.0", "attn.0.1", "attn.0.2", "attn.0.3"] and list(table["index"]) == [
         0,
         1,
         2,
         3,
     ]
-    for patched, effect, (_, line) in zip(noised.patched, noised.effect(), table.iterrows(), strict=True):
-        whole = (noised.corrupted - noised.clean).double().numpy()
-        usual = ratio_interval((patched - noised.clean).double().numpy(), whole)
-        assert effect.value == pytest.approx(usual.value) == line["effect"]
-        # Both are estimates from 2,000 resamples.
-        width = usual.high - usual.low
-        assert abs(effect.low - usual.low) < 0.15 * width and abs(effect.high - usual.high) < 0.15 * width
-    panels = patch_components(model, pair, SINK, layers=[0, 1], offsets=[0, 2]).maps()
+    total = (noised.shifted - noised.clean).double().numpy()
+    shares = zip(noised.patched, noised.interval(relative=True), noised.relative_effect, table.iterrows(), strict=True)
+    for patched, interval, share, (_, line) in shares:
+        assert interval == ratio_interval((patched - noised.clean).double().numpy(), total)
+        assert [line[name] for name in ("effect", "low", "high", "n")] == [*interval.to_json().values()]
+        assert interval.value == pytest.approx(float(share.mean()), rel=1e-4)
+    assert torch.equal(noised.effect, noised.patched - noised.base)
+    for effect, interval in zip(noised.effect, noised.interval(), strict=True):
+        assert interval == bootstrap(effect.double().numpy())
+    panels = patch(model, pair, SINK, "components", layers=[0, 1], offsets=[0, 2]).maps()
     assert list(panels) == ["at P0", "at P0 + 2"]
     panel = panels["at P0"]
     assert list(panel.columns) == ["embed", "resid_pre", "attn", "resid_mid", "mlp", "resid_post"]
@@ -538,11 +540,26 @@ def test_effects_and_their_intervals(model):
 
 
 def test_the_figure_has_a_panel_per_offset(model, tmp_path):
-    from p0circuit.figures.maps import effect_maps
+    for relative in (False, True):
+        figure = patch(model, PAIR, SINK, "components", offsets=[0, 2]).plot(relative)
+        assert [axis.get_title() for axis in figure.axes[:2]] == ["at P0", "at P0 + 2"]
+        figure.savefig(tmp_path / "grid.png")
 
-    figure = effect_maps(patch_components(model, PAIR, SINK, offsets=[0, 2]).maps(), "noising")
-    assert [axis.get_title() for axis in figure.axes[:2]] == ["at P0", "at P0 + 2"]
-    figure.savefig(tmp_path / "grid.png")
+
+def test_mixed_nodes_are_drawn_as_lines_the_largest_effect_first(model):
+    grid = patch(model, PAIR, SINK, ["neuron.0.3", "mlp.0", "attn.0.1"])
+    figure = grid.plot()
+    largest = grid.effect.mean(1).abs().argsort(descending=True)
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert labels == [str(grid.nodes[number]) for number in largest.tolist()]
+    assert "change of the sink score" in figure.axes[0].get_xlabel()
+
+
+def test_named_nodes_are_those_of_their_kind(model):
+    """One way to name nodes gives the same numbers as another."""
+    heads = patch(model, PAIR, SINK, "heads", "denoising")
+    named = patch(model, PAIR, SINK, [f"attn.{layer}.{head}" for layer in range(3) for head in range(4)], "denoising")
+    assert heads.nodes == named.nodes and torch.equal(heads.patched, named.patched)
 
 
 # --- What is refused --------------------------------------------------------------------------------------------------
@@ -555,7 +572,7 @@ def patch_with(node="mlp.0", value=ZERO, offset=0):
 
 
 def with_metric(metric):
-    return lambda model: patch_components(model, PAIR, metric, layers=[0])
+    return lambda model: patch(model, PAIR, metric, "components", layers=[0])
 
 
 def fails(*_):
@@ -564,12 +581,14 @@ def fails(*_):
 
 REFUSED = {
     "no patch": (lambda m: patch_grid(m, PAIR, [], SINK), InterventionError, "nothing to patch"),
-    "no room for one": (lambda m: patch_heads(m, PAIR, SINK, patches_per_batch=0), InterventionError, "at least 1"),
-    "no such direction": (lambda m: patch_heads(m, PAIR, SINK, direction="up"), InterventionError, "'up'"),
-    "no such layer": (lambda m: patch_components(m, PAIR, SINK, layers=[0, 7]), InterventionError, "no layer 7"),
-    "no such component": (lambda m: patch_components(m, PAIR, SINK, ["key"]), InterventionError, "'key.0' names"),
+    "no room for one": (lambda m: patch(m, PAIR, SINK, patches_per_batch=0), InterventionError, "at least 1"),
+    "no such direction": (lambda m: patch(m, PAIR, SINK, direction="up"), InterventionError, "'up'"),
+    "no such layer": (lambda m: patch(m, PAIR, SINK, layers=[0, 7]), InterventionError, "no layer 7"),
+    "no such component": (lambda m: patch(m, PAIR, SINK, ["key.0"]), InterventionError, "'key.0' names"),
+    "no such kind of nodes": (lambda m: patch(m, PAIR, SINK, "mlp.1"), InterventionError, "expected 'heads'"),
+    "layers of named nodes": (lambda m: patch(m, PAIR, SINK, ["mlp.1"], layers=[1]), InterventionError, "have names"),
     "no such head": (patch_with("attn.0.9", ZERO[:, :12]), InterventionError, "heads 0 to 3"),
-    "no such neuron": (lambda m: patch_neurons(m, PAIR, SINK, neurons=[48]), InterventionError, "neurons 0 to 47"),
+    "no such neuron": (lambda m: patch(m, PAIR, SINK, ["neuron.0.48"]), InterventionError, "neurons 0 to 47"),
     "too few rows": (patch_with(value=ZERO[:2]), InterventionError, r"\[2, 32\]; expected \[3, 32\]"),
     "wrong width": (patch_with("attn.0.1"), InterventionError, r"expected \[3, 12\]"),
     "offset not in value": (patch_with(offset=(0, 1)), InterventionError, r"expected \[3, 2, 32\]"),
@@ -577,7 +596,7 @@ REFUSED = {
     "past the end": (patch_with(offset=9), InterventionError, "expected an offset from 0 to 8"),
     "before the row": (patch_with(offset=-1), InterventionError, "expected an offset from 0 to 8"),
     "rows that do not pair": (
-        lambda m: patch_heads(m, PromptPair(TOKENS, TOKENS.subset([0]), 0), SINK),
+        lambda m: patch(m, PromptPair(TOKENS, TOKENS.subset([0]), 0), SINK),
         InterventionError,
         "3 clean and 1 shifted",
     ),
@@ -606,7 +625,7 @@ REFUSED = {
         "in the middle of a pass",
     ),
     "equal runs": (
-        lambda m: patch_heads(m, PromptPair(TOKENS, TOKENS, 0), SINK).effect(), InterventionError, "same sink score"
+        lambda m: patch(m, PromptPair(TOKENS, TOKENS, 0), SINK).relative_effect, InterventionError, "same sink score"
     ),
 }  # fmt: skip
 
@@ -622,7 +641,7 @@ def test_wrong_use_is_refused_and_leaves_no_hook(load, backend, case, monkeypatc
     with pytest.raises(error, match=message):
         run(model)
     assert hooks_on(model) == standing
-    assert patch_heads(model, PAIR, SINK, layers=[0]).patched.shape == (4, 3), "and the model goes on working"
+    assert patch(model, PAIR, SINK, layers=[0]).patched.shape == (4, 3), "and the model goes on working"
 
 
 def test_metrics_without_heads_are_refused():
@@ -652,6 +671,6 @@ def test_damaged_and_training_models_are_refused(family_folder, backend):
 
 def test_parallel_blocks_have_no_middle(load):
     model = load("neox", "hooked" if has_hooked_transformer() else "bridge")
-    assert "resid_mid" not in {node.kind for node in patch_components(model, PAIR, SINK).nodes}
+    assert "resid_mid" not in {node.kind for node in patch(model, PAIR, SINK, "components").nodes}
     with pytest.raises(InterventionError, match="nothing is between"):
         pair_patches(model, PAIR, ["resid_mid.0"])

@@ -11,7 +11,13 @@ import torch
 
 from p0circuit.interventions import attribution
 from p0circuit.interventions.activation_patching import Patch, patch_grid
-from p0circuit.interventions.attribution import Attribution, ScreenedAttribution, attribute, patch_values_at_p0, screen
+from p0circuit.interventions.attribution import (
+    Attribution,
+    CheckedAttribution,
+    attribute,
+    attribute_and_check,
+    patch_values_at_p0,
+)
 from p0circuit.interventions.metrics import (
     Metric,
     Reading,
@@ -239,7 +245,7 @@ WIRED_PROMPTS = random_tokens(64, n=6, length=24, seed=0)
 def wired_screen(model, steps):
     values = patch_values_at_p0(model, shift_prompts(WIRED_PROMPTS, 5, 64))
     metric = sink_score_of(wired_truth().sink_heads)
-    return screen(model, WIRED_PROMPTS, values, metric, steps, top=8, sample=None)
+    return attribute_and_check(model, WIRED_PROMPTS, values, metric, steps, top=8, sample=None)
 
 
 def by_node(screened):
@@ -282,7 +288,7 @@ def test_integrated_gradients_have_the_sizes_right_but_split_what_both_heads_do(
 
 def test_the_report_when_everything_is_checked(model, prompts):
     values = patch_values_at_p0(model, shift_prompts(prompts, 4, VOCAB))
-    found = screen(model, prompts, values, SINK, top=20, sample=None)
+    found = attribute_and_check(model, prompts, values, SINK, top=20, sample=None)
     assert sorted(found.checked.tolist()) == list(range(len(values)))
     exact = exact_effects(model, prompts, values, SINK)
     assert torch.allclose(found.exact, exact[found.checked], atol=1e-6)
@@ -304,7 +310,7 @@ def test_a_sample_stands_for_the_rest():
     estimate = torch.tensor([9.0, -8.0, 3.0, 2.0, 2.0, 1.0, 0.5, 0.0])[:, None]
     exact = torch.tensor([10.0, -1.0, 2.0, 0.0])[:, None]
     nodes = tuple(Node("neuron", 0, number) for number in range(8))
-    found = ScreenedAttribution(
+    found = CheckedAttribution(
         Attribution("x", nodes, 0, torch.zeros(1), estimate), torch.tensor([0, 1, 3, 7]), 2, exact
     )
     drawn, truth = np.repeat([9.0, -8.0, 2.0, 0.0], [1, 1, 3, 3]), np.repeat([10.0, -1.0, 2.0, 0.0], [1, 1, 3, 3])
@@ -323,7 +329,9 @@ def test_a_sample_stands_for_the_rest():
 
 def test_the_sample_is_drawn_by_its_seed_and_the_tables_name_every_node(model, prompts):
     values = patch_values_at_p0(model, shift_prompts(prompts, 4, VOCAB))
-    first, again, other = (screen(model, prompts, values, SINK, top=5, sample=7, seed=seed) for seed in (0, 0, 1))
+    first, again, other = (
+        attribute_and_check(model, prompts, values, SINK, top=5, sample=7, seed=seed) for seed in (0, 0, 1)
+    )
     assert torch.equal(first.checked, again.checked)
     assert not torch.equal(first.checked, other.checked)
     assert torch.equal(first.checked[:5], first.attribution.order[:5])
@@ -337,7 +345,7 @@ def test_the_sample_is_drawn_by_its_seed_and_the_tables_name_every_node(model, p
     whole = first.attribution.to_dataframe()
     assert list(whole["node"]) == [str(node) for node in values]
     assert np.allclose(whole["estimate"], first.attribution.estimate.double().mean(1))
-    assert screen(model, prompts, {Node("mlp", 0): torch.zeros(3, 32)}, SINK).recall() == 1.0
+    assert attribute_and_check(model, prompts, {Node("mlp", 0): torch.zeros(3, 32)}, SINK).recall() == 1.0
 
 
 # The values
@@ -421,12 +429,12 @@ def test_bad_input_is_refused_and_leaves_no_hook(family_model):
             attribute(model, PROMPTS, values, metric, steps)
     for top, sample in ((0, 5), (5, 0)):
         with pytest.raises(InterventionError, match="at least 1 of each"):
-            screen(model, PROMPTS, {node: good}, SINK, top=top, sample=sample)
+            attribute_and_check(model, PROMPTS, {node: good}, SINK, top=top, sample=sample)
     with pytest.raises(InterventionError, match="expected some of embed"):
         patch_values_at_p0(model, PAIR, [])
     with pytest.raises(InterventionError, match="layers 0 to 2"):
         patch_values_at_p0(model, PAIR, ["head"], layers=[3])
-    whole = screen(model, PROMPTS, {node: good}, SINK)
+    whole = attribute_and_check(model, PROMPTS, {node: good}, SINK)
     with pytest.raises(InterventionError, match="all have been patched"):
         whole.agreement("rest")
     with pytest.raises(InterventionError, match="expected 1 to 1"):
@@ -447,5 +455,5 @@ def test_experts_keep_their_neurons_to_themselves(family_model):
         patch_values_at_p0(model, PAIR)
     with pytest.raises(InterventionError, match="belong to its 4 experts"):
         attribute(model, PROMPTS, {Node("neuron", 0, 0): torch.zeros(3)}, SINK)
-    found = screen(model, PROMPTS, patch_values_at_p0(model, PAIR, ["head", "attn", "mlp"]), SINK, top=4)
+    found = attribute_and_check(model, PROMPTS, patch_values_at_p0(model, PAIR, ["head", "attn", "mlp"]), SINK, top=4)
     assert len(found.checked) == 3 * (4 + 2)

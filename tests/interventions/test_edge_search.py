@@ -12,8 +12,9 @@ from p0circuit.interventions.edge_search import search_edges
 from p0circuit.interventions.metrics import Rows, loss, measure, sink_score_of
 from p0circuit.interventions.nodes import InterventionError, Node, components
 from p0circuit.interventions.pairs import patch_values, shift_prompts
-from p0circuit.interventions.path_patching import path_patch, receivers_of
+from p0circuit.interventions.path_patching import patch_edges
 from p0circuit.interventions.receiver_inputs import InputPatch, measure_inputs, read_at_p0
+from p0circuit.interventions.receivers import receivers_of
 from p0circuit.models import describe, forward, load_model, passes
 from p0circuit.models.constructed.build import wired_model
 from p0circuit.models.constructed.truth import wired_truth
@@ -49,7 +50,7 @@ def test_the_same_edges_as_exhaustive_search_at_a_twentieth_of_a_pass_per_edge(n
     pair = shift_prompts(prompts, 8, vocabulary, 0, tuple(special))
     senders, receivers = components(model, heads=True), receivers_of(model)
     values = patch_values(model, pair, senders)
-    every = path_patch(model, prompts, senders, receivers, values, sink_score_of(heads))
+    every = patch_edges(model, prompts, senders, receivers, values, sink_score_of(heads))
     exact = dict(zip(every.edges, every.effect.mean(1).tolist(), strict=True))
     threshold = SHARE * float(every.clean.mean())
     with count_passes() as counted:
@@ -75,7 +76,7 @@ def test_exact_effects_are_those_of_path_patching_in_every_family(family_model, 
     values = patch_values(model, shift_prompts(prompts, 4, VOCAB), senders)
     receivers = ["attn.1.3.k", f"attn.2.kv{info.n_kv_heads - 1}.k", "attn.1.k", "attn.2.0+2.v", "attn.1.1.v", "mlp.1"]
     heads = [(1, 0), (2, 1), (2, 3)]
-    every = path_patch(model, prompts, senders, receivers, values, sink_score_of(heads))
+    every = patch_edges(model, prompts, senders, receivers, values, sink_score_of(heads))
     search = search_edges(model, prompts, senders, receivers, values, heads, 1e-9)
     exact = dict(zip(search.exact.edges, search.exact.patched, strict=True))
     moved = 0.0
@@ -164,7 +165,7 @@ def test_receivers_above_the_sink_heads_have_no_effect_and_are_not_run(family_mo
     prompts, senders = random_tokens(VOCAB, n=2, length=9), [Node("mlp", 0), Node("mlp", 1)]
     values = patch_values(model, shift_prompts(prompts, 3, VOCAB), senders)
     receivers = receivers_of(model)
-    every = path_patch(model, prompts, senders, receivers[13:], values, sink_score_of([(1, 0), (1, 2)]))
+    every = patch_edges(model, prompts, senders, receivers[13:], values, sink_score_of([(1, 0), (1, 2)]))
     search = search_edges(
         model, prompts, senders, receivers[13:], values, [(1, 0), (1, 2)], 1e-6, sample=2, budget=1000.0
     )

@@ -27,10 +27,10 @@ from p0circuit.course.page import read_prompts
 from p0circuit.experiments.conditions import pooled_prompts_for
 from p0circuit.experiments.measures.joint_patches import JOINT, WHOLE_STREAM, joint_changes
 from p0circuit.experiments.sink_under_study import studied_sink
-from p0circuit.interventions.activation_patching import patch_components
+from p0circuit.interventions.activation_patching import patch
 from p0circuit.interventions.metrics import sink_score_of
+from p0circuit.interventions.own_scores import edges_into_keys
 from p0circuit.interventions.pairs import patch_values, shift_prompts
-from p0circuit.interventions.path_patching import edges_into_keys
 from p0circuit.models import load_model
 from p0circuit.models.constructed.truth import wired_truth
 from p0circuit.models.vocabulary import sampleable_vocabulary
@@ -141,12 +141,12 @@ def patching(left: Path) -> Figures:
         f"share_of_blocks_0_1_in_{direction}": joint[direction, JOINT].mean() / joint[direction, WHOLE_STREAM].mean()
         for direction in ("noising", "denoising")
     }
-    grid = patch_components(model, pair, sink_score_of([head]), ("mlp",), [1])
+    grid = patch(model, pair, sink_score_of([head]), ["mlp.1"])
     edges = edges_into_keys(model, pair.clean, ["mlp.1"], patch_values(model, pair, ["mlp.1"]), method="hooks")
     edge = float(edges.effect[0, :, head[0], head[1]].mean())
     return {
         "clean_score": float(grid.base.mean()),
-        "effect_of_mlp_1": float((grid.patched - grid.base).mean()),
+        "effect_of_mlp_1": float(grid.effect.mean()),
         **shares,
         "edge_by_hand": edge,
         "edge_by_closed_form": edge,

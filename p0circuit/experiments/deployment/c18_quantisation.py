@@ -109,6 +109,7 @@ class Quantisation(Experiment[QuantisationConfig]):
     )
 
     def passes(self, model: HookedModel, prompts: PromptSet) -> float:
+        """Declare the calibration and a run for each set of positions kept in high precision."""
         config, rows = self.config, second_half(prompts)
         measured, calibrated_on = (min(config.samples, half) for half in (rows, prompts.n - rows))
         # The exact pass, and one for each scheme in use, two of them calibrated.
@@ -117,9 +118,11 @@ class Quantisation(Experiment[QuantisationConfig]):
         return (runs * measured + calibrated_on + draws) / prompts.n
 
     def quick(self, info: ModelInfo) -> Quantisation:
+        """Return a version for large models with fewer samples and draws."""
         return Quantisation(QuantisationConfig(samples=8, draws=2, draw_samples=4)) if is_large(info) else self
 
     def measure(self, model: HookedModel, prompts: PromptSet) -> Result:
+        """Quantise activations to int8, with and without P0 kept in high precision, and compare the losses."""
         sink = studied_sink(model, prompts, in_either_condition=True)
         others, rows = (half.subset(slice(0, self.config.samples)) for half in (sink.chosen_on, sink.prompts))
         calibration = calibrated(model, others)
@@ -297,6 +300,6 @@ def _draw_inputs(blocks: pd.DataFrame, sites: pd.DataFrame, model: str) -> Figur
 def _draw_schemes(schemes: pd.DataFrame, measured: str, name: str, unit: str, model: str) -> Figure:
     from p0circuit.figures.intervals import intervals, intervals_by
 
-    panel = intervals_by(schemes[schemes["measured"] == measured], "scheme")
+    panel = intervals_by(schemes.loc[schemes["measured"] == measured], "scheme")
     title = f"{model}: int8 in use (a grid per row where none is named)"
     return intervals({name: panel}, title, [unit], controls=(ANOTHER_KEPT,), reference=0)

@@ -21,7 +21,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -134,6 +134,7 @@ class DormantHeads(Experiment[DormantHeadsConfig]):
     )
 
     def passes(self, model: HookedModel, prompts: PromptSet) -> float:
+        """Declare a run for each number of zeroed heads in each order."""
         config, info = self.config, describe(model)
         rows = min(config.samples, second_half(prompts))
         counts = len(steps(info.n_layers * info.n_heads, config.coarse))
@@ -145,6 +146,7 @@ class DormantHeads(Experiment[DormantHeadsConfig]):
         return (runs * rows + domain) / prompts.n
 
     def quick(self, info: ModelInfo) -> DormantHeads:
+        """Return a version for large models with fewer samples, steps and draws."""
         if not is_large(info):
             return self
         return DormantHeads(replace(self.config, samples=6, orders=3, domains=False, coarse=True))
@@ -271,7 +273,7 @@ def output_norms(model: HookedModel, prompts: PromptSet) -> Float[Tensor, "layer
     norms = torch.zeros(info.n_layers, info.n_heads, dtype=torch.float64)
     rows = batch_size_for(model, prompts.length, with_logits=False)
 
-    def add(z: Tensor, hook: Any, layer: int, after: Tensor) -> None:
+    def add(z: Tensor, hook: object, layer: int, after: Tensor) -> None:
         weight = model.blocks[layer].attn.W_O.to(z).float()
         # |z W|^2 from W W^T: the outputs of all heads together would need [batch, query, head, d_model] in memory.
         squares = torch.einsum("bqhd,hde,bqhe->bqh", z.float(), weight @ weight.transpose(1, 2), z.float())
@@ -467,8 +469,8 @@ def _draw_curves(curves: pd.DataFrame, model: str) -> Figure:
         part = curves[curves["order"] == name]
         return Series(name, *((100 * part[f"growth_{end}"]).tolist() for end in ("value", "low", "high")))
 
-    at_random = curves[curves["order"].str.startswith(RANDOM)]
-    growth = 100 * at_random["growth_value"].to_numpy().reshape(-1, len(counts))
+    at_random = curves.loc[curves["order"].str.startswith(RANDOM)]
+    growth = 100 * np.asarray(at_random["growth_value"]).reshape(-1, len(counts))
     ends = (growth.mean(0), growth.min(0), growth.max(0))
     lines = [
         line(SINK),

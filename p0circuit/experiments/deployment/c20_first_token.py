@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -117,6 +117,7 @@ class FirstToken(Experiment[FirstTokenConfig]):
     )
 
     def passes(self, model: HookedModel, prompts: PromptSet) -> float:
+        """Declare a run for each first token, and the recall test."""
         config = self.config
         rows = min(config.samples, second_half(prompts))
         register = bool(config.steps) and placement_of(model) is None
@@ -127,6 +128,7 @@ class FirstToken(Experiment[FirstTokenConfig]):
         return (runs * rows + trained) / prompts.n
 
     def quick(self, info: ModelInfo) -> FirstToken:
+        """Return a version for large models with fewer samples and first tokens."""
         if not is_large(info):
             return self
         return FirstToken(replace(self.config, tokens=3, samples=8, steps=0, places=3))
@@ -478,7 +480,7 @@ def _recall_table(recalled: Mapping[str, Mapping[int, np.ndarray]]) -> pd.DataFr
 def _draw_spread(table: pd.DataFrame, model: str) -> Figure:
     from p0circuit.figures.intervals import intervals, intervals_by
 
-    far, _, pair = (intervals_by(table[table["predictions"] == kind], "condition") for kind in _PREDICTIONS)
+    far, _, pair = (intervals_by(table.loc[table["predictions"] == kind], "condition") for kind in _PREDICTIONS)
     panels = {
         "Other tokens in the first place": {name: interval for name, interval in far.items() if name != MIDDLE},
         "Beside other tokens in the middle": {"in the first place": pair[NONE], MIDDLE: pair[MIDDLE]},
@@ -511,7 +513,7 @@ def _draw_recall(recall: pd.DataFrame, beyond_middle: pd.DataFrame, model: str) 
     return trajectories(panels, positions, title, "where they stood", labels, reference=0)
 
 
-def _line(label: Any, table: pd.DataFrame) -> Series:
+def _line(label: object, table: pd.DataFrame) -> Series:
     from p0circuit.figures.style import Series
 
     return Series(str(label), *(table[end].tolist() for end in ("value", "low", "high")))

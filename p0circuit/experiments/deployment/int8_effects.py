@@ -314,7 +314,7 @@ def _of_products(errors: Float[np.ndarray, "sample site"], sites: Sequence[Site]
 def _exact(model: HookedModel, rows: _Rows, sites: Sequence[Site], look: Callable[[Site, Tensor], None]) -> Tensor:
     """The logits of a pass in which `look` reads every input of a matrix product, and the stream before each block."""
 
-    def at_hook(x: Tensor, hook: Any, site: Site) -> None:
+    def at_hook(x: Tensor, hook: object, site: Site) -> None:
         look(site, x)
 
     streams = [

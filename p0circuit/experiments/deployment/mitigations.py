@@ -141,6 +141,7 @@ class Mitigations(Experiment[MitigationsConfig]):
     config_type = MitigationsConfig
 
     def passes(self, model: HookedModel, prompts: PromptSet) -> float:
+        """Declare the runs with each mitigation: loss, sink, norms and int8 error."""
         config, half = self.config, second_half(prompts)
         rows, int8, spread_over = (
             min(most, config.samples, half) for most in (half, config.int8_samples, config.spread_samples)
@@ -151,6 +152,7 @@ class Mitigations(Experiment[MitigationsConfig]):
         return (mitigations * (rows + int8 + spread_over * config.tokens) + trained) / prompts.n
 
     def quick(self, info: ModelInfo) -> Mitigations:
+        """Return a version for large models with fewer samples."""
         if not is_large(info):
             return self
         return Mitigations(MitigationsConfig(samples=8, int8_samples=8, spread_samples=4, tokens=3, register_steps=0))
@@ -359,7 +361,7 @@ def _draw(result: Result) -> Figure:
     # Losses are drawn as differences: their spread over rows is the same for all mitigations.
     measured = {quantity: "loss_added" if quantity == "loss" else quantity for quantity in QUANTITIES}
     panels = {
-        title: intervals_by(table[table["measured"] == measured[quantity]], "remedy")
+        title: intervals_by(table.loc[table["measured"] == measured[quantity]], "remedy")
         for quantity, (title, _) in QUANTITIES.items()
     }
     names = table["remedy"].unique().tolist()

@@ -63,6 +63,7 @@ class Depth(Experiment[DepthConfig]):
     )
 
     def passes(self, model: HookedModel, prompts: PromptSet) -> float:
+        """Declare the curves of the locator, and the patching of writers and erasers."""
         measured = min(second_half(prompts), self.config.samples)
         return (
             passes_of_locator(model, prompts, self.config)
@@ -70,6 +71,7 @@ class Depth(Experiment[DepthConfig]):
         )
 
     def quick(self, info: ModelInfo) -> Depth:
+        """Return a version for large models with fewer samples."""
         return Depth(quick_config(self.config, 8)) if is_large(info) else self
 
     def measure(self, model: HookedModel, prompts: PromptSet) -> Result:

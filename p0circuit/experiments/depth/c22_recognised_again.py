@@ -51,12 +51,14 @@ class RecognisedAgain(Experiment[DepthConfig]):
     )
 
     def passes(self, model: HookedModel, prompts: PromptSet) -> float:
+        """Declare the run with later attention mixed; the curves are those of `Depth`."""
         # After C21 the curves are in the cache, and only the last term is left: one run of the later blocks, one clean
         # and one shifted run.
         measured = min(second_half(prompts), self.config.samples)
         return passes_of_locator(model, prompts, self.config) + 3 * measured / prompts.n
 
     def quick(self, info: ModelInfo) -> RecognisedAgain:
+        """Return a version for large models with fewer samples."""
         return RecognisedAgain(quick_config(self.config, 8)) if is_large(info) else self
 
     def measure(self, model: HookedModel, prompts: PromptSet) -> Result:

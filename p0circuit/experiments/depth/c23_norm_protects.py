@@ -59,11 +59,13 @@ class NormProtects(Experiment[DepthConfig]):
     )
 
     def passes(self, model: HookedModel, prompts: PromptSet) -> float:
+        """Declare a clean run and two interventions for each stage."""
         # For each stage one clean run and two of the blocks after its first depth.
         runs = 2 * 2.5 if describe(model).n_layers >= 12 else 1.5
         return runs * min(prompts.n - round(prompts.n / 2), self.config.samples) / prompts.n
 
     def quick(self, info: ModelInfo) -> NormProtects:
+        """Return a version for large models with fewer samples."""
         return NormProtects(quick_config(self.config, 8)) if is_large(info) else self
 
     def measure(self, model: HookedModel, prompts: PromptSet) -> Result:

@@ -49,6 +49,7 @@ class OneCircuit(Experiment[DepthConfig]):
     )
 
     def passes(self, model: HookedModel, prompts: PromptSet) -> float:
+        """Declare no passes: everything is in the clean recording."""
         return 0.0  # all of it is in the clean recording
 
     def measure(self, model: HookedModel, prompts: PromptSet) -> Result:

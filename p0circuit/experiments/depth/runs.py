@@ -43,6 +43,7 @@ class RowRuns:
 
     @classmethod
     def of(cls, model: HookedModel, prompts: PromptSet, rows: slice) -> RowRuns:
+        """Take some rows of prompts, on the device of the model."""
         return cls(*(part[rows].to(device_of(model)) for part in (prompts.ids, prompts.attention_mask, prompts.p0)))
 
     def clean(self, model: HookedModel) -> tuple[list[Float[Tensor, "batch pos d_model"]], Excess]:
@@ -108,5 +109,6 @@ class RowRuns:
 
 
 def row_batches(model: HookedModel, prompts: PromptSet) -> Iterator[slice]:
+    """Divide the rows into batches that fit into memory."""
     size = batch_size_for(model, prompts.length, with_logits=False)
     return (slice(start, start + size) for start in range(0, prompts.n, size))

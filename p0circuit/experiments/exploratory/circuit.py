@@ -21,13 +21,16 @@ from p0circuit.experiments.base import Experiment, NotApplicable
 from p0circuit.experiments.measures.sink_head_edges import input_shares
 from p0circuit.experiments.sink_under_study import head_list, sink_scores
 from p0circuit.hooked_model import HookedModel
+from p0circuit.interventions.batched_runs import TOKENS_AT_ONCE
 from p0circuit.interventions.circuit import circuit_graph, owner
 from p0circuit.interventions.closed_form import KeyEdges, NotOfTheClosedForm
 from p0circuit.interventions.edge_search import expected_passes, search_edges
 from p0circuit.interventions.metrics import sink_score_of
 from p0circuit.interventions.nodes import components
+from p0circuit.interventions.own_scores import edges_into_keys
 from p0circuit.interventions.pairs import PromptPair, patch_values, shifted_pair
-from p0circuit.interventions.path_patching import TOKENS_AT_ONCE, edges_into_keys, path_patch, receivers_of
+from p0circuit.interventions.path_patching import patch_edges
+from p0circuit.interventions.receivers import receivers_of
 from p0circuit.models import ModelInfo, describe
 from p0circuit.prompts import PromptSet
 from p0circuit.recording.quantities import SINK_SCORE
@@ -77,6 +80,7 @@ class Circuit(Experiment[CircuitConfig]):
     config_type = CircuitConfig
 
     def measure(self, model: HookedModel, prompts: PromptSet) -> Result:
+        """Patch all edges into the sink heads, or search those of a large model."""
         info, config = describe(model), self.config
         first, second = prompts.split()
         scores = record(model, first, [SINK_SCORE], condition="first half")[SINK_SCORE]
@@ -92,6 +96,7 @@ class Circuit(Experiment[CircuitConfig]):
         return self._search(study, edges) if edges > config.most_edges else self._patch_all(study)
 
     def passes(self, model: HookedModel, prompts: PromptSet) -> float:
+        """Declare the patching of all edges, or the search."""
         info, n, length = describe(model), prompts.n, prompts.length
         config, rows = self.config, min(self.config.samples, n - n // 2)
         recording = rows * (1 + config.shift / length)
@@ -116,12 +121,12 @@ class Circuit(Experiment[CircuitConfig]):
         model, patched, heads, names = study.model, study.pair.clean, study.heads, study.names
         senders, receivers = components(model, study.layers, heads=True), receivers_of(model, study.layers)
         values = patch_values(model, study.pair, senders)
-        effects = path_patch(model, patched, senders, receivers, values, sink_score_of(heads))
+        effects = patch_edges(model, patched, senders, receivers, values, sink_score_of(heads))
         keys = edges_into_keys(model, patched, senders, values)
 
         table = effects.to_dataframe()
         clean = bootstrap(effects.clean.double().cpu().numpy())
-        graph = circuit_graph(table, names, self.config.share * clean.value)
+        graph = effects.circuit(self.config.share * clean.value, relative=False, ends=names).graph
         metrics = {"sink_score": clean}
         if (shares := input_shares(effects, names)) is not None:
             metrics["share_of_k_among_edges_into_sink_heads"] = shares["k"]

@@ -33,7 +33,13 @@ from p0circuit import sink
 from p0circuit.experiments.base import Experiment, NotApplicable, second_half
 from p0circuit.experiments.sink_under_study import StudiedSink, mean_over_heads, studied_sink
 from p0circuit.hooked_model import HookedModel
-from p0circuit.interventions.experts import experts_at, mixture_layers, remove_experts, routing
+from p0circuit.interventions.experts import (
+    Experts as ExpertsOutputs,
+    experts_at,
+    mixture_layers,
+    remove_experts,
+    routing,
+)
 from p0circuit.models import describe
 from p0circuit.prompts import PromptSet
 from p0circuit.recording.quantities import NORM_RATIO, SINK_SCORE, TOKEN_LOSSES, score_at
@@ -91,6 +97,7 @@ class Experts(Experiment[ExpertsConfig]):
     config_type = ExpertsConfig
 
     def passes(self, model: HookedModel, prompts: PromptSet) -> float:
+        """Declare a run for each expert that is ablated alone, and for each group."""
         config, info, rows = self.config, describe(model), second_half(prompts)
         if not info.experts:
             return 0.0
@@ -211,7 +218,7 @@ def _norms(model: HookedModel, prompts: PromptSet, layers: Sequence[int]) -> Flo
     """The mean norm of each expert's output at P0, and at position 8; 0 in rows that are not routed to it."""
     norms = np.zeros((2, len(layers), describe(model).experts))
 
-    def read(layer: int, offset: int, here: Any) -> None:
+    def read(layer: int, offset: int, here: ExpertsOutputs) -> None:
         if not here.complete:
             raise NotApplicable(
                 f"the routed experts of block {layer} do not add up to its MLP (a shared expert, or a norm after)"

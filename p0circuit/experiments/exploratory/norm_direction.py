@@ -63,9 +63,11 @@ class NormDirection(Experiment[NormDirectionConfig]):
     config_type = NormDirectionConfig
 
     def passes(self, model: HookedModel, prompts: PromptSet) -> float:
+        """Declare no passes: everything is in the clean recording."""
         return 0.0  # everything is in the clean recording
 
     def measure(self, model: HookedModel, prompts: PromptSet) -> Result:
+        """Summarise norms and directions of P0 by layer."""
         import pandas as pd
 
         others = sorted({min(offset, prompts.length - 1) for offset in self.config.others})
@@ -103,7 +105,7 @@ class NormDirection(Experiment[NormDirectionConfig]):
         """Draw norm ratio and direction consistency of the stream, and those of every component."""
         table, name = result.tables["layers"], result.model_title
         return {
-            "layers": _draw_layers(table[table["component"] == "residual"], name),
+            "layers": _draw_layers(table.loc[table["component"] == "residual"], name),
             "components": _draw_components(table, name),
         }
 
@@ -149,7 +151,7 @@ def _draw_layers(stream: pd.DataFrame, model: str) -> Figure:
 def _draw_components(table: pd.DataFrame, model: str) -> Figure:
     from p0circuit.figures.lines import trajectories
 
-    parts = {name: table[table["component"] == name] for name in _NAMES.values()}
+    parts = {name: table.loc[table["component"] == name] for name in _NAMES.values()}
     layers = [str(layer) for layer in parts["MLP out"]["layer"]]
     return trajectories(
         {

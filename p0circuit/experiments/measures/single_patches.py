@@ -24,16 +24,13 @@ from p0circuit.experiments.measures.joint_patches import (
 from p0circuit.experiments.sink_under_study import Heads
 from p0circuit.hooked_model import HookedModel
 from p0circuit.interventions.activation_patching import (
-    Component,
     Direction,
     PatchGrid,
-    pair_patches,
-    patch_components,
-    patch_grid,
+    patch,
 )
 from p0circuit.interventions.closed_form import key_edges
 from p0circuit.interventions.metrics import sink_score_of
-from p0circuit.interventions.nodes import InterventionError, Node
+from p0circuit.interventions.nodes import InterventionError, Kind, Node, nodes_of_kinds
 from p0circuit.interventions.pairs import PromptPair, values_at
 from p0circuit.models import ModelInfo, describe
 from p0circuit.stats import ratio_interval
@@ -41,7 +38,7 @@ from p0circuit.stats import ratio_interval
 if TYPE_CHECKING:
     import pandas as pd
 
-COMPONENTS: tuple[Component, ...] = ("embed", "attn", "mlp", "resid_pre", "resid_mid")
+COMPONENTS: tuple[Kind, ...] = ("embed", "attn", "mlp", "resid_pre", "resid_mid")
 """What is patched in every block, in the order of the figure's columns."""
 FEWEST_EXACT_SAMPLES = 3
 """Samples for exact patches of a bounded run, at least one for each shift."""
@@ -67,11 +64,10 @@ def patch_every_single(
 
     metric, layers = sink_score_of(heads), range(_last_layer(heads) + 1)
     assigned = AssignedPairs.of(pairs, max(len(pairs), most_runs // (2 * len(COMPONENTS) * len(layers))))
+    nodes = nodes_of_kinds(model, COMPONENTS, layers)
     rows = []
     for direction in DIRECTIONS:
-        grids = [
-            patch_components(model, pair, metric, COMPONENTS, layers, direction=direction) for pair in assigned.pairs
-        ]
+        grids = [patch(model, pair, metric, nodes, direction) for pair in assigned.pairs]
         total = _total_effect(changes, assigned, direction)
         rows += [_row(direction, node, change, total) for node, change in _changes(grids).items()]
     return pd.DataFrame(rows, columns=_COLUMNS)
@@ -157,7 +153,7 @@ def _nodes(info: ModelInfo, last: int) -> list[Node]:
 
 def _changes(grids: Sequence[PatchGrid]) -> dict[Node, Float[np.ndarray, " row"]]:
     """The change of the metric by node, the samples of all grids after each other."""
-    changes = torch.cat([grid.patched - grid.base for grid in grids], dim=1).double().numpy()
+    changes = torch.cat([grid.effect for grid in grids], dim=1).double().numpy()
     return dict(zip(grids[0].nodes, changes, strict=True))
 
 
@@ -218,8 +214,4 @@ def _exact_changes(
 ) -> dict[Node, Float[np.ndarray, " row"]]:
     """Exact changes of the score by node."""
     metric = sink_score_of(heads)
-    grids = [
-        patch_grid(model, pair, pair_patches(model, pair, nodes, direction), metric, direction)
-        for pair in assigned.pairs
-    ]
-    return _changes(grids)
+    return _changes([patch(model, pair, metric, nodes, direction) for pair in assigned.pairs])

@@ -23,11 +23,14 @@ from p0circuit.experiments.measures.joint_patches import WHOLE_STREAM, AssignedP
 from p0circuit.experiments.measures.whole_stream import WholeStreamChanges, measured_at_p0, whole_stream_changes
 from p0circuit.experiments.sink_under_study import Heads
 from p0circuit.hooked_model import HookedModel
-from p0circuit.interventions.edge_search import EdgeSearch, search_edges
+from p0circuit.interventions.edge_effects import PathEffects
+from p0circuit.interventions.edge_search import search_edges
+from p0circuit.interventions.edge_search_result import EdgeSearch
+from p0circuit.interventions.effects import largest_first
 from p0circuit.interventions.metrics import sink_score_of
 from p0circuit.interventions.nodes import Node, components
 from p0circuit.interventions.pairs import PromptPair, values_at
-from p0circuit.interventions.path_patching import PathEffects, path_patch
+from p0circuit.interventions.path_patching import patch_edges
 from p0circuit.prompts import PromptSet
 from p0circuit.sink import CIRCUIT_BLOCKS
 from p0circuit.stats import Interval, bootstrap, ratio_interval
@@ -88,8 +91,8 @@ def patch_every_edge(
     nodes = [*senders, *streams.values()]
     runs = _shifted_runs(model, AssignedPairs.of(pairs, most), control_offsets, nodes, nodes)
     metric = sink_score_of(heads)
-    effects = path_patch(model, runs.clean, senders, [*_MLPS, *inputs], runs.values, metric)
-    control_effects = path_patch(
+    effects = patch_edges(model, runs.clean, senders, [*_MLPS, *inputs], runs.values, metric)
+    control_effects = patch_edges(
         model, runs.clean, senders, inputs, runs.control_values, measured_at_p0(metric), runs.control_position
     )
     in_total = _whole_stream_by_head(model, heads, streams, runs)
@@ -264,12 +267,12 @@ def _whole_stream_by_head(
     changes = {part: np.zeros(runs.clean.n) for part in "kqv"}
     for layer, stream in streams.items():
         names = [f"attn.{layer}.{head}" for at, head in heads if at == layer]
-        at_p0 = path_patch(
+        at_p0 = patch_edges(
             model, runs.clean, [stream], [f"{name}.{part}" for name in names for part in "kv"], runs.values, metric
         )
         for (_, receiver), effect in zip(at_p0.edges, at_p0.effect, strict=True):
             changes[receiver[-1]] += effect.double().cpu().numpy()
-        at_control = path_patch(
+        at_control = patch_edges(
             model,
             runs.clean,
             [stream],
@@ -305,7 +308,7 @@ def _search_table(search: EdgeSearch) -> pd.DataFrame:
     edges, estimates = tuple(search.edges[number] for number in numbers), search.by_row[numbers]
     estimated = PathEffects(edges, search.exact.clean, search.exact.clean + estimates, search.exact.metric, "direct")
     both = pd.concat([table, estimated.to_dataframe().assign(exact=False)])
-    return both.sort_values("effect", key=lambda effect: -effect.abs(), kind="stable", ignore_index=True)
+    return largest_first(both)
 
 
 def _control_table(stream: WholeStreamChanges) -> pd.DataFrame:

@@ -69,10 +69,12 @@ class RecognitionConfig:
     Attributes:
         others: first position, counted from P0, of those that P0 is compared with.
         values: number of positions whose value vectors are recorded to test the assumptions.
+        blocks: where the circuit is: the first two blocks, as the paper says, or those that `depth` finds.
     """
 
     others: int = CONTROL
     values: int = 8
+    blocks: tuple[int, ...] = CIRCUIT_BLOCKS
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,7 @@ class Recognition(Experiment[RecognitionConfig]):
 
     def passes(self, model: HookedModel, prompts: PromptSet) -> float:
         """Declare one run up to each of the blocks."""
-        blocks = sum(block + 1 for block in CIRCUIT_BLOCKS)
+        blocks = sum(block + 1 for block in self.config.blocks)
         return blocks / describe(model).n_layers * second_half(prompts) / prompts.n
 
     def measure(self, model: HookedModel, prompts: PromptSet) -> Result:
@@ -160,14 +162,14 @@ class Recognition(Experiment[RecognitionConfig]):
         import pandas as pd
 
         info, start = describe(model), self.config.others
-        if info.n_layers <= max(CIRCUIT_BLOCKS):
-            raise NotApplicable(f"{info.title} has {info.n_layers} block: there are no blocks 0 and 1")
+        if info.n_layers <= (last := max(self.config.blocks)):
+            raise NotApplicable(f"the last block of {info.title} is {info.n_layers - 1}: there is no block {last}")
         if not bool(prompts.attention_mask.all()):
             raise NotApplicable("these prompts are padded, and a profile over positions needs rows of one length")
         sink = studied_sink(model, prompts)
         metrics, profiles, isotropy, notes = {}, [], [], [sink.note]
         random_positions = np.random.default_rng(prompts.seed).integers(start, prompts.length, sink.prompts.n)
-        for block in CIRCUIT_BLOCKS:
+        for block in self.config.blocks:
             outputs, terms, values = self._record(model, sink.prompts, block)
             squared, variance = outputs[..., 0], outputs[..., 1]
             others = squared[:, start:].mean(1)

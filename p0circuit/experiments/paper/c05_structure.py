@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from p0circuit.errors import P0Error
-from p0circuit.experiments.base import Experiment, NotApplicable, is_large, second_half
+from p0circuit.experiments.base import Experiment, NotApplicable, block_names, is_large, second_half
 from p0circuit.experiments.claim import Claim, Criterion
 from p0circuit.experiments.sink_under_study import StudiedSink, excess_by_head, mean_over_heads, studied_sink
 from p0circuit.experiments.surgery import random_offsets, require_attention
@@ -54,11 +54,13 @@ class StructureConfig:
             query after them in the prompts are left out.
         samples_beside: maximum number of samples for everything that the verdict is not about.
         scan_blocks: number of blocks in the scan.
+        blocks: where the circuit is: the first two blocks, as the paper says, or those that `depth` finds.
     """
 
     positions: tuple[int, ...] = (4, 16, 32)
     samples_beside: int = 128
     scan_blocks: int = 8
+    blocks: tuple[int, ...] = CIRCUIT_BLOCKS
 
 
 def _attend_as_another(model: HookedModel, prompts: PromptSet, nodes: list[str], t: int) -> Intervention:
@@ -142,7 +144,7 @@ class Structure(Experiment[StructureConfig]):
         Raises:
             NotApplicable: there is no sink above block 1, rows are too short, or attention cannot be edited.
         """
-        return self.measure_on(studied_sink(model, prompts, above_block=CIRCUIT_BLOCKS[-1]))
+        return self.measure_on(studied_sink(model, prompts, above_block=max(self.config.blocks)))
 
     def measure_on(self, sink: StudiedSink) -> Result:
         """Measure a given sink.
@@ -183,7 +185,7 @@ class Structure(Experiment[StructureConfig]):
     def _edits(self, sink: StudiedSink, positions: Sequence[int]) -> tuple[_Ratios, _Ratios]:
         """Excess scores of t over those of P0 with edits at t, and of P0 over clean ones with edits at P0."""
         fewer = sink.subset(slice(0, self.config.samples_beside))
-        nodes = [f"attn.{layer}" for layer in range(CIRCUIT_BLOCKS[-1] + 1)]
+        nodes = [f"attn.{layer}" for layer in self.config.blocks]
         t_over_p0, p0_left = _Ratios(), _Ratios()
         for t in positions:
             t_over_p0.add(_NO_EDIT, t, sink.excess_scores(offset=t), sink.excess_scores())
@@ -287,7 +289,8 @@ def _draw_edits(result: Result) -> Figure:
         for measured, title in _PANELS.items()
     }
     controls = {name for panel in panels.values() for name in panel if name == _NO_EDIT or name.startswith("control")}
-    title = f"{result.model_title}: attention of blocks 0 and {CIRCUIT_BLOCKS[-1]} changed at t, or at P0"
+    where = block_names(result.provenance["config"]["blocks"])
+    title = f"{result.model_title}: attention of {where} changed at t, or at P0"
     return intervals(panels, title, _UNITS, controls, reference=0.5)
 
 

@@ -73,6 +73,7 @@ class AmplificationConfig:
         choosing: maximum number of samples on which neurons are ranked.
         singles: number of top neurons that are ablated one by one.
         single_samples: number of samples on which single neurons, groups by size and experts are ablated.
+        blocks: where the circuit is: the first two blocks, as the paper says, or those that `depth` finds.
     """
 
     shift: int = 8
@@ -83,6 +84,7 @@ class AmplificationConfig:
     choosing: int = 128
     singles: int = 8
     single_samples: int = 64
+    blocks: tuple[int, ...] = CIRCUIT_BLOCKS
 
 
 class Amplification(Experiment[AmplificationConfig]):
@@ -111,17 +113,19 @@ class Amplification(Experiment[AmplificationConfig]):
         """Declare the ranking of neurons and the ablations."""
         info, config, rows = describe(model), self.config, second_half(prompts)
         fewer = min(rows, config.single_samples)
-        runs = len(CIRCUIT_BLOCKS) + 1  # rows with each whole MLP replaced, and with both
+        runs = len(self.config.blocks) + 1  # rows with each whole MLP replaced, and with both
         if info.experts:
-            return (runs * rows + len(CIRCUIT_BLOCKS) * 2 * fewer) / prompts.n
-        neurons = len(CIRCUIT_BLOCKS) * info.d_mlp
+            return (runs * rows + len(self.config.blocks) * 2 * fewer) / prompts.n
+        neurons = len(self.config.blocks) * info.d_mlp
         count = _count(config.share, neurons)
         groups = min(config.draws, neurons // count)
         singles = min(config.singles, neurons) + len(_sizes(count, neurons))
         measured = (runs + 2) * rows + groups * config.draw_samples + singles * fewer
         # The ranking of neurons: gradients in rows of two tokens, below the first sink heads.
-        ranked = 2 * min(config.choosing, prompts.n - rows) * (1 + len(CIRCUIT_BLOCKS) * config.steps) * WITH_GRADIENT
-        below = min(1, (max(CIRCUIT_BLOCKS) + 2) / info.n_layers)
+        ranked = (
+            2 * min(config.choosing, prompts.n - rows) * (1 + len(self.config.blocks) * config.steps) * WITH_GRADIENT
+        )
+        below = min(1, (max(self.config.blocks) + 2) / info.n_layers)
         return measured / prompts.n + ranked / (prompts.n * prompts.length) * below
 
     def quick(self, info: ModelInfo) -> Amplification:
@@ -136,17 +140,17 @@ class Amplification(Experiment[AmplificationConfig]):
         Raises:
             NotApplicable: there is no sink, or no block 1.
         """
-        info = describe(model)
-        if info.n_layers <= max(CIRCUIT_BLOCKS):
-            raise NotApplicable(f"{info.title} has {info.n_layers} block: there are no blocks 0 and 1")
+        info, blocks = describe(model), self.config.blocks
+        if info.n_layers <= (last := max(blocks)):
+            raise NotApplicable(f"the last block of {info.title} is {info.n_layers - 1}: there is no block {last}")
         sink = studied_sink(model, prompts)
-        layer = max(max(CIRCUIT_BLOCKS) + 1, min(layer for layer, _ in sink.heads))
+        layer = max(last + 1, min(layer for layer, _ in sink.heads))
         direction = p0_direction(model, sink.chosen_on, layer)
         writers, total = projections(model, sink.prompts, direction, layer)
         shares = {name: ratio_interval(value, total) for name, value in writers.items()}
         metrics = {
-            "share_of_mlps_0_and_1": ratio_interval(_sum(writers[f"mlp.{block}"] for block in CIRCUIT_BLOCKS), total),
-            **{f"share_of_mlp_{block}": shares[f"mlp.{block}"] for block in CIRCUIT_BLOCKS},
+            share_of_mlps(blocks): ratio_interval(_sum(writers[f"mlp.{block}"] for block in blocks), total),
+            **{f"share_of_mlp_{block}": shares[f"mlp.{block}"] for block in blocks},
             "projection": bootstrap(total),
         }
         where = f"before block {layer}" if layer < info.n_layers else "at the end"
@@ -165,7 +169,7 @@ class Amplification(Experiment[AmplificationConfig]):
                 del tables["experts"]
                 notes.append("the routed experts do not add up to the MLPs' outputs (a shared expert, or a later norm)")
             carried |= of_experts
-        elif reason := _no_neurons(model):
+        elif reason := _no_neurons(model, blocks):
             notes.append(reason)
         else:
             tables["neurons"], tables["by_number"], of_neurons, note = self._neurons(sink, direction, layer)
@@ -174,10 +178,12 @@ class Amplification(Experiment[AmplificationConfig]):
             }
             notes.append(note)
             carried |= dict(zip(("top 1 %", "random 1 %", "top, at 8"), of_neurons.values(), strict=True))
-        metrics |= {f"excess_carried_by_{name.replace('.', '_')}": carried[name] for name in ("mlp.0", "mlp.1")}
+        metrics |= {f"excess_carried_by_mlp_{block}": carried[f"mlp.{block}"] for block in blocks}
         tables["ablations"] = _interval_table("ablated", "excess_carried", carried)
-        groups = {name: ratio_interval(_sum(values), total) for name, values in _other_writers(writers).items()}
-        return Result(self.id, self.title, metrics, tables, notes=notes, drawing=groups)
+        groups = _other_writers(writers, blocks)
+        others = {name: ratio_interval(_sum(values), total) for name, values in groups.items()}
+        tables["other_writers"] = _interval_table("writers", "share", others)
+        return Result(self.id, self.title, metrics, tables, notes=notes)
 
     def draw(self, result: Result) -> dict[str, Figure]:
         """Draw the shares in the projection, and the excess score lost without MLPs, neurons or experts."""
@@ -185,8 +191,9 @@ class Amplification(Experiment[AmplificationConfig]):
 
         shares = intervals_by(result.tables["writers"], "writer", "share")
         carried = intervals_by(result.tables["ablations"], "ablated", "excess_carried")
+        mlps = {name: shares[name] for name in (f"mlp.{block}" for block in result.provenance["config"]["blocks"])}
         panels = {
-            "Projection on the P0 direction": {name: shares[name] for name in ("mlp.0", "mlp.1")} | result.drawing,
+            "Projection on the P0 direction": mlps | intervals_by(result.tables["other_writers"], "writers", "share"),
             "Excess score lost without": dict(list(carried.items())[:7]),
         }
         figure = bars(panels, f"{result.model_title}: who writes the P0 direction", ["share of the whole"] * 2)
@@ -195,9 +202,11 @@ class Amplification(Experiment[AmplificationConfig]):
 
     def _whole_mlps(self, sink: StudiedSink) -> dict[str, Interval]:
         """The share of the excess that is lost with each whole MLP ablated, and with both."""
-        nodes = [Node("mlp", block) for block in CIRCUIT_BLOCKS]
+        nodes = [Node("mlp", block) for block in self.config.blocks]
         values = patch_values(sink.model, self._pair(sink.model, sink.prompts), nodes)
-        groups = {"mlp.0": nodes[:1], "mlp.1": nodes[1:], "both MLPs": nodes}
+        groups = {str(node): [node] for node in nodes}
+        if len(nodes) > 1:
+            groups["both MLPs" if len(nodes) == 2 else "all MLPs"] = nodes
         return {name: share_carried(sink, group, values) for name, group in groups.items()}
 
     def _pair(self, model: HookedModel, prompts: PromptSet) -> PromptPair:
@@ -207,7 +216,7 @@ class Amplification(Experiment[AmplificationConfig]):
 
     def _shifted_neurons(self, model: HookedModel, prompts: PromptSet) -> dict[Node, Tensor]:
         """The values of all neurons of both blocks at the same tokens, where these are not first."""
-        return patch_values_at_p0(model, self._pair(model, prompts), ("neuron",), layers=CIRCUIT_BLOCKS)
+        return patch_values_at_p0(model, self._pair(model, prompts), ("neuron",), layers=self.config.blocks)
 
     def _neurons(
         self, sink: StudiedSink, direction: Tensor, layer: int
@@ -271,7 +280,7 @@ class Amplification(Experiment[AmplificationConfig]):
 
         fewer = sink.subset(slice(0, self.config.single_samples))
         rows, carried = [], {}
-        for block in CIRCUIT_BLOCKS:
+        for block in self.config.blocks:
             at_p0 = experts_at_p0(sink.model, fewer.prompts, block)
             if at_p0 is None:
                 continue
@@ -315,6 +324,11 @@ class _Ranking:
     change: list[float]
     at_p0: list[float]
     not_first: list[float]
+
+
+def share_of_mlps(blocks: Sequence[int]) -> str:
+    """Name the metric that is the share of these blocks' MLPs in the projection."""
+    return f"share_of_mlps_{'_and_'.join(map(str, blocks))}"
 
 
 def _count(share: float, neurons: int) -> int:
@@ -363,9 +377,9 @@ def projections(
     return {str(node): along[node] for node in writers}, along[end]
 
 
-def _other_writers(writers: Mapping[str, np.ndarray]) -> dict[str, list[np.ndarray]]:
-    """What is written by others than MLPs 0 and 1, in two groups."""
-    early, mlps = ("embed", "attn.0", "attn.1"), ("mlp.0", "mlp.1")
+def _other_writers(writers: Mapping[str, np.ndarray], blocks: Sequence[int]) -> dict[str, list[np.ndarray]]:
+    """What is written by others than the MLPs of the circuit, in two groups."""
+    early, mlps = ["embed", *(f"attn.{block}" for block in blocks)], [f"mlp.{block}" for block in blocks]
     later = [value for name, value in writers.items() if name not in (*early, *mlps)]
     groups = {"embed, attention": [writers[name] for name in early], "later blocks": later}
     return {name: values for name, values in groups.items() if values}
@@ -402,10 +416,10 @@ def _neuron_table(ranking: _Ranking, alone: Mapping[Node, Interval]) -> pd.DataF
     return pd.DataFrame(rows, columns=[*columns, "excess_carried_alone", "low", "high"])
 
 
-def _no_neurons(model: HookedModel) -> str:
+def _no_neurons(model: HookedModel, blocks: Sequence[int]) -> str:
     """The reason why neurons cannot be ablated in this model; empty if they can be."""
     try:
-        for block in CIRCUIT_BLOCKS:
+        for block in blocks:
             hook_point(model, Node("neuron", block, 0).hook)
     except ModelError as error:
         return f"neurons are left out: {error}"

@@ -53,12 +53,14 @@ class DirectionOrNormConfig:
         doses: factors on P0's norm, written as fractions.
         scan_samples: maximum number of prompts of the scan over blocks and of the doses.
         scan_blocks: maximum number of blocks of the scan.
+        blocks: where the circuit is: the first two blocks, as the paper says, or those that `depth` finds.
     """
 
     ordinary: tuple[int, ...] = ORDINARY
     doses: tuple[str, ...] = ("1/8", "1/4", "1/2", "1", "2", "4")
     scan_samples: int = 128
     scan_blocks: int = 8
+    blocks: tuple[int, ...] = CIRCUIT_BLOCKS
 
 
 class DirectionOrNorm(Experiment[DirectionOrNormConfig]):
@@ -83,15 +85,18 @@ class DirectionOrNorm(Experiment[DirectionOrNormConfig]):
     )
 
     def passes(self, model: HookedModel, prompts: PromptSet) -> float:
+        """Declare two interventions at two positions, the scan over blocks, and the doses."""
         rows, config = second_half(prompts), self.config
         scan_rows, blocks = min(rows, config.scan_samples), min(config.scan_blocks, describe(model).n_layers - 1)
         return (4 * rows + (2 * blocks + len(config.doses)) * scan_rows) / prompts.n
 
     def quick(self, info: ModelInfo) -> DirectionOrNorm:
+        """Return a version for large models with fewer samples and blocks in the scan."""
         return DirectionOrNorm(replace(self.config, scan_samples=8, scan_blocks=4)) if is_large(info) else self
 
     def measure(self, model: HookedModel, prompts: PromptSet) -> Result:
-        return self.measure_on(studied_sink(model, prompts, above_block=CIRCUIT_BLOCKS[-1]))
+        """Measure on the sink heads above the circuit; see `measure_on`."""
+        return self.measure_on(studied_sink(model, prompts, above_block=max(self.config.blocks)))
 
     def measure_on(self, sink: StudiedSink) -> Result:
         """Measure a sink whose heads are known.
@@ -115,10 +120,10 @@ class DirectionOrNorm(Experiment[DirectionOrNormConfig]):
         rows, left = [], {}
         for position, offset in ((_AT_P0, 0), (_ELSEWHERE, elsewhere)):
             for surgery in (_CUT, _REPLACED):
-                excess = _excess_after(model, prompts, surgery, CIRCUIT_BLOCKS[-1], streams, offset)
+                excess = _excess_after(model, prompts, surgery, max(self.config.blocks), streams, offset)
                 left[position, surgery] = share_left(excess, clean, sink.heads)
                 rows.append({"place": position, "surgery": surgery, **left[position, surgery].to_json()})
-        norms = record(model, prompts, NORM_RATIO)[:, CIRCUIT_BLOCKS[-1] + 1].numpy()
+        norms = record(model, prompts, NORM_RATIO)[:, max(self.config.blocks) + 1].numpy()
         metrics = {
             "left_with_norm_cut": left[_AT_P0, _CUT],
             "left_with_direction_replaced": left[_AT_P0, _REPLACED],
@@ -138,7 +143,9 @@ class DirectionOrNorm(Experiment[DirectionOrNormConfig]):
         """Draw what is left of the sink, by the block of the intervention and by the norm after block 1."""
         return {
             "blocks": _draw_scan(result.tables["blocks"], result.model_title),
-            "doses": _draw_doses(result.tables["doses"], result.model_title),
+            "doses": _draw_doses(
+                result.tables["doses"], result.model_title, max(result.provenance["config"]["blocks"])
+            ),
         }
 
     def _scan(
@@ -161,12 +168,12 @@ class DirectionOrNorm(Experiment[DirectionOrNormConfig]):
         """P0's norm after block 1 times each dose."""
         import pandas as pd
 
-        own = record(model, prompts, residual_at())[:, CIRCUIT_BLOCKS[-1] + 1].float().norm(dim=-1)
+        own = record(model, prompts, residual_at())[:, max(self.config.blocks) + 1].float().norm(dim=-1)
         rows = []
         for dose in self.config.doses:
             numerator, _, denominator = dose.partition("/")
             factor = float(numerator) / float(denominator or 1)
-            scaled = replace_norm(model, prompts, [f"resid_post.{CIRCUIT_BLOCKS[-1]}"], factor * own)
+            scaled = replace_norm(model, prompts, [f"resid_post.{max(self.config.blocks)}"], factor * own)
             left = share_left(excess_by_head(model, prompts, [scaled])[0], clean, sink.heads)
             rows.append({"dose": dose, "factor": factor, **left.to_json()})
         return pd.DataFrame(rows)
@@ -193,11 +200,11 @@ def _draw_scan(scan: pd.DataFrame, model: str) -> Figure:
     return trajectories(panels, blocks, title, "surgery after block", ["share of the excess left"], reference=1)
 
 
-def _draw_doses(doses: pd.DataFrame, model: str) -> Figure:
+def _draw_doses(doses: pd.DataFrame, model: str, block: int) -> Figure:
     from p0circuit.figures.lines import trajectories
 
     title = f"{model}: P0's direction kept, its norm changed"
-    panels = {f"After block {CIRCUIT_BLOCKS[-1]}": series_by(doses.assign(surgery="norm"), "surgery")}
+    panels = {f"After block {block}": series_by(doses.assign(surgery="norm"), "surgery")}
     labels = ["share of the excess left"]
     figure = trajectories(
         panels, doses["dose"].astype(str).tolist(), title, "norm of P0, times its own", labels, reference=1

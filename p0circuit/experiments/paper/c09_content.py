@@ -60,11 +60,13 @@ class ContentConfig:
         ordinary: positions, counted from P0, whose content or component replaces P0's.
         scan_samples: maximum number of prompts of the scan over blocks.
         scan_blocks: maximum number of blocks of the scan.
+        blocks: where the circuit is: the first two blocks, as the paper says, or those that `depth` finds.
     """
 
     ordinary: tuple[int, ...] = ORDINARY
     scan_samples: int = 128
     scan_blocks: int = 8
+    blocks: tuple[int, ...] = CIRCUIT_BLOCKS
 
 
 class Content(Experiment[ContentConfig]):
@@ -86,16 +88,19 @@ class Content(Experiment[ContentConfig]):
     )
 
     def passes(self, model: HookedModel, prompts: PromptSet) -> float:
+        """Declare four interventions after the circuit, and after each block of the scan."""
         rows, config = second_half(prompts), self.config
         scan_rows, blocks = min(rows, config.scan_samples), min(config.scan_blocks, describe(model).n_layers - 1)
         # Four variants, after block 1 and after each block of the scan.
         return 4 * (rows + blocks * scan_rows) / prompts.n
 
     def quick(self, info: ModelInfo) -> Content:
+        """Return a version for large models with fewer samples and blocks in the scan."""
         return Content(replace(self.config, scan_samples=8, scan_blocks=2)) if is_large(info) else self
 
     def measure(self, model: HookedModel, prompts: PromptSet) -> Result:
-        return self.measure_on(studied_sink(model, prompts, above_block=CIRCUIT_BLOCKS[-1]))
+        """Measure on the sink heads above the circuit; see `measure_on`."""
+        return self.measure_on(studied_sink(model, prompts, above_block=max(self.config.blocks)))
 
     def measure_on(self, sink: StudiedSink) -> Result:
         """Measure a sink whose heads are known.
@@ -110,6 +115,7 @@ class Content(Experiment[ContentConfig]):
 
         model = sink.model
         prompts = sink.prompts
+        block = max(self.config.blocks)
         donor_positions = [offset for offset in self.config.ordinary if offset < prompts.length]
         if not donor_positions:
             raise NotApplicable(f"rows of {prompts.length} tokens have no position {self.config.ordinary[0]}")
@@ -119,15 +125,13 @@ class Content(Experiment[ContentConfig]):
         donor = {_TOKEN: own[row_of_another_token(first)], _ORDINARY: ordinary, _ALONG: ordinary}
         donor[_REMOVED] = torch.zeros_like(own)
         clean = excess_by_head(model, prompts)[0]
-        direction = p0_direction(model, sink.chosen_on, CIRCUIT_BLOCKS[-1] + 1).cpu()
+        direction = p0_direction(model, sink.chosen_on, block + 1).cpu()
         left = {
-            name: share_left(
-                _excess_after(model, prompts, name, CIRCUIT_BLOCKS[-1], direction, streams), clean, sink.heads
-            )
+            name: share_left(_excess_after(model, prompts, name, block, direction, streams), clean, sink.heads)
             for name, streams in donor.items()
         }
-        content, along = _parts(own[:, CIRCUIT_BLOCKS[-1] + 1], direction)
-        given = _parts(ordinary[:, CIRCUIT_BLOCKS[-1] + 1], direction)[1]
+        content, along = _parts(own[:, block + 1], direction)
+        given = _parts(ordinary[:, block + 1], direction)[1]
         metrics = {
             "left_with_content_replaced": left[_TOKEN],
             "left_with_content_of_an_ordinary_position": left[_ORDINARY],
@@ -141,7 +145,7 @@ class Content(Experiment[ContentConfig]):
             "blocks": self._scan(model, sink, clean, own, donor),
         }
         names = ", ".join(map(str, donor_positions))
-        notes = [*sink.notes, f"ordinary positions are {names} of the next sample, in turn", *_caveats(metrics)]
+        notes = [*sink.notes, f"ordinary positions are {names} of the next sample, in turn", *_caveats(metrics, block)]
         return Result(self.id, self.title, metrics, tables, notes=notes)
 
     def draw(self, result: Result) -> dict[str, Figure]:
@@ -181,14 +185,14 @@ def _excess_after(
     return excess_by_head(model, prompts, [intervention])[0]
 
 
-def _caveats(metrics: dict[str, Interval]) -> list[str]:
+def _caveats(metrics: dict[str, Interval], block: int) -> list[str]:
     """Sentences on measurements that qualify the verdict."""
     caveats = []
     ordinary, control = metrics["left_with_content_of_an_ordinary_position"], metrics["left_with_direction_replaced"]
     if ordinary.low < BOUND <= metrics["left_with_content_replaced"].value:
         caveats.append(
             f"the token is irrelevant, but not all that is orthogonal: with that of an ordinary position after block "
-            f"{CIRCUIT_BLOCKS[-1]}, {ordinary} is left; being first shows outside this direction too"
+            f"{block}, {ordinary} is left; being first shows outside this direction too"
         )
     if control.high > 0.5:
         caveats.append(

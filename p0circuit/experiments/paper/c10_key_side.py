@@ -107,6 +107,7 @@ class KeySide(Experiment[KeySideConfig]):
     )
 
     def passes(self, model: HookedModel, prompts: PromptSet) -> float:
+        """Declare one run for the mean query and one for everything else."""
         # The mean query on one half of the prompts, all else on the other.
         return 1 + min(self.config.tested, second_half(prompts)) / prompts.n
 

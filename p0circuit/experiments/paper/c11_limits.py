@@ -104,6 +104,7 @@ class Limits(Experiment[LimitsConfig]):
     )
 
     def passes(self, model: HookedModel, prompts: PromptSet) -> float:
+        """Declare the runs without position information and with windows."""
         config, rows, length, info = self.config, second_half(prompts), prompts.length, describe(model)
         scan_rows = min(rows, config.samples)
         repeated = 2 * (len(_counts(config.repetitions, length)) - 1) * rows * length
@@ -114,6 +115,7 @@ class Limits(Experiment[LimitsConfig]):
         return (repeated + prefixes + texts + lengths) / (prompts.n * length)
 
     def quick(self, info: ModelInfo) -> Limits:
+        """Return a version for large models with fewer samples and conditions."""
         if not is_large(info):
             return self
         lengths = (16, 32, 64, 128, 256, 512)

@@ -89,14 +89,17 @@ class Function(Experiment[FunctionConfig]):
     )
 
     def passes(self, model: HookedModel, prompts: PromptSet) -> float:
+        """Declare the runs with P0 or another position hidden, and the spread of a changed token."""
         rows, config = second_half(prompts), self.config
         # P0 or a random position masked, either value zeroed, attention moved; then pairs of rows in three runs.
         return ((config.draws + 4) * rows + 3 * 2 * min(rows, config.spread_samples)) / prompts.n
 
     def quick(self, info: ModelInfo) -> Function:
+        """Return a version for large models with fewer samples for the spread."""
         return Function(replace(self.config, spread_samples=8)) if is_large(info) else self
 
     def measure(self, model: HookedModel, prompts: PromptSet) -> Result:
+        """Measure on all sink heads; see `measure_on`."""
         return self.measure_on(studied_sink(model, prompts))
 
     def measure_on(self, sink: StudiedSink) -> Result:

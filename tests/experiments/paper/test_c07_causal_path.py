@@ -14,9 +14,9 @@ from p0circuit.experiments.measures.sink_head_edges import input_shares
 from p0circuit.experiments.measures.whole_stream import measured_at_p0
 from p0circuit.experiments.paper.c07_causal_path import CausalPath, CausalPathConfig
 from p0circuit.experiments.sink_under_study import studied_sink
+from p0circuit.interventions.edge_effects import PathEffects
 from p0circuit.interventions.metrics import measure, sink_score_of
 from p0circuit.interventions.pairs import shift_prompts
-from p0circuit.interventions.path_patching import PathEffects
 from p0circuit.models import describe, forward, load_model
 from p0circuit.models.bridge import to_bridge
 from p0circuit.models.constructed.build import decoy_model, wired_huggingface, wired_model
