@@ -121,15 +121,15 @@ from p0circuit.stats import bootstrap
 # One half of the prompts selects the sink heads; `sink.prompts` is the other half.
 sink = sink_of(lm, prompts)
 blocks = ["attn.0", "attn.1"]
-surgeries = {
+interventions = {
     "clean": [],
     "16 alone": [attend_to_self_only(lm, sink.prompts, blocks, offset=16)],
     "P0 mixed": [copy_attention_row(lm, sink.prompts, blocks, donor=16)],
 }
 panels = {
     label: {
-        name: bootstrap(excess_scores(lm, sink.prompts, sink.heads, offset, surgery))
-        for name, surgery in surgeries.items()
+        name: bootstrap(excess_scores(lm, sink.prompts, sink.heads, offset, intervention))
+        for name, intervention in interventions.items()
     }
     for label, offset in (("Position zero", 0), ("Position 16", 16))
 }

@@ -253,19 +253,19 @@ page.show(pd.DataFrame(rows, columns=columns))
 from p0circuit.course.checks import check_alone
 
 
-def my_surgery(pattern, t):
+def my_edit(pattern, t):
     """Patterns [batch, head, query, key] in which query t attends to itself alone."""
     ...
 
 
-check_alone(my_surgery)
+check_alone(my_edit)
 
 # %% [markdown]
 # <details>
 # <summary>Solution 2.2</summary>
 #
 # ```python
-# def my_surgery(pattern, t):
+# def my_edit(pattern, t):
 #     edited = pattern.clone()
 #     edited[:, :, t, :] = 0
 #     edited[:, :, t, t] = 1
@@ -309,10 +309,10 @@ def excess(position, hooks):
     return torch.stack(excess_scores).mean(0)
 
 
-surgery = [(f"blocks.{block}.attn.hook_pattern", alone) for block in (0, 1)]
+edits = [(f"blocks.{block}.attn.hook_pattern", alone) for block in (0, 1)]
 rows = [
     (name, float(excess(0, hooks).mean()), float(excess(t, hooks).mean()))
-    for name, hooks in (("clean", []), (f"{t} attends to itself alone", surgery))
+    for name, hooks in (("clean", []), (f"{t} attends to itself alone", edits))
 ]
 columns = ["run", "excess score of P0", f"excess score of position {t}"]
 page.show(pd.DataFrame(rows, columns=columns))
@@ -342,7 +342,10 @@ page.show(view_heads(lm, one, sink.heads, title, [intervention]))
 from p0circuit.experiments import Structure
 
 structure = Structure().run(lm, prompts)
-page.show(structure.figures["surgery"], "mask surgery and statistics matching, with controls")
+page.show(
+    structure.figures["surgery"],
+    "edited attention patterns and matched statistics, with controls",
+)
 print_verdict(structure)
 
 # %% [markdown]

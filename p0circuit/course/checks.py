@@ -193,7 +193,7 @@ def check_cone(answer: object) -> None:
     )
 
 
-@exercise("2.2 mask surgery")
+@exercise("2.2 edit the mask")
 def check_alone(answer: object) -> None:
     """Check an edit of attention patterns after which one query attends to itself alone.
 
