@@ -12,33 +12,33 @@
 # # The sink in five cells
 #
 # In most language models most attention heads give most of their attention to **position zero** (P0), whatever token
-# stands there (Mistral-7B is an exception, see [01](01_meet_the_sink.ipynb)). Peng et al.
-# ([arXiv 2603.06591](https://arxiv.org/abs/2603.06591)) explain this *attention sink* by a circuit of two steps, and this
-# course takes it apart and puts it together again:
+# is there (Mistral-7B is an exception, see [01](01_meet_the_sink.ipynb)). Peng et al. ([arXiv
+# 2603.06591](https://arxiv.org/abs/2603.06591)) explain this *attention sink* by a circuit of two steps. This course
+# takes the circuit apart and rebuilds it:
 #
 # | step | what happens | where you can do it yourself |
 # | --- | --- | --- |
-# | the **sink** | later heads attend to P0, which tells them next to nothing | [01](01_meet_the_sink.ipynb) |
+# | the **sink** | later heads attend to P0 and read almost nothing there | [01](01_meet_the_sink.ipynb) |
 # | **recognition** | the causal mask lets P0 attend to itself alone: its attention output is never mixed | [02](02_recognition.ipynb) |
-# | **amplification** | the first MLPs turn that into a long vector in one fixed direction | [03](03_amplification.ipynb) |
-# | the **path** | keys made from it draw the queries of the sink heads | [04](04_patching_the_circuit.ipynb) |
+# | **amplification** | the first MLPs turn that difference into a long vector in one fixed direction | [03](03_amplification.ipynb) |
+# | the **path** | keys made from this vector attract the queries of the sink heads | [04](04_patching_the_circuit.ipynb) |
 # | all of it | the same circuit, built weight by weight | [05](05_build_a_sink.ipynb) |
-# | **emergence** | when it forms in training, and what that tells | [06](06_emergence.ipynb) |
-# | your own model | the same questions to another architecture, and to a run while it trains | [07](07_bring_your_own_model.ipynb) |
-# | **practice** | caches, int8, pruning, prompts: what to do about it | [08](08_practice.ipynb) |
+# | **emergence** | when the sink emerges in training, and what that says about the run | [06](06_emergence.ipynb) |
+# | your own model | the same questions for another architecture, and for a run while it trains | [07](07_bring_your_own_model.ipynb) |
+# | **deployment** | KV caches, int8, pruning and prompts: what to do about the sink | [08](08_practice.ipynb) |
 # | the report | all of its figures, in the order of the paper | [90](90_paper_figures.ipynb) |
 #
-# Here is the whole story in five cells, on `p0-nano`: a Llama of 0.9 million parameters, trained on Python source,
-# that comes with this repository. Nothing is downloaded.
+# Here is a summary in five cells, on `p0-nano`: a Llama with 0.9 million parameters, trained on Python source, which
+# comes with this repository. Nothing is downloaded.
 #
-# Each notebook begins with the two cells below: what can be set (by hand, or by
-# `p0circuit notebooks run 00 -p model wired`), and what has to be there.
+# Each notebook begins with the two cells below. The first holds the parameters, which can be set by hand or by
+# `p0circuit notebooks run 00 -p model wired`. The second makes sure that the package can be imported.
 
 # %% tags=["parameters"]
 model = "p0-nano"  # a shipped model, a local Hugging Face directory, or a hub id
 samples = 128  # prompts of 64 tokens
 seed = 0  # of the prompts
-out = None  # a directory for the figures and key figures; None leaves nothing
+out = None  # a directory for the figures and key figures; None saves nothing
 
 # %%
 # Where p0circuit is not installed: use the checkout around this notebook, or say what to do.
@@ -62,9 +62,9 @@ if importlib.util.find_spec("p0circuit") is None:
 # %% [markdown]
 # ## 1. A model and something to read
 #
-# `lm` is a TransformerLens model, loaded *raw*: no weights folded or centred, because norms are what this is about. The
-# prompts are crops of Python code that the model has not seen, without a BOS token: position zero holds whatever token
-# the crop begins with.
+# `lm` is a TransformerLens model with *unprocessed weights*: nothing is folded or centred, because norms are studied
+# here. The prompts are pieces of Python code that the model has not seen, without a BOS token. Position zero holds
+# whatever token a piece begins with.
 
 # %%
 from p0circuit.course.page import Page, open_model, read_prompts
@@ -78,10 +78,10 @@ print(prompts.n, "prompts of", prompts.length, "tokens")
 # %% [markdown]
 # ## 2. There is a sink
 #
-# The *sink score* of a head is the mean attention that queries give to P0. A head that attends to everything alike has
-# a score of 0.07 here. One head of the last layer gives P0 half of its attention, another a third, and it matters little
-# what the first token is: BOS, a word of the text, a token drawn at random. Only where *all* tokens are the same is P0
-# nothing special. ([`SinkMap`](../p0circuit/experiments/paper/c01_sink_map.py) tests claim C1.)
+# The *sink score* of a head is the mean attention that queries give to P0. A head with uniform attention has a score
+# of 0.07 here. One head of the last layer gives P0 half of its attention, another a third. The first token hardly
+# matters: it can be BOS, a word of the text, or a random token. Only if *all* tokens are the same is there no sink at
+# P0. ([`SinkMap`](../p0circuit/experiments/paper/c01_sink_map.py) tests claim C1.)
 
 # %%
 from p0circuit.experiments import SinkMap
@@ -90,10 +90,10 @@ sink_map = SinkMap().run(lm, prompts)
 page.show(sink_map.figures["map"], "sink scores of every head on five kinds of prompt")
 
 # %% [markdown]
-# ## 3. P0 is a long vector that always points the same way
+# ## 3. P0 has a large norm and a fixed direction
 #
-# The residual stream at P0 is longer than that of the other positions from block 1 on, and its direction is nearly the
-# same for every prompt: the first block still sees different tokens there, the last one sees "first".
+# From block 1 on, the residual stream at P0 has a larger norm than at other positions. Its direction becomes nearly
+# the same for every prompt: in the first block it still depends on the token, in the last one it only says "first".
 # ([`NormDirection`](../p0circuit/experiments/exploratory/norm_direction.py) measures it.)
 
 # %%
@@ -103,13 +103,13 @@ norm_direction = NormDirection().run(lm, prompts)
 page.show(norm_direction.figures["layers"], "norm and direction of the stream at position zero")
 
 # %% [markdown]
-# ## 4. Being alone is what makes it
+# ## 4. The cause: P0 attends to itself alone
 #
-# What is special about being first? The causal mask: P0 has nobody to attend to but itself. So we take the scissors to
-# the attention patterns of blocks 0 and 1. Let position 16 attend to itself alone, as if it were first, and it becomes
-# a sink too. Give P0 the mix of tokens that position 16 sees, and it stops being one. The *excess score* is what the sink
-# heads give to a position beyond what they give to position 8, where nothing is special.
-# ([`Structure`](../p0circuit/experiments/paper/c05_structure.py) tests claim C5.)
+# What is special about being first? Because of the causal mask P0 can attend to nothing but itself. To test whether
+# this matters, we edit the attention patterns of blocks 0 and 1. If position 16 attends to itself alone, as if it
+# were first, it becomes a sink too. If P0 gets the mixture of tokens that position 16 sees, it stops being one. The
+# *excess score* is the attention of the sink heads to a position, minus their attention to position 8, where nothing
+# is special. ([`Structure`](../p0circuit/experiments/paper/c05_structure.py) tests claim C5.)
 
 # %% tags=["cover"]
 from p0circuit.course.page import sink_of
@@ -118,36 +118,37 @@ from p0circuit.figures.intervals import bars
 from p0circuit.interventions.attention_edits import attend_to_self_only, copy_attention_row
 from p0circuit.stats import bootstrap
 
-# The sink heads are chosen on one half of the prompts; `sink.prompts` is the other half.
+# One half of the prompts selects the sink heads; `sink.prompts` is the other half.
 sink = sink_of(lm, prompts)
 blocks = ["attn.0", "attn.1"]
-surgeries = {
-    "as it is": [],
+interventions = {
+    "clean": [],
     "16 alone": [attend_to_self_only(lm, sink.prompts, blocks, offset=16)],
     "P0 mixed": [copy_attention_row(lm, sink.prompts, blocks, donor=16)],
 }
 panels = {
-    place: {
-        name: bootstrap(excess_scores(lm, sink.prompts, sink.heads, offset, surgery))
-        for name, surgery in surgeries.items()
+    label: {
+        name: bootstrap(excess_scores(lm, sink.prompts, sink.heads, offset, intervention))
+        for name, intervention in interventions.items()
     }
-    for place, offset in (("Position zero", 0), ("Position 16", 16))
+    for label, offset in (("Position zero", 0), ("Position 16", 16))
 }
-figure = bars(
-    panels, "Attention to a position, beyond that to position 8", ["excess score"] * 2
-)
+figure = bars(panels, "Attention to a position, minus that to position 8", ["excess score"] * 2)
 for axis in figure.axes:
     axis.set_ylim(-0.05, 0.55)
-page.show(figure, "excess scores of position zero and position 16 under mask surgery")
+page.show(
+    figure, "excess scores of position zero and position 16 with edited attention patterns"
+)
 
 # %% [markdown]
 # ## 5. The circuit
 #
-# Path patching asks of every connection between components at P0: if only this one carried what it carries when the
-# same token is *not* first, how much of the sink would go? What is left when the idle ones are erased is the circuit:
-# block 0's attention tells MLP 0 that it was not mixed, MLPs 0 to 2 pass that on and amplify it, and the sink heads
-# read it with their keys. Four prompts are patched here, to save time; with more the strong edges stay, and weak ones
-# come and go. Notebook 04 patches edges by hand. ([`Circuit`](../p0circuit/experiments/exploratory/circuit.py) draws it.)
+# Path patching asks, for every connection between components at P0: if only this one carried the value that it has
+# when the same token is *not* first, how much of the sink would be lost? Without the connections that have no effect,
+# the circuit is left: the output of block 0's attention tells MLP 0 that P0 is unmixed, MLPs 0 to 2 pass this on and
+# amplify it, and the sink heads read it with their keys. Only four prompts are patched here, to save time; with more
+# prompts the strong edges stay and some weak ones change. Notebook 04 patches edges by hand.
+# ([`Circuit`](../p0circuit/experiments/exploratory/circuit.py) draws the graph.)
 
 # %%
 from p0circuit.experiments import Circuit, CircuitConfig
@@ -158,10 +159,11 @@ page.show(circuit.figures["graph"], "the circuit of the sink, recovered by path 
 # %% [markdown]
 # ## What is established, and what is not
 #
-# The claims are tested by experiments whose thresholds were fixed before anything was measured. Of C1 to C12, the
-# paper's on a trained model, ten are reproduced on `p0-nano` and two are not (1,024 prompts; `make reproduce` repeats it).
-# Of the four about training (C13 to C16, on the traces of the shipped runs) none is reproduced as it is stated, and of the
-# four about use (C17 to C20, on `p0-nano`) one:
+# The claims are tested by experiments whose thresholds were fixed before anything was measured. C1 to C12 are the
+# paper's claims about a trained model; on `p0-nano` ten of them are reproduced and two are not (1,024 prompts; `make
+# reproduce` repeats it). C13 to C16 are about training, measured on the traces of the shipped runs; none of these
+# four is reproduced as stated. C17 to C20 are about deployment, measured on `p0-nano`; one of these four is
+# reproduced:
 #
 # | claim | verdict | notebook |
 # | --- | --- | --- |
@@ -169,26 +171,26 @@ page.show(circuit.figures["graph"], "the circuit of the sink, recovered by path 
 # | [C2](../p0circuit/experiments/paper/c02_bos_ablation.py) BOS is not needed | reproduced | [01](01_meet_the_sink.ipynb) |
 # | [C3](../p0circuit/experiments/paper/c03_any_token.py) any token becomes a sink | reproduced | [01](01_meet_the_sink.ipynb) |
 # | [C4](../p0circuit/experiments/paper/c04_recognition.py) recognition, as the cone model predicts | **not reproduced** | [02](02_recognition.ipynb) |
-# | [C5](../p0circuit/experiments/paper/c05_structure.py) being alone suffices, and is needed | reproduced | [02](02_recognition.ipynb) |
-# | [C6](../p0circuit/experiments/paper/c06_amplification.py) amplification by MLPs 0 and 1, by few neurons | **not reproduced** | [03](03_amplification.ipynb) |
+# | [C5](../p0circuit/experiments/paper/c05_structure.py) attending to itself alone is sufficient and necessary | reproduced | [02](02_recognition.ipynb) |
+# | [C6](../p0circuit/experiments/paper/c06_amplification.py) amplification by a small number of neurons of MLPs 0 and 1 | **not reproduced** | [03](03_amplification.ipynb) |
 # | [C7](../p0circuit/experiments/paper/c07_causal_path.py) the path: blocks 0 and 1, then the keys | reproduced | [04](04_patching_the_circuit.ipynb) |
 # | [C8](../p0circuit/experiments/paper/c08_direction_or_norm.py) direction, not norm | reproduced | [03](03_amplification.ipynb) |
 # | [C9](../p0circuit/experiments/paper/c09_content.py) content is irrelevant | reproduced | [03](03_amplification.ipynb) |
-# | [C10](../p0circuit/experiments/paper/c10_key_side.py) it is the key, whatever the query | reproduced | [04](04_patching_the_circuit.ipynb) |
+# | [C10](../p0circuit/experiments/paper/c10_key_side.py) the key decides, whatever the query | reproduced | [04](04_patching_the_circuit.ipynb) |
 # | [C11](../p0circuit/experiments/paper/c11_limits.py) one repeated token breaks it | reproduced | [01](01_meet_the_sink.ipynb) |
-# | [C12](../p0circuit/experiments/paper/c12_function.py) hiding P0 costs loss | reproduced | [90](90_paper_figures.ipynb) |
-# | [C13](../p0circuit/experiments/training/c13_early.py) the sink forms early in training | **not reproduced** | [06](06_emergence.ipynb) |
+# | [C12](../p0circuit/experiments/paper/c12_function.py) masking P0 costs loss | reproduced | [90](90_paper_figures.ipynb) |
+# | [C13](../p0circuit/experiments/training/c13_early.py) the sink emerges early in training | **not reproduced** | [06](06_emergence.ipynb) |
 # | [C14](../p0circuit/experiments/training/c14_concentration.py) it concentrates in blocks 0 and 1 | **not reproduced** | [06](06_emergence.ipynb) |
-# | [C15](../p0circuit/experiments/training/c15_convergence.py) it tells how far training has come | **not reproduced** | [06](06_emergence.ipynb) |
-# | [C16](../p0circuit/experiments/training/c16_methods.py) TNLM and Force-sink bring it earlier and higher | **not reproduced** | [06](06_emergence.ipynb) |
+# | [C15](../p0circuit/experiments/training/c15_convergence.py) it predicts the remaining loss | **not reproduced** | [06](06_emergence.ipynb) |
+# | [C16](../p0circuit/experiments/training/c16_methods.py) TNLM and Force-sink make it earlier and stronger | **not reproduced** | [06](06_emergence.ipynb) |
 # | [C17](../p0circuit/experiments/deployment/c17_streaming.py) a cache must not drop P0 | reproduced | [08](08_practice.ipynb) |
-# | [C18](../p0circuit/experiments/deployment/c18_quantisation.py) P0 kept in high precision halves the error of int8 | **not reproduced** | [08](08_practice.ipynb) |
+# | [C18](../p0circuit/experiments/deployment/c18_quantisation.py) P0 in high precision halves the error of int8 | **not reproduced** | [08](08_practice.ipynb) |
 # | [C19](../p0circuit/experiments/deployment/c19_dormant_heads.py) sink heads are dormant | **not reproduced** | [08](08_practice.ipynb) |
-# | [C20](../p0circuit/experiments/deployment/c20_first_token.py) a neutral prefix takes the first token's power away | **not reproduced** | [08](08_practice.ipynb) |
+# | [C20](../p0circuit/experiments/deployment/c20_first_token.py) a neutral prefix reduces the influence of the first token | **not reproduced** | [08](08_practice.ipynb) |
 #
-# One thing to keep in mind: `p0-nano` was trained so that it would have a sink (half of its training rows begin with
-# BOS and half with a random token, and nothing is predicted at P0; see
-# [its card](../data/models/p0-nano/README.md)). That a sink *comes by itself* it cannot show. How a sink *works* it can.
+# One limit of these results: `p0-nano` was trained so that it would have a sink. Half of its training rows begin with
+# BOS and half with a random token, and the loss leaves out the prediction at P0 (see [its
+# card](../data/models/p0-nano/README.md)). It can show how a sink *works*, but not that a sink emerges *by itself*.
 #
 # The last cell of every notebook prints its key figures.
 
@@ -197,9 +199,9 @@ page.key_figures(
     best_head=sink_map.metrics["best_head"].value,
     sink_rate=sink_map.metrics["sink_rate"].value,
     norm_ratio_after_block_1=norm_direction.metrics["norm_ratio_after_block_1"].value,
-    p0_excess=panels["Position zero"]["as it is"].value,
+    p0_excess=panels["Position zero"]["clean"].value,
     t_over_p0_when_alone=panels["Position 16"]["16 alone"].value
     / panels["Position zero"]["16 alone"].value,
     left_of_p0_by_mixing=panels["Position zero"]["P0 mixed"].value
-    / panels["Position zero"]["as it is"].value,
+    / panels["Position zero"]["clean"].value,
 )

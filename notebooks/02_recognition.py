@@ -11,11 +11,11 @@
 # %% [markdown]
 # # Recognition: how a model knows which position is first
 #
-# Nothing in a Llama says "this is position zero": rotary positions encode distances between tokens, not places. And yet
-# the sink is at P0, whatever token stands there. The paper's answer is a side effect of the **causal mask**: P0 is the
-# only position that can attend to nobody but itself, so its attention output is the only one that is never *mixed*.
-# Here you work out what mixing does to a vector (the **cone model**), hold it against the model, and then operate on
-# the mask itself.
+# Nothing in a Llama says "this is position zero": rotary positions encode distances between tokens, not absolute
+# positions. Yet the sink is at P0, whatever the token. The paper explains this by a side effect of the **causal
+# mask**: P0 is the only position that can attend to nothing but itself, so its attention output is the only one that
+# is never *mixed*. Here you derive what mixing does to a vector (the **cone model**), compare the result with the
+# model, and then edit the mask itself.
 #
 # *About 15 minutes; two exercises. Before: [01](01_meet_the_sink.ipynb). After: [03](03_amplification.ipynb).*
 
@@ -23,7 +23,7 @@
 model = "p0-nano"  # a shipped model, a local Hugging Face directory, or a hub id
 samples = 128  # prompts of 64 tokens
 seed = 0  # of the prompts
-out = None  # a directory for the figures and key figures; None leaves nothing
+out = None  # a directory for the figures and key figures; None saves nothing
 
 # %%
 # Where p0circuit is not installed: use the checkout around this notebook, or say what to do.
@@ -57,30 +57,30 @@ from p0circuit.figures.style import Series
 page = Page(out)
 lm = open_model(model)
 prompts = read_prompts(lm, samples, seed)
-# Sink heads (above block 1) are chosen on one half of the prompts. What is measured is measured
-# on the other.
+# One half of the prompts selects the sink heads (above block 1); everything is measured on the
+# other half.
 sink = sink_of(lm, prompts)
 half = sink.prompts
-length, heads = half.length, lm.cfg.n_heads
+length, n_heads = half.length, lm.cfg.n_heads
 
 # %% [markdown]
 # ## 1. What the mask does
 #
-# In layer 0 every head of `p0-nano` attends to what it likes; but the first query can only like itself:
+# In layer 0 of `p0-nano` queries distribute their attention freely, but the first query can attend only to itself:
 #
 # $$A_{0,0} = \frac{e^{s_{0,0}}}{e^{s_{0,0}}} = 1 \quad \text{exactly, in every head, for every token.}$$
 #
-# How mixed is what a query reads? A good number for that is the sum of its squared attention weights,
-# $\sum_i p_i^2$: 1 if all attention is on one token, $1/n$ if it is spread evenly over $n$.
+# How mixed is what a query reads? A good measure is the sum of its squared attention weights, $\sum_i p_i^2$: it is 1
+# if all attention is on one token, and $1/n$ if it is spread evenly over $n$ tokens.
 
 # %%
-wanted = [
+hook_names = [
     f"blocks.{block}.{name}"
     for block in (0, 1)
     for name in ("attn.hook_v", "attn.hook_pattern", "attn.hook_z", "hook_attn_out")
 ]
 with torch.no_grad():
-    _, cache = lm.run_with_cache(half.ids, names_filter=wanted)
+    _, cache = lm.run_with_cache(half.ids, names_filter=hook_names)
 
 purity = [
     cache[f"blocks.{block}.attn.hook_pattern"].square().sum(-1).mean((0, 1)) for block in (0, 1)
@@ -90,31 +90,35 @@ print("attention of the first query to itself:", to_itself.unique().tolist())
 lines = [Series(f"block {block}", one.tolist()) for block, one in enumerate(purity)]
 uniform = [1 / (t + 1) for t in range(length)]
 lines.append(Series("uniform attention: 1 / (t + 1)", uniform, dashed=True))
-places = [str(t) for t in range(length)]
-panel = {"How pure is what a position reads?": lines}
-figure = trajectories(panel, places, "Mean over heads", "position", ["sum of squared weights"])
+positions = [str(t) for t in range(length)]
+panel = {"Purity of what a position reads": lines}
+figure = trajectories(
+    panel, positions, "Mean over heads", "position", ["sum of squared weights"]
+)
 figure.set_size_inches(6.0, 3.3)
 page.show(figure, "sum of squared attention weights by position")
 
 # %% [markdown]
-# P0 stands out at 1. In block 0 the curve falls nearly as fast as if attention were uniform; the heads of block 1 pick,
-# and it falls to a half. Purity is a signal. But it is a property of the *weights*; the MLP behind the attention sees
-# only the *output*. What becomes of a vector that is mixed?
+# P0 is at 1, far above the rest. In block 0 the curve falls nearly as fast as for uniform attention; the heads of
+# block 1 are more selective, and their curve falls to a half. This *purity* is a signal. But it is a property of the
+# *weights*, and the MLP after the attention sees only the *output*. How does mixing change a vector?
 #
 # ## 2. The cone model
 #
-# Suppose that the value vectors $v_i$ of a head all have norm 1, share a direction $u$ with cosine $a$, and are
-# otherwise as random as can be. That is a cone around $u$:
+# Suppose that the value vectors $v_i$ of a head all have norm 1, have the cosine $a$ to a common direction $u$, and
+# are random otherwise. They form a cone around $u$:
 #
 # $$v_i = a\,u + \sqrt{1 - a^2}\;w_i, \qquad w_i \perp u, \quad \left|w_i\right| = 1, \quad \mathbb{E}[w_i \cdot w_j] = 0 \;\; (i \ne j).$$
 #
-# A head puts out $z = \sum_i p_i v_i$ with $\sum_i p_i = 1$. How long is $z$ on average? At P0, which is not mixed, it has
-# norm 1. Everywhere else it depends on $a$ and on how the weights are spread; no token and no position enters.
+# The output of a head is $z = \sum_i p_i v_i$ with $\sum_i p_i = 1$. What is its expected norm? At P0, which is not
+# mixed, it is 1. Elsewhere it depends only on $a$ and on how the weights are spread, not on the token or the
+# position.
 #
 # ### Exercise 2.1
 #
-# Derive the expected squared norm $\mathbb{E}\left|z\right|^2$, and write it for a cosine $a$ and attention weights of shape
-# `[query, key]`: one number per query. (What becomes of $a\,u$ when vectors are mixed, and what of the $w_i$?)
+# Derive the expected squared norm $\mathbb{E}\left|z\right|^2$, and write it as a function of a cosine $a$ and
+# attention weights of shape `[query, key]` that returns one number per query. (What happens to $a\,u$ when vectors
+# are mixed, and what to the $w_i$?)
 
 
 # %%
@@ -137,22 +141,22 @@ check_cone(my_cone)
 #     return cosine**2 + (1 - cosine**2) * weights.square().sum(-1)
 # ```
 #
-# The shared part survives any mixing in full: $\sum_i p_i\, a u = a u$. The rest is averaged away, since of all the
-# products of two $w$ only those of each with itself remain:
+# Mixing leaves the shared part unchanged: $\sum_i p_i\, a u = a u$. The rest is averaged out: of all products of two
+# $w$, only those of each with itself have a nonzero expectation:
 #
 # $$\mathbb{E}\left|z\right|^2 = a^2 + (1 - a^2) \sum_{i,j} p_i p_j\, \mathbb{E}[w_i \cdot w_j] = a^2 + (1 - a^2) \sum_i p_i^2 .$$
 #
-# So the norm tells how mixed the output is: 1 at P0, and the less, down to $a$, the more tokens take part.
+# So the norm shows how mixed the output is: it is 1 at P0, and falls towards $a$ as more tokens contribute.
 #
 # </details>
 #
 # ## 3. Does it hold?
 #
-# Nothing is fitted. For each head of a block take from its values the mean squared norm and the cosine (the squared
-# length of the mean of the unit vectors is $a^2$), and from its pattern the mean of $\sum_i p_i^2$ at each position;
-# predict (`cone` is the package's answer to the exercise, for many heads); and compare with the mean squared norm of what
-# the head really puts out (`hook_z`). How well that went is the share of the variance over positions that the prediction
-# explains:
+# Nothing is fitted. For each head of a block, take the mean squared norm and the cosine of its values (the squared
+# length of the mean unit vector is $a^2$), and the mean of $\sum_i p_i^2$ at each position from its pattern. Predict
+# the mean squared norm of the head's output (`cone` is the package's answer to the exercise, for many heads), and
+# compare it with the measured one (`hook_z`). The quality of the prediction is the share of the variance over
+# positions that it explains:
 #
 # $$R^2 = 1 - \frac{\sum_t (z_t - \hat z_t)^2}{\sum_t (z_t - \bar z)^2}$$
 
@@ -162,8 +166,8 @@ from p0circuit.experiments.paper.c04_recognition import cone, variance_explained
 panels, explained, of_p0 = {}, {}, {}
 for block in (0, 1):
     values = cache[f"blocks.{block}.attn.hook_v"]
-    # Where several heads share one value head, each of them has a copy.
-    values = values.repeat_interleave(heads // values.shape[2], dim=2)
+    # With grouped-query attention several heads share one value head; each gets a copy.
+    values = values.repeat_interleave(n_heads // values.shape[2], dim=2)
     pattern = cache[f"blocks.{block}.attn.hook_pattern"]
     output = cache[f"blocks.{block}.attn.hook_z"]
 
@@ -175,28 +179,29 @@ for block in (0, 1):
     measured = output.norm(dim=-1).square().mean(0).sum(1).numpy()
 
     explained[block] = variance_explained(measured, predicted)
-    whole = float(size.sum())
+    total = float(size.sum())
     panels[f"Block {block}: R² = {explained[block]:.2f}"] = [
-        Series("measured", (measured / whole).tolist()),
-        Series("cone model", (predicted / whole).tolist(), dashed=True),
+        Series("measured", (measured / total).tolist()),
+        Series("cone model", (predicted / total).tolist(), dashed=True),
     ]
     written = cache[f"blocks.{block}.hook_attn_out"].norm(dim=-1).square().mean(0)
     of_p0[block] = [float(one[0] / one[8:].mean()) for one in (measured, written)]
-title = "What the heads put out, and what the cone model predicts"
-figure = trajectories(panels, places, title, "position", ["squared norm (values: 1)"] * 2)
+title = "Output of the heads, and prediction of the cone model"
+figure = trajectories(panels, positions, title, "position", ["squared norm (values: 1)"] * 2)
 page.show(figure, "squared norm of the attention output by position, measured and predicted")
-for block, (heads_alone, behind) in of_p0.items():
-    told = f"{heads_alone:.2f} of the heads' output, {behind:.2f} behind the output matrix"
-    print(f"block {block}, squared norm at P0 over that from position 8 on: {told}")
+for block, (of_heads, after_w_o) in of_p0.items():
+    ratios = f"{of_heads:.2f} for the heads' output, {after_w_o:.2f} after the output matrix"
+    print(f"block {block}, squared norm at P0 over that from position 8 on: {ratios}")
 
 # %% [markdown]
-# Block 0 is nearly as the model says: P0 is five times as long (squared) as what comes later (2.3 times behind the output
-# matrix, where heads can cancel), and one cosine per head predicts 86 % of the variance. The tail is predicted a quarter too
-# low, because tokens that are attended to together are more alike than others. Block 1 is not as the model says. There P0
-# is *not* longer than the others, and the prediction is worse than no prediction at all ($R^2 < 0$).
+# Block 0 agrees with the model. P0's squared norm is five times that of later positions (2.3 times after the output
+# matrix, where heads can cancel), and one cosine per head predicts 86 % of the variance. At late positions the
+# prediction is a quarter too low, because tokens that are attended to together are more alike than random ones. Block
+# 1 does not agree. P0's norm is *not* larger there, and the prediction is worse than a constant ($R^2 < 0$).
 #
-# **Claim C4**, [`Recognition`](../p0circuit/experiments/paper/c04_recognition.py), asks for both blocks, because the paper speaks
-# of both, and the threshold was fixed before anyone had looked. So the verdict on this model is *not reproduced*:
+# **Claim C4**, [`Recognition`](../p0circuit/experiments/paper/c04_recognition.py), is about both blocks, because the
+# paper speaks of both, and its threshold was fixed before measuring. So the verdict on this model is *not
+# reproduced*:
 
 # %%
 from p0circuit.experiments import Recognition
@@ -205,7 +210,8 @@ recognition = Recognition().run(lm, prompts)
 print_verdict(recognition)
 
 # %% [markdown]
-# **Why?** One assumption fails: that values have the same norm everywhere. Look at the values that block 1 reads.
+# **Why?** One assumption fails: the values do not have the same norm everywhere. Look at the values that block 1
+# reads.
 
 # %%
 rows = []
@@ -226,50 +232,51 @@ columns = [
 page.show(pd.DataFrame(rows, columns=columns))
 
 # %% [markdown]
-# Block 0 has already done its work: when block 1 reads P0, its stream has changed, and its value is *shorter* than the
-# others'. A short vector that is not mixed is as long as longer ones that are. Put in the values' own norms and the
-# prediction is good again; what failed is not the idea of mixing but the assumption of equal norms, one block too late.
-# In this model **recognition happens in block 0**, and block 1 gets to work on its result.
+# When block 1 reads P0, block 0 has already changed the stream there, and P0's value is *shorter* than the others. A
+# short unmixed vector can have the same norm as a mixture of longer ones. With the measured norms of the values the
+# prediction is good again. So mixing does what the model says; only the assumption of equal norms fails in block 1.
+# In this model **recognition happens in block 0**, and block 1 works on its result.
 #
-# ## 4. Cause or coincidence? Surgery on the mask
+# ## 4. Cause or coincidence? Editing the mask
 #
-# So far P0 is pure, and P0 is a sink. That the one makes the other takes an intervention. If being alone is what
-# matters, then *any* position that attends to itself alone, in blocks 0 and 1, should become a sink.
+# So far we know that P0 is pure and that P0 is a sink. To show that purity causes the sink we need an intervention.
+# If attending to itself alone is what matters, then *any* position that does so in blocks 0 and 1 should become a
+# sink.
 #
 # ### Exercise 2.2
 #
-# Operate: given patterns of shape `[batch, head, query, key]`, return patterns in which query `t` attends to itself
-# alone, in all heads and samples, and everything else is as it was.
+# Given patterns of shape `[batch, head, query, key]`, return patterns in which query `t` attends to itself alone, in
+# all heads and samples, and everything else is unchanged.
 
 
 # %%
 from p0circuit.course.checks import check_alone
 
 
-def my_surgery(pattern, t):
+def my_edit(pattern, t):
     """Patterns [batch, head, query, key] in which query t attends to itself alone."""
     ...
 
 
-check_alone(my_surgery)
+check_alone(my_edit)
 
 # %% [markdown]
 # <details>
 # <summary>Solution 2.2</summary>
 #
 # ```python
-# def my_surgery(pattern, t):
-#     changed = pattern.clone()
-#     changed[:, :, t, :] = 0
-#     changed[:, :, t, t] = 1
-#     return changed
+# def my_edit(pattern, t):
+#     edited = pattern.clone()
+#     edited[:, :, t, :] = 0
+#     edited[:, :, t, t] = 1
+#     return edited
 # ```
 #
 # </details>
 #
-# In TransformerLens an intervention is a *hook*: a function that gets an activation, and returns what takes its place.
-# We hang the surgery on the patterns of blocks 0 and 1 (`attending_to_itself` is the package's answer to the exercise) and
-# read those of later layers, all in one run.
+# In TransformerLens an intervention is a *hook*: a function that receives an activation and returns its replacement.
+# We add the edit to the patterns of blocks 0 and 1 (`attending_to_itself` is the package's answer to the exercise)
+# and read the patterns of later layers, all in one run.
 
 # %%
 from p0circuit.interventions.edits import attending_to_itself
@@ -282,72 +289,77 @@ def alone(pattern, hook):
 
 
 def excess(position, hooks):
-    """The excess score of a position: what the sink heads give it beyond 8, per prompt."""
-    seen = {}
+    """The excess score of a position over position 8 in the sink heads, per prompt."""
+    patterns = {}
 
     def read(pattern, hook):
-        seen[hook.name] = pattern
+        patterns[hook.name] = pattern
 
     layers = {layer for layer, _ in sink.heads}
     reads = [(f"blocks.{layer}.attn.hook_pattern", read) for layer in layers]
     with torch.no_grad():
         lm.run_with_hooks(half.ids, fwd_hooks=hooks + reads)
-    found = []
+    excess_scores = []
     for layer, head in sink.heads:
-        pattern = seen[f"blocks.{layer}.attn.hook_pattern"][:, head]
-        # Only the queries from a position on can see it.
-        found.append(pattern[:, position:, position].mean(-1) - pattern[:, 8:, 8].mean(-1))
-    return torch.stack(found).mean(0)
+        pattern = patterns[f"blocks.{layer}.attn.hook_pattern"][:, head]
+        # Only queries at or after a position can see it.
+        excess_scores.append(
+            pattern[:, position:, position].mean(-1) - pattern[:, 8:, 8].mean(-1)
+        )
+    return torch.stack(excess_scores).mean(0)
 
 
-surgery = [(f"blocks.{block}.attn.hook_pattern", alone) for block in (0, 1)]
+edits = [(f"blocks.{block}.attn.hook_pattern", alone) for block in (0, 1)]
 rows = [
     (name, float(excess(0, hooks).mean()), float(excess(t, hooks).mean()))
-    for name, hooks in (("as it is", []), (f"{t} attends to itself alone", surgery))
+    for name, hooks in (("clean", []), (f"{t} attends to itself alone", edits))
 ]
 columns = ["run", "excess score of P0", f"excess score of position {t}"]
 page.show(pd.DataFrame(rows, columns=columns))
-became = rows[1][2] / rows[1][1]
-print(f"position {t} has become {became:.2f} of the sink that P0 still is")
+ratio = rows[1][2] / rows[1][1]
+print(f"position {t} has {ratio:.2f} of the excess score that P0 still has")
 
 # %% [markdown]
-# Position 16 holds a token like any other. It now gets most of what P0 gets, and P0 gets less than before: they compete.
-# Here is one prompt under surgery; look at the columns of both positions in the sink heads.
+# Position 16 holds an ordinary token. It now gets most of the attention that P0 gets, and P0 gets less than before:
+# they compete. Here is one prompt with the edit; look at the columns of both positions in the sink heads.
 
 # %%
 from p0circuit.experiments.paper.c01_sink_map import view_heads
 from p0circuit.interventions.attention_edits import attend_to_self_only
 
 one = half.subset([0])
-operated = attend_to_self_only(
+intervention = attend_to_self_only(
     lm, one, ["attn.0", "attn.1"], offset=t
-)  # the same surgery, from the package
+)  # the same edit, from the package
 title = f"Sink heads while position {t} attends to itself alone in blocks 0 and 1"
-page.show(view_heads(lm, one, sink.heads, title, [operated]))
+page.show(view_heads(lm, one, sink.heads, title, [intervention]))
 
 # %% [markdown]
-# **Claim C5**, [`Structure`](../p0circuit/experiments/paper/c05_structure.py), does this for several positions and the other way
-# round (P0 is given the mix that position $t$ reads, and stops being a sink), with controls.
+# **Claim C5**, [`Structure`](../p0circuit/experiments/paper/c05_structure.py), tests this at several positions and in
+# the other direction as well (P0 gets the mixture that position $t$ reads, and stops being a sink), with controls.
 
 # %%
 from p0circuit.experiments import Structure
 
 structure = Structure().run(lm, prompts)
-page.show(structure.figures["surgery"], "mask surgery and statistics matching, with controls")
+page.show(
+    structure.figures["surgery"],
+    "edited attention patterns and matched statistics, with controls",
+)
 print_verdict(structure)
 
 # %% [markdown]
-# Two lines of this figure deserve a second look: *statistics of P0* and *norm of P0*. There position $t$ keeps its own
-# attention output, mixed as it is, but scaled to the norm (or mean and variance) of P0's. If the MLP behind looked at
-# the norm alone, as the paper has it, that should do. It does not: hardly any sink appears. In the other direction P0
-# loses a third of its sink when its output is scaled down. So in `p0-nano` being unmixed is the cause, and the norm is
-# one of the ways it shows, but not the one that the next step reads most. (A circuit that reads the norm alone can be
-# built: notebook [05](05_build_a_sink.ipynb).)
+# Two lines of this figure are worth a second look: *statistics of P0* and *norm of P0*. There position $t$ keeps its
+# own mixed attention output, scaled to the norm (or mean and variance) of P0's. If the next MLP read only the norm,
+# as the paper says, this would be enough. It is not: hardly any sink appears. In the other direction P0 loses a third
+# of its sink when its output is scaled down. So in `p0-nano` being unmixed is the cause. The norm is one of its
+# effects, but not the one that the next step reads most. (A circuit that reads only the norm can be built: notebook
+# [05](05_build_a_sink.ipynb).)
 #
-# ## 5. When everyone is pure
+# ## 5. When every position is pure
 #
-# The signal has a weak spot. If all tokens are the same, all values are the same, and mixing them changes nothing:
-# every position puts out what P0 does. That is why one repeated token has no sink (claim C11,
+# The signal has a limit. If all tokens are the same, all values are the same, and mixing changes nothing: the
+# attention output is the same at every position. That is why one repeated token has no sink (claim C11,
 # [`Limits`](../p0circuit/experiments/paper/c11_limits.py)):
 
 # %%
@@ -360,8 +372,8 @@ print(f"norm of block 0's attention output, one token {length} times:")
 print(np.round(norms[[0, 1, 8, 63]].numpy(), 4), "at positions 0, 1, 8 and 63")
 
 # %% [markdown]
-# P0 is recognised. How the difference between "unmixed" and "mixed", a factor of two or so, becomes a vector that is
-# eight times as long as all others is [03](03_amplification.ipynb).
+# P0 is recognised. The difference between "unmixed" and "mixed" is a factor of about two. How it becomes a vector
+# with eight times the norm of all others is the subject of [03](03_amplification.ipynb).
 
 # %%
 page.key_figures(
@@ -369,6 +381,6 @@ page.key_figures(
     variance_explained_by_the_cone_block_1=explained[1],
     squared_norm_over_others_block_0=of_p0[0][1],
     squared_norm_over_others_block_1=of_p0[1][1],
-    t_over_p0_when_alone=became,
+    t_over_p0_when_alone=ratio,
     p0_excess=rows[0][1],
 )

@@ -9,11 +9,12 @@
 # ---
 
 # %% [markdown]
-# # Amplification: from a hint to a vector nobody can miss
+# # Amplification: from a small difference to a large vector
 #
-# Behind block 0's attention P0 differs a little from other positions (notebook [02](02_recognition.ipynb)). A few blocks
-# later its stream is eight times as long as any other and points the same way in every prompt. This notebook asks who
-# writes that vector, by how few neurons, and which of its two features, norm or direction, the sink heads go by.
+# After block 0's attention, P0 differs a little from other positions (notebook [02](02_recognition.ipynb)). A few
+# blocks later its stream has eight times the norm of any other and points in the same direction in every prompt. This
+# notebook asks which components write that vector, how few neurons do it, and which of its two properties, norm or
+# direction, the sink heads depend on.
 #
 # *About 15 minutes; two exercises. Before: [02](02_recognition.ipynb). After: [04](04_patching_the_circuit.ipynb).*
 
@@ -21,7 +22,7 @@
 model = "p0-nano"  # a shipped model, a local Hugging Face directory, or a hub id
 samples = 128  # prompts of 64 tokens
 seed = 0  # of the prompts
-out = None  # a directory for the figures and key figures; None leaves nothing
+out = None  # a directory for the figures and key figures; None saves nothing
 
 # %%
 # Where p0circuit is not installed: use the checkout around this notebook, or say what to do.
@@ -58,16 +59,16 @@ from p0circuit.course.page import (
 page = Page(out)
 lm = open_model(model)
 prompts = read_prompts(lm, samples, seed)
-# Heads and directions are chosen on one half of the prompts (sink.chosen_on), and what is measured
-# is measured on the other (sink.prompts).
+# One half of the prompts (sink.chosen_on) selects heads and directions; everything is measured on
+# the other half (sink.prompts).
 sink = sink_of(lm, prompts)
 print("sink heads:", ", ".join(f"{layer}.{head}" for layer, head in sink.heads))
 
 # %% [markdown]
-# ## 1. What there is to explain
+# ## 1. What has to be explained
 #
-# Two curves over the layers: the norm of P0's residual stream over the median norm of the other positions, and how much
-# its direction is the same in all prompts (mean cosine with the mean direction).
+# Two curves over the layers: the norm of P0's residual stream divided by the median norm of the other positions, and
+# how similar its direction is in all prompts (mean cosine to the mean direction).
 
 # %%
 from p0circuit.experiments import NormDirection
@@ -78,19 +79,19 @@ page.show(norm_direction.figures["layers"], "norm and direction of the stream at
 # %% [markdown]
 # ## 2. What later blocks see of it
 #
-# Every block reads the stream through a norm first. `p0-nano` has RMSNorm (LayerNorm subtracts the mean as well, which
-# changes nothing here): with $\hat x = x / \left|x\right|$ and learned weights $g$,
+# Every block first normalises the stream. `p0-nano` has RMSNorm (LayerNorm also subtracts the mean, which makes no
+# difference here): with $\hat x = x / \left|x\right|$ and learned weights $g$,
 #
 # $$\mathrm{Norm}(x) = \sqrt{d}\; g \odot \hat x .$$
 #
-# The norm of $x$ is gone. What a later block sees of a long vector is **that it points where it points**. Norm still
-# does one thing: it protects the direction. Add something small, $\delta$, and split it into a part along $x$ and the rest,
-# $\delta = \delta_\parallel + \delta_\perp$. Along $x$ only the length changes, so to first order
+# The result does not depend on the norm of $x$: a later block sees only **the direction** of a long vector. The norm
+# still has one effect: it protects the direction. Add a small vector $\delta$, and split it into a part along $x$ and
+# the rest, $\delta = \delta_\parallel + \delta_\perp$. The part along $x$ changes only the length, so to first order
 #
 # $$\widehat{x + \delta} - \hat x \;\approx\; \frac{\delta_\perp}{\left|x\right|} .$$
 #
-# The longer the vector, the less anything that is added later can turn it. Try it: add the same random $\delta$ to P0's
-# stream and to that of position 8, before the last block.
+# The longer the vector, the less a later addition can change its direction. Try it: add the same random $\delta$ to
+# the stream of P0 and to that of position 8, before the last block.
 
 # %%
 last = lm.cfg.n_layers - 1
@@ -105,21 +106,21 @@ for position in (0, 8):
     unit = x / x.norm(dim=-1, keepdim=True)
     moved = (x + delta) / (x + delta).norm(dim=-1, keepdim=True) - unit
     across = delta - (unit @ delta)[:, None] * unit
-    found = x.norm(dim=-1), moved.norm(dim=-1), across.norm(dim=-1) / x.norm(dim=-1)
-    rows.append((position, *(float(one.mean()) for one in found)))
+    norms = x.norm(dim=-1), moved.norm(dim=-1), across.norm(dim=-1) / x.norm(dim=-1)
+    rows.append((position, *(float(one.mean()) for one in norms)))
 columns = ["position", "norm of the stream", "the unit vector moves by", "predicted"]
 page.show(pd.DataFrame(rows, columns=columns))
 
 # %% [markdown]
-# ## 3. Who writes it?
+# ## 3. Which components write it?
 #
-# The stream is a sum: the embedding, and what every attention and MLP has added. So the projection on any direction $u$
-# is a sum as well, and every writer has its share:
+# The stream is a sum of the embedding and the outputs of all attention layers and MLPs. So its projection on a
+# direction $u$ is a sum as well, with one term per writer:
 #
 # $$x_L \cdot u = e \cdot u + \sum_{l < L} \left(\mathrm{attn}_l \cdot u + \mathrm{mlp}_l \cdot u\right)$$
 #
-# Take as $u$ the mean direction of P0's stream where the sink heads read it. One more trick makes this cheap: P0 sees
-# itself alone, so **a prompt of one token computes its stream exactly**.
+# Let $u$ be the mean direction of P0's stream where the sink heads read it. One fact makes this cheap: P0 sees only
+# itself, so **a prompt of one token gives exactly the same stream**.
 
 # %%
 from p0circuit.interventions.intervention import p0_direction
@@ -130,36 +131,37 @@ first_tokens = sink.prompts.ids[:, :1]
 with torch.no_grad():
     _, cache = lm.run_with_cache(first_tokens)
 
-whole = (cache[f"blocks.{read_at}.hook_resid_pre"][:, 0] @ u).mean()
+total = (cache[f"blocks.{read_at}.hook_resid_pre"][:, 0] @ u).mean()
 writers = {"embed": "blocks.0.hook_resid_pre"}
 for layer in range(read_at):
     writers[f"attn.{layer}"] = f"blocks.{layer}.hook_attn_out"
     writers[f"mlp.{layer}"] = f"blocks.{layer}.hook_mlp_out"
 share = {
-    writer: float((cache[hook][:, 0] @ u).mean() / whole) for writer, hook in writers.items()
+    writer: float((cache[hook][:, 0] @ u).mean() / total) for writer, hook in writers.items()
 }
 page.show(pd.DataFrame(share.items(), columns=["writer", "share of the projection"]))
 print(f"together: {sum(share.values()):.4f}")
 
 # %% [markdown]
-# **Claim C6**, [`Amplification`](../p0circuit/experiments/paper/c06_amplification.py), has the paper's words as its threshold: the
-# MLPs of blocks 0 and 1 write at least half of it. Here they write a sixth, and most is written by MLP 2. The small model
-# takes one block more than the paper's large ones, and so the verdict will be *not reproduced*. Before we come to it,
-# look one level deeper: at neurons.
+# **Claim C6**, [`Amplification`](../p0circuit/experiments/paper/c06_amplification.py), takes its threshold from the
+# paper: the MLPs of blocks 0 and 1 write at least half of the projection. Here they write a sixth, and MLP 2 writes
+# most of it. The small model needs one block more than the paper's large ones, so the verdict will be *not
+# reproduced*. Before that, look at single neurons.
 #
-# ## 4. The few neurons
+# ## 4. A small number of neurons
 #
-# An MLP's output is a sum over its hidden neurons: neuron $i$ fires with $h_i$ and writes $h_i$ times its row of the
-# output matrix, $w_i$. In `p0-nano`, as in any Llama, MLPs are *gated*: with $x$ the normed stream,
+# The output of an MLP is a sum over its hidden neurons: neuron $i$ has the activation $h_i$ and writes $h_i$ times
+# its row $w_i$ of the output matrix. In `p0-nano`, as in any Llama, MLPs are *gated*: with $x$ the normalised stream,
 #
 # $$h = \mathrm{SiLU}(W_g\, x) \odot (W_\text{in}\, x) ,$$
 #
-# so a neuron can fire negatively.
+# so an activation can be negative.
 #
 # ### Exercise 3.1
 #
-# How much does each neuron write along a direction? Given `activation` of shape `[neuron]`, `w_out` of shape
-# `[neuron, d_model]` and a direction that need not have norm 1, return one number per neuron, in the units of the stream.
+# How much does each neuron write along a direction? Write a function of `activation` of shape `[neuron]`, `w_out` of
+# shape `[neuron, d_model]` and a direction whose norm need not be 1. Return one number per neuron, in the units of
+# the stream.
 
 
 # %%
@@ -189,52 +191,56 @@ from p0circuit.interventions.edits import component
 
 rows = []
 for layer in range(read_at):
-    fires = cache[f"blocks.{layer}.mlp.hook_post"][:, 0].mean(0)  # [neuron]
-    adds = fires[:, None] * lm.blocks[layer].mlp.W_out.detach()  # [neuron, d_model]
-    written = component(adds, u) / whole
+    activation = cache[f"blocks.{layer}.mlp.hook_post"][:, 0].mean(0)  # [neuron]
+    adds = activation[:, None] * lm.blocks[layer].mlp.W_out.detach()  # [neuron, d_model]
+    written = component(adds, u) / total
     for neuron in written.abs().argsort(descending=True)[:3].tolist():
-        rows.append((f"neuron.{layer}.{neuron}", float(fires[neuron]), float(written[neuron])))
-page.show(pd.DataFrame(rows, columns=["neuron", "fires with", "share of the projection"]))
+        rows.append(
+            (f"neuron.{layer}.{neuron}", float(activation[neuron]), float(written[neuron]))
+        )
+page.show(pd.DataFrame(rows, columns=["neuron", "activation", "share of the projection"]))
 
 # %% [markdown]
-# One neuron per block stands out, each about five times stronger than the one before: in `p0-nano` three neurons (139 in
-# MLP 0, 114 in MLP 1, 123 in MLP 2) write three quarters of the vector. It looks like a relay; whether each drives the next
-# is not tested here. Yona et al. ([arXiv 2503.08908](https://arxiv.org/abs/2503.08908)) found the like in Llama-2 and named
-# them first-detector and sink neurons.
+# One neuron per block dominates, each about five times stronger than that of the block before: in `p0-nano` three
+# neurons (139 in MLP 0, 114 in MLP 1, 123 in MLP 2) write three quarters of the vector. This looks like a chain, but
+# whether each drives the next is not tested here. Yona et al. ([arXiv 2503.08908](https://arxiv.org/abs/2503.08908))
+# found similar neurons in Llama-2 and called them first-detector and sink neurons.
 #
-# Writing is not yet *mattering*: these are correlations. The test is to give the neurons of MLPs 0 and 1, at P0 and
-# nowhere else, the values they have when the same token is *not* first, and see what is left of the sink. The experiment
-# ranks all 672 by their effect, takes away the first 1 % (six), and compares with six at random.
+# Writing is not the same as *causing*: these are correlations. The test is an intervention: give the neurons of MLPs
+# 0 and 1, at P0 only, the values that they have when the same token is *not* first, and measure what is left of the
+# sink. The experiment ranks all 672 neurons by their effect, patches the top 1 % (six), and compares with six random
+# ones.
 
 # %% tags=["cover"]
 from p0circuit.experiments import Amplification
 
 amplification = Amplification().run(lm, prompts)
 page.show(
-    amplification.figures["writers"], "who writes the P0 direction, and what goes without it"
+    amplification.figures["writers"],
+    "which components write the P0 direction, and what is lost without them",
 )
 if "by_number" in amplification.tables:
     page.show(amplification.tables["by_number"].rename(columns={"neurons": "first neurons"}))
 print_verdict(amplification)
 
 # %% [markdown]
-# Read the verdict closely: the claim has three parts, and one misses. *Few neurons carry the sink*: yes, six of 672 carry
-# more than two thirds of it, random ones next to nothing. *MLPs 0 and 1 write most of the direction*: no, a sixth. A claim
-# that misses one of its thresholds is not reproduced; the report says so, and so do we. It is no contradiction that MLPs 0
-# and 1 carry nearly all of the effect and write so little: without them MLP 2 has nothing to amplify. Writing and
-# causing are different questions, and only the second one needs an intervention.
+# The claim has several parts, and one fails. *A small number of neurons carries the sink*: yes, six of 672 carry more
+# than two thirds of it, random ones almost nothing. *MLPs 0 and 1 write most of the direction*: no, a sixth. A claim
+# that misses one of its thresholds is not reproduced. It is no contradiction that MLPs 0 and 1 carry nearly the whole
+# effect but write so little: without them MLP 2 has nothing to amplify. Writing and causing are different questions,
+# and only the second one needs an intervention.
 #
 # ## 5. Norm or direction?
 #
-# P0 is long *and* has its own direction. Section 2 says that later blocks can see the direction alone. An intervention
-# can take the two apart:
+# P0 has a large norm *and* a fixed direction. Section 2 says that later blocks see only the direction. Two
+# interventions separate the two:
 #
 # - *norm cut*: P0 keeps its direction and gets the median norm of the other positions;
 # - *direction replaced*: P0 keeps its norm and gets the direction of an ordinary position of another prompt.
 #
 # ### Exercise 3.2
 #
-# Write the first one, for streams of shape `[batch, pos, d_model]`, with P0 at position 0.
+# Write the first one as a function of streams of shape `[batch, pos, d_model]`, with P0 at position 0.
 
 
 # %%
@@ -256,15 +262,16 @@ check_norm_cut(my_norm_cut)
 # def my_norm_cut(stream):
 #     norms = stream.norm(dim=-1)
 #     factor = norms[:, 1:].median(dim=1).values / norms[:, 0]
-#     changed = stream.clone()
-#     changed[:, 0] = stream[:, 0] * factor[:, None]
-#     return changed
+#     edited = stream.clone()
+#     edited[:, 0] = stream[:, 0] * factor[:, None]
+#     return edited
 # ```
 #
 # </details>
 #
-# The package has both as interventions on a node, here the stream after block 1. Position 16 of the next prompt lends its
-# direction, and the excess score of the sink heads (notebook [01](01_meet_the_sink.ipynb)) measures what is left.
+# The package has both as interventions on a node, here the stream after block 1. The donor of the direction is
+# position 16 of the next prompt, and the excess score of the sink heads (notebook [01](01_meet_the_sink.ipynb))
+# measures what is left.
 
 # %%
 from p0circuit.experiments.sink_under_study import excess_scores
@@ -272,28 +279,30 @@ from p0circuit.experiments.surgery import ordinary_streams
 from p0circuit.interventions.ablation import replace_direction, replace_norm
 
 after_block_1 = ["resid_post.1"]
-donor = ordinary_streams(lm, sink.prompts, [16])[:, 2]  # what position 16 hands to block 2
-changes = {
+donor = ordinary_streams(lm, sink.prompts, [16])[
+    :, 2
+]  # the stream of position 16 that block 2 reads
+interventions = {
     "norm_cut": replace_norm(lm, sink.prompts, after_block_1),
     "direction_replaced": replace_direction(lm, sink.prompts, after_block_1, donor),
 }
 clean = excess_scores(lm, sink.prompts, sink.heads).mean()
 left = {
-    name: excess_scores(lm, sink.prompts, sink.heads, interventions=[change]).mean() / clean
-    for name, change in changes.items()
+    name: excess_scores(lm, sink.prompts, sink.heads, interventions=[one]).mean() / clean
+    for name, one in interventions.items()
 }
 for name, value in left.items():
     print(f"{name.replace('_', ' ')}: {value:.3f} of the sink is left")
 
 # %% [markdown]
-# Without its norm the sink does not even notice. With another direction it is gone. (So a massive activation is not what
-# a sink *needs*. It is what protects the direction, and here later MLPs would restore the norm anyway.)
+# Cutting the norm hardly changes the sink. With another direction the sink is gone. (So a sink does not *need* a
+# massive activation. The large norm protects the direction, and here later MLPs would restore it anyway.)
 #
-# Why after block 1? Cut just before the sink heads, the norm could change nothing in any pre-norm model. After block 1 the
-# test says something, because block 2 still adds to the stream: to a short vector as much as to a long one.
+# Why after block 1? Just before the sink heads a norm cut has no effect in any pre-norm model. After block 1 the test
+# is informative, because block 2 still adds to the stream, whether the vector is short or long.
 #
-# **Claim C8**, [`DirectionOrNorm`](../p0circuit/experiments/paper/c08_direction_or_norm.py), lets three ordinary positions take
-# turns, adds the control (the same surgery somewhere else), and repeats it after every block.
+# **Claim C8**, [`DirectionOrNorm`](../p0circuit/experiments/paper/c08_direction_or_norm.py), uses three ordinary
+# positions as donors, adds a control (the same intervention at another position), and repeats it after every block.
 
 # %%
 from p0circuit.experiments import DirectionOrNorm
@@ -301,14 +310,14 @@ from p0circuit.experiments import DirectionOrNorm
 direction_or_norm = DirectionOrNorm().run(lm, prompts)
 page.show(
     direction_or_norm.figures["blocks"],
-    "what is left of the sink after surgery behind each block",
+    "what is left of the sink after interventions on the stream after each block",
 )
 print_verdict(direction_or_norm)
 
 # %% [markdown]
-# And what about everything *else* in P0's stream, such as which token stands there? **Claim C9**,
-# [`Content`](../p0circuit/experiments/paper/c09_content.py), keeps the one component along the P0 direction and swaps all the rest
-# with that of another prompt.
+# What about everything *else* in P0's stream, such as the token that is there? **Claim C9**,
+# [`Content`](../p0circuit/experiments/paper/c09_content.py), keeps the component along the P0 direction and replaces
+# the rest by that of another prompt.
 
 # %%
 from p0circuit.experiments import Content
@@ -318,14 +327,15 @@ page.show(metrics_table(content))
 print_verdict(content)
 
 # %% [markdown]
-# The token does not matter. Two of these lines set limits to that: with the rest taken from an *ordinary* position, only
-# about three quarters of the sink are left, so being first shows a little outside this one direction too; and with
-# the component along it removed, a fifth is left. (*Direction replaced* leaves more here, 0.62, than in C8, 0.025. There the
-# whole vector is turned. In C9 only the component along the direction is swapped; the rest is short, so P0's cosine to the
-# direction stays 0.43.)
+# The token does not matter. Two of these lines limit that result. With the rest taken from an *ordinary* position
+# only about three quarters of the sink are left, so a little of "being first" is outside this one direction. And with
+# the component along the direction removed, a fifth is left. (*Direction replaced* leaves more here, 0.62, than in
+# C8, 0.025. In C8 the direction of the whole vector is replaced. In C9 only the component along the P0 direction is
+# exchanged; the rest is short, so the cosine of P0 to the direction remains 0.43.)
 #
-# We know now who recognises P0, and who amplifies it. How does one *prove* that the one talks to the other, and that the
-# sink heads listen with their keys? By patching: [04](04_patching_the_circuit.ipynb).
+# We know now which components recognise P0, and which ones amplify it. How can one *prove* that the first act through
+# the second, and that the sink heads read the result with their keys? By patching:
+# [04](04_patching_the_circuit.ipynb).
 
 # %%
 page.key_figures(

@@ -11,19 +11,19 @@
 # %% [markdown]
 # # Patching the circuit by hand
 #
-# Two instruments of mechanistic interpretability, used on the sink: **activation patching** (which components matter?)
-# and **path patching** (which connections between them?). You do both by hand in a few lines of TransformerLens hooks,
-# then with the package, and the numbers have to agree. At the end you derive a **closed form** that gives the same
+# Two methods of mechanistic interpretability, applied to the sink: **activation patching** (which components matter?)
+# and **path patching** (which connections between them matter?). You do both by hand with TransformerLens hooks, then
+# with the package, and check that the numbers agree. At the end you derive a **closed form** that gives the same
 # result for the keys of P0 without running the model again.
 #
-# *About 15 minutes of reading, and an hour if you do the exercises properly; three exercises. Before:
-# [03](03_amplification.ipynb). After: [05](05_build_a_sink.ipynb).*
+# *About 15 minutes to read, and an hour with the exercises; three exercises. Before: [03](03_amplification.ipynb).
+# After: [05](05_build_a_sink.ipynb).*
 
 # %% tags=["parameters"]
 model = "p0-nano"  # a shipped model, a local Hugging Face directory, or a hub id
 samples = 128  # prompts of 64 tokens
 seed = 0  # of the prompts
-out = None  # a directory for the figures and key figures; None leaves nothing
+out = None  # a directory for the figures and key figures; None saves nothing
 
 # %%
 # Where p0circuit is not installed: use the checkout around this notebook, or say what to do.
@@ -63,12 +63,12 @@ print(f"sink heads: {sink.heads}; looking at head {head} of layer {layer}")
 # %% [markdown]
 # ## 1. Two runs that differ in one thing
 #
-# A patch takes an activation from one run and puts it into another. What it can tell you depends on what the two runs
-# differ in. We want to isolate *being first*, so:
+# A patch takes an activation from one run and puts it into another. Its meaning depends on how the two runs differ.
+# We want to isolate *being first*, so:
 #
 # - **clean**: a prompt. Token $x$ is at P0.
-# - **shifted**: the same prompt behind $m = 8$ random tokens. The same token $x$, with the same continuation, is at
-#   position $m$, and no longer first.
+# - **shifted**: the same prompt after $m = 8$ random tokens. The same token $x$, with the same continuation, is now
+#   at position $m$ instead of first.
 #
 # | | position 0 | 1 | … | $m$ | $m+1$ | … |
 # | --- | --- | --- | --- | --- | --- | --- |
@@ -84,40 +84,40 @@ assert torch.equal(clean_ids[:, 0], shifted_ids[:, m])
 
 
 def run(ids, hooks=()):
-    """The attention of our sink head, [prompt, query, key], with some hooks in place."""
-    seen = {}
+    """The attention of our sink head, [prompt, query, key], with the given hooks."""
+    cache = {}
 
     def read(pattern, hook):
-        seen["pattern"] = pattern[:, head].clone()
+        cache["pattern"] = pattern[:, head].clone()
 
     pattern_of_layer = f"blocks.{layer}.attn.hook_pattern"
     with torch.no_grad():
         lm.run_with_hooks(ids, fwd_hooks=[*hooks, (pattern_of_layer, read)])
-    return seen["pattern"]
+    return cache["pattern"]
 
 
 def score(pattern, position=0):
-    """The sink score of a position: what the queries that can see it give it, per prompt."""
+    """The sink score of a position: mean attention of the queries that can see it, per prompt."""
     return pattern[:, position:, position].mean(-1)
 
 
 clean = score(run(clean_ids)).mean()
 shifted = score(run(shifted_ids), m).mean()
-print(f"of the head's attention, x gets {clean:.3f} at position 0, and {shifted:.3f} at {m}")
+print(f"attention of the head to x: {clean:.3f} at position 0, {shifted:.3f} at position {m}")
 
 # %% [markdown]
 # ## 2. Activation patching
 #
-# **Noising**: take what a component computes at $x$ in the shifted run, put it in at P0 of the clean run, and see whether
-# the sink goes. If it does, the component was *necessary*. (**Denoising** goes the other way: the clean value into the
-# shifted run at $m$. If a sink appears there, the component is *sufficient*.)
+# **Noising**: take the output of a component at $x$ in the shifted run, put it in at P0 of the clean run, and see how
+# much of the sink is lost. If the sink is lost, the component is *necessary*. (**Denoising** is the other direction:
+# the clean value goes into the shifted run at $m$. If a sink appears there, the component is *sufficient*.)
 #
 # The patch is a hook.
 #
 # ### Exercise 4.1
 #
-# Write it: `activation` has the shape `[batch, pos, d_model]`, `values` is `[batch, d_model]`. TransformerLens calls the
-# hook with the activation and the hook point, and takes what it returns.
+# Write it: `activation` has the shape `[batch, pos, d_model]`, `values` has the shape `[batch, d_model]`.
+# TransformerLens calls the hook with the activation and the hook point, and continues with what the hook returns.
 
 
 # %%
@@ -143,8 +143,8 @@ check_patch_hook(my_patch)
 #
 # </details>
 #
-# Now every attention and MLP below the sink head, one at a time and both ways. `put(position, values)` makes such a hook
-# for any position.
+# Now patch every attention layer and MLP below the sink head, one at a time and in both directions. `put(position,
+# values)` makes such a hook for any position.
 
 # %%
 from p0circuit.course.checks import put
@@ -166,12 +166,13 @@ rows = [(name, noising[name], denoising[name]) for name in components]
 page.show(pd.DataFrame(rows, columns=["component", "noising: change", "denoising: change"]))
 
 # %% [markdown]
-# Read the columns apart. *Necessary*: without what attention 0, MLP 0 and MLP 1 say about being first, most of the sink
-# goes. Their numbers add up to far more than there is to lose, because each is needed by the next. *Sufficient*: MLP 1
-# alone makes nearly as much of a sink at position 8 as there can be (see below), and MLP 2 too. What comes earlier in
-# the chain makes less, since attention in the blocks after it is still mixed there.
+# Read the columns separately. *Necessary*: with the shifted output of attention 0, MLP 0 or MLP 1, most of the sink
+# is lost. The three losses add up to more than the whole sink, because each component needs the one before.
+# *Sufficient*: MLP 1 alone makes a sink at position 8 that is nearly as strong as possible (see below), and so does
+# MLP 2. Earlier components make a weaker one, because attention in later blocks is still mixed at that position.
 #
-# The package does the same for whole grids, in batches and with less work. First, do the numbers agree?
+# The package does the same for all nodes of a grid, in batches and with less computation. First, do the numbers
+# agree?
 
 # %% tags=["cover"]
 from p0circuit.figures.maps import effect_maps
@@ -200,45 +201,45 @@ page.show(
 # %% [markdown]
 # ### All of blocks 0 and 1 together
 #
-# **Claim C7**, [`CausalPath`](../p0circuit/experiments/paper/c07_causal_path.py), says: attention and MLPs of blocks 0 and 1, at P0, are
-# necessary and sufficient together. What could they lose at most? As much as if the *whole* stream at P0, before every
-# block, were that of the shifted run. So patch both, and divide.
+# **Claim C7**, [`CausalPath`](../p0circuit/experiments/paper/c07_causal_path.py), says that attention and MLPs of
+# blocks 0 and 1 at P0 are together necessary and sufficient. The largest possible effect is that of patching the
+# *entire* stream at P0, before every block. So patch both, and divide.
 
 # %%
 blocks_0_and_1 = [name for name in components if name.startswith(("blocks.0.", "blocks.1."))]
 streams = [f"blocks.{block}.hook_resid_pre" for block in range(lm.cfg.n_layers)]
 change, shares = {}, {}
-for what, names in (("blocks 0 and 1", blocks_0_and_1), ("whole stream", streams)):
+for nodes, names in (("blocks 0 and 1", blocks_0_and_1), ("whole stream", streams)):
     noise = [(name, put(0, shifted_cache[name][:, m])) for name in names]
     denoise = [(name, put(m, clean_cache[name][:, 0])) for name in names]
-    change["noising", what] = float(score(run(clean_ids, noise)).mean() - clean)
-    change["denoising", what] = float(score(run(shifted_ids, denoise), m).mean() - shifted)
+    change["noising", nodes] = float(score(run(clean_ids, noise)).mean() - clean)
+    change["denoising", nodes] = float(score(run(shifted_ids, denoise), m).mean() - shifted)
 for direction in ("noising", "denoising"):
     shares[direction] = change[direction, "blocks 0 and 1"] / change[direction, "whole stream"]
     total = change[direction, "whole stream"]
     print(f"{direction}: {shares[direction]:.3f} of the total effect of {total:+.3f}")
 
 # %% [markdown]
-# Nothing is missing: what P0 *is* has been decided when block 1 is done. (MLP 2 writes most of the vector, as notebook
-# [03](03_amplification.ipynb) showed, but it only answers to what it is told.)
+# The share is complete: whether a position is P0 is decided when block 1 is done. (MLP 2 writes most of the vector,
+# as notebook [03](03_amplification.ipynb) showed, but it only responds to what it reads from blocks 0 and 1.)
 #
-# A share above 1 is no mistake. The whole stream brings along what attention 2 says in the other run, which works slightly
-# against the rest (+0.011 in the table below); blocks 0 and 1 alone do not. Patch attention 2 with them and the share is 1.
+# A share above 1 is no mistake. Patching the entire stream also brings in the other run's output of attention 2,
+# which slightly counteracts the rest (+0.011 in the table below); patching blocks 0 and 1 alone does not. If
+# attention 2 is patched with them, the share is 1.
 #
 # ## 3. Path patching
 #
-# Activation patching lets everything follow: patch MLP 0, and MLP 1 hears of it, and MLP 2, and the head. Which of these
-# connections carry the news? An **edge** goes from a sender to one input of a receiver: Q, K or V of a head, or an MLP.
-# Path patching (Wang et al., [arXiv 2211.00593](https://arxiv.org/abs/2211.00593)) changes what goes along one edge and
-# nothing else:
+# In activation patching everything downstream may change: patch MLP 0, and MLP 1, MLP 2 and the head all respond.
+# Which of these connections carry the effect? An **edge** goes from a sender to one input of a receiver: Q, K or V of
+# a head, or an MLP. Path patching (Wang et al., [arXiv 2211.00593](https://arxiv.org/abs/2211.00593)) changes the
+# value along one edge and nothing else:
 #
-# 1. **Send.** Run the clean prompt with the sender's new value, and hold everything computed after it (attention and
-#    MLP outputs) at its clean value. What changes at the receiver came straight from the sender. (Wang et al. let MLPs
-#    follow; the package does so with `through="mlps"`.)
-# 2. **Hear.** Keep the receiver's input as it is then: here the *key* of our head at P0.
-# 3. **Answer.** Run the clean prompt once more, with nothing changed but that key, and measure.
+# 1. **Patch the sender.** Run the clean prompt with the sender's new value, and freeze everything computed after it
+#    (attention and MLPs of later blocks) at its clean value.
+# 2. **Read the receiver's input.** Cache it from that run: here the *key* of our head at P0.
+# 3. **Patch the receiver.** Run the clean prompt again with only this key changed, and measure.
 #
-# Take the edge from the MLP of block 1 into the key of our sink head.
+# Take the edge from the MLP of block 1 to the key of our sink head.
 
 # %%
 from p0circuit.interventions.closed_form import key_hook, query_hook
@@ -246,37 +247,36 @@ from p0circuit.interventions.closed_form import key_hook, query_hook
 sender = "blocks.1.hook_mlp_out"
 key = key_hook(lm, layer)  # keys as they enter the scores, after the rotation if there is one
 
-# 1. Send: the sender's new value; what comes later is held. At P0 only: nothing else reaches
-# its key.
+# 1. Patch the sender and freeze what comes later. P0 is enough: nothing else reaches its key.
 hooks = [(sender, put(0, shifted_cache[sender][:, m]))]
 for name in components[components.index(sender) + 1 :]:
     hooks.append((name, put(0, clean_cache[name][:, 0])))
 
-# 2. Hear: the key of our head at P0.
-heard = {}
+# 2. Read the receiver's input: the key of our head at P0.
+receiver_input = {}
 
 
-def hear(keys, hook):
-    heard["key"] = keys[:, 0, head].clone()
+def read_key(keys, hook):
+    receiver_input["key"] = keys[:, 0, head].clone()
 
 
-run(clean_ids, [*hooks, (key, hear)])
+run(clean_ids, [*hooks, (key, read_key)])
 
 
-# 3. Answer: the clean run with this key and no other change.
-def answer(keys, hook):
-    keys[:, 0, head] = heard["key"]
+# 3. Patch the receiver: the clean run with only this key changed.
+def patch_key(keys, hook):
+    keys[:, 0, head] = receiver_input["key"]
     return keys
 
 
-edge_by_hand = float(score(run(clean_ids, [(key, answer)])).mean() - clean)
+edge_by_hand = float(score(run(clean_ids, [(key, patch_key)])).mean() - clean)
 print(f"sink score of head {layer}.{head}: {clean:.4f}")
 print(f"effect of the edge: {edge_by_hand:+.4f}")
 print(f"effect of the whole component (section 2): {noising[sender]:+.4f}")
 
 # %% [markdown]
-# The direct edge is a small part of what MLP 1 does: most of its news goes through MLP 2. The package on the same edge,
-# and on all others into this head's Q, K and V:
+# The direct edge is a small part of the effect of MLP 1; most of its effect goes through MLP 2. Now the package on
+# the same edge, and on all other edges into Q, K and V of this head:
 
 # %%
 from p0circuit.interventions.path_patching import path_patch
@@ -290,15 +290,15 @@ print(f"mlp.1 into K: by hand {edge_by_hand:+.6f}, package {package:+.6f}")
 page.show(table.head(8))
 
 # %% [markdown]
-# All that matters arrives in K. (An edge into Q at P0 cannot matter in any model, since P0's own query sees P0 alone,
-# and V changes what the head reads, not where it looks. So this is a weak result by itself; `CausalPath` measures the
-# stronger form as well, with the whole stream into Q of all later queries.)
+# The whole effect enters through K. (An edge into Q at P0 cannot matter in any model, since P0's own query sees only
+# P0. V changes what the head reads, not where it attends. So this result is weak by itself; `CausalPath` also
+# measures the stronger form, with the entire stream into Q of all later queries.)
 #
 # ### Exercise 4.2
 #
-# Patch an edge yourself: into the key of the *other* sink head, from an MLP that has a block between itself and that head;
-# the cell below names both. Give the mean change of that head's sink score. You can copy the three steps from above; note
-# that `run` looks at `head`.
+# Patch an edge yourself: from an MLP into the key of the *other* sink head, with one block between the two. The cell
+# below names both. Give the mean change of that head's sink score. You can copy the three steps from above; note that
+# `run` looks at `head`.
 
 # %%
 from p0circuit.course.checks import check_edge
@@ -322,15 +322,15 @@ check_edge(my_effect, lm, pair.clean, values, edge_sender, other)
 # sender_2 = f"blocks.{layer_2 - 2}.hook_mlp_out"
 # between = [f"blocks.{layer_2 - 1}.hook_{kind}_out" for kind in ("attn", "mlp")]
 # key_2 = key_hook(lm, layer_2)
-# heard_2, scores_2 = {}, []
+# receiver_input_2, scores_2 = {}, []
 #
 #
-# def hear_2(keys, hook):
-#     heard_2["key"] = keys[:, 0, head_2].clone()
+# def read_key_2(keys, hook):
+#     receiver_input_2["key"] = keys[:, 0, head_2].clone()
 #
 #
-# def answer_2(keys, hook):
-#     keys[:, 0, head_2] = heard_2["key"]
+# def patch_key_2(keys, hook):
+#     keys[:, 0, head_2] = receiver_input_2["key"]
 #     return keys
 #
 #
@@ -342,36 +342,36 @@ check_edge(my_effect, lm, pair.clean, values, edge_sender, other)
 # send_2 = [(sender_2, put(0, shifted_cache[sender_2][:, m]))]
 # send_2 += [(name, put(0, clean_cache[name][:, 0])) for name in between]
 # with torch.no_grad():
-#     lm.run_with_hooks(clean_ids, fwd_hooks=[*send_2, (key_2, hear_2)])
+#     lm.run_with_hooks(clean_ids, fwd_hooks=[*send_2, (key_2, read_key_2)])
 #     lm.run_with_hooks(clean_ids, fwd_hooks=[pattern_2])
-#     lm.run_with_hooks(clean_ids, fwd_hooks=[(key_2, answer_2), pattern_2])
+#     lm.run_with_hooks(clean_ids, fwd_hooks=[(key_2, patch_key_2), pattern_2])
 # my_effect = scores_2[1] - scores_2[0]
 # ```
 #
-# Attention and MLP of the block between have to be held. Left to follow they would bring the news along as well, and in
-# `p0-nano` they bring nearly all of it: of the -0.210 that MLP 1 does to this head, the edge carries -0.014.
+# Attention and MLP of the block between have to be frozen. Otherwise they would carry the effect as well, and in
+# `p0-nano` they carry nearly all of it: of the effect of -0.210 that MLP 1 has on this head, the edge carries -0.014.
 #
 # </details>
 #
 # ## 4. The closed form
 #
-# Each edge costs two runs of the model. For edges into K at P0 that can be done better, thanks to two facts.
+# Each edge needs two runs of the model. For edges into K at P0 there is a cheaper way, because of two facts.
 #
-# **P0's stream knows nothing of the other tokens.** P0 attends to itself alone, so whatever is patched in its stream, its
-# new key $k_0'$ is computed from one row of one token.
+# **P0's stream does not depend on the other tokens.** P0 attends only to itself. So whatever is patched in its
+# stream, its new key $k_0'$ can be computed from a prompt of one token.
 #
-# **A new key of P0 changes one score per query.** Let $s_t = q_t \cdot k_0 / \sqrt{d}$ be what query $t$ scores P0 with. In
-# the patched run neither the query nor the other keys change, and only this score is new:
+# **A new key of P0 changes one score per query.** Let $s_t = q_t \cdot k_0 / \sqrt{d}$ be the score that query $t$
+# gives to P0. In the patched run neither the query nor the other keys change; only this score does:
 #
 # $$s_t' = s_t + \frac{q_t \cdot (k_0' - k_0)}{\sqrt{d}} .$$
 #
-# So all other scores of a query come down to one number, $Z_t$, which one clean run gives. With it, attention to P0 is a
-# function of $s_t - Z_t$ alone, and every edge is a product and that function.
+# So all other scores of a query can be summarised by one number, $Z_t$, which comes from one clean run. With it, the
+# attention to P0 is a function of $s_t - Z_t$ alone, and every edge needs one product and this function.
 #
 # ### Exercise 4.3
 #
-# Find $Z_t$ and the function, and write attention to P0 from scores: `score` holds the scores of P0, `[query]`, and `others`
-# those of all other keys, `[query, key]`, with `-inf` where a query does not see a key.
+# Find $Z_t$ and the function, and write the attention to P0 as a function of scores: `score` holds the scores of P0,
+# `[query]`, and `others` those of all other keys, `[query, key]`, with `-inf` for keys that a query cannot see.
 
 
 # %%
@@ -399,12 +399,12 @@ check_closed_form(my_closed_form)
 # $$A_{t,0} = \frac{e^{s_t}}{e^{s_t} + \sum_{0 < j \le t} e^{s_{t,j}}} = \frac{e^{s_t}}{e^{s_t} + e^{Z_t}} = \frac{1}{1 + e^{-(s_t - Z_t)}} = \sigma(s_t - Z_t) ,$$
 #
 # and after the patch $A_{t,0}' = \sigma(s_t' - Z_t)$, exactly. The first query sees no other key: its `logsumexp` is
-# $-\infty$, and the sigmoid of $+\infty$ is 1, as it should be.
+# $-\infty$, and the sigmoid of $+\infty$ is 1, as it has to be.
 #
 # </details>
 #
-# On our edge: the key was heard above, the rest is in the clean cache, and `log_partition` and `attention_from_score` are the
-# package's answer to the exercise.
+# On our edge: the new key was read in step 2, and everything else is in the clean cache. `log_partition` and
+# `attention_from_score` are the package's answer to the exercise.
 
 # %%
 from p0circuit.interventions.closed_form import attention_from_score, log_partition
@@ -418,7 +418,8 @@ s, z = (
     scores_of_head[..., 0],
     log_partition(scores_of_head, pair.clean.p0),
 )  # [prompt, 1, query]
-moved = torch.einsum("bqd,bd->bq", query, heard["key"] - old_key) / math.sqrt(lm.cfg.d_head)
+change_of_key = receiver_input["key"] - old_key
+moved = torch.einsum("bqd,bd->bq", query, change_of_key) / math.sqrt(lm.cfg.d_head)
 all_see_p0 = torch.ones_like(s, dtype=torch.bool)
 closed_clean, closed_patched = (
     attention_from_score(one, z, all_see_p0).mean() for one in (s, s + moved[:, None])
@@ -428,8 +429,8 @@ print(f"clean sink score: closed form {closed_clean:.6f}, model {clean:.6f}")
 print(f"effect of the edge: closed form {edge_closed:+.6f}, hooks {edge_by_hand:+.6f}")
 
 # %% [markdown]
-# The package does this for all senders and all heads of all layers at once, and measures on the clean run whether the
-# model's attention has this form at all (`error`).
+# The package does this for all senders and all heads of all layers at once. On the clean run it checks whether the
+# model's attention has this form (`error`).
 
 # %%
 from p0circuit.figures.style import new_figure
@@ -467,11 +468,12 @@ page.show(figure, "effects of all edges into the keys of P0")
 # %% [markdown]
 # ## 5. The circuit
 #
-# Do that for every input of every component (Q, K, V and MLPs), keep the edges that change the sink by 5 % or more, and of
-# those what leads to the sink heads: a circuit. [`Circuit`](../p0circuit/experiments/exploratory/circuit.py) draws it, and `CausalPath`
-# gives the verdict on C7, here on few prompts. (The picture is made of eight prompts, that of the tour of four, and they
-# differ: effects are means over prompts, and an edge near the limit is above it with some and below it with others. All
-# edges of the tour are here, too.)
+# Do the same for every input of every component (Q, K, V and MLPs), keep the edges that change the sink by at least 5
+# %, and of those the ones that lead to the sink heads: this is the circuit.
+# [`Circuit`](../p0circuit/experiments/exploratory/circuit.py) draws it, and `CausalPath` gives the verdict on C7,
+# here with a small number of prompts. (This graph uses eight prompts and the one of the tour four, and they differ:
+# effects are means over prompts, so an edge near the threshold can be on either side of it. All edges of the tour are
+# here, too.)
 
 # %%
 from p0circuit.experiments import CausalPath, CausalPathConfig, Circuit, CircuitConfig
@@ -481,14 +483,15 @@ page.show(circuit.figures["graph"], "the circuit of the sink, recovered by path 
 
 path = CausalPath(CausalPathConfig(samples=24, runs=768)).run(lm, prompts)
 page.show(
-    path.figures["shares"], "shares of blocks 0 and 1, of Q, K and V in the effect on the sink"
+    path.figures["shares"],
+    "shares of blocks 0 and 1, and of Q, K and V, in the effect on the sink",
 )
 print_verdict(path)
 
 # %% [markdown]
-# Why does a key draw *every* query? Because it need not match any: the sink heads' queries have a large part in common,
-# and P0's key lies along it. **Claim C10**, [`KeySide`](../p0circuit/experiments/paper/c10_key_side.py), replaces all queries of a
-# head by their mean, and nearly all of P0's lead in the scores remains.
+# Why does one key attract *every* query? Because the sink heads' queries have a large component in common, and P0's
+# key is aligned with it. **Claim C10**, [`KeySide`](../p0circuit/experiments/paper/c10_key_side.py), replaces all
+# queries of a head by their mean; nearly all of P0's lead in the scores remains.
 
 # %%
 from p0circuit.experiments import KeySide
@@ -497,7 +500,7 @@ key_side = KeySide().run(lm, prompts)
 print_verdict(key_side)
 
 # %% [markdown]
-# You have patched a circuit by hand. If you know a circuit, you should be able to build it:
+# You have patched a circuit by hand. If you understand a circuit, you should be able to build it:
 # [05](05_build_a_sink.ipynb).
 
 # %%

@@ -12,9 +12,10 @@
 # # Build a sink yourself
 #
 # If you understand a circuit you can build it. Here you write the weights of a transformer by hand, one step of the
-# circuit after the other, and look after each step at what has changed: embedding, recognition, detection, amplification,
-# read-out. No training. The result is the `wired` model of this package without its decoys; because its circuit is known,
-# the package's methods are tested on it. At the end you break it, and compare it with a model that was trained.
+# circuit after the other, and check after each step what has changed: embedding, recognition, detection,
+# amplification, read-out. Nothing is trained. The result is the `wired` model of this package without its decoys. Its
+# circuit is known, so the package's methods are tested on it. At the end you remove parts of it, and compare it with
+# a trained model.
 #
 # *About 15 minutes; two exercises. Before: [04](04_patching_the_circuit.ipynb). After: [06](06_emergence.ipynb). The full
 # construction, with its numbers derived: [`wired.py`](../p0circuit/models/constructed/weights.py).*
@@ -23,7 +24,7 @@
 model = "p0-nano"  # a shipped model, a local Hugging Face directory, or a hub id
 samples = 128  # prompts of 64 tokens
 seed = 0  # of the prompts
-out = None  # a directory for the figures and key figures; None leaves nothing
+out = None  # a directory for the figures and key figures; None saves nothing
 
 # %%
 # Where p0circuit is not installed: use the checkout around this notebook, or say what to do.
@@ -72,26 +73,26 @@ sink_of(trained, text)
 length = 64
 prompts = random_tokens(
     64, n=samples, length=length, seed=seed
-)  # our vocabulary will have 64 tokens
-places = [str(t) for t in range(length)]
+)  # the model will have a vocabulary of 64 tokens
+positions = [str(t) for t in range(length)]
 
 # %% [markdown]
-# ## 0. Empty rooms
+# ## 0. An empty model
 #
-# Three layers of five heads, `d_model` 160, MLPs of 128 ReLU neurons, and all weights zero but those of the norms. They
-# are set to $1/\sqrt{d}$, so that **every norm hands on a unit vector**: what a block reads are cosines.
+# Three layers with five heads, `d_model` 160, MLPs with 128 ReLU neurons, and all weights zero except those of the
+# norms. These are set to $1/\sqrt{d}$, so that **the output of every norm is a unit vector**: what a block reads are
+# cosines.
 #
-# The residual stream is divided into named rooms, orthogonal to each other (and turned at random, so that no coordinate
-# is special):
+# The residual stream is divided into orthogonal subspaces (in a random basis, so that no coordinate is special):
 #
-# | room | dimensions | what will be in it |
+# | subspace | dimensions | content |
 # | --- | --- | --- |
 # | `token` | 64 | which token this is |
-# | `ruler` | 1 | always the same length: something to measure with |
-# | `echo` | 64 | what attention brings |
-# | `mark` | 1 | "this one is unmixed" |
+# | `ruler` | 1 | a component of constant length, for comparison |
+# | `echo` | 64 | the output of attention |
+# | `mark` | 1 | "this position is unmixed" |
 # | `p0` | 1 | the P0 direction |
-# | (no name) | 29 | nothing: 18 are for the decoys that `wired` has beyond our model, 11 for nobody, the all-ones vector among them (so that the mean which LayerNorm subtracts is 0) |
+# | (no name) | 29 | empty: 18 are for the decoys that `wired` has in addition, 11 stay unused, among them the all-ones vector (so that the mean that LayerNorm subtracts is 0) |
 
 # %%
 weights = blank_weights()
@@ -100,27 +101,30 @@ for name in ("attn.W_Q", "attn.W_K", "attn.W_V", "attn.W_O", "mlp.W_in", "mlp.W_
     print(f"blocks.0.{name:9} {list(weights[f'blocks.0.{name}'].shape)}")
 
 
-def built(step):
+def build_model(step):
     """The model with the weights written so far."""
     return model_from_weights(weights, step)
 
 
 def stream(lm, name):
-    """The mean over prompts of an activation's component in each room: lengths by position."""
+    """The length of an activation's component in each subspace, by position (mean of prompts)."""
     with torch.no_grad():
         _, cache = lm.run_with_cache(prompts.ids, names_filter=name)
-    here = cache[name].double()
-    rooms = {"token": space.token, "echo": space.echo}
-    rooms |= {name: getattr(space, name)[None] for name in ("ruler", "mark", "p0")}
-    return {room: (here @ basis.T).norm(dim=-1).mean(0) for room, basis in rooms.items()}
+    activation = cache[name].double()
+    subspaces = {"token": space.token, "echo": space.echo}
+    subspaces |= {name: getattr(space, name)[None] for name in ("ruler", "mark", "p0")}
+    return {
+        subspace: (activation @ basis.T).norm(dim=-1).mean(0)
+        for subspace, basis in subspaces.items()
+    }
 
 
 # %% [markdown]
 # ## 1. Embedding
 #
-# Token $w$ becomes $c_w + r$: a code, and the ruler. The 64 codes are the rows of a Hadamard matrix over 8: orthonormal,
-# entries $\pm 1/8$. Every embedding has the squared norm $B = 1 + 1 = 2$. There are no position embeddings, and nothing in
-# them would be read.
+# Token $w$ becomes $c_w + r$: a code plus the ruler. The 64 codes are the rows of a Hadamard matrix divided by 8:
+# orthonormal, with entries $\pm 1/8$. Every embedding has the squared norm $B = 1 + 1 = 2$. There are no position
+# embeddings, and no part of the model would read them.
 
 # %%
 codes = torch.ones(1, 1, dtype=torch.float64)
@@ -135,17 +139,17 @@ weights["unembed.b_U"] = torch.zeros(64, dtype=torch.float64)
 # %% [markdown]
 # ## 2. Recognition: two heads of block 0
 #
-# Queries and keys stay zero, so attention is uniform: query $t$ gives $1/(t+1)$ to each token it sees. Heads 1 and 3 copy
-# one half of the code each into `echo`, scaled so that an echo of one token has length 3 (the norm has divided by
-# $\sqrt{B}$, and we multiply that back in).
+# Queries and keys stay zero, so attention is uniform: query $t$ gives $1/(t+1)$ to each token it sees. Heads 1 and 3
+# each copy one half of the code into `echo`, scaled so that the echo of one token has length 3 (the norm divides by
+# $\sqrt{B}$, so the weights multiply by it).
 #
-# An average of orthonormal codes is shorter the more of them there are: with $F$ the sum of the squared shares of the
-# tokens seen so far,
+# The more orthonormal codes are averaged, the shorter is the average. With $F$ the sum of the squared shares of the
+# tokens up to the query,
 #
 # $$|\mathrm{echo}|^2 = 9 F, \qquad F_t = \sum_w \left(\frac{\#\{i \le t : w_i = w\}}{t+1}\right)^2 .$$
 #
-# That is the cone model of notebook [02](02_recognition.ipynb) with cosine $a = 0$, as long as all tokens differ; $F$ counts
-# repeats together. P0 has $F = 1$, exactly.
+# This is the cone model of notebook [02](02_recognition.ipynb) with cosine $a = 0$, as long as all tokens differ; $F$
+# counts repeated tokens together. At P0 $F = 1$, exactly.
 
 # %%
 ECHO, B = 3.0, 2.0
@@ -153,34 +157,34 @@ for head, half in ((1, slice(0, 32)), (3, slice(32, 64))):
     weights["blocks.0.attn.W_V"][head] = space.token[half].T
     weights["blocks.0.attn.W_O"][head] = ECHO * math.sqrt(B) * space.echo[half]
 
-recognised = stream(built("recognition"), "blocks.0.hook_resid_mid")
+recognition = stream(build_model("recognition"), "blocks.0.hook_resid_mid")
 predicted = (9 * purity(prompts.ids)).sqrt().mean(0)
 lines = [
-    Series("echo, measured", recognised["echo"].tolist()),
+    Series("echo, measured", recognition["echo"].tolist()),
     Series("3 √F, predicted", predicted.tolist(), dashed=True),
 ]
 figure = trajectories(
-    {"After attention 0": lines}, places, "Length of the echo", "position", ["length"]
+    {"After attention 0": lines}, positions, "Length of the echo", "position", ["length"]
 )
 figure.set_size_inches(5.6, 3.0)
 page.show(figure, "length of the echo by position, measured and predicted")
-print(f"largest difference: {float((recognised['echo'] - predicted).abs().max()):.1e}")
+print(f"largest difference: {float((recognition['echo'] - predicted).abs().max()):.1e}")
 
 # %% [markdown]
 # ## 3. Detection: one neuron of MLP 0
 #
-# The echo at P0 is longer than anywhere else. How can a neuron see a length, when the norm before the MLP divides it away?
-# With the **ruler**. It has length 1 everywhere, so after the norm it looks the shorter, the longer the rest is:
+# The echo is longest at P0. How can a neuron measure a length that the norm before the MLP divides away? With the
+# **ruler**. It has length 1 everywhere, so after the norm it is the shorter, the longer the rest of the stream:
 #
 # $$\cos(\text{ruler}) = r(F) = \frac{1}{\sqrt{B + 9F}} .$$
 #
-# At P0 it is $r(1) = 0.302$; at a position that has seen two different tokens $r(1/2) = 0.392$. Between them we set the
-# threshold: $r(3/4) = 0.338$.
+# At P0 the cosine is $r(1) = 0.302$; at a position that has seen two different tokens it is $r(1/2) = 0.392$. The
+# threshold is between them: $r(3/4) = 0.338$.
 #
 # ### Exercise 5.1
 #
-# The neuron computes $\mathrm{relu}(g \cdot \cos + b)$. Choose gain and bias so that it is 0 at the threshold and for all
-# larger cosines, and 1 at P0. (It should work for other thresholds, too.)
+# The neuron computes $\mathrm{relu}(g \cdot \cos + b)$. Choose gain and bias so that the result is 0 at the threshold
+# and for all larger cosines, and 1 at P0. (The function should work for other thresholds, too.)
 
 
 # %%
@@ -204,12 +208,12 @@ check_detector(my_detector)
 #     return gain, -gain * threshold
 # ```
 #
-# The gain is negative: the neuron fires where the ruler looks *short*.
+# The gain is negative: the neuron fires where the cosine of the ruler is *small*.
 #
 # </details>
 #
-# We give it to neuron 17, which writes 3 times what it fires with into `mark`. `ramp(off, on)` is the package's answer to
-# the exercise.
+# Neuron 17 gets these weights and writes 3 times its activation into `mark`. `ramp(off, on)` is the package's answer
+# to the exercise.
 
 # %%
 from p0circuit.course.checks import ramp
@@ -224,23 +228,25 @@ def ruler_cosine(pure):
 gain, bias = ramp(off=ruler_cosine(3 / 4), on=ruler_cosine(1))
 set_neuron(weights, 0, 17, reads=gain * space.ruler, bias=bias, writes=MARK * space.mark)
 
-detected = stream(built("detection"), "blocks.0.hook_resid_post")
-print("mark at positions 0, 1, 2 and 63:", np.round(detected["mark"][[0, 1, 2, 63]].numpy(), 3))
+detection = stream(build_model("detection"), "blocks.0.hook_resid_post")
+print(
+    "mark at positions 0, 1, 2 and 63:", np.round(detection["mark"][[0, 1, 2, 63]].numpy(), 3)
+)
 
 # %% [markdown]
-# (Were the first two tokens of a prompt the same, position 1 would be unmixed as well, and marked.)
+# (If the first two tokens of a prompt were the same, position 1 would be unmixed and marked as well.)
 #
 # ## 4. Amplification: one neuron of MLP 1
 #
-# At P0 the mark has the cosine $3/\sqrt{B + 9 + 9} = 0.67$, elsewhere 0. Neuron 42 fires from 0.3 on and writes 60 times
-# the P0 direction. The rest of P0's stream is shorter than 5: from here on it *points* to `p0`.
+# At P0 the mark has the cosine $3/\sqrt{B + 9 + 9} = 0.67$, elsewhere 0. Neuron 42 fires from 0.3 on and writes 60
+# times the P0 direction. The rest of P0's stream is shorter than 5, so from here on its direction is nearly `p0`.
 
 # %%
 P0_NORM, FROM = 60.0, 0.3
 gain, bias = ramp(off=FROM, on=MARK / math.sqrt(B + ECHO**2 + MARK**2))
 set_neuron(weights, 1, 42, reads=gain * space.mark, bias=bias, writes=P0_NORM * space.p0)
 
-lm = built("amplification")
+lm = build_model("amplification")
 hooks = [f"blocks.{layer}.hook_resid_{where}" for layer in (0, 1) for where in ("mid", "post")]
 with torch.no_grad():
     _, cache = lm.run_with_cache(prompts.ids, names_filter=["blocks.0.hook_resid_pre", *hooks])
@@ -253,7 +259,12 @@ lines = [
     Series("position 8", norms[:, 8].tolist()),
 ]
 figure = trajectories(
-    {"Norm of the stream": lines}, stages, "A norm made by hand", "after", ["norm"], log=True
+    {"Norm of the stream": lines},
+    stages,
+    "Norm of the stream in the model built by hand",
+    "after",
+    ["norm"],
+    log=True,
 )
 figure.set_size_inches(5.6, 3.2)
 page.show(figure, "norm of the stream at position zero and position 8, step by step")
@@ -261,14 +272,15 @@ page.show(figure, "norm of the stream at position zero and position 8, step by s
 # %% [markdown]
 # ## 5. Read-out: the sink heads
 #
-# In block 2 heads 0, 2 and 3 get a constant query (a bias; `W_Q` stays zero) and a key that reads `p0`. Their score is
-# *strength × cosine to `p0`*: 9, 8 and 7 at P0, and 0 everywhere else. Then a query with $t$ other keys in view gives P0
+# In block 2, heads 0, 2 and 3 get a constant query (a bias; `W_Q` stays zero) and a key that reads `p0`. Their score
+# is *strength × cosine to `p0`*: 9, 8 and 7 at P0, and 0 everywhere else. A query that sees $t$ other keys then gives
+# P0 the attention
 #
 # $$A_{t,0} = \frac{e^s}{e^s + t} .$$
 #
 # ### Exercise 5.2
 #
-# What is the sink score of such a head, for a given strength and length? Write a function of both.
+# What is the sink score of such a head? Write a function of strength and length.
 
 
 # %%
@@ -293,7 +305,7 @@ check_strength(my_score)
 #
 # </details>
 #
-# `wired_truth` states what is true of the `wired` model, the scores of these three heads among it.
+# `wired_truth` holds the known properties of the `wired` model, including the scores of these three heads.
 
 # %%
 strengths = {0: 9.0, 2: 8.0, 3: 7.0}
@@ -301,7 +313,7 @@ for head, strength in strengths.items():
     weights["blocks.2.attn.b_Q"][head, -1] = 1.0
     weights["blocks.2.attn.W_K"][head, :, -1] = strength * math.sqrt(32) * space.p0
 
-lm = built("my sink")
+lm = build_model("my sink")
 pattern = "blocks.2.attn.hook_pattern"
 with torch.no_grad():
     _, cache = lm.run_with_cache(prompts.ids, names_filter=pattern)
@@ -315,8 +327,8 @@ rows = [
 page.show(pd.DataFrame(rows, columns=["head", "strength", "predicted", "measured (median)"]))
 
 # %% [markdown]
-# There it is. (The median, because a prompt that happens to begin with the same token twice would share its sink between
-# two positions.) Look at it; heads 2.1 and 2.4 have had no weights and attend to all alike.
+# The sink is there. (The median is used because in a prompt that happens to begin with the same token twice, two
+# positions share the sink.) Look at it; heads 2.1 and 2.4 have no weights and attend uniformly.
 
 # %%
 from p0circuit.experiments.paper.c01_sink_map import view_heads
@@ -325,8 +337,9 @@ last = [(2, head) for head in range(5)]
 page.show(view_heads(lm, prompts.subset([0]), last, "A sink, built by hand"))
 
 # %% [markdown]
-# Is it the package's `wired` model? All that we have written is in its weights, to the last digit; what it has beyond that
-# are *decoys*: heads and neurons that do something else, so that a method has something to be wrong about.
+# Is it the package's `wired` model? All weights that we have written are in it, to the last digit. In addition it has
+# *decoys*: heads and neurons that do something else, so that the tests can detect a method that finds the wrong
+# components.
 
 # %%
 wired = wired_weights(seed=0)
@@ -342,9 +355,9 @@ for part, (name, where) in parts.items():
     print(f"{part}: largest difference {float(difference):.0e}")
 
 # %% [markdown]
-# ## 6. Take it apart
+# ## 6. Remove parts of it
 #
-# Every part is necessary, and by construction we know what is left without it: attention that is uniform, a score of 0.074.
+# Every part is necessary, and by construction we know what is left without it: uniform attention, a score of 0.074.
 # Each line sets components to zero at P0.
 
 # %% tags=["cover"]
@@ -362,13 +375,13 @@ parts = {
     "sink neuron (42 of MLP 1)": ["neuron.1.42"],
     "MLP 2, which comes after": ["mlp.2"],
 }
-lost = {}
+scores_without = {}
 for part, nodes in parts.items():
     without = [ablate(lm, prompts, nodes)] if nodes else []
-    lost[part] = bootstrap(sink_scores(lm, prompts, sink_heads, 0, without))
-title = "Sink score of the heads we built, with parts taken out"
+    scores_without[part] = bootstrap(sink_scores(lm, prompts, sink_heads, 0, without))
+title = "Sink score of the heads we built, without parts of the circuit"
 figure = intervals(
-    {"Set to zero at P0": lost},
+    {"Set to zero at P0": scores_without},
     title,
     ["sink score"],
     reference=wired_truth().uniform_score(length),
@@ -376,47 +389,48 @@ figure = intervals(
 page.show(figure, "sink score with parts of the circuit set to zero at position zero")
 
 # %% [markdown]
-# ## 7. Break it
+# ## 7. Where it fails
 #
-# The circuit measures purity, not place. So whoever is as pure as P0 is taken for it: if the first token stands $n$ times
-# in a row, all $n$ copies are recognised and share the sink, $1/n$ each or more. That is the weak spot of the real circuit,
-# too (claim C11; Yona et al. found it in Llama-2, [arXiv 2503.08908](https://arxiv.org/abs/2503.08908)).
+# The circuit measures purity, not position. Any position that is as pure as P0 is mistaken for it: if the first token
+# is repeated $n$ times at the beginning, all $n$ copies are recognised and share the sink, with at least $1/n$ each.
+# The real circuit has the same weakness (claim C11; Yona et al. found it in Llama-2, [arXiv
+# 2503.08908](https://arxiv.org/abs/2503.08908)).
 
 # %%
 repeats = [1, 2, 3, 4, 6, 8, length]
-shared = []
+scores_of_p0 = []
 for n in repeats:
     ids = prompts.ids.clone()
     ids[:, :n] = ids[:, :1]
     with torch.no_grad():
         _, cache = lm.run_with_cache(ids, names_filter=pattern)
-    shared.append(float(cache[pattern][:, 0, :, 0].mean()))
+    scores_of_p0.append(float(cache[pattern][:, 0, :, 0].mean()))
 lines = [
-    Series("head 2.0", shared),
-    Series("1 / n of it", [shared[0] / n for n in repeats], dashed=True),
+    Series("head 2.0", scores_of_p0),
+    Series("1 / n of it", [scores_of_p0[0] / n for n in repeats], dashed=True),
 ]
 figure = trajectories(
     {"The first token n times": lines},
     [str(n) for n in repeats],
-    "Imitators share the sink",
+    "Copies of the first token share the sink",
     "n",
     ["sink score of P0"],
 )
 figure.set_size_inches(5.6, 3.2)
 page.show(figure, "sink score of position zero when the first token is repeated")
-for n, one in zip(repeats, shared, strict=True):
-    print(f"n = {n:2}: {one:.3f}, and 1/n of the whole {shared[0] / n:.3f}")
+for n, one in zip(repeats, scores_of_p0, strict=True):
+    print(f"n = {n:2}: {one:.3f}; 1/n of the full score is {scores_of_p0[0] / n:.3f}")
 
 # %% [markdown]
-# (Above $1/n$, and more so the longer the prefix: queries within it share with fewer. At the end all tokens are the same, and
-# what is left is uniform attention.)
+# (The score is above $1/n$, and more so for a longer prefix, because queries inside the prefix see only some of the
+# copies. At the end all tokens are the same, and attention is uniform.)
 #
 # ## 8. What is different in a model that was trained?
 #
-# Run the same two experiments on our model and on a trained one:
-# [`DirectionOrNorm`](../p0circuit/experiments/paper/c08_direction_or_norm.py) asks what later blocks see;
-# [`Structure`](../p0circuit/experiments/paper/c05_structure.py) asks whether position 16 becomes a sink if it attends to itself
-# alone, or if its attention output is merely given the *norm* of P0's.
+# Run the same two experiments on our model and on a trained one.
+# [`DirectionOrNorm`](../p0circuit/experiments/paper/c08_direction_or_norm.py) tests which property later blocks read.
+# [`Structure`](../p0circuit/experiments/paper/c05_structure.py) tests whether position 16 becomes a sink if it
+# attends to itself alone, or if its attention output only gets the *norm* of P0's.
 
 # %%
 from p0circuit.experiments import DirectionOrNorm, Structure, StructureConfig
@@ -437,20 +451,20 @@ table = pd.DataFrame(
     compared,
     index=["left: norm cut", "left: direction replaced", "16 alone", "16 with P0's norm"],
 )
-page.show(table.reset_index(names="sink of P0, or of 16 over P0's"))
+page.show(table.reset_index(names="sink of P0 left, or ratio of 16 to P0"))
 
 # %% [markdown]
-# Three lines agree: in both models only the direction counts for the later blocks, and being alone makes a sink. The
-# last one differs. Ours is built to read the norm, as the paper describes it, and a norm is all it takes to deceive it.
-# `p0-nano` has found something that the norm alone does not trigger: it reads more of "unmixed" than its length. Building
-# a thing shows what would be enough; it takes interventions to learn what is there.
+# Three lines agree: in both models later blocks read only the direction, and attending to itself alone makes a sink.
+# The last line differs. Our model is built to read the norm, as the paper describes, so the right norm is enough to
+# make a sink. In `p0-nano` it is not: that model reads more about "unmixed" than the norm. Building a circuit shows
+# what would be sufficient; only interventions show what a trained model does.
 #
-# Next: [06](06_emergence.ipynb), on how such a circuit comes about in training.
+# Next: [06](06_emergence.ipynb), on how such a circuit emerges in training.
 
 # %%
 page.key_figures(
     score_of_strength_9=float(scores[:, 0].median()),
-    score_without_the_detector=lost["detector (neuron 17 of MLP 0)"].value,
+    score_without_the_detector=scores_without["detector (neuron 17 of MLP 0)"].value,
     built_left_with_norm_cut=compared["built"][0],
     built_16_with_norm_of_p0=compared["built"][3],
     trained_left_with_direction_replaced=compared[model][1],

@@ -11,21 +11,21 @@
 # %% [markdown]
 # # Bring your own model
 #
-# Everything in this course runs on any causal language model. This notebook goes there and back: open a model of another
-# architecture, ask it for its sink, test a claim on it, see what it looks like when a claim does not apply; then train a
-# model of your own, **watch its sink form while it trains**, and open what it left on disk.
+# Everything in this course works with any causal language model. In this notebook you open a model of another
+# architecture, measure its sink, test a claim on it, and see what happens when a claim does not apply. Then you train
+# a model of your own, **watch its sink emerge during training**, and open the checkpoints.
 #
-# *About 15 minutes; nothing to solve. Before: [06](06_emergence.ipynb). After: [08](08_practice.ipynb).*
+# *About 15 minutes; no exercises. Before: [06](06_emergence.ipynb). After: [08](08_practice.ipynb).*
 #
-# To bring one, set `model` below: a directory with `config.json` and `*.safetensors`, or a hub id. It is the only way to
-# make this notebook reach for the network, and a model that the hub's cache holds needs none.
+# To use your own model, set `model` below: a directory with `config.json` and `*.safetensors`, or a hub id. Only a
+# hub id that is not yet in the hub's cache makes this notebook use the network.
 
 # %% tags=["parameters"]
 model = "learned-0"  # a shipped model, a local Hugging Face directory, or a hub id
 samples = 128  # prompts of 64 tokens
 seed = 0  # of the prompts, and of the training run
 steps = 384  # of the training runs
-out = None  # a directory for the figures, the key figures and the runs; None leaves nothing
+out = None  # a directory for the figures, the key figures and the runs; None saves nothing
 
 # %%
 # Where p0circuit is not installed: use the checkout around this notebook, or say what to do.
@@ -49,9 +49,9 @@ if importlib.util.find_spec("p0circuit") is None:
 # %% [markdown]
 # ## 1. Open it
 #
-# `learned-0` is a GPT-2: LayerNorm instead of RMSNorm, and *learned positions*, so that position zero can be told by its
-# embedding and not by the causal mask alone. `describe` says what the rest of the package relies on, whatever the
-# architecture; `backend` is the TransformerLens class that holds the model.
+# `learned-0` is a GPT-2: LayerNorm instead of RMSNorm, and *learned positions*, so that position zero can be
+# recognised by its embedding and not only by the causal mask. `describe` returns the properties that the rest of the
+# package uses, for any architecture; `backend` is the TransformerLens class that holds the model.
 
 # %%
 import tempfile
@@ -67,7 +67,7 @@ page = Page(out)
 lm = open_model(model)
 prompts = read_prompts(lm, samples, seed)
 about = describe(lm)
-told = [
+fields = [
     "name",
     "architecture",
     "backend",
@@ -77,21 +77,21 @@ told = [
     "d_model",
     "n_ctx",
 ]
-told += ["positions", "window", "experts", "parallel_blocks"]
-rows = [(field, str(getattr(about, field))) for field in told]
+fields += ["positions", "window", "experts", "parallel_blocks"]
+rows = [(field, str(getattr(about, field))) for field in fields]
 page.show(pd.DataFrame(rows, columns=["field", "value"]))
 
 # %% [markdown]
 # ## 2. Which backend, and does it compute the same?
 #
-# Families that TransformerLens's `HookedTransformer` computes exactly become one; everything else becomes a
-# `TransformerBridge`, which hooks into the code of `transformers` itself. Both answer to the same hook names, and both are
-# *raw*: no norm is folded into a weight, because norms are what this is about. Every load compares the logits with those
-# of `transformers`, and refuses a model that comes out different.
+# Families that TransformerLens's `HookedTransformer` computes exactly are loaded as one; all others become a
+# `TransformerBridge`, which adds hooks to the code of `transformers` itself. Both have the same hook names, and both
+# keep *unprocessed weights*: no norm is folded into a weight, because norms are studied here. Every load compares the
+# logits with those of `transformers`, and a model with different logits is refused.
 #
-# Here are four architectures, made on the spot with random weights, saved as directories of the usual kind, and opened
-# again. In three of them several query heads share a key (*grouped-query attention*), so that a sink head has its own
-# queries and not its own keys.
+# Here are four architectures with random weights, saved as ordinary model directories and opened again. In three of
+# them several query heads share a key (*grouped-query attention*), so a sink head has its own queries but not its own
+# keys.
 
 # %%
 import transformers
@@ -128,11 +128,11 @@ for name, config in configs.items():
     opened = open_model(directory)
     with torch.no_grad():
         logits, cache = opened.run_with_cache(ids)
-        apart = float((logits - mine(ids).logits).abs().max())
+        difference = float((logits - mine(ids).logits).abs().max())
     best = max(float(cache["pattern", layer][..., 0].mean((0, 2)).max()) for layer in range(3))
-    found = describe(opened)
+    info = describe(opened)
     rows.append(
-        (name, found.backend, found.n_kv_heads, found.positions, found.experts, apart, best)
+        (name, info.backend, info.n_kv_heads, info.positions, info.experts, difference, best)
     )
 columns = [
     "architecture",
@@ -140,16 +140,16 @@ columns = [
     "kv heads",
     "positions",
     "experts",
-    "logits apart",
+    "logits differ by",
     "best head",
 ]
 table = pd.DataFrame(rows, columns=columns)
-page.show(table.assign(**{"logits apart": [f"{apart:.0e}" for apart in table["logits apart"]]}))
+page.show(table.assign(**{"logits differ by": table["logits differ by"].map("{:.0e}".format)}))
 
 # %% [markdown]
-# The last column is the highest sink score of any head. Attending to everything alike gives 0.074, and the highest of twelve
-# random heads is hardly above that: random weights have no sink. What cannot be opened right is refused, with a reason and a
-# way out:
+# The last column is the highest sink score of any head. Uniform attention gives 0.074, and the highest of twelve
+# random heads is hardly above that: random weights have no sink. A model that cannot be opened correctly is refused,
+# with the reason and a solution:
 
 # %%
 unfinished = pathlib.Path(scratch.name) / "unfinished"
@@ -173,15 +173,15 @@ sink_map = SinkMap().run(lm, prompts)
 page.show(sink_map.figures["map"], "sink scores of every head on five kinds of prompt")
 
 # %% [markdown]
-# `learned-0` has next to none: attending to everything alike gives 0.07, and its best head has 0.12. That it is nearly the
-# same on one repeated token, where `p0-nano` has no sink left at all, is what learned positions do: equal tokens are not alike
-# there. And BOS, a token that it has never seen in training, draws one head of layer 0 nearly twice as much.
+# `learned-0` has almost none: uniform attention gives 0.07, and its best head has 0.12. On one repeated token, where
+# `p0-nano` has no sink at all, its scores are nearly the same: with learned positions equal tokens still differ. And
+# BOS, a token that it has never seen in training, attracts one head of layer 0 nearly twice as much.
 #
 # ## 4. A claim, and what "not applicable" looks like
 #
-# Three experiments on this model. C2 compares the heads that are highest behind BOS with the same heads without it. C8 needs
-# a sink above block 1 to operate on, and a model may have none: then there is nothing that could be reproduced or not, and
-# the experiment says so with the numbers it went by (`NotApplicable`). The last one is about mixtures of experts.
+# Three experiments on this model. C2 compares the highest heads after BOS with the same heads without BOS. C8 needs a
+# sink above block 1, and a model may have none; then the claim can be neither reproduced nor not reproduced, and the
+# experiment raises `NotApplicable` with the reason and the numbers. The last experiment is about mixtures of experts.
 
 # %%
 claims = {
@@ -189,19 +189,19 @@ claims = {
 }
 
 # %% [markdown]
-# *Not reproduced* is a finding about a model: here, that the token at P0 does matter. It does not weigh much, because C2
-# compares the highest heads whether they are sinks or not, and this model has next to no sink that could stay or go. *Not
-# applicable* is no finding. A report on any model keeps the two apart.
+# *Not reproduced* is a result about a model: here, that the token at P0 does matter. It is a weak result, because C2
+# compares the highest heads whether they are sinks or not, and this model has almost no sink. *Not applicable* is not
+# a result. A report keeps the two apart.
 #
-# ## 5. A run of your own, watched
+# ## 5. A training run of your own, monitored
 #
-# Now a model is trained here, twice, in half a minute. On what? On text it takes millions of tokens until a sink forms
-# (notebook [06](06_emergence.ipynb)). A task on which a head has nothing to do most of the time is quicker: **backcopy**,
-# after the Bigram-Backcopy task of Guo et al. ([arXiv 2410.13835](https://arxiv.org/abs/2410.13835)), with tokens drawn
-# uniformly instead of from bigrams. Behind a *trigger*, the token before the trigger is said again. All else is chance, and
-# a head that copies has to look *somewhere* at all other times.
+# Now we train two models, in half a minute. On text it takes millions of tokens until a sink emerges (notebook
+# [06](06_emergence.ipynb)). A task on which a head usually has nothing to do is faster: **backcopy**, after the
+# Bigram-Backcopy task of Guo et al. ([arXiv 2410.13835](https://arxiv.org/abs/2410.13835)), with tokens drawn
+# uniformly instead of from bigrams. After a *trigger*, the token before the trigger is repeated. Everything else is
+# random, so a head that copies needs another target for its attention most of the time.
 #
-# In one run every row begins with BOS, in the other with a token drawn like all others. Nothing else differs.
+# In one run every row begins with BOS, in the other with a random token. Nothing else differs.
 
 # %%
 VOCAB, TRIGGERS, LENGTH, ROWS = 64, 8, 64, 16  # token 0 is BOS, tokens 1 to 8 are triggers
@@ -213,15 +213,15 @@ def backcopy(rng, rows=ROWS, bos=True):
     if bos:
         ids[:, 0] = 0
     for t in range(2, LENGTH):
-        said = (ids[:, t - 1] <= TRIGGERS) & (ids[:, t - 2] > 0)
-        ids[said, t] = ids[said, t - 2]
+        copies = (ids[:, t - 1] <= TRIGGERS) & (ids[:, t - 2] > 0)
+        ids[copies, t] = ids[copies, t - 2]
     return torch.from_numpy(ids)
 
 
 # %% [markdown]
-# The model is a small Llama with grouped queries, straight from `transformers`. The monitor is two lines of the loop: one
-# makes it, one calls it after every step. It reads the plain model, without converting it, and leaves weights, gradients
-# and random states as they are, bit for bit. Its probe should begin as the rows of the training do; left to itself it reads
+# The model is a small Llama with grouped queries, made with `transformers`. The monitor adds two lines to the loop:
+# one creates it, one calls it after every step. It reads the training model directly, without a conversion, and does
+# not change weights, gradients or random states. Its prompts should begin like the training rows; by default it uses
 # random tokens.
 
 # %%
@@ -238,12 +238,12 @@ llama = transformers.LlamaConfig(
     bos_token_id=0,
     eos_token_id=0,
 )
-every = max(1, steps // 32)  # steps from reading to reading
-keep = {0, *(every * 2**doublings for doublings in range(6))}
+every = max(1, steps // 32)  # steps between two readings
+save_at = {0, *(every * 2**doublings for doublings in range(6))}
 
 
 def train(run, bos):
-    """Train on backcopy; leaves checkpoints and readings in `run`, returns model and losses."""
+    """Train on backcopy; save checkpoints and readings in `run`; return model and losses."""
     torch.manual_seed(seed)
     mine = transformers.LlamaForCausalLM(llama)
     optimizer = torch.optim.AdamW(mine.parameters(), lr=5e-3, weight_decay=0.1)
@@ -251,7 +251,7 @@ def train(run, bos):
     rng, losses = np.random.default_rng(seed), []
     for step in range(steps + 1):
         monitor.step(mine, step)
-        if step in keep:
+        if step in save_at:
             mine.save_pretrained(run / f"checkpoint-{step}")
         ids = backcopy(rng, bos=bos)
         loss = mine(ids, labels=ids).loss
@@ -263,7 +263,7 @@ def train(run, bos):
     return mine, losses
 
 
-starts = {"behind BOS": True, "random first": False}
+starts = {"after BOS": True, "random first": False}
 probes = {
     name: from_ids(backcopy(np.random.default_rng(10_000 + seed), 64, bos))
     for name, bos in starts.items()
@@ -272,9 +272,10 @@ runs = {name: pathlib.Path(out or scratch.name) / "runs" / name for name in star
 trained = {name: train(runs[name], bos) for name, bos in starts.items()}
 
 # %% [markdown]
-# Readings go to a CSV file as they come (and, with a Trainer or Lightning, to its loggers). *Excess* is what the highest
-# heads give to P0 beyond what they give to position 8. A reading is *above* if that is more than twice what attending to
-# everything alike would give (dashed), and the sink is *formed* when three in a row are; a circle marks the first of them.
+# Readings are written to a CSV file as they are made (and, with a Trainer or Lightning, to its loggers). *Excess* is
+# the attention of the highest heads to P0 minus that to position 8. A reading is *above* the threshold (dashed) if it
+# is more than twice the value of uniform attention. The sink has emerged when three readings in a row are above; a
+# circle marks the first of them.
 
 # %% tags=["cover"]
 from p0circuit.figures.training import TrainingCurve, training_curves
@@ -286,33 +287,35 @@ for name, run in runs.items():
     losses = trained[name][1]
     readings["tokens"] = readings["step"] * ROWS * LENGTH
     readings["loss"] = [np.mean(losses[max(0, at - 5) : at + 5]) for at in readings["step"]]
-    since = readings["formation_step"].iloc[-1]
-    formed = None if pd.isna(since) else int((readings["step"] == since).argmax())
-    lines.append(TrainingCurve(name, name, readings, formed))
+    formation_step = readings["formation_step"].iloc[-1]
+    formation = None
+    if not pd.isna(formation_step):
+        formation = int((readings["step"] == formation_step).argmax())
+    lines.append(TrainingCurve(name, name, readings, formation))
 panels = {
     "Loss": ("loss", "nats per token"),
     "Highest heads": ("excess", "excess score"),
     "Norm ratio after block 1": ("norm_ratio", "P0 over median"),
 }
-figure = training_curves(panels, lines, "Two runs, as the monitor saw them")
+figure = training_curves(panels, lines, "Two runs, measured by the monitor")
 figure.axes[1].axhline(least_excess(LENGTH), color="0.5", linewidth=0.8, linestyle="--")
 page.show(figure, "loss, excess score and norm ratio of two runs in training")
 
 # %% [markdown]
-# Both are learning the task. Behind BOS a sink forms within a few hundred steps, with most of the attention of the
-# highest heads; behind a random token it has only begun by then (on which side of the dashed line its last readings are
-# differs from machine to machine). And P0 is no outlier in either. So this is *not* the circuit of the paper, which
-# needs no BOS: it is the shortest way to a sink, a key that the embedding of one token has in layer 0 already. (The
-# circuit proper takes text, depth and time; `bos-0`, trained on text behind BOS, has a sink that hangs on the token
-# too.)
+# Both models learn the task. After BOS a sink emerges within a few hundred steps and takes most of the attention of
+# the highest heads. After a random token it has only begun to emerge by then (whether its last readings are above the
+# dashed line differs from machine to machine). P0 has no large norm in either. So this is *not* the circuit of the
+# paper, which needs no BOS. It is the simplest way to a sink: a key that the embedding of one token already has in
+# layer 0. (The paper's circuit needs text, depth and time; `bos-0`, trained on text after BOS, has a sink that
+# depends on the token, too.)
 #
-# With the `Trainer` of `transformers` the monitor is one line, `monitor.attach(trainer)`, and the readings come out of the
-# Trainer's own log, wherever that goes (TensorBoard, W&B). Lightning: `Trainer(callbacks=[monitor.lightning()])`. Here the
-# Trainer takes the first model ten steps further.
+# With the `Trainer` of `transformers` the monitor is one line, `monitor.attach(trainer)`, and the readings appear in
+# the Trainer's log and in its integrations (TensorBoard, W&B). With Lightning it is
+# `Trainer(callbacks=[monitor.lightning()])`. Here the Trainer continues the first model for ten steps.
 
 # %%
 trainer = transformers.Trainer(
-    trained["behind BOS"][0],
+    trained["after BOS"][0],
     transformers.TrainingArguments(
         output_dir=scratch.name,
         max_steps=10,
@@ -329,26 +332,26 @@ trainer = transformers.Trainer(
     ],
 )
 trainer.remove_callback(transformers.PrinterCallback)
-P0Monitor(probes["behind BOS"], every=5).attach(trainer)
+P0Monitor(probes["after BOS"], every=5).attach(trainer)
 trainer.train()
 logged = [line for line in trainer.state.log_history if "p0/excess" in line]
 page.show(pd.DataFrame(logged)[["step", "p0/excess", "p0/sink_rate", "p0/norm_ratio"]])
 
 # %% [markdown]
-# ## 6. What it left on disk
+# ## 6. The checkpoints of the run
 #
-# `checkpoint-N` is how the Trainer lays a run out, and `p0circuit trace ./my-run` reads that: every checkpoint is opened as in
-# section 1 and measured on the same rows. The monitor read the same models from inside the training; the two take
-# different ways through different code, and have to agree.
+# The Trainer saves a run in folders `checkpoint-N`, and `p0circuit trace ./my-run` reads them: every checkpoint is
+# opened as in section 1 and measured on the same rows. The monitor measured the same models during training. The two
+# use different code and have to agree.
 
 # %%
 from p0circuit.figures.training import trace_panels
 from p0circuit.training.checkpoints import checkpoints_of
 from p0circuit.training.trace import trace
 
-run, probe = runs["behind BOS"], probes["behind BOS"]
-kept = [step for step in checkpoints_of(run) if step in keep]
-traced = trace(run, lambda _: probe, kept, load=lambda step: open_model(run, step))
+run, probe = runs["after BOS"], probes["after BOS"]
+checkpoints = [step for step in checkpoints_of(run) if step in save_at]
+traced = trace(run, lambda _: probe, checkpoints, load=lambda step: open_model(run, step))
 figure = trace_panels({run.name: traced.to_dataframe()}, traced.formation_step)
 page.show(figure, "the trace of the run, from its checkpoints")
 both = traced.to_dataframe().merge(
@@ -360,27 +363,27 @@ sides = [
 page.show(both[["step", *sides]])
 
 # %% [markdown]
-# And a causal question to the model that came out: does its sink hang on the position, or on the token? On new rows of the
-# task, put another token in the place of BOS; or BOS at position 16, where it never stood in training.
+# Last, a causal question about the trained model: does its sink depend on the position or on the token? On new rows
+# of the task, replace BOS by another token; or put BOS at position 16, where it never was in training.
 
 # %%
 from p0circuit.experiments.sink_under_study import excess_scores
 from p0circuit.figures.intervals import bars
 from p0circuit.stats import bootstrap
 
-last = open_model(run, kept[-1])
+last = open_model(run, checkpoints[-1])
 rng = np.random.default_rng(20_000 + seed)
 as_trained, without = backcopy(rng, samples), backcopy(rng, samples, bos=False)
 moved = without.clone()
 moved[:, 16] = 0
 heads = traced.heads
-found = {
+scores = {
     "BOS at P0": excess_scores(last, from_ids(as_trained), heads),
     "another at P0": excess_scores(last, from_ids(without), heads),
     "BOS at 16": excess_scores(last, from_ids(moved), heads, offset=16),
 }
-left = {name: bootstrap(values) for name, values in found.items()}
-figure = bars({"What draws attention": left}, "Position or token?", ["excess score"])
+left = {name: bootstrap(values) for name, values in scores.items()}
+figure = bars({"Attention to the position": left}, "Position or token?", ["excess score"])
 page.show(
     figure, "excess score of BOS at position zero, of another token there, of BOS elsewhere"
 )
@@ -389,29 +392,30 @@ page.show(
 own = try_claim(DirectionOrNorm(), last, from_ids(as_trained))
 
 # %% [markdown]
-# The token does it, wherever it stands. And C8 does not apply once more, for another reason than above: this sink is one of
-# layer 0, so nothing that is done to P0's stream behind block 1 can reach it.
+# The sink depends on the token, wherever it is. C8 is not applicable again, for a different reason: this sink is in
+# layer 0, so an intervention on P0's stream after block 1 cannot reach it.
 #
 # ## 7. From here on: the command line
 #
 # ```shell
 # p0circuit sink ./my-model --json                 # the numbers of section 3
 # p0circuit reproduce ./my-model --text ./my-texts # every claim with its controls, and a report
-# p0circuit advise ./my-model --text ./my-texts    # what it means for one who uses the model
+# p0circuit advise ./my-model --text ./my-texts    # what it means for someone who uses the model
 # p0circuit trace ./my-run                         # section 6, and resumable
 # p0circuit sweep --models ./a,./b --checkpoints 0,400 --experiments C1,C8 --workers 2 # on Ray
 # p0circuit trace ./my-moe-run --device-map auto --dtype bfloat16 # larger than one device
 # ```
 #
-# A hub id takes the place of a directory everywhere (`p0circuit sink EleutherAI/pythia-160m --checkpoint 1000`); revisions
-# are its checkpoints. What is larger than one device is spread over GPUs, CPU memory and disk, and the command says what
-# that takes before it loads anything: see [the README](../README.md#larger-than-one-device). Code that comes with a model is
-# never run. What all this means for one who *uses* a model is the subject of [08](08_practice.ipynb).
+# Every command accepts a hub id instead of a directory (`p0circuit sink EleutherAI/pythia-160m --checkpoint 1000`);
+# its checkpoints are revisions. A model that is larger than one device is spread over GPUs, CPU memory and disk, and
+# the command reports the memory that it needs before it loads anything: see [the
+# README](../README.md#larger-than-one-device). Code that comes with a model is never run. What the sink means for
+# someone who *uses* a model is the subject of [08](08_practice.ipynb).
 
 # %%
 scratch.cleanup()
 figures = {
-    "largest_difference_of_logits": table["logits apart"].max(),
+    "largest_difference_of_logits": table["logits differ by"].max(),
     "best_head": sink_map.metrics["best_head"].value,
     "sink_rate": sink_map.metrics["sink_rate"].value,
     "final_excess_behind_bos": lines[0].table["excess"].iloc[-1],

@@ -11,35 +11,37 @@
 # %% [markdown]
 # # The report's figures, in the order of the paper
 #
-# One script that runs the whole reproduction and shows every figure of its report, in the order of the paper: what
-# Peng et al. ([arXiv 2603.06591](https://arxiv.org/abs/2603.06591)) show in a section, and what we find. No figure here
-# matches one of theirs: those show large models, these test on a small one what is said about them. There is nothing to
-# solve. Each claim stands with its threshold, which was fixed before anything was measured, its verdict, and the notes of
-# the experiment.
+# One script that runs the whole reproduction and shows every figure of its report, in the order of the paper: for
+# each section, what Peng et al. ([arXiv 2603.06591](https://arxiv.org/abs/2603.06591)) show and what we measure. No
+# figure here is a copy of one of theirs: their figures are about large models, ours test the same statements on a
+# small one. There are no exercises. Each claim is shown with its threshold, which was fixed before anything was
+# measured, its verdict, and the notes of the experiment.
 #
-# As it stands it takes **30 prompts and no controls, and under two minutes**; the longest experiments are cut down as
-# well (`quick`). The report's own figures are those of `make reproduce`: 1,024 prompts of three seeds, each claim tried on
-# three controls as well, about ten minutes.
+# By default it uses **30 prompts and no controls, and takes less than two minutes**; the longest experiments have
+# smaller configurations (`quick`). The report's figures come from `make reproduce`: 1,024 prompts of three seeds,
+# with each claim tested on three controls, in about ten minutes.
 #
 # ```shell
 # p0circuit notebooks run 90                                  # 30 prompts of p0-nano
-# p0circuit notebooks run 90 -p samples 1024 -p controls true # what the report uses
-# p0circuit notebooks run 90 -p out "$PWD/out"                # after `make reproduce`: reads what lies there
-# p0circuit notebooks run 90 -p model wired                   # or a directory of yours, as in notebook 07
+# p0circuit notebooks run 90 -p samples 1024 -p controls true # the settings of the report
+# p0circuit notebooks run 90 -p out "$PWD/out"                # after `make reproduce`: reads its results
+# p0circuit notebooks run 90 -p model wired                   # or your own directory, as in notebook 07
 # ```
 #
-# With 30 prompts the intervals are wide, and a claim that needs one to lie beyond a limit can miss it for that alone: so it
-# is with C12 and C17 here, both reproduced with 1,024. Where a verdict below differs from
-# [the report's](../README.md#what-is-claimed-and-what-comes-out), the report's counts.
+# With 30 prompts the intervals are wide, and a claim that needs the end of an interval to be beyond a limit can fail
+# for that reason alone. This happens here with C12 and C17, which are reproduced with 1,024 prompts. Where a verdict
+# below differs from [the report's](../README.md#what-is-claimed-and-what-comes-out), the report's counts.
 
 # %% tags=["parameters"]
 model = "p0-nano"  # a shipped model, a local Hugging Face directory, or a hub id
-samples = None  # prompts of 64 tokens; None: the finished run that `out` holds, else 30
-quick = None  # whether the longest experiments are cut down as well; None: they are unless `samples` is given
-seed = 0  # the first of the three of the prompts
-text = "stdlib"  # or english, code, a text file, a directory: what the prompts are crops of
-controls = False  # whether each claim is tried where it must fail, too
-out = None  # a directory for all results; None leaves nothing
+samples = None  # prompts of 64 tokens; None: the finished run in `out`, otherwise 30
+quick = (
+    None  # smaller configurations of the longest experiments; None: only if `samples` is None
+)
+seed = 0  # the first of three seeds of the prompts
+text = "stdlib"  # text of the prompts: stdlib, english, code, a text file or a directory
+controls = False  # whether each claim is tested on its controls, too
+out = None  # a directory for all results; None saves nothing
 
 # %%
 # Where p0circuit is not installed: use the checkout around this notebook, or say what to do.
@@ -63,9 +65,9 @@ if importlib.util.find_spec("p0circuit") is None:
 # %% [markdown]
 # ## The run
 #
-# Every experiment on one model ([`reproduce`](../p0circuit/reproduction/model.py)), then the claims about training on the traces
-# of the shipped runs. A run that was interrupted goes on where it was. Everything it leaves (tables, figures as PNG and
-# SVG, `claims.json`) lies under `out`, in a folder for the model and one for the traces.
+# Every experiment runs on one model ([`reproduce`](../p0circuit/reproduction/model.py)), then the claims about
+# training on the traces of the shipped runs. An interrupted run is resumed. All results (tables, figures as PNG and
+# SVG, `claims.json`) are under `out`, in one folder for the model and one for the traces.
 
 # %%
 import tempfile
@@ -98,16 +100,16 @@ page = Page(out)
 lm = open_model(model)
 scratch = tempfile.TemporaryDirectory()
 folder = pathlib.Path(out or scratch.name)
-place = folder / describe(lm).name.replace("/", "--")
-if samples is None and (place / "manifest.json").is_file():
-    print("a finished run lies there: nothing is measured")
+run_folder = folder / describe(lm).name.replace("/", "--")
+if samples is None and (run_folder / "manifest.json").is_file():
+    print("using the finished run in this folder; nothing is measured")
 else:
     prompts = pooled_prompts_for(lm, text, samples or 30, 64, seed)
     initial = (
         initial_checkpoint_of(model, lambda step: open_model(model, step)) if controls else None
     )
-    # Fewer rows where many things are tried on each, fewer draws, no very long rows; the thresholds are the same.
-    less = {
+    # Smaller configurations: fewer prompts, fewer random draws, no very long rows. The thresholds are the same.
+    quick_configs = {
         "any-token": AnyTokenConfig(continuations=8, full_tokens=64),
         "amplification": AmplificationConfig(draws=32, single_samples=8),
         "path": CausalPathConfig(runs=1024),
@@ -118,11 +120,13 @@ else:
         "first-token": FirstTokenConfig(tokens=4, steps=20),
         "remedies": MitigationsConfig(register_steps=20),
     }
-    cut = less if quick or (quick is None and samples is None) else {}
-    every = [make(cut[name]) if name in cut else make() for name, make in EXPERIMENTS.items()]
-    reproduce_model(lm, prompts, place, every, initial, controls)
+    configs = quick_configs if quick or (quick is None and samples is None) else {}
+    experiments = [
+        make(configs[name]) if name in configs else make() for name, make in EXPERIMENTS.items()
+    ]
+    reproduce_model(lm, prompts, run_folder, experiments, initial, controls)
 reproduce_training(as_trained(shipped_runs()), folder / TRAINING)
-run, training = (find_reproductions(one)[0] for one in (place, folder / TRAINING))
+run, training = (find_reproductions(one)[0] for one in (run_folder, folder / TRAINING))
 print(f"{run.model}: {run.results['sink-map'].provenance['samples']} prompts")
 
 # %%
@@ -141,13 +145,14 @@ print(f"{run.model}: {tally(run.claims)}")
 print(f"training runs: {tally(training.claims)}")
 
 # %% [markdown]
-# ## Published values beside ours
+# ## Published values and ours
 #
-# Published sink rates, grey, are those of other models: Gu et al. ([arXiv 2410.10781](https://arxiv.org/abs/2410.10781))
-# for large ones and for a Llama of 60 million parameters of theirs, Peng et al. for Mistral-7B with and without BOS, their
-# boundary case. The metric is the same (position zero, threshold 0.3, 64 tokens), the models, texts and tokenizers
-# are not: this shows where a small model stands, not whether it agrees. Where the model *is* one of them, the report
-# compares, with a tolerance of 5 percentage points that was fixed beforehand.
+# Published sink rates (grey) are those of other models: Gu et al. ([arXiv
+# 2410.10781](https://arxiv.org/abs/2410.10781)) for large ones and for their own Llama with 60 million parameters,
+# Peng et al. for Mistral-7B with and without BOS, their boundary case. The metric is the same (position zero,
+# threshold 0.3, 64 tokens); models, texts and tokenizers differ. So this puts a small model in context and does not
+# test agreement. For a model that *is* one of them, the report compares the values, with a tolerance of 5 percentage
+# points that was fixed in advance.
 
 # %% tags=["cover"]
 from p0circuit.figures.intervals import intervals
@@ -156,12 +161,12 @@ from p0circuit.report.published import values_of
 quantities = {
     "sink_rate": "Sink rate, natural text",
     "sink_rate_random_tokens": "Sink rate, random tokens",
-    "sink_rate_from_layer_2_with_bos": "Sink[2:], behind BOS",
+    "sink_rate_from_layer_2_with_bos": "Sink[2:], after BOS",
     "sink_rate_from_layer_2": "Sink[2:], without BOS",
 }
 ours = run.results["sink-map"].metrics
 published = {metric: values_of(metric) for metric in quantities}
-# Variants of one small model have a figure of their own.
+# Variants of one small model are shown in a separate figure.
 own = {
     name: value for name, value in published["sink_rate"].items() if name.startswith("Gu 60M")
 }
@@ -179,24 +184,24 @@ others = {name for lines in published.values() for name in lines} - {run.model}
 figure = intervals(
     panels, "Sink rates: published (grey), ours (blue)", ["share"] * len(panels), others
 )
-page.show(figure, "published sink rates of other models beside ours")
+page.show(figure, "published sink rates of other models, and ours")
 
 # %%
 lines = {"Sink rate, natural text": own | {run.model: ours["sink_rate"]}}
 figure = intervals(lines, "What moves the sink rate of a small model", ["share"], others)
-page.show(figure, "published sink rates of variants of one small model beside ours")
+page.show(figure, "published sink rates of variants of one small model, and ours")
 for row in run.comparisons:
     print(row)
 if not run.comparisons:
-    print(f"nothing that we know of has been published about {run.model} itself")
+    print(f"we know of no published figure for {run.model} itself")
 
 # %% [markdown]
 # ## The paper on P0 sinks
 #
-# *There:* from about layer 2 on, most heads give most of their attention to position zero, whose hidden norm is far above
-# all others (Llama-3, Mistral, Pythia, Qwen, OLMo, OPT). *Here:* the sink score of every head on five kinds of prompt;
-# norm and direction of P0 along the layers, and which components write the norm; and how much of the score at P0 is
-# decided by the key alone.
+# *Paper:* from about layer 2 on, most heads give most of their attention to position zero, whose hidden norm is far
+# above all others (Llama-3, Mistral, Pythia, Qwen, OLMo, OPT). *Here:* the sink score of every head on five kinds of
+# prompt; norm and direction of P0 along the layers, and which components write the norm; and how much of the score at
+# P0 the key alone decides.
 
 # %%
 show_evidence(page, run, "sink-map")
@@ -210,8 +215,8 @@ show_evidence(page, run, "key-side")
 # %% [markdown]
 # ## The paper on BOS
 #
-# *There:* deleting BOS lowers the sink in the first two layers of the Llama family only; `Sink[2:]` is back near its old
-# value. *Here:* the heads that are sinks behind BOS, with and without it.
+# *Paper:* deleting BOS lowers the sink in the first two layers of the Llama family only; `Sink[2:]` almost recovers
+# its value. *Here:* the heads that are sinks after BOS, with and without it.
 
 # %%
 show_evidence(page, run, "bos-ablation")
@@ -219,10 +224,10 @@ show_evidence(page, run, "bos-ablation")
 # %% [markdown]
 # ## The paper on recognition
 #
-# *There:* the causal mask lets P0 attend to itself alone, so its attention output is never mixed; a cone model predicts
-# its norm; no meaning of the token is needed. *Here:* every token of the vocabulary at P0; the cone model's prediction
-# beside what is measured, position by position; and what becomes of position t if it attends to itself alone, and of P0 if
-# it is mixed.
+# *Paper:* the causal mask lets P0 attend to itself alone, so its attention output is never mixed; a cone model
+# predicts its norm; the meaning of the token is not needed. *Here:* every token of the vocabulary at P0; the
+# prediction of the cone model and the measured norm, position by position; and the effect of letting position t
+# attend to itself alone, and of mixing P0.
 
 # %%
 show_evidence(page, run, "any-token")
@@ -236,9 +241,9 @@ show_evidence(page, run, "structure")
 # %% [markdown]
 # ## The paper on amplification
 #
-# *There:* MLPs of the first two blocks turn that difference into a long vector in one fixed direction, the same for every
-# input, and later blocks see only the direction. *Here:* who writes the direction, and how few neurons carry it; norm and
-# direction taken apart; and everything else in P0's stream replaced.
+# *Paper:* MLPs of the first two blocks turn that difference into a long vector in one fixed direction, the same for
+# every input, and later blocks see only the direction. *Here:* which components write the direction, and how few
+# neurons carry it; norm and direction changed separately; and everything else in P0's stream replaced.
 
 # %%
 show_evidence(page, run, "amplification")
@@ -252,9 +257,9 @@ show_evidence(page, run, "content")
 # %% [markdown]
 # ## The P0 sink circuit as a whole
 #
-# *There:* a diagram, without an intervention. *Here:* what blocks 0 and 1 carry when they are patched, in both directions,
-# and by which of K, Q and V the effect enters the sink heads; the circuit that path patching recovers; and, in a mixture of
-# experts, which experts P0 is routed to.
+# *Paper:* a diagram, without an intervention. *Here:* the effect of patching blocks 0 and 1, in both directions, and
+# whether it enters the sink heads through K, Q or V; the circuit that path patching recovers; and, in a mixture of
+# experts, the experts that P0 is routed to.
 
 # %%
 show_evidence(page, run, "path")
@@ -268,7 +273,7 @@ show_evidence(page, run, "experts")
 # %% [markdown]
 # ## The paper on boundary cases
 #
-# *There:* models that have no P0 sink, or only with BOS. *Here:* prompts on which a circuit of this kind must fail: a
+# *Paper:* models that have no P0 sink, or only with BOS. *Here:* prompts on which a circuit of this kind must fail: a
 # sequence of one repeated token, where every position is as unmixed as P0, and repeats at the beginning of a text.
 
 # %%
@@ -277,9 +282,10 @@ show_evidence(page, run, "limits")
 # %% [markdown]
 # ## The paper on training
 #
-# *There:* one mixture of experts of 30 billion parameters: the circuit appears early, passes through three stages, settles
-# in the first two blocks, and may be a signal of convergence. *Here:* small runs of our own, several seeds and variants,
-# from their shipped traces, whatever `model` is ([06](06_emergence.ipynb) goes through them).
+# *Paper:* one mixture of experts with 30 billion parameters: the circuit appears early, passes through three stages,
+# becomes concentrated in the first two blocks, and may be a signal of convergence. *Here:* our own small runs,
+# several seeds and variants, from their shipped traces, whatever `model` is ([06](06_emergence.ipynb) discusses
+# them).
 
 # %%
 show_evidence(page, training, "early")
@@ -293,18 +299,18 @@ show_evidence(page, training, "convergence")
 # %% [markdown]
 # ## The paper's second version on training methods
 #
-# *There:* TNLM and Force-sink raise the sink earlier; Force-sink with a smaller outlier. *Here:* both against their
-# baseline over three seeds, with the size of the outlier and the loss beside them.
+# *Paper:* with TNLM and Force-sink the sink emerges earlier and is stronger; with Force-sink the outlier is smaller.
+# *Here:* both compared with their baseline over three seeds, with the size of the outlier and the loss.
 
 # %%
 show_evidence(page, training, "methods")
 
 # %% [markdown]
-# ## What follows from it
+# ## Consequences for deployment
 #
-# No figure of the paper answers these; neighbours of it do, and reviewers asked: what a sink is for, what dropping P0 from
-# a cache costs, whether its outlier spoils int8, whether sink heads are dormant, how much the first token matters, and what
-# can be done without training ([08](08_practice.ipynb)).
+# The paper has no figure about these questions; related work does, and reviewers asked: what a sink is for, what
+# dropping P0 from a cache costs, whether its outlier harms int8, whether sink heads are dormant, how much the first
+# token matters, and what can be done without training ([08](08_practice.ipynb)).
 
 # %%
 show_evidence(page, run, "function")
@@ -327,12 +333,12 @@ show_evidence(page, run, "remedies")
 # %% [markdown]
 # ## Key figures
 #
-# For every claim with something to measure, the first value that its threshold is about.
+# For every claim that was measured, the first value that its threshold is about.
 
 # %%
 entries = [*run.claims, *training.claims]
 page.key_figures(
-    figures=sum(len(one.figures) for some in (run, training) for one in some.results.values()),
+    figures=sum(len(one.figures) for each in (run, training) for one in each.results.values()),
     reproduced=sum(shown_verdict(claim) == "reproduced" for claim in entries),
     not_reproduced=sum(shown_verdict(claim) == "not reproduced" for claim in entries),
     **{

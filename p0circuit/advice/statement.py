@@ -64,19 +64,31 @@ def is_above(measured: Interval, limit: float) -> str:
 
 
 def percent(share: Interval) -> str:
-    """Return a share with its interval in per cent."""
+    """Return a share with its interval in per cent.
+
+    Args:
+        share: the share, 1 for 100 %.
+    """
     # A zero has no sign.
     value, low, high = (f"{end:.1%}".replace("-0.0%", "0.0%") for end in (share.value, share.low, share.high))
     return f"{value} [{low}, {high}]"
 
 
 def head_names(heads: Heads) -> str:
-    """Return the names of all heads."""
+    """Return the names of all heads.
+
+    Args:
+        heads: layer and number of each head.
+    """
     return ", ".join(f"attn.{layer}.{head}" for layer, head in heads)
 
 
 def head_names_or_count(heads: Heads) -> str:
-    """Return the names of heads; of many heads their number and the first names."""
+    """Return the names of heads; of many heads their number and the first names.
+
+    Args:
+        heads: layer and number of each head.
+    """
     if len(heads) <= MAX_NAMES:
         return head_names(heads)
     return f"{len(heads)} heads ({head_names(heads[:MAX_NAMES])} and others)"

@@ -117,7 +117,7 @@ def require_modules(*modules: str) -> None:
     """Check that the packages that notebooks need are installed.
 
     Args:
-        modules: names of modules.
+        *modules: names of modules.
 
     Raises:
         P0Error: one is missing.

@@ -80,9 +80,9 @@ def check_sink_score(answer: object) -> None:
         to_p0.mean(-1),
         [
             (to_p0.sum(-1), "that is the sum over queries, which grows with the length of the prompt."),
-            (to_p0[:, 1:].mean(-1), "the query at position zero is a query too, and was left out."),
-            (to_p0[:, -1], "that is what the last query alone gives to position zero."),
-            (to_p0.max(-1).values, "that is the most that any query gives to position zero, not the mean."),
+            (to_p0[:, 1:].mean(-1), "the query at position zero is a query too; it is left out here."),
+            (to_p0[:, -1], "that is the attention of the last query alone."),
+            (to_p0.max(-1).values, "that is the maximum over queries; the sink score is their mean."),
             (
                 pattern.mean((1, 2)),
                 "that is a mean over keys, and 1/T for any pattern, because every row adds up to 1; the sink score is "
@@ -114,11 +114,11 @@ def check_uniform_score(answer: object, length: int = 64) -> None:
             (sum(1 / (t + 1) for t in range(length)), "that is the sum over queries; the sink score is their mean."),
             (
                 sum(1 / t for t in range(1, length)) / length,
-                "there the first query is left out, or no query sees its own position.",
+                "here the first query is left out, or no query sees its own position.",
             ),
-            (2 / (length + 1), "that is the median query's, not the mean over queries."),
+            (2 / (length + 1), "that is the value of the median query; the sink score is the mean over queries."),
         ],
-        "take the queries one by one: how many keys does each see, and what does it give to the first of them?",
+        "take the queries one by one: how many keys does each see, and how much attention does the first key get?",
         # Three digits are enough.
         2e-4,
     )
@@ -142,11 +142,11 @@ def check_sink_rate(answer: object) -> None:
         [
             (
                 float((scores.mean(0) > eps).double().mean()),
-                "averaging over samples comes first there: that asks which heads are sinks on average.",
+                "your function averages over samples first: that asks which heads are sinks on average.",
             ),
             (float((scores > eps).sum()), "that is a count, not a share."),
             (float(scores.mean()), "that is the mean score; where is the threshold?"),
-            (float((scores <= eps).double().mean()), "those are the heads that are no sinks."),
+            (float((scores <= eps).double().mean()), "that is the share of heads that are not sinks."),
             (
                 float((scores > eps).any(2).any(1).double().mean()),
                 "that is the share of samples that have a sink head at all.",
@@ -184,16 +184,16 @@ def check_cone(answer: object) -> None:
                 "square of the other.",
             ),
             (right.sqrt(), "that is the norm; the model is about its square."),
-            (purity, "that is what is left where values share nothing (cosine 0)."),
-            (torch.ones(6), "the weights add up to 1, however a query attends: they say nothing of how mixed it is."),
-            (purity * cosine**2 + (1 - cosine**2), "there mixing wears off what the values share, and not the rest."),
+            (purity, "that is right only for values that share nothing (cosine 0)."),
+            (torch.ones(6), "the weights always add up to 1: their sum does not show how mixed the output is."),
+            (purity * cosine**2 + (1 - cosine**2), "here mixing reduces what the values share instead of the rest."),
         ],
-        "your prediction should fall from 1 the more evenly a query attends, and never below what all values share; at "
-        f"the last query (sum of squared weights {float(purity[-1]):.3f}) it is {float(result[-1]):.3f}.",
+        "your prediction should fall from 1 as attention becomes more uniform, and never below what all values share; "
+        f"at the last query (sum of squared weights {float(purity[-1]):.3f}) it is {float(result[-1]):.3f}.",
     )
 
 
-@exercise("2.2 mask surgery")
+@exercise("2.2 edit the mask")
 def check_alone(answer: object) -> None:
     """Check an edit of attention patterns after which one query attends to itself alone.
 
@@ -211,10 +211,10 @@ def check_alone(answer: object) -> None:
         wrong_queries = [
             query for query in others if not torch.allclose(result[:, :, query], right[:, :, query], atol=1e-6)
         ]
-        raise Wrong(f"only query {t} should attend otherwise, but so do queries {wrong_queries}: rows are queries.")
+        raise Wrong(f"only query {t} should change, but queries {wrong_queries} change as well: rows are queries.")
     if not torch.allclose(result[:, :, t].sum(-1), torch.ones(2, 3, dtype=torch.float64), atol=1e-6):
         total = float(result[0, 0, t].sum())
-        raise Wrong(f"the attention of query {t} adds up to {total:.3f}; what becomes of its other keys?")
+        raise Wrong(f"the attention of query {t} adds up to {total:.3f}; what happens to the other keys?")
     compare(
         result,
         right,
@@ -253,23 +253,23 @@ def check_norm_cut(answer: object) -> None:
     if not torch.allclose(result[:, 1:], stream[:, 1:], atol=1e-6):
         raise Wrong("positions other than 0 have changed.")
     if torch.allclose(result[:, 0], stream[:, 0]):
-        raise Wrong("position 0 is as it was.")
+        raise Wrong("position 0 has not changed.")
     cosine = (normalize(result[:, 0], dim=-1) * normalize(stream[:, 0], dim=-1)).sum(-1)
     if float(cosine.min()) < 1 - 1e-5:
-        raise Wrong(f"position 0 points elsewhere now: its cosine with what it was is {float(cosine.min()):.3f}.")
+        raise Wrong(f"the direction of position 0 has changed: its cosine to the old one is {float(cosine.min()):.3f}.")
     norms = stream.norm(dim=-1)
     others = norms[:, 1:]
     compare(
         result[:, 0].norm(dim=-1),
         others.median(-1).values,
         [
-            (torch.ones(3), "the norm is 1 now, whatever the others' is."),
-            (others.mean(-1), "that is the mean of the others' norms; one large one among them would move it."),
+            (torch.ones(3), "the norm is 1 now, whatever the norms of the others are."),
+            (others.mean(-1), "that is the mean of the others' norms; one large norm among them would change it."),
             (norms.median(-1).values, "position 0 itself was counted among the others."),
-            (others.median().expand(3), "all samples got the same norm; each has its own others."),
+            (others.median().expand(3), "all samples have the same norm; each sample has its own median."),
             (
                 norms[:, 0].square() / others.median(-1).values,
-                "the factor is the wrong way round.",
+                "the factor is inverted.",
             ),
             (
                 others.median(-1).values / norms[:, 0],
@@ -300,9 +300,12 @@ def check_contribution(answer: object) -> None:
         [
             (
                 activation * (w_out @ direction),
-                "the answer grows with the length of the direction, which is not 1 here.",
+                "your result grows with the length of the direction, which is not 1 here.",
             ),
-            (w_out @ unit, "that is what each neuron would write if all fired alike; how much does it fire?"),
+            (
+                w_out @ unit,
+                "that is what each neuron would write with the same activation; how large is its activation?",
+            ),
             (right.abs(), "the sign is lost: neurons can also write against the direction."),
             (
                 normalize(w_out, dim=-1) @ unit,
@@ -310,11 +313,11 @@ def check_contribution(answer: object) -> None:
             ),
             (
                 activation.abs() * w_out.norm(dim=-1),
-                "that is the length of what each neuron writes, in whatever direction.",
+                "that is the length of what each neuron writes, in any direction.",
             ),
-            (right / right.sum(), "those are shares; asked for is the projection, in the units of the stream."),
+            (right / right.sum(), "those are shares; the answer is the projection, in the units of the stream."),
         ],
-        f"the first neuron fires with {float(activation[0]):.3f}; along the direction it writes something else than "
+        f"the activation of the first neuron is {float(activation[0]):.3f}; what it writes along the direction is not "
         f"{float(result[0]):.3f}.",
     )
 
@@ -344,13 +347,13 @@ def check_patch_hook(answer: object) -> None:
         right,
         [
             (activation, "nothing has changed."),
-            (everywhere, "the value stands at every position; a patch is about one of them."),
-            (added, "the value was added to what was there; a patch takes its place."),
+            (everywhere, "the value is at every position; a patch changes one of them."),
+            (added, "the value was added to the activation; a patch replaces it."),
             (first, "only the first sample is patched."),
-            (_with_first(activation, values), "every sample got the first one's value."),
+            (_with_first(activation, values), "every sample has the value of the first one."),
         ],
         f"positions {edited_positions} have changed (axis 1 is the position), and of the {values.numel()} given values "
-        f"{int((result[:, 0] == values).sum())} stand at P0.",
+        f"{int((result[:, 0] == values).sum())} are at P0.",
     )
 
 
@@ -375,22 +378,22 @@ def check_closed_form(answer: object) -> None:
     score, others = scores[:, 0].clone(), scores[:, 1:].clone()
     raw = ask(answer, score, others)
     if isinstance(raw, Tensor) and raw.shape == (6,) and not bool(torch.isfinite(raw).all()):
-        raise Wrong("there are values that are not finite: a query that sees P0 alone has no other score but -inf.")
+        raise Wrong("some values are not finite: for a query that sees only P0, all other scores are -inf.")
     result = as_tensor(raw, (6,))
     visible = others.masked_fill(others.isinf(), 0)
     compare(
         result,
         scores.softmax(-1)[:, 0],
         [
-            (score.sigmoid(), "P0 competes with nobody there: its score alone decides."),
-            ((score - scores.logsumexp(-1)).sigmoid(), "P0's own score is among its rivals."),
-            (score.exp(), "that is what P0 gets before it is divided by what all get."),
+            (score.sigmoid(), "here P0 competes with no other key: only its own score counts."),
+            ((score - scores.logsumexp(-1)).sigmoid(), "P0's own score is counted among those of the other keys."),
+            (score.exp(), "that is the numerator of the softmax; the division is missing."),
             (
                 (score - visible.sum(-1)).sigmoid(),
-                "the rivals' scores are added up as they are; the softmax adds up something else.",
+                "the scores of the other keys are added as they are; the softmax adds something else.",
             ),
-            ((score - others.max(-1).values).sigmoid(), "P0 competes with the best of the others alone."),
-            (1 - scores.softmax(-1)[:, 0], "that is what goes to the others."),
+            ((score - others.max(-1).values).sigmoid(), "P0 competes only with the best of the others."),
+            (1 - scores.softmax(-1)[:, 0], "that is the attention that goes to the others."),
         ],
         f"softmax gives P0 {float(scores.softmax(-1)[-1, 0]):.4f} of the last query, you {float(result[-1]):.4f}.",
         1e-6,
@@ -438,19 +441,19 @@ def check_edge(
         result,
         right,
         [
-            (-right, "the sign is turned round: the effect is the patched score minus the clean one."),
+            (-right, "the sign is reversed: the effect is the patched score minus the clean one."),
             (clean + right, "that is the patched score itself; the effect is its change."),
             (
                 total_effect,
-                "that is the effect along all paths: what lies between sender and receiver was free to follow.",
+                "that is the effect along all paths: nothing between sender and receiver was frozen.",
             ),
-            (effect("mlps"), "MLPs between sender and receiver were free to follow."),
+            (effect("mlps"), "the MLPs between sender and receiver were not frozen."),
             (clean, "that is the clean score, with nothing patched."),
             *of_others,
         ],
         f"the head's clean sink score is {clean:.4f}, so the change lies between {-clean:.4f} and {1 - clean:.4f}; "
-        f"yours is {result:+.4f}. Whose key have you patched, and whose attention have you read?",
-        # An edge may carry nothing, and rounding leaves 1e-6.
+        f"yours is {result:+.4f}. Which key was patched, and whose attention was read?",
+        # The effect of an edge can be 0; rounding errors are about 1e-6.
         max(1e-3 * abs(right), 1e-5),
     )
 
@@ -472,7 +475,7 @@ def check_detector(answer: object) -> None:
 
         where = f"with a threshold of {threshold} and {at_p0} at P0"
         if gain > 0:
-            raise Wrong(f"{where} the neuron fires the more, the longer the ruler looks; P0 is where it looks short.")
+            raise Wrong(f"{where} the neuron fires more where the cosine of the ruler is larger; at P0 it is small.")
         if fires(threshold + 0.1) > 1e-6 or fires(threshold) > 1e-3:
             raise Wrong(f"{where} it fires with {fires(threshold):.3f} at the threshold already; expected 0.")
         if fires(at_p0) < 1e-6:
@@ -480,7 +483,7 @@ def check_detector(answer: object) -> None:
         if abs(fires(at_p0) - 1) > 1e-3:
             raise Wrong(f"{where} it fires with {fires(at_p0):.3f} at P0; expected 1.")
         if fires((threshold + at_p0) / 2) < 1e-6:
-            raise Wrong(f"{where} it is silent already between the two.")
+            raise Wrong(f"{where} it is 0 halfway between the two.")
 
 
 @exercise("5.2 how strong a sink")
@@ -498,19 +501,19 @@ def check_strength(answer: object) -> None:
             result,
             sum(size / (size + t) for t in queries) / length,
             [
-                (size / (size + length - 1), "that is what the last query gives to P0, not the mean over queries."),
+                (size / (size + length - 1), "that is the attention of the last query, not the mean over queries."),
                 (size / (size + length), "every query is treated as if it saw all tokens."),
                 (
                     sum(size / (size + t + 1) for t in queries) / length,
-                    "there every query has one rival of P0 too many.",
+                    "here every query sees one key too many besides P0.",
                 ),
                 (sum(size / (size + t) for t in queries), "that is the sum over queries."),
                 (
                     sum(strength / (strength + t) if strength + t else 0 for t in queries) / length,
-                    "P0's score competes there as it is; in a softmax no score does.",
+                    "here P0's score enters as it is; in a softmax no score does.",
                 ),
             ],
-            f"with strength {strength:g} on {length} tokens your score is {result:.4f}; what does query t give to P0, "
-            "beside t others that score 0?",
+            f"with strength {strength:g} on {length} tokens your score is {result:.4f}; what does query t give to P0 "
+            "if t other keys have the score 0?",
             1e-4,
         )

@@ -67,7 +67,7 @@ def _without_math(source: str, formulas: list[str]) -> str:
             raise P0Error(f"the formula {latex!r} cannot be read: {type(error).__name__} {error}") from error
         # The converter leaves unknown commands unchanged.
         if unknown := re.search(r"\\\w+", formula):
-            raise P0Error(f"the formula {latex!r} cannot be read: {unknown.group()} is unknown")
+            raise P0Error(f"the formula {latex!r} cannot be read: {unknown.group()} is not known")
         formulas.append(formula)
         return f"FORMULA{len(formulas) - 1}FORMULA"
 

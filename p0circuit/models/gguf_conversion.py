@@ -1,7 +1,7 @@
 """Convert a GGUF file once to a Hugging Face directory of float32 weights, in the cache folder.
 
 1. `transformers` de-quantises every weight to float32, and makes the tokenizer from the file.
-2. Weights, config and tokenizer are saved in one step. `gguf.json` beside them holds a hash of every file and the
+2. Weights, config and tokenizer are saved in one step. `gguf.json` next to them holds a hash of every file and the
    quantisation.
 3. Later loads read that directory. Its name is a hash of the GGUF file's content, of the versions of `transformers` and
    `gguf` and of this module. A directory whose files do not have their hashes is reported and made again.

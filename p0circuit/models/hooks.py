@@ -99,7 +99,7 @@ def hook_points(model: HookedModel) -> HookPoints:
 
 
 def _guarded(model: HookedModel, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function behind a plain name; at a hook point that can only be read, an edit is refused."""
+    """The function for a plain hook name; at a hook point that can only be read, an edit is refused."""
     read_only = name in hook_points(model).read_only
 
     # TransformerLens takes a hook's repr for its name, and that of a partial prints every tensor bound to it.

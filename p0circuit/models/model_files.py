@@ -92,7 +92,7 @@ def _check_weight_files(name: str, folder: Path) -> None:
         raise ModelError(
             f"{name}: the weights in {folder} are pickled ({listing(pickles)}), and loading a pickle can run any code. "
             "If you trust them, convert them once: transformers.AutoModelForCausalLM.from_pretrained(folder, "
-            "use_safetensors=False).save_pretrained(folder) writes model.safetensors beside them"
+            "use_safetensors=False).save_pretrained(folder) writes model.safetensors next to them"
         )
     raise ModelError(f"{name}: no weights in {folder}; expected model.safetensors or its shards with their index")
 

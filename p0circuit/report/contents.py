@@ -247,7 +247,7 @@ def plain(value: object) -> str:
     """Format an entry of the provenance as one line of text.
 
     Args:
-        value: any JSON value; in a description of a model, `window` is a list with one entry per layer.
+        value: any JSON value; in the description of a model, `window` is a list with one entry per layer.
     """
     if isinstance(value, dict):
         parts = (f"{key} {_windows(one) if key == 'window' else plain(one)}" for key, one in value.items())
@@ -258,7 +258,7 @@ def plain(value: object) -> str:
 
 
 def _windows(windows: object) -> str:
-    """The sliding windows of all layers: "none" if no layer has one, else "full" for the layers without."""
+    """Format the sliding windows of all layers: "none" if no layer has one, otherwise "full" for those without."""
     if not isinstance(windows, list):
         return plain(windows)
     return " ".join("full" if window is None else str(window) for window in windows) if any(windows) else "none"

@@ -5,12 +5,12 @@ A part is marked by comments, which Markdown does not show. Everything between t
     <!-- claims: smollm2-135m, p0-nano -->  ...  <!-- end -->
 
 claims     a table of claims by models; each cell is a verdict with the values that decided it
-verdicts   the same in short: each cell is a mark and the first value that decided
+verdicts   the same in short; each cell is a mark and the first value that decided it
 misses     one line for each claim that was not reproduced, with the reason
 controls   the number of tests on controls, by verdict
 passes     for one model, the passes that each experiment declared and used, and those of its full configuration
 mitigations  for each mitigation, the loss added, and what is left of sink, norm and int8 error
-depth      for each model the stages of P0's stream, and the components that write and erase them
+depth      for each model, the stages of P0's stream and the components that write and erase them
 training   the claims about training runs, like `claims`
 
     python -m p0circuit.report.documents OUT README.md docs/results.md
@@ -83,7 +83,7 @@ def claims_table(runs: Sequence[Reproduction]) -> list[str]:
 
 
 def verdicts_table(runs: Sequence[Reproduction]) -> list[str]:
-    """Make the table of claims and models in short: a mark for the verdict and the first value that decided it.
+    """Make a table like `claims_table` in short: each cell is a mark and the first value that decided the verdict.
 
     Args:
         runs: one per model.
@@ -171,10 +171,10 @@ def mitigations_table(runs: Sequence[Reproduction]) -> list[str]:
 
 
 def depth_tables(runs: Sequence[Reproduction]) -> list[str]:
-    """Make two tables for each model: the stages of P0's stream, and the components that write and erase them.
+    """Make tables of each model's circuit depth, of the stages of P0's stream, and of their writers and erasers.
 
     Args:
-        runs: one per model.
+        runs: one per model, with results of the experiment "depth".
     """
     lines = []
     for run in runs:

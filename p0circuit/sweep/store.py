@@ -32,7 +32,11 @@ class StoredOutcome:
 
 
 def left_out_path(task: Task) -> str:
-    """Return the path, below the task's folder, of the file that says why it was not applicable."""
+    """Return the path, below the task's folder, of the file that says why it was not applicable.
+
+    Args:
+        task: a task of the sweep.
+    """
     return f"left-out/{task.experiment.id}.json"
 
 
@@ -58,7 +62,11 @@ class ResultStore:
         self.local = isinstance(self.system, LocalFileSystem)
 
     def read(self, task: Task) -> StoredOutcome | None:
-        """Return what is stored of a task; None if nothing is, or not all of its files are there."""
+        """Return what is stored of a task; None if nothing is, or not all of its files are there.
+
+        Args:
+            task: a task of the sweep.
+        """
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             summary = self._read_json(f"{task.folder}/{task.experiment.id}.json")
             files = [f"tables/{task.experiment.id}-{name}.csv" for name in summary["tables"]]

@@ -23,7 +23,13 @@ class Monitor(Protocol):
     """What a callback needs of a monitor."""
 
     def step(self, model: nn.Module, step: int, log: Log | None = None) -> object:
-        """Read the model if a reading is due at this step, and log the numbers."""
+        """Read the model if a reading is due at this step, and log the numbers.
+
+        Args:
+            model: the model in training.
+            step: number of updates so far.
+            log: gets the numbers by name; None to log nothing.
+        """
         ...
 
 
@@ -32,7 +38,12 @@ class LightningLogger(Protocol):
     """A logger of Lightning."""
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Log numbers by name."""
+        """Log numbers by name.
+
+        Args:
+            metrics: numbers by name.
+            step: number of updates so far.
+        """
         ...
 
 
@@ -71,7 +82,15 @@ class P0TrainerCallback(TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: object,
     ) -> None:
-        """Read the model before the first step."""
+        """Read the model before the first step.
+
+        Args:
+            args: not used.
+            state: state of the Trainer, with the step.
+            control: what the Trainer does next.
+            model: the model in training.
+            **kwargs: not used.
+        """
         self._read(state, control, model)
 
     def on_step_end(
@@ -82,7 +101,15 @@ class P0TrainerCallback(TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: object,
     ) -> None:
-        """Read the model after a step."""
+        """Read the model after a step.
+
+        Args:
+            args: not used.
+            state: state of the Trainer, with the step.
+            control: what the Trainer does next.
+            model: the model in training.
+            **kwargs: not used.
+        """
         self._read(state, control, model)
 
     def _read(self, state: TrainerState, control: TrainerControl, model: nn.Module | None) -> None:

@@ -1,4 +1,4 @@
-"""The card of a trained model, README.md beside its weights: what it is, how it was trained, how its sink developed."""
+"""The card of a trained model, README.md next to its weights: what it is, its training, and how its sink emerged."""
 
 from __future__ import annotations
 
@@ -56,12 +56,20 @@ _COLUMNS = ("loss", "excess", "sink_rate", "sink_rate_from_layer_2", "largest_no
 
 
 def variant_of(config: TrainConfig) -> str | None:
-    """Return the name of the variant that a configuration is, whatever its seed; None if it is none."""
+    """Return the name of the variant that a configuration is, whatever its seed; None if it is none.
+
+    Args:
+        config: configuration of a training run.
+    """
     return next((name for name, variant in VARIANTS.items() if replace(variant, seed=config.seed) == config), None)
 
 
 def command_of(config: TrainConfig) -> str:
-    """Return the shell command that trains this configuration into a directory OUT."""
+    """Return the shell command that trains this configuration into a directory OUT.
+
+    Args:
+        config: configuration of a training run.
+    """
     variant = variant_of(config)
     if variant is not None:
         return f"p0circuit train OUT --variant {variant}" + (f" --seed {config.seed}" if config.seed else "")

@@ -62,7 +62,7 @@ def order_checkpoints(checkpoints: Sequence[int | str]) -> list[tuple[int | str,
 def tokens_seen(stored: StoredModel, step: int) -> int | None:
     """Return the number of tokens that a checkpoint has been trained on.
 
-    It is read from the checkpoint's name (OLMo, rounded), from the state that the Trainer saves beside the weights if
+    It is read from the checkpoint's name (OLMo, rounded), from the state that the Trainer saves next to the weights if
     it was set to count tokens, or from the `trace.csv` of the run, in this order.
 
     Args:
@@ -83,7 +83,11 @@ def tokens_seen(stored: StoredModel, step: int) -> int | None:
 
 
 def tokens_by_step(folder: Path) -> dict[int, int]:
-    """Read the number of tokens at each step from the `trace.csv` of a run; empty if there is none."""
+    """Read the number of tokens at each step from the `trace.csv` of a run; empty if there is none.
+
+    Args:
+        folder: directory of the run.
+    """
     path = folder / "trace.csv"
     if not path.is_file():
         return {}

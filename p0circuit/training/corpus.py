@@ -52,7 +52,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def tokenizer_sample(files: Sequence[SourceFile], every: int = 16) -> Iterator[str]:
-    """Return the text of every `every`-th file: enough for a small vocabulary, and fast."""
+    """Return the text of every `every`-th file: enough for a small vocabulary, and fast.
+
+    Args:
+        files: source files of the corpus.
+        every: distance between two files of the sample.
+    """
     return (file.text() for file in files[::every])
 
 

@@ -23,7 +23,11 @@ class Decoder:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Return the model inside DistributedDataParallel, DataParallel and torch.compile."""
+    """Return the model inside DistributedDataParallel, DataParallel and torch.compile.
+
+    Args:
+        model: a model or a wrapper of one.
+    """
     while len(model._modules) == 1:
         name, inner = next(iter(model._modules.items()))
         if name not in ("module", "_orig_mod") or inner is None:

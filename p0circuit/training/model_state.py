@@ -58,7 +58,11 @@ def preserve_random_state(model: nn.Module) -> Iterator[None]:
 
 
 def attention_configs(model: nn.Module) -> list[Any]:
-    """Return the `transformers` configurations by which the parts of a model choose their attention implementation."""
+    """Return the `transformers` configurations by which the parts of a model choose their attention implementation.
+
+    Args:
+        model: a model of `transformers`.
+    """
     configs = [getattr(module, "config", None) for module in model.modules()]
     return list({id(config): config for config in configs if hasattr(config, "_attn_implementation_internal")}.values())
 

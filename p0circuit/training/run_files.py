@@ -17,7 +17,12 @@ from p0circuit.training.updates import LogRow, TrainState
 
 
 def save_state(path: Path, state: TrainState) -> None:
-    """Write weights, optimizer moments, step and log into one safetensors file."""
+    """Write weights, optimizer moments, step and log into one safetensors file.
+
+    Args:
+        path: path of the file.
+        state: state of the training run.
+    """
     tensors = {f"model.{name}": p.detach().contiguous() for name, p in state.model.named_parameters()}
     moments = state.optimizer.state_dict()["state"]
     for index, entry in moments.items():
@@ -28,7 +33,12 @@ def save_state(path: Path, state: TrainState) -> None:
 
 
 def load_state(path: Path, state: TrainState) -> None:
-    """Read what `save_state` wrote into `state`, in place."""
+    """Read what `save_state` wrote into `state`, in place.
+
+    Args:
+        path: path of the file.
+        state: state of the training run, which is changed in place.
+    """
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
@@ -68,7 +78,12 @@ def save_model(directory: Path, model: PreTrainedModel, tokenizer: PreTrainedTok
 
 
 def write_log(path: Path, log: Sequence[LogRow]) -> None:
-    """Write the losses at the checkpoints as CSV."""
+    """Write the losses at the checkpoints as CSV.
+
+    Args:
+        path: path of the CSV file.
+        log: one row per checkpoint, at least one.
+    """
 
     def write(temporary: Path) -> None:
         with temporary.open("w", newline="") as file:

@@ -105,12 +105,19 @@ def shipped_runs(folder: Path | None = None) -> list[Run]:
 
 
 def shipped_runs_by_first(name: str) -> dict[str, Run]:
-    """Return the shipped run of this name by first token of the prompts; empty if no such run is shipped."""
+    """Return the shipped run of this name by first token of the prompts; empty if no such run is shipped.
+
+    Args:
+        name: variant and seed, as in "bos-0".
+    """
     return {run.first: run for run in shipped_runs() if run.name == name}
 
 
 def variant_and_seed(path: Path) -> tuple[str, int]:
     """Read variant and seed from the file name of a run's table.
+
+    Args:
+        path: path of the table.
 
     Raises:
         P0Error: the file is not named <variant>-<seed>.csv.
@@ -168,7 +175,12 @@ def as_trained(runs: Iterable[Run]) -> list[Run]:
 
 
 def of_variant(runs: Iterable[Run], variant: str) -> list[Run]:
-    """Return the runs of one variant, by seed."""
+    """Return the runs of one variant, by seed.
+
+    Args:
+        runs: runs of any variants.
+        variant: name of the variant.
+    """
     return sorted((run for run in runs if run.variant == variant), key=lambda run: run.seed)
 
 
@@ -176,7 +188,7 @@ def seeds_in_common(*groups: Sequence[Run]) -> list[tuple[Run, ...]]:
     """Match the runs of several variants by seed.
 
     Args:
-        groups: the runs of each variant.
+        *groups: the runs of each variant.
 
     Returns:
         One tuple for each seed that all variants have, with a run of each variant.

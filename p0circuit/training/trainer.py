@@ -1,6 +1,6 @@
 """Train a small language model whose P0 sink can be studied, and save checkpoints along the way.
 
-1. Corpus, tokenizer and token streams are made once and stored beside the run (`corpus.py`).
+1. Corpus, tokenizer and token streams are made once and stored next to the run (`corpus.py`).
 2. Every step is a function of configuration and step number (`updates.py`).
 3. Log-spaced checkpoints are stored as Hugging Face directories under `trace/`.
 4. The state is saved every `save_every` steps; an interrupted run is resumed from it and gives the same result.

@@ -72,7 +72,7 @@ def batch_at(config: TrainConfig, stream: np.ndarray, step: int, bos: int) -> In
     rows = np.stack([stream[start : start + config.length] for start in starts]).astype(np.int64)
     with_bos = rng.random(config.batch) < config.bos_share
     random_tokens = rng.integers(0, config.vocab_size, config.batch)
-    # A first token stands *before* the crop's text: the row keeps its length and loses its last token.
+    # A first token is placed *before* the text of the crop; the row keeps its length and loses its last token.
     prepended = with_bos | config.random_first
     first = np.where(with_bos, bos, random_tokens)
     rows[prepended] = np.concatenate([first[prepended, None], rows[prepended, :-1]], axis=1)
@@ -95,7 +95,12 @@ def next_token_loss(
 
 
 def build_optimizer(config: TrainConfig, model: PreTrainedModel) -> torch.optim.AdamW:
-    """Make an AdamW optimizer of all trainable parameters, with weight decay on matrices only."""
+    """Make an AdamW optimizer of all trainable parameters, with weight decay on matrices only.
+
+    Args:
+        config: configuration of the training run.
+        model: the model to train.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},

@@ -240,7 +240,7 @@ def bring_your_own_model(left: Path) -> Figures:
         rng = np.random.default_rng(seed)
         return [room["backcopy"](rng, n, bos) for bos in starts]
 
-    probes = {"behind BOS": rows(10_000, True, n=64)[0], "random first": rows(10_000, False, n=64)[0]}
+    probes = {"after BOS": rows(10_000, True, n=64)[0], "random first": rows(10_000, False, n=64)[0]}
     as_trained, without = rows(20_000, True, False)
     moved = without.clone()
     moved[:, 16] = 0
@@ -248,13 +248,13 @@ def bring_your_own_model(left: Path) -> Figures:
     ends = {
         name: excess_by_transformers(left / "runs" / name, probe[::2], probe[1::2]) for name, probe in probes.items()
     }
-    of_bos = functools.partial(excess_by_transformers, left / "runs" / "behind BOS", probes["behind BOS"][:32])
+    of_bos = functools.partial(excess_by_transformers, left / "runs" / "after BOS", probes["after BOS"][:32])
     return {
         "largest_difference_of_logits": 0.0,
         "monitor_and_trace_apart": 0.0,
         **{name: sink_map[name].value for name in ("best_head", "sink_rate")},
         "score_without_over_with_bos": bos["score_without_over_with_bos"].value,
-        "final_excess_behind_bos": ends["behind BOS"],
+        "final_excess_behind_bos": ends["after BOS"],
         "final_excess_random_first": ends["random first"],
         "excess_bos_at_p0": of_bos(as_trained),
         "excess_another_at_p0": of_bos(without),

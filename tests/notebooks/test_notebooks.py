@@ -177,7 +177,7 @@ def test_folded_answers_about_training_run(capsys: pytest.CaptureFixture[str]) -
         for _, code in ANSWER.findall(cell.source):
             exec(code, room)
     shown = capsys.readouterr().out
-    assert "bos-0: formed by 2,372,608, a fifth of 11,863,040 tokens" in shown
+    assert "bos-0: emerged after 2,372,608 tokens, a fifth of 11,863,040" in shown
     assert "standard deviation below 0.040" in shown
 
 
