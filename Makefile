@@ -4,7 +4,7 @@
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: help reproduce reproduce-all models test test-all test-tl4 lint docs pins bench notebooks clean
+.PHONY: help reproduce reproduce-all models test test-all coverage test-tl4 lint docs pins bench notebooks clean
 
 RECENT := import sys; sys.exit(sys.version_info < (3, 10))
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python3.10; do \
@@ -25,7 +25,8 @@ help:
 	@echo "make reproduce-all  the same on Gemma 3 270M, wired and all shipped models too, with 1,024 prompts: hours"
 	@echo "make models         download the named real models, checked by hash (about 330 MB)"
 	@echo "make test           lint, types and the quick tests: at most 10 minutes on two cores"
-	@echo "make test-all       all tests, with the slow ones, the notebooks and the documentation; measures coverage"
+	@echo "make test-all       all tests, with the slow ones, the notebooks and the documentation"
+	@echo "make coverage       the same, and the coverage of the package by lines and branches"
 	@echo "make test-tl4       models and backends on TransformerLens 4, in an environment of its own"
 	@echo "make lint           ruff, pyright, import-linter and codespell alone"
 	@echo "make docs           the documentation site, which opens offline: site/index.html"
@@ -50,6 +51,9 @@ test: lint
 	$(PYTEST) -m "not slow and not docs"
 
 test-all: lint
+	$(PYTEST)
+
+coverage: .venv/.dev
 	$(PYTEST) --cov --cov-report=term:skip-covered --cov-report=json:.coverage.json
 
 test-tl4: .venv-tl4/.dev
