@@ -295,7 +295,7 @@ def test_the_figure_of_the_page(tmp_path: Path) -> None:
     ]
     assert_legible(figure)
     html = write_advice(advice, tmp_path)[1].read_text(encoding="utf-8")
-    assert html.count("<img") == 1 and 'src="data:image/svg+xml;base64,' in html and 'alt="What was found' in html
+    assert html.count("<img") == 1 and 'src="data:image/svg+xml;base64,' in html and 'alt="Loss added to' in html
 
 
 def test_the_page_shows_names_as_text(tmp_path: Path) -> None:
