@@ -74,7 +74,7 @@ import tempfile
 
 from p0circuit.course.page import Page, open_model, show_evidence
 from p0circuit.experiments import (
-    EXPERIMENTS,
+    MODEL_EXPERIMENTS,
     AmplificationConfig,
     AnyTokenConfig,
     CausalPathConfig,
@@ -122,7 +122,7 @@ else:
     }
     configs = quick_configs if quick or (quick is None and samples is None) else {}
     experiments = [
-        make(configs[name]) if name in configs else make() for name, make in EXPERIMENTS.items()
+        make(configs[make.id]) if make.id in configs else make() for make in MODEL_EXPERIMENTS
     ]
     reproduce_model(lm, prompts, run_folder, experiments, initial, controls)
 reproduce_training(as_trained(shipped_runs()), folder / TRAINING)
