@@ -40,6 +40,7 @@ from p0circuit.files import write_json
 from p0circuit.models import ModelError, describe, device_of, forward, list_checkpoints, load_model
 from p0circuit.models.controls import shuffled_neurons, untrained
 from p0circuit.models.device_map import placement_of
+from p0circuit.models.memory import return_freed_memory
 from p0circuit.models.passes import count_passes
 from p0circuit.paths import code_fingerprint
 from p0circuit.prompts import PromptSet, random_tokens
@@ -238,6 +239,7 @@ def _entry(
 ) -> dict[str, Any]:
     """The experiment's line in claims.json, whatever becomes of the measurement; `subject` is what it is about."""
     started, error = time.monotonic(), None
+    return_freed_memory()
     told = f"{experiment.claim.id} {experiment.id}" if experiment.claim else experiment.id
     try:
         result = measure()

@@ -62,6 +62,7 @@ from p0circuit.interventions.receiver_inputs import (
 from p0circuit.interventions.side_by_side import by_slot, check_value, repeated
 from p0circuit.models import ModelInfo, describe, device_of, forward, resume
 from p0circuit.models.forward import Hook
+from p0circuit.models.memory import return_freed_memory
 from p0circuit.models.passes import WITH_GRADIENT
 from p0circuit.prompts import PromptSet
 from p0circuit.sink import mean_over_queries
@@ -426,6 +427,7 @@ class _Exact:
         tokens = self.rows.ids[torch.arange(self.prompts.n, device=self.rows.place.device), self.rows.place]
         inputs = read_at_p0(self.model, tokens, used, self.values, end)
         variants = [_variant(inputs, 1 + used.index(sender), self.targets[name]) for sender, name in chosen]
+        return_freed_memory()
         effects = measure_inputs(self.model, self.rows, self.metric, variants, self.below) - self.clean
         self.effects |= dict(zip(chosen, effects.cpu(), strict=True))
         return chosen
@@ -840,6 +842,9 @@ def _slopes(
                 z[layer].append(total.new_zeros(shape) if slope is None else slope)
                 slope = slope_of.get(f"blocks.{layer}.hook_mlp_out")
                 mlp[layer].append(total.new_zeros(len(some), info.d_model) if slope is None else slope[at_place])
+            # The graph of a backward pass is many small tensors, whose pages the allocator would keep.
+            del added, readings, total, slope_of
+            return_freed_memory()
     return (
         [torch.cat(z[layer]).detach() for layer in range(end)],
         torch.stack([torch.cat(mlp[layer]).detach() for layer in range(end)], dim=1),
