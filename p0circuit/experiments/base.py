@@ -87,6 +87,11 @@ class Experiment(ABC, Generic[Config]):
         """
         return getattr(self.config, "blocks", CIRCUIT_BLOCKS)
 
+    @property
+    def deciding_metrics(self) -> tuple[str, ...]:
+        """Names of the metrics that the claim's criteria compare; with other blocks, of their counterparts."""
+        return tuple(dict.fromkeys(criterion.metric for criterion in self.claim.criteria)) if self.claim else ()
+
     @abstractmethod
     def passes(self, model: HookedModel, prompts: PromptSet) -> float:
         """Declare how many passes over the prompts `measure` takes beyond the clean recording.

@@ -6,7 +6,6 @@ the circuit depth of the model (C21). If K is 2, those are the same blocks, and 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -40,31 +39,20 @@ def with_blocks(experiment: Experiment[Any], blocks: Sequence[int]) -> Experimen
     return type(experiment)(replace(experiment.config, blocks=tuple(blocks)))
 
 
-def deciding_metrics(experiment: Experiment[Any], metrics: Mapping[str, Interval]) -> dict[str, Interval]:
-    """Return the metrics that the criteria of an experiment's claim name, for whatever blocks they are.
+def located_row(experiment: Experiment[Any], blocks: Sequence[int], entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the row of claims.json that stands beside a verdict.
 
     Args:
-        experiment: the experiment.
-        metrics: its metrics.
+        experiment: the experiment, configured for these blocks.
+        blocks: blocks 0 to K - 1; nothing is shown if there are none.
+        entry: its entry of claims.json, measured with these blocks.
+
+    Returns:
+        The blocks, the deciding metrics that were measured, and why nothing was measured.
     """
-    assert experiment.claim is not None
-    named = {_without_blocks(criterion.metric) for criterion in experiment.claim.criteria}
-    return {name: value for name, value in metrics.items() if _without_blocks(name) in named}
-
-
-def located_row(blocks: Sequence[int], measured: Mapping[str, Interval], reason: str = "") -> dict[str, Any]:
-    """Return the row of claims.json: the blocks, and what was measured with them.
-
-    Args:
-        blocks: blocks 0 to K - 1.
-        measured: the deciding metrics.
-        reason: why nothing was measured.
-    """
-    return {
-        "blocks": list(blocks),
-        "measured": {name: interval.to_json() for name, interval in measured.items()},
-        "why": reason,
-    }
+    names = experiment.deciding_metrics if blocks else ()
+    measured = {name: entry["measured"][name] for name in names if name in entry["measured"]}
+    return {"blocks": list(blocks), "measured": measured, "why": entry["why"] if blocks and not measured else ""}
 
 
 def located_note(row: Mapping[str, Any]) -> str:
@@ -81,8 +69,3 @@ def located_note(row: Mapping[str, Any]) -> str:
         return f"{start}: not applicable, {row['why']}"
     values = (f"{name.replace('_', ' ')} {Interval(**value)}" for name, value in row["measured"].items())
     return f"{start}: {', '.join(values)}"
-
-
-def _without_blocks(metric: str) -> str:
-    """The name of a metric without the numbers of the blocks it is about."""
-    return re.sub(r"_block_\d+$|(?<=^share_of_mlps)_\d+(_and_\d+)*$|(?<=^share_of_blocks)(_\d+)+", "", metric)

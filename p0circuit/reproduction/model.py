@@ -32,17 +32,9 @@ from p0circuit.recording.memory import remember_rows
 from p0circuit.reproduction.controls import DECOY, controls_of
 from p0circuit.reproduction.cost import run_estimate
 from p0circuit.reproduction.entries import Outcome, control_entry, measure_entry, write_claims
-from p0circuit.reproduction.located import (
-    deciding_metrics,
-    depends_on_blocks,
-    located_blocks,
-    located_note,
-    located_row,
-    with_blocks,
-)
+from p0circuit.reproduction.located import depends_on_blocks, located_blocks, located_note, located_row, with_blocks
 from p0circuit.reproduction.stored import run_or_read
 from p0circuit.results import Result, write_manifest
-from p0circuit.stats import Interval
 
 
 def reproduce_model(
@@ -139,18 +131,15 @@ def _measure_located(
         entry = by_experiment.get(experiment.id)
         if entry is None or entry["error"] or not depends_on_blocks(experiment):
             continue
-        if blocks == experiment.blocks or not blocks:
-            measured = {name: Interval(**value) for name, value in entry["measured"].items()} if blocks else {}
-            row = located_row(blocks, deciding_metrics(experiment, measured))
-        else:
+        variant, measured_entry = experiment, entry
+        if blocks and blocks != experiment.blocks:
             variant = with_blocks(experiment, blocks)
             measure = partial(run_or_read, variant, model, prompts, directory / "located", figures=False)
             with count_passes() as count:
                 outcome = measure_entry(variant, subject, measure, directory / "located", "with the blocks of C21: ")
             passes.add(f"{experiment.id}, located", count, outcome)
-            metrics = outcome.result.metrics if outcome.result else {}
-            reason = "" if outcome.result else outcome.entry["why"]
-            row = located_row(blocks, deciding_metrics(experiment, metrics), reason)
+            measured_entry = outcome.entry
+        row = located_row(variant, blocks, measured_entry)
         entry["located"] = row
         entry["notes"] = [*entry["notes"], located_note(row)]
     write_claims(directory, entries)

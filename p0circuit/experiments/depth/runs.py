@@ -24,13 +24,18 @@ def put_at_p0(
     name: str, value: Float[Tensor, "batch d_model"], p0: Int[Tensor, " batch"]
 ) -> tuple[str, Callable[..., Tensor]]:
     """A hook that gives P0 a value of its own at a hook point."""
+    return name, lambda activation, hook: with_value_at(activation, p0, value)
 
-    def put(activation: Tensor, hook: object) -> Tensor:
-        new = activation.clone()
-        new[torch.arange(len(new), device=new.device), p0.to(new.device)] = value.to(new)
-        return new
 
-    return name, put
+def with_value_at(
+    activation: Float[Tensor, "batch pos d_model"],
+    position: Int[Tensor, " batch"],
+    value: Float[Tensor, "batch d_model"],
+) -> Float[Tensor, "batch pos d_model"]:
+    """Return a copy of an activation with another vector at one position of each row."""
+    new = activation.clone()
+    new[torch.arange(len(new), device=new.device), position.to(new.device)] = value.to(new)
+    return new
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,7 @@ class RowRuns:
         self, stream: Float[Tensor, "batch pos d_model"], value: Float[Tensor, "batch d_model"]
     ) -> Float[Tensor, "batch pos d_model"]:
         """The stream with another vector at P0."""
-        return put_at_p0("", value, self.p0)[1](stream, None)
+        return with_value_at(stream, self.p0, value)
 
     def score_hooks(self, start: int, stop: int, scores: dict[int, Tensor]) -> list[Hook]:
         """Hooks that put the excess scores of the heads of some layers into `scores`."""

@@ -59,6 +59,8 @@ if TYPE_CHECKING:
 
 _OUTSIDE = " (resamples are noisier than the samples, so the value may be outside its interval)"
 _HEAD_HOOKS = ("attn.hook_v", "attn.hook_pattern", "attn.hook_z")
+_SQUARED_NORM, _EXPLAINED = "squared_norm_over_others_block_{}", "variance_explained_by_the_cone_block_{}"
+"""The metrics that decide, by block."""
 _SERIES = {"heads": "measured", "cone": "cone model", "measured_norms": "with measured norms"}
 
 
@@ -141,12 +143,17 @@ class Recognition(Experiment[RecognitionConfig]):
             criterion
             for block in CIRCUIT_BLOCKS
             for criterion in (
-                Criterion(f"squared_norm_over_others_block_{block}", ">", 1, "low"),
-                Criterion(f"variance_explained_by_the_cone_block_{block}", ">=", 0.8),
+                Criterion(_SQUARED_NORM.format(block), ">", 1, "low"),
+                Criterion(_EXPLAINED.format(block), ">=", 0.8),
             )
         ),
         control="A random position from 8 on in P0's place.",
     )
+
+    @property
+    def deciding_metrics(self) -> tuple[str, ...]:
+        """Names of the metrics of the configured blocks that correspond to the claim's."""
+        return tuple(name.format(block) for block in self.blocks for name in (_SQUARED_NORM, _EXPLAINED))
 
     def passes(self, model: HookedModel, prompts: PromptSet) -> float:
         """Declare one run up to each of the blocks."""
@@ -176,8 +183,8 @@ class Recognition(Experiment[RecognitionConfig]):
             at_random = squared[np.arange(len(random_positions)), random_positions]
             fits = {name: _fit_interval(terms, name) for name in terms.mean().predictions()}
             metrics |= {
-                f"squared_norm_over_others_block_{block}": ratio_interval(squared[:, 0], others),
-                f"variance_explained_by_the_cone_block_{block}": fits["cone"],
+                _SQUARED_NORM.format(block): ratio_interval(squared[:, 0], others),
+                _EXPLAINED.format(block): fits["cone"],
                 f"variance_over_others_block_{block}": ratio_interval(variance[:, 0], variance[:, start:].mean(1)),
                 f"random_position_over_others_block_{block}": ratio_interval(at_random, others),
                 f"variance_explained_with_measured_norms_block_{block}": fits["measured_norms"],

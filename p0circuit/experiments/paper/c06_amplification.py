@@ -87,6 +87,11 @@ class AmplificationConfig:
     blocks: tuple[int, ...] = CIRCUIT_BLOCKS
 
 
+def share_of_mlps(blocks: Sequence[int]) -> str:
+    """Name the metric that is the share of these blocks' MLPs in the projection."""
+    return f"share_of_mlps_{'_and_'.join(map(str, blocks))}"
+
+
 class Amplification(Experiment[AmplificationConfig]):
     """The components, neurons and experts that write the P0 direction, ablated and compared with random ones."""
 
@@ -102,12 +107,18 @@ class Amplification(Experiment[AmplificationConfig]):
         "it; the share of the excess score that goes when the 1 % of their neurons that write most of it get, at P0, "
         "the values they have where the token is not first.",
         criteria=(
-            Criterion("share_of_mlps_0_and_1", ">=", 0.5),
+            Criterion(share_of_mlps(CIRCUIT_BLOCKS), ">=", 0.5),
             Criterion("excess_carried_by_the_top_neurons", ">=", 0.5, if_measured=True),
             Criterion("excess_carried_by_random_neurons", "<", 0.05, if_measured=True),
         ),
         control="As many random neurons of the same blocks; the same neurons at position 8.",
     )
+
+    @property
+    def deciding_metrics(self) -> tuple[str, ...]:
+        """Names of the metrics of the configured blocks that correspond to the claim's."""
+        _, *of_neurons = super().deciding_metrics
+        return share_of_mlps(self.blocks), *of_neurons
 
     def passes(self, model: HookedModel, prompts: PromptSet) -> float:
         """Declare the ranking of neurons and the ablations."""
@@ -325,11 +336,6 @@ class _Ranking:
     change: list[float]
     at_p0: list[float]
     not_first: list[float]
-
-
-def share_of_mlps(blocks: Sequence[int]) -> str:
-    """Name the metric that is the share of these blocks' MLPs in the projection."""
-    return f"share_of_mlps_{'_and_'.join(map(str, blocks))}"
 
 
 def _count(share: float, neurons: int) -> int:

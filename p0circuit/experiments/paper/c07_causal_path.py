@@ -109,6 +109,16 @@ class CausalPathConfig:
     blocks: tuple[int, ...] = CIRCUIT_BLOCKS
 
 
+def share_of_blocks(blocks: Sequence[int], direction: str) -> str:
+    """Name the metric that is the share of the total effect that these blocks have together.
+
+    Args:
+        blocks: the blocks.
+        direction: "noising" or "denoising".
+    """
+    return f"share_of_blocks_{'_'.join(map(str, blocks))}_in_{direction}"
+
+
 class CausalPath(Experiment[CausalPathConfig]):
     """Activation patching in both directions, and path patching into Q, K and V of the sink heads."""
 
@@ -125,12 +135,18 @@ class CausalPath(Experiment[CausalPathConfig]):
         "change in the sink heads' score, over what P0's whole stream changes, both ways; and the share of K in the "
         "summed effects of all edges from components at P0 into sink heads.",
         criteria=(
-            Criterion("share_of_blocks_0_1_in_noising", ">=", 0.8),
-            Criterion("share_of_blocks_0_1_in_denoising", ">=", 0.8),
+            Criterion(share_of_blocks(CIRCUIT_BLOCKS, "noising"), ">=", 0.8),
+            Criterion(share_of_blocks(CIRCUIT_BLOCKS, "denoising"), ">=", 0.8),
             Criterion("share_of_k_among_edges_into_sink_heads", ">=", 0.8),
         ),
         control="The same joint patches at a random position, and edges from there.",
     )
+
+    @property
+    def deciding_metrics(self) -> tuple[str, ...]:
+        """Names of the metrics of the configured blocks that correspond to the claim's."""
+        *_, of_keys = super().deciding_metrics
+        return *(share_of_blocks(self.blocks, direction) for direction in DIRECTIONS), of_keys
 
     def passes(self, model: HookedModel, prompts: PromptSet) -> float:
         """Declare the passes over the prompts, beyond the recordings that choose the sink heads.
@@ -287,9 +303,7 @@ def _joint_metrics(changes: JointChanges, blocks: Sequence[int]) -> dict[str, In
             )
     for direction in DIRECTIONS:
         total = changes[direction, WHOLE_STREAM]
-        metrics[f"share_of_blocks_{'_'.join(map(str, blocks))}_in_{direction}"] = ratio_interval(
-            changes[direction, JOINT], total
-        )
+        metrics[share_of_blocks(blocks, direction)] = ratio_interval(changes[direction, JOINT], total)
         metrics[f"share_of_random_position_in_{direction}"] = ratio_interval(changes[direction, JOINT_CONTROL], total)
         metrics[f"total_effect_of_{direction}"] = bootstrap(total)
     return metrics
@@ -340,12 +354,11 @@ def _draw_shares(metrics: Mapping[str, Interval], model: str, blocks: Sequence[i
         one = metrics[name]
         return Interval(round(one.value, 3) + 0.0, round(one.low, 3) + 0.0, round(one.high, 3) + 0.0, one.n)
 
-    numbers = "_".join(map(str, blocks))
     joint, edges = metrics["total_effect_of_noising"].n, metrics["share_of_k_in_total_effect"].n
     panels = {
         f"All components of {block_names(blocks)} (n = {joint})": {
-            "noising at P0": rounded(f"share_of_blocks_{numbers}_in_noising"),
-            "denoising at m": rounded(f"share_of_blocks_{numbers}_in_denoising"),
+            "noising at P0": rounded(share_of_blocks(blocks, "noising")),
+            "denoising at m": rounded(share_of_blocks(blocks, "denoising")),
             "noising, control position": rounded("share_of_random_position_in_noising"),
             "denoising, control position": rounded("share_of_random_position_in_denoising"),
         },

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,24 @@ from p0circuit.experiments import (
     Structure,
     StructureConfig,
 )
-from p0circuit.experiments.base import block_names
+from p0circuit.experiments.base import Experiment, block_names
 from p0circuit.experiments.paper.c06_amplification import Amplification, AmplificationConfig
 from p0circuit.models import load_model
 from p0circuit.prompts import random_tokens
 from p0circuit.reproduction import reproduce_model
-from p0circuit.reproduction.located import deciding_metrics, located_note, located_row, with_blocks
+from p0circuit.reproduction.located import located_note, located_row, with_blocks
 from p0circuit.results import Result
 from p0circuit.stats import Interval
 
 VALUE = Interval(0.5, 0.4, 0.6, 8)
+
+
+def row(
+    experiment: Experiment[Any], blocks: tuple[int, ...], metrics: Mapping[str, Interval], reason: str = ""
+) -> dict[str, Any]:
+    """The row of an experiment with these blocks whose entry has these metrics."""
+    measured = {name: interval.to_json() for name, interval in metrics.items()}
+    return located_row(with_blocks(experiment, blocks), blocks, {"measured": measured, "why": reason})
 
 
 @pytest.mark.parametrize(
@@ -41,18 +50,21 @@ def test_the_metrics_of_the_criteria_are_found_for_any_blocks() -> None:
     metrics = dict.fromkeys(
         ["squared_norm_over_others_block_4", "variance_over_others_block_4", "share_of_mlps_0", "share_of_mlp_0"], VALUE
     )
-    assert list(deciding_metrics(Recognition(), metrics)) == ["squared_norm_over_others_block_4"]
-    assert list(deciding_metrics(Amplification(), metrics)) == ["share_of_mlps_0"]
+    assert list(row(Recognition(), (4,), metrics)["measured"]) == ["squared_norm_over_others_block_4"]
+    assert list(row(Amplification(), (0,), metrics)["measured"]) == ["share_of_mlps_0"]
+    for kind in (Recognition, Amplification, CausalPath, Structure, DirectionOrNorm, Content):
+        assert kind().deciding_metrics == tuple(dict.fromkeys(one.metric for one in kind.claim.criteria))
 
 
 def test_a_row_says_what_it_holds() -> None:
-    assert located_note(located_row((0,), {"left_over": VALUE})) == (
-        "with block 0, where C21 finds the circuit: left over 0.500 [0.400, 0.600]"
+    kind = Content()
+    assert located_note(row(kind, (0,), {"left_with_content_replaced": VALUE})) == (
+        "with block 0, where C21 finds the circuit: left with content replaced 0.500 [0.400, 0.600]"
     )
-    assert located_note(located_row((0, 1, 2), {}, "no sink")).endswith(
+    assert located_note(row(kind, (0, 1, 2), {}, "no sink")).endswith(
         "blocks 0 to 2, where C21 finds the circuit: not applicable, no sink"
     )
-    assert "K = 0" in located_note(located_row((), {}))
+    assert "K = 0" in located_note(row(kind, (), {"left_with_content_replaced": VALUE}))
 
 
 def test_other_blocks_have_no_verdict_and_other_values() -> None:
@@ -74,7 +86,8 @@ def test_three_blocks(kind: Any) -> None:
     model = load_model("wired-two-stages")
     prompts = random_tokens(model.cfg.d_vocab, n=16, length=24)
     result = with_blocks(kind(), (0, 1, 2)).run(model, prompts, figures=False)
-    assert result.judgement is None and deciding_metrics(kind(), result.metrics)
+    assert result.judgement is None
+    assert set(with_blocks(kind(), (0, 1, 2)).deciding_metrics) <= set(result.metrics)
 
 
 def test_the_path_of_one_block() -> None:
@@ -83,7 +96,8 @@ def test_the_path_of_one_block() -> None:
     config = CausalPathConfig(shifts=(4,), samples=4, runs=64)
     result = with_blocks(CausalPath(config), (0,)).run(model, prompts)
     names = ["share_of_blocks_0_in_noising", "share_of_blocks_0_in_denoising", "share_of_k_among_edges_into_sink_heads"]
-    assert list(deciding_metrics(CausalPath(), result.metrics)) == names and set(result.figures) == {
+    assert list(with_blocks(CausalPath(), (0,)).deciding_metrics) == names and set(names) <= set(result.metrics)
+    assert set(result.figures) == {
         "components",
         "shares",
     }
@@ -124,6 +138,6 @@ def test_a_run_puts_the_row_beside_the_verdict(tmp_path: Path, monkeypatch: pyte
         return result
 
     monkeypatch.setattr(Depth, "measure", deeper)
-    row = reproduce_model(model, prompts, tmp_path / "two", experiments, controls=False)[0]["located"]
-    assert row["blocks"] == [0, 1] and not (tmp_path / "two" / "located").exists()
-    assert row["measured"]["taken_from_p0_by_mixing"] == entry["measured"]["taken_from_p0_by_mixing"]
+    same = reproduce_model(model, prompts, tmp_path / "two", experiments, controls=False)[0]["located"]
+    assert same["blocks"] == [0, 1] and not (tmp_path / "two" / "located").exists()
+    assert same["measured"]["taken_from_p0_by_mixing"] == entry["measured"]["taken_from_p0_by_mixing"]
