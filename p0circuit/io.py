@@ -57,10 +57,13 @@ DEFAULT_LIMIT = 2 * 2**30
 
 
 def cache_directory() -> Path:
-    """Return the directory of the cache: `$P0CIRCUIT_CACHE`, else `p0circuit` in the user's cache directory."""
+    """Return the directory of the cache: `$P0CIRCUIT_CACHE`, else `p0circuit` in the user's cache directory.
+
+    The path is absolute: pip, which downloads models into it, runs in another working directory.
+    """
     if directory := os.environ.get("P0CIRCUIT_CACHE"):
-        return Path(directory)
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "p0circuit"
+        return Path(directory).absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "p0circuit"
 
 
 def cache_limit() -> int:

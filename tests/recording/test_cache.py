@@ -163,6 +163,22 @@ def test_where_it_lies_and_how_large_it_may_grow(monkeypatch: pytest.MonkeyPatch
         Cache()
 
 
+@pytest.mark.parametrize("variable", ["P0CIRCUIT_CACHE", "XDG_CACHE_HOME"])
+@pytest.mark.parametrize("value", ["", "relative"])
+def test_it_is_never_in_a_relative_place(
+    variable: str, value: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A model is downloaded into it from another working directory; an empty variable is one that is not set."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("P0CIRCUIT_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv(variable, value)
+    default = tmp_path / "home" / ".cache" / "p0circuit"
+    chosen = {"P0CIRCUIT_CACHE": tmp_path / "relative", "XDG_CACHE_HOME": tmp_path / "relative" / "p0circuit"}
+    assert cache_directory() == (chosen[variable] if value else default)
+
+
 # what decides the address
 
 
